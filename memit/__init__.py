@@ -1,0 +1,1 @@
+"""Edit thousands of facts in a language model: the method, torch in and torch out."""

@@ -1,0 +1,33 @@
+"""The errors that a user can meet. Each message is one sentence that names the cause and the way out."""
+
+
+class MemitError(Exception):
+    """Base of every error that this project raises for its user."""
+
+
+class InputError(MemitError):
+    """A parameter, a file or a record that cannot be used as it is."""
+
+
+class ConflictError(InputError):
+    """Two requests that contradict each other."""
+
+
+class ModelStructureError(MemitError):
+    """The model lacks something that the method needs."""
+
+
+class IntegrityError(MemitError):
+    """An artifact that is truncated, damaged, or belongs to something else."""
+
+
+class ResourceError(MemitError):
+    """Not enough memory or disk for the job."""
+
+
+class UnreachableError(MemitError):
+    """A hub or an address that does not answer."""
+
+
+class NumericsError(MemitError):
+    """A number that must be finite or a matrix that must be definite, and is not."""
