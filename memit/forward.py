@@ -1,0 +1,384 @@
+"""Partial forward passes: start above a block, stop after a block, ask the head at few positions.
+
+Everything goes through the model's own forward method, with hooks on its blocks and its head, so
+that masks, positions, scales and caps stay the model's own. Rows are padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from memit.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Token rows padded on the right to a rectangle."""
+
+    ids: Tensor
+    """Token ids (rows × tokens)."""
+    mask: Tensor
+    """1 for a token, 0 for padding (rows × tokens)."""
+
+    def __getitem__(self, rows: Tensor | slice) -> Padded:
+        return Padded(self.ids[rows], self.mask[rows])
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
+    """Put token rows into a rectangle; the padding's ids do not matter since they are masked."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, : len(row)] = 1
+    return Padded(ids.to(device), mask.to(device))
+
+
+# --- what stands before the computed positions -----------------------------------------------
+
+
+class _RecordedLayer(DynamicLayer):
+    """Keys and values of one attention layer as they were computed."""
+
+
+class _IgnoredLayer(DynamicLayer):
+    """A layer of which nothing is kept."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
+        return key_states, value_states
+
+
+class _FrozenLayer(DynamicLayer):
+    """Constant keys and values of earlier positions; what is computed after them is not kept."""
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None, length: int):
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.length = length
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
+        assert self.keys is not None
+        assert self.values is not None
+        return (
+            torch.cat([self.keys, key_states], dim=-2),
+            torch.cat([self.values, value_states], dim=-2),
+        )
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # transformers before 5.2 hands over the positions themselves
+        queries = query_length if isinstance(query_length, int) else len(query_length)
+        return self.length + queries, 0
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Attention keys and values of positions before the computed ones, for blocks from `start` on.
+
+    They are aligned to the right, so that distances between positions are those of the text and a
+    model's sliding window keeps its meaning.
+    """
+
+    start: int
+    """The first block that they are held for."""
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    """Keys and values of each block from `start` on (rows × heads × positions × head size)."""
+    lengths: Tensor
+    """How many of the positions are real in each row (rows)."""
+
+    @property
+    def positions(self) -> int:
+        """Number of positions, alignment included."""
+        return self.layers[0][0].shape[2]
+
+    def select(self, rows: Tensor) -> KeyValues:
+        """Those of some rows, in the given order; a row may be taken several times."""
+        lengths = self.lengths[rows]
+        longest = int(lengths.max())
+        cut = self.positions - longest
+        layers = tuple((k[rows, :, cut:], v[rows, :, cut:]) for k, v in self.layers)
+        return KeyValues(self.start, layers, lengths)
+
+    def cache(self) -> Cache:
+        """A cache that puts them in front of whatever is computed."""
+        length = self.positions
+        below = [_FrozenLayer(None, None, length) for _ in range(self.start)]
+        held = [_FrozenLayer(keys, values, length) for keys, values in self.layers]
+        return Cache(layers=[*below, *held])
+
+    def mask(self) -> Tensor:
+        """1 where a position is real (rows × positions)."""
+        places = torch.arange(self.positions, device=self.lengths.device)
+        return (places[None] >= self.positions - self.lengths[:, None]).long()
+
+
+class Recorder:
+    """Records the attention keys and values of blocks from `start` on during a forward pass."""
+
+    def __init__(self, lm: LanguageModel, start: int):
+        self.start = start
+        self.layers = [_IgnoredLayer() for _ in range(start)]
+        self.layers += [_RecordedLayer() for _ in range(start, lm.depth)]
+
+    def cache(self) -> Cache:
+        """The cache to hand to the forward pass."""
+        return Cache(layers=self.layers)
+
+    def before(self, lengths: Tensor) -> KeyValues:
+        """Keys and values of each row's first `lengths` positions (rows)."""
+        longest = int(lengths.max())
+        places = torch.arange(longest, device=lengths.device)
+        source = (places[None] - (longest - lengths[:, None])).clamp(min=0)
+        held = tuple(
+            (_gather(layer.keys, source), _gather(layer.values, source))
+            for layer in self.layers[self.start :]
+        )
+        return KeyValues(self.start, held, lengths)
+
+
+def _gather(states: Tensor | None, source: Tensor) -> Tensor:
+    assert states is not None
+    rows = torch.arange(len(source), device=states.device)[:, None]
+    return states.transpose(1, 2)[rows, source.to(states.device)].transpose(1, 2).contiguous()
+
+
+# --- hooks -----------------------------------------------------------------------------------
+
+
+class _Stopped(Exception):
+    """Leaves the model's forward method once the last wanted block has run."""
+
+
+def _hidden_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+@contextmanager
+def _hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _starting_at(lm: LanguageModel, start: int, hidden: Tensor) -> Iterator[None]:
+    """Skip the blocks below `start`, and let `hidden` enter block `start`."""
+
+    def enter(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": hidden}
+        return (hidden, *args[1:]), kwargs
+
+    skipped = [(block, block.__dict__.get("forward")) for block in lm.blocks[:start]]
+    for block, _ in skipped:
+        block.forward = _pass_through
+    try:
+        with _hook(lm.blocks[start].register_forward_pre_hook(enter, with_kwargs=True)):
+            yield
+    finally:
+        for block, own in skipped:
+            del block.forward
+            if own is not None:  # accelerate keeps a forward of its own on the instance
+                block.forward = own
+
+
+def _pass_through(*args: Any, **kwargs: Any) -> tuple:
+    # A tuple serves blocks of either kind: what arrives at `start` is replaced there.
+    return (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0],)
+
+
+@contextmanager
+def reading_outputs(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the hidden states that leave some blocks (rows × tokens × d) during a forward."""
+    found: dict[int, Tensor] = {}
+
+    def read(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+            found[layer] = _hidden_of(output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_hook(lm.blocks[layer].register_forward_hook(read(layer))))
+        yield found
+
+
+@contextmanager
+def reading_keys(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the inputs of some blocks' down-projections (rows·tokens × f) during a forward."""
+    found: dict[int, Tensor] = {}
+
+    def read(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple) -> None:
+            found[layer] = args[0].reshape(-1, args[0].shape[-1])
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in layers:
+            module = lm.down_projection(layer)
+            stack.enter_context(_hook(module.register_forward_pre_hook(read(layer))))
+        yield found
+
+
+@contextmanager
+def changing_output(lm: LanguageModel, layer: int, change: Callable[[Tensor], Tensor]):
+    """Replace the hidden states that leave block `layer` (rows × tokens × d) by `change` of them."""
+
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        return _with_hidden(output, change(_hidden_of(output)))
+
+    with _hook(lm.blocks[layer].register_forward_hook(hook)):
+        yield
+
+
+@contextmanager
+def _stopping_after(lm: LanguageModel, layer: int) -> Iterator[list[Tensor]]:
+    result: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+        result.append(_hidden_of(output))
+        raise _Stopped
+
+    with _hook(lm.blocks[layer].register_forward_hook(hook)):
+        try:
+            yield result
+        except _Stopped:
+            pass
+
+
+@contextmanager
+def _head_at(lm: LanguageModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Let the head see the chosen positions only, as one row."""
+
+    def choose(_module: nn.Module, args: tuple) -> tuple:
+        return (args[0][rows.to(args[0].device), columns.to(args[0].device)][None],)
+
+    with _hook(lm.head.register_forward_pre_hook(choose)):
+        yield
+
+
+# --- passes ----------------------------------------------------------------------------------
+
+
+def _inputs(
+    padded: Padded, hidden: Tensor | None, before: KeyValues | None, recorder: Recorder | None
+) -> dict[str, Any]:
+    """Arguments of the model's forward method."""
+    inputs: dict[str, Any] = {"attention_mask": padded.mask, "use_cache": False}
+    if hidden is None:
+        inputs["input_ids"] = padded.ids
+    else:
+        inputs["inputs_embeds"] = hidden.detach()
+    if before is not None:
+        places = torch.arange(padded.ids.shape[1], device=padded.ids.device)
+        lengths = before.lengths.to(places.device)
+        inputs["position_ids"] = lengths[:, None] + places[None]
+        inputs["attention_mask"] = torch.cat([before.mask().to(places.device), padded.mask], 1)
+        inputs |= {"past_key_values": before.cache(), "use_cache": True}
+    if recorder is not None:
+        inputs |= {"past_key_values": recorder.cache(), "use_cache": True}
+    return inputs
+
+
+def block_output(
+    lm: LanguageModel,
+    padded: Padded,
+    stop: int,
+    *,
+    start: int = 0,
+    hidden: Tensor | None = None,
+    before: KeyValues | None = None,
+) -> Tensor:
+    """Hidden states that leave block `stop` (rows × tokens × d); nothing above it is run.
+
+    With `hidden` (rows × tokens × d), these enter block `start` and nothing below it is run.
+    """
+    with ExitStack() as stack:
+        if hidden is not None:
+            stack.enter_context(_starting_at(lm, start, hidden))
+        result = stack.enter_context(_stopping_after(lm, stop))
+        lm.model.base_model(**_inputs(padded, hidden, before, None))
+    return result[0]
+
+
+def logits_at(
+    lm: LanguageModel,
+    padded: Padded,
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    start: int = 0,
+    hidden: Tensor | None = None,
+    before: KeyValues | None = None,
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """Float32 logits at chosen positions (k × vocabulary), given by row and column (k each).
+
+    With `hidden`, these enter block `start`; with `before`, the rows continue earlier positions;
+    `recorder` keeps the keys and values of this pass.
+    """
+    with ExitStack() as stack:
+        if hidden is not None:
+            stack.enter_context(_starting_at(lm, start, hidden))
+        stack.enter_context(_head_at(lm, rows, columns))
+        output = lm.model(**_inputs(padded, hidden, before, recorder))
+    return output.logits[0].float()
+
+
+def can_resume(lm: LanguageModel) -> bool:
+    """Whether this model gives the same logits when it is started above block 0 against recorded
+    keys and values: tried on a short row, since no list of families could be complete."""
+    known = getattr(lm, "_can_resume", None)
+    if known is None:
+        known = lm._can_resume = _try_to_resume(lm)  # type: ignore[attr-defined]
+    return known
+
+
+@torch.no_grad()
+def _try_to_resume(lm: LanguageModel) -> bool:
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    ids = [[(7 * place + 3) % vocabulary for place in range(length)] for length in (5, 7)]
+    padded = pad(ids, lm.device)
+    start = lm.depth // 2
+    first = torch.tensor([2, 4], device=lm.device)
+    rows, columns = torch.tensor([0, 1]), torch.tensor([4, 6])
+    try:
+        recorder = Recorder(lm, start)
+        with reading_outputs(lm, [start - 1]) as outputs:
+            expected = logits_at(lm, padded, rows, columns, recorder=recorder)
+        width = 3
+        places = first[:, None] + torch.arange(width, device=lm.device)[None]
+        device = outputs[start - 1].device
+        hidden = outputs[start - 1][torch.arange(2, device=device)[:, None], places.to(device)]
+        tail = Padded(padded.ids.gather(1, places), padded.mask.gather(1, places))
+        resumed = logits_at(
+            lm,
+            tail,
+            rows,
+            columns - first.cpu(),
+            start=start,
+            hidden=hidden,
+            before=recorder.before(first),
+        )
+    except Exception:  # whatever an unknown family raises, the full forward still serves
+        return False
+    tolerance = 1e-4 if lm.dtype == torch.float32 else 0.05
+    return bool((resumed - expected).norm() <= tolerance * expected.norm())

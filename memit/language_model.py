@@ -1,0 +1,247 @@
+"""A causal language model together with the places where MEMIT reads and writes it.
+
+The blocks and their down-projections are found by structure: no table of module names per family.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from memit.errors import InputError, IntegrityError, ModelStructureError, UnreachableError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from memit.weight_delta import AppliedDelta
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LanguageModel:
+    """A decoder-only Hugging Face model, its tokenizer, its blocks and their down-projections."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        revision: str | None = None,
+    ):
+        """Freeze `model` and locate its parts.
+
+        Raises `ModelStructureError` if it is not a decoder-only stack of blocks with a head.
+        """
+        model.eval().requires_grad_(False)
+        self.model = model
+        """The Hugging Face model, in evaluation mode, without gradients for its parameters."""
+        self.tokenizer = tokenizer
+        """Its tokenizer."""
+        self.name = name
+        """The hub id or the directory that it was loaded from."""
+        self.revision = revision
+        """The commit of the hub repository, if it came from there."""
+        self.blocks = _find_blocks(model)
+        """The decoder blocks, in order."""
+        self.head = model.get_output_embeddings()
+        """The module that turns final hidden states into logits."""
+        self.applied: list[AppliedDelta] = []
+        """Deltas that stand in the weights now, oldest first."""
+        if self.head is None:
+            raise ModelStructureError(
+                f"{name} has no language-model head; load it as a causal language model."
+            )
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """Hidden size d."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def inner_width(self) -> int:
+        """Input size f of the first block's down-projection."""
+        return self.weight(0).shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids must be put."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the forward pass runs in."""
+        return self.model.dtype
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence that the model takes, in tokens."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 2048)
+
+    def check_layers(self, layers: tuple[int, ...]) -> None:
+        """Raise `InputError` for a layer that does not exist and `ModelStructureError` for one
+        without a down-projection."""
+        for layer in layers:
+            self.down_projection(layer)
+
+    def down_projection(self, layer: int) -> nn.Module:
+        """The linear module W_out of block `layer` (Eqn. 18)."""
+        if not 0 <= layer < self.depth:
+            raise InputError(
+                f"layer {layer} does not exist: {self.name} has layers 0 to {self.depth - 1}."
+            )
+        return _find_down_projection(self.blocks[layer], self.width, f"layer {layer}")
+
+    def weight(self, layer: int) -> Tensor:
+        """W_out as a d × f view, whichever way it is stored."""
+        module = self.down_projection(layer)
+        weight = cast(Tensor, module.weight)
+        return weight.T if isinstance(module, Conv1D) else weight
+
+    def set_weight(self, layer: int, value: Tensor) -> None:
+        """Write a d × f tensor into W_out, rounded to the dtype that the model runs in."""
+        with torch.no_grad():
+            self.weight(layer).copy_(value)
+
+    def weight_digest(self, layer: int, dtype: torch.dtype | None = None) -> str:
+        """sha256 over dtype, shape and bytes of W_out as d × f, cast to `dtype` if one is given."""
+        weight = self.weight(layer)
+        return tensor_digest(weight if dtype is None else weight.to(dtype))
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 over dtype, shape and bytes."""
+    flat = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)}\n".encode())
+    digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_model(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+) -> LanguageModel:
+    """Load a model and its tokenizer from the hub or from a directory.
+
+    `dtype` is float32, bfloat16 or float16, never the checkpoint's own choice. `device` is a torch
+    device, `auto` (a GPU if there is one) or `sharded` (spread over devices by accelerate).
+    Only safetensors weights are read and no code from the repository is run. Raises `InputError`,
+    `IntegrityError` or `UnreachableError`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise InputError(f"dtype '{dtype}' is not known; use one of {', '.join(DTYPES)}.")
+    is_local = Path(source).is_dir()
+    if not is_local and isinstance(source, Path):
+        raise InputError(f"{source} is not a directory with a model; give one that holds it.")
+    placement = {"device_map": "auto"} if device == "sharded" else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=DTYPES[dtype], use_safetensors=True, **placement
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_error(str(source), is_local, error) from error
+    except Exception as error:  # safetensors raises a type of its own for a damaged file
+        if type(error).__module__.startswith("safetensors"):
+            raise IntegrityError(
+                f"the weights in {source} are damaged ({error}); fetch or export them again."
+            ) from error
+        raise
+    if device != "sharded":
+        model = model.to(_device(device))
+    commit = getattr(model.config, "_commit_hash", None) or revision
+    return LanguageModel(model, tokenizer, name=str(source), revision=None if is_local else commit)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:N.") from error
+
+
+def _load_error(source: str, is_local: bool, error: Exception) -> Exception:
+    reason = str(error).strip().split("\n")[0]
+    if is_local:
+        return IntegrityError(
+            f"{source} does not hold a model that can be loaded ({reason}); "
+            "it needs config.json, a tokenizer and safetensors weights."
+        )
+    return UnreachableError(
+        f"{source} could not be loaded from the hub ({reason}); check the name, the revision and "
+        "the network, or download it and give its directory."
+    )
+
+
+def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise ModelStructureError(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are edited."
+        )
+    depth = getattr(config, "num_hidden_layers", None)
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not stacks:
+        raise ModelStructureError(
+            f"{type(model).__name__} has no list of {depth} blocks; only stacks of decoder blocks "
+            "are edited."
+        )
+    return stacks[0]
+
+
+def _find_down_projection(block: nn.Module, width: int, where: str) -> nn.Module:
+    """The one linear module outside attention that leads from a wider space back to the hidden
+    size, in a block that also has one that leads there."""
+    linears = _linears_outside_attention(block)
+    down = [m for m in linears if _fan_out(m) == width and _fan_in(m) != width]
+    up = [m for m in linears if _fan_in(m) == width and _fan_out(m) != width]
+    if len(down) != 1 or not up:
+        found = "none" if not down else str(len(down)) if len(down) > 1 else "one without an input"
+        raise ModelStructureError(
+            f"{where} ({type(block).__name__}) must have exactly one down-projection from its MLP "
+            f"to the hidden size {width}, but {found} was found; mixtures of experts and blocks "
+            "without an MLP cannot be edited: choose other layers or another model."
+        )
+    return down[0]
+
+
+def _linears_outside_attention(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return [module]
+    return [
+        linear
+        for child in module.children()
+        if "attention_mask" not in inspect.signature(child.forward).parameters
+        for linear in _linears_outside_attention(child)
+    ]
+
+
+def _fan_in(module: nn.Module) -> int:
+    return module.weight.shape[0 if isinstance(module, Conv1D) else 1]  # type: ignore[union-attr]
+
+
+def _fan_out(module: nn.Module) -> int:
+    return module.weight.shape[1 if isinstance(module, Conv1D) else 0]  # type: ignore[union-attr]

@@ -1,0 +1,157 @@
+"""From text to token positions: whole strings are tokenised once, places come from characters.
+
+Lengths of separately tokenised pieces are never added: a beginning-of-sequence token or a
+SentencePiece leading space would shift them (ALGORITHM: section "Requests and tokens").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memit.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class MarkedText:
+    """A text with the characters that matter."""
+
+    text: str
+    """The whole string."""
+    subject_end: int
+    """Index just after the subject's last character."""
+    prompt_end: int
+    """Index just after the prompt's last character; the target follows."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A tokenised text with the positions that matter."""
+
+    ids: tuple[int, ...]
+    """Token ids up to the end of the target, special tokens at the front included."""
+    subject_last: int
+    """Position of the last token that covers the subject's last character."""
+    target: tuple[int, ...]
+    """Positions of the target's tokens; empty for a prompt alone."""
+
+
+def mark(template: str, subject: str, *, prefix: str = "", target: str | None = None) -> MarkedText:
+    """Put `subject` in the template's `{}`, `prefix` before it and a space and `target` after it."""
+    before, after = template.split("{}")
+    subject_end = len(prefix) + len(before) + len(subject)
+    prompt = f"{prefix}{before}{subject}{after}"
+    text = prompt if target is None else f"{prompt} {target.strip()}"
+    return MarkedText(text, subject_end, len(prompt))
+
+
+def locate(tokenizer: PreTrainedTokenizerBase, marked: Sequence[MarkedText]) -> list[TokenRow]:
+    """Tokenise marked texts.
+
+    Raises `InputError` for a subject or a target that no token stands for.
+    """
+    tokenized = tokenize(tokenizer, [m.text for m in marked])
+    return [_row(mark, ids, ends) for mark, (ids, ends) in zip(marked, tokenized, strict=True)]
+
+
+def prompt_row(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    subject: str,
+    *,
+    prefix: str = "",
+    target: str | None = None,
+) -> TokenRow:
+    """The token row of one prompt; see `mark` and `locate`."""
+    return locate(tokenizer, [mark(template, subject, prefix=prefix, target=target)])[0]
+
+
+def continuation_rows(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]
+) -> list[TokenRow]:
+    """Token rows of prompts followed by a space and a target; the subject is not looked for."""
+    marked = [
+        MarkedText(f"{prompt} {target.strip()}", len(prompt), len(prompt))
+        for prompt, target in zip(prompts, targets, strict=True)
+    ]
+    return locate(tokenizer, marked)
+
+
+def _row(marked: MarkedText, ids: list[int], ends: list[int]) -> TokenRow:
+    subject_last = _first_reaching(ends, marked.subject_end)
+    target = tuple(place for place, end in enumerate(ends) if end > marked.prompt_end)
+    if subject_last is None or marked.subject_end == 0:
+        raise InputError(f"no token stands for the subject in {marked.text!r}; give another name.")
+    if len(marked.text) > marked.prompt_end and not target:
+        raise InputError(f"no token stands for the object in {marked.text!r}; give another object.")
+    length = target[-1] + 1 if target else len(ids)
+    return TokenRow(tuple(ids[:length]), subject_last, target)
+
+
+def _first_reaching(ends: list[int], end: int) -> int | None:
+    """Position of the token that completes the first `end` characters."""
+    return next((place for place, reached in enumerate(ends) if reached >= end), None)
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each text as the tokenizer makes them by default, and for each token the number
+    of the text's characters that are complete once it has been read."""
+    if not tokenizer.is_fast:
+        return [_by_decoding(tokenizer, text) for text in texts]
+    batch = tokenizer(list(texts), return_offsets_mapping=True, return_attention_mask=False)
+    return [
+        (ids, ends)
+        if (ends := _ends_from_offsets(text, offsets)) is not None
+        else _by_decoding(tokenizer, text)
+        for text, ids, offsets in zip(
+            texts, batch["input_ids"], batch["offset_mapping"], strict=True
+        )
+    ]
+
+
+def _ends_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[int] | None:
+    """Completed characters after each token, or None if the offsets cannot be right: they must not
+    go back, and must leave out nothing but white space."""
+    ends: list[int] = []
+    reached = 0
+    for index, (start, end) in enumerate(offsets):
+        if start == end:  # a special token
+            ends.append(reached)
+            continue
+        later = next((s for s, e in offsets[index + 1 :] if s != e), len(text))
+        if end < reached or end > len(text) or text[reached:start].strip():
+            return None
+        # A character that continues in the next token is not complete.
+        ends.append(max(reached, min(end, later)))
+        reached = max(reached, end)
+    return None if text[reached:].strip() else ends
+
+
+def _by_decoding(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """The same for a tokenizer without usable offsets: decode ever longer prefixes and compare."""
+    ids: list[int] = tokenizer(text, return_attention_mask=False)["input_ids"]
+    leading = len(text) - len(text.lstrip())
+    ends = []
+    for length in range(1, len(ids) + 1):
+        decoded = tokenizer.decode(
+            ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        ends.append(_common_prefix(decoded.lstrip(), text.lstrip()))
+    ends = [leading + end if end else 0 for end in ends]
+    if not ends or ends[-1] < len(text.rstrip()):
+        raise InputError(
+            f"the tokenizer does not give {text!r} back when it decodes its tokens, so that the "
+            "subject cannot be located; use a tokenizer that does (a fast one has offsets)."
+        )
+    return ids, ends
+
+
+def _common_prefix(first: str, second: str) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
