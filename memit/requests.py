@@ -1,0 +1,404 @@
+"""Edit requests: what they are, the files they come in, and how they are checked and sampled.
+
+Three kinds of file are read: CounterFact in its published schema, the same without target ids,
+attribute prompts and generation prompts, and a user's own facts as JSON lines or CSV with the
+columns of `FACT_COLUMNS`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from memit.errors import ConflictError, InputError
+
+FACT_COLUMNS = ("subject", "prompt", "target", "target_true", "paraphrases", "neighbors")
+"""Columns of a user's own file; the first three are required.
+
+`prompt` holds one `{}` where the subject goes. `paraphrases` and `neighbors` are lists of whole
+prompts (in CSV separated by `|`); a `{}` in a paraphrase stands for the subject.
+"""
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to write. Raises `InputError` if it cannot be one; objects are stripped."""
+
+    subject: str
+    prompt: str
+    """Template with exactly one `{}`, where the subject goes."""
+    target_new: str
+    """The new object, without the space that precedes it in running text."""
+    target_true: str | None = None
+    relation_id: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the request and strip its objects."""
+        object.__setattr__(self, "target_new", self.target_new.strip())
+        if self.target_true is not None:
+            object.__setattr__(self, "target_true", self.target_true.strip())
+        slots = self.prompt.count("{}")
+        if slots != 1:
+            raise InputError(
+                f"the prompt {self.prompt!r} has {slots} '{{}}' where it needs exactly one: "
+                "write '{}' in the place of the subject."
+            )
+        if not self.subject.strip():
+            raise InputError("the subject is empty: name what the fact is about.")
+        if not self.target_new:
+            raise InputError("the new object is empty: say what the model should answer.")
+        if self.target_true == "":
+            raise InputError("the true object is empty: give it or leave it out.")
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in its place."""
+        return fill(self.prompt, self.subject)
+
+
+@dataclass(frozen=True)
+class Record:
+    """An edit request with the prompts that measure it."""
+
+    case_id: int
+    request: EditRequest
+    paraphrase_prompts: tuple[str, ...] = ()
+    neighborhood_prompts: tuple[str, ...] = ()
+    generation_prompts: tuple[str, ...] = ()
+    attribute_prompts: tuple[str, ...] = ()
+
+
+def fill(template: str, subject: str) -> str:
+    """Put the subject in the place of the template's `{}`; other braces stay as they are."""
+    return template.replace("{}", subject, 1)
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Read CounterFact or a user's own facts, whichever the file holds.
+
+    Raises `InputError` naming file and record if something in it cannot be used.
+    """
+    return read_counterfact(path) if _holds_counterfact(Path(path)) else read_facts(path)
+
+
+def read_counterfact(path: str | Path) -> list[Record]:
+    """Read records in the CounterFact schema, whole or reduced; keys it does not know are ignored.
+
+    Raises `InputError` naming file and record if something in it cannot be used.
+    """
+    rows = _parse_json(Path(path), _read_text(Path(path)))
+    if not isinstance(rows, list):
+        raise InputError(f"{path} holds no list of records: CounterFact is one JSON list.")
+    records = []
+    for number, row in enumerate(rows, start=1):
+        with _located(path, number, row):
+            records.append(_counterfact_record(row, number - 1))
+    return _checked(records, path)
+
+
+def read_facts(path: str | Path) -> list[Record]:
+    """Read a user's own facts, JSON lines or CSV with the columns of `FACT_COLUMNS`.
+
+    Raises `InputError` naming file and record if something in it cannot be used, `ConflictError`
+    if two of its records ask for different objects.
+    """
+    records = []
+    for number, row in enumerate(_fact_rows(Path(path)), start=1):
+        with _located(path, number, row):
+            records.append(_fact_record(row, number - 1))
+    records = _checked(records, path)
+    try:
+        check_conflicts(records)
+    except ConflictError as conflict:
+        raise ConflictError(f"{path}: {conflict}") from None
+    return records
+
+
+def write_records(records: Iterable[Record], path: str | Path) -> None:
+    """Write records in the CounterFact schema; equal records give equal bytes."""
+    rows = [_counterfact_row(record) for record in records]
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    partial.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def conflict_groups(records: Iterable[Record]) -> list[list[Record]]:
+    """Groups of records that share subject and relation and do not all ask for one object."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault(_relation_key(record.request), []).append(record)
+    return [group for group in groups.values() if len({r.request.target_new for r in group}) > 1]
+
+
+def drop_conflicts(records: Iterable[Record]) -> tuple[list[Record], int]:
+    """Keep the first record of each subject and relation, and those that agree with it.
+
+    Returns the records that stay, in order, and the number of those dropped. Where a record names
+    no relation its prompt stands for it.
+    """
+    kept: list[Record] = []
+    dropped = 0
+    objects: dict[tuple[str, str], str] = {}
+    for record in records:
+        first = objects.setdefault(_relation_key(record.request), record.request.target_new)
+        if first == record.request.target_new:
+            kept.append(record)
+        else:
+            dropped += 1
+    return kept, dropped
+
+
+def check_conflicts(records: Iterable[Record]) -> None:
+    """Raise `ConflictError` naming both if two records differ in nothing but the new object."""
+    first: dict[tuple[str, str], Record] = {}
+    for record in records:
+        request = record.request
+        other = first.setdefault((request.subject, request.prompt), record)
+        if other.request.target_new != request.target_new:
+            raise ConflictError(
+                f"records {other.case_id} and {record.case_id} contradict each other: "
+                f"{request.text!r} should be {other.request.target_new!r} and "
+                f"{request.target_new!r}; remove one of them."
+            )
+
+
+def sample_records(records: Sequence[Record], count: int, seed: int) -> list[Record]:
+    """Draw `count` records without replacement, in the order in which they were given.
+
+    With one seed a smaller sample is part of a larger one. Raises `InputError` if there are fewer.
+    """
+    if not 1 <= count <= len(records):
+        raise InputError(
+            f"{count} records were asked for and {len(records)} can be had: "
+            f"choose a count from 1 to {len(records)}."
+        )
+    order = list(range(len(records)))
+    random.Random(seed).shuffle(order)
+    return [records[index] for index in sorted(order[:count])]
+
+
+def records_digest(records: Iterable[Record]) -> str:
+    """Sha256 of the canonical JSON of the edit requests, in their order."""
+    requests = [asdict(record.request) for record in records]
+    canonical = json.dumps(requests, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+
+@contextmanager
+def _located(path: str | Path, number: int, row: object) -> Iterator[None]:
+    case = row.get("case_id") if isinstance(row, Mapping) else None
+    try:
+        yield
+    except InputError as error:
+        place = f"{path}, record {number}" + ("" if case is None else f" (case_id {case})")
+        raise InputError(f"{place}: {error}") from None
+
+
+def _relation_key(request: EditRequest) -> tuple[str, str]:
+    return request.subject, request.relation_id or request.prompt
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: check the path of the records.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8, or fetch it again."
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path.") from None
+
+
+def _parse_json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path} is not whole JSON (line {error.lineno}, column {error.colno}: {error.msg}): "
+            "it may be truncated, fetch or write it again."
+        ) from None
+
+
+def _holds_counterfact(path: Path) -> bool:
+    text = _read_text(path).lstrip()
+    if not text.startswith("["):
+        return False
+    rows = _parse_json(path, text)
+    first = rows[0] if rows else None
+    if isinstance(first, dict) and {"src", "loc"} <= first.keys():
+        raise InputError(f"{path} holds zsRE questions, not edit records: read it with read_zsre.")
+    return not (isinstance(first, dict) and "target" in first)
+
+
+def _fact_rows(path: Path) -> list[Any]:
+    text = _read_text(path)
+    if text.lstrip().startswith("["):
+        return _parse_json(path, text)
+    if text.lstrip().startswith("{"):
+        return _json_lines(path, text)
+    return _csv_rows(path, text)
+
+
+def _json_lines(path: Path, text: str) -> list[Any]:
+    rows = []
+    for line_number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {line_number} is not whole JSON (column {error.colno}: "
+                f"{error.msg}): each line must hold one complete object."
+            ) from None
+    return rows
+
+
+def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{path}, line {reader.line_num} has another number of fields than the header: "
+                    "put quotes around fields that hold a comma."
+                )
+            cells = {name.strip(): value for name, value in row.items() if value.strip()}
+            for name in ("paraphrases", "neighbors"):
+                if name in cells:
+                    cells[name] = [part for part in cells[name].split("|") if part.strip()]
+            rows.append(cells)
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {reader.line_num} is not CSV ({error}): close its quotes."
+        ) from None
+    return rows
+
+
+def _counterfact_record(row: Any, index: int) -> Record:
+    _require_object(row, "the record")
+    rewrite = _require_object(_required(row, "requested_rewrite"), "'requested_rewrite'")
+    case_id = row.get("case_id", index)
+    if not isinstance(case_id, int) or isinstance(case_id, bool):
+        raise InputError(f"'case_id' is {case_id!r} where a whole number is needed.")
+    request = EditRequest(
+        subject=_text(_required(rewrite, "subject"), "subject"),
+        prompt=_text(_required(rewrite, "prompt"), "prompt"),
+        target_new=_object_text(_required(rewrite, "target_new"), "target_new"),
+        target_true=_optional(rewrite, "target_true", _object_text),
+        relation_id=_optional(rewrite, "relation_id", _text),
+    )
+    return Record(
+        case_id,
+        request,
+        paraphrase_prompts=_texts(row, "paraphrase_prompts"),
+        neighborhood_prompts=_texts(row, "neighborhood_prompts"),
+        generation_prompts=_texts(row, "generation_prompts"),
+        attribute_prompts=_texts(row, "attribute_prompts"),
+    )
+
+
+def _fact_record(row: Any, index: int) -> Record:
+    _require_object(row, "the record")
+    unknown = sorted(set(row) - set(FACT_COLUMNS))
+    if unknown:
+        raise InputError(
+            f"the key {unknown[0]!r} is not known: the keys are {', '.join(FACT_COLUMNS)}."
+        )
+    request = EditRequest(
+        subject=_text(_required(row, "subject"), "subject").strip(),
+        prompt=_text(_required(row, "prompt"), "prompt").strip(),
+        target_new=_text(_required(row, "target"), "target"),
+        target_true=_optional(row, "target_true", _text),
+    )
+    paraphrases = (fill(text.strip(), request.subject) for text in _texts(row, "paraphrases"))
+    neighbors = (text.strip() for text in _texts(row, "neighbors"))
+    return Record(index, request, tuple(paraphrases), tuple(neighbors))
+
+
+def _counterfact_row(record: Record) -> dict[str, Any]:
+    request = record.request
+    rewrite: dict[str, Any] = {"prompt": request.prompt, "relation_id": request.relation_id}
+    rewrite["target_new"] = {"str": request.target_new}
+    if request.target_true is not None:
+        rewrite["target_true"] = {"str": request.target_true}
+    rewrite["subject"] = request.subject
+    return {
+        "case_id": record.case_id,
+        "requested_rewrite": rewrite,
+        "paraphrase_prompts": list(record.paraphrase_prompts),
+        "neighborhood_prompts": list(record.neighborhood_prompts),
+        "generation_prompts": list(record.generation_prompts),
+        "attribute_prompts": list(record.attribute_prompts),
+    }
+
+
+def _checked(records: list[Record], path: str | Path) -> list[Record]:
+    if not records:
+        raise InputError(f"{path} holds no records: give at least one.")
+    numbers: dict[int, int] = {}
+    for number, record in enumerate(records, start=1):
+        first = numbers.setdefault(record.case_id, number)
+        if first != number:
+            raise InputError(
+                f"{path}, records {first} and {number} share the case_id {record.case_id}: "
+                "number the records differently."
+            )
+    return records
+
+
+def _required(row: Mapping[str, Any], key: str) -> Any:
+    if row.get(key) is None:
+        raise InputError(f"the key {key!r} is missing: add it.")
+    return row[key]
+
+
+def _optional(row: Mapping[str, Any], key: str, read: Any) -> str | None:
+    return None if row.get(key) is None else read(row[key], key)
+
+
+def _require_object(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{name} is {_kind(value)} where a JSON object is needed.")
+    return value
+
+
+def _object_text(value: Any, key: str) -> str:
+    return _text(_required(_require_object(value, f"{key!r}"), "str"), f"{key}.str")
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{key!r} is {_kind(value)} where a text is needed.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{key!r} holds half a character ({value!r}): correct it.") from None
+    return value
+
+
+def _texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    values = row.get(key) or ()
+    if not isinstance(values, list | tuple):
+        raise InputError(f"{key!r} is {_kind(values)} where a list of texts is needed.")
+    texts = tuple(_text(value, key) for value in values)
+    if not all(text.strip() for text in texts):
+        raise InputError(f"{key!r} holds an empty prompt: fill it in or remove it.")
+    return texts
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return names.get(type(value), "nothing" if value is None else f"the number {value}")
