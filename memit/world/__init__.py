@@ -1,0 +1,1 @@
+"""The embedded default: a synthetic world and the small model that knows it."""

@@ -1,0 +1,261 @@
+"""Invented people, what is true of them, and the two forms in which it is told.
+
+Their lives are written out as short biographies, which a small model is trained on, and as records
+in the schema of CounterFact, which an edit is made and measured with. That biographies, unique
+surnames and templates that begin with the subject are what makes such a model keep its facts at
+the subject's last token is in `docs/decisions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+
+from memit.errors import InputError
+from memit.requests import EditRequest, Record, fill
+from memit.world.names import make_names
+from memit.world.relations import RELATIONS, Relation
+
+PARAPHRASES = 2
+NEIGHBORS = 10
+GENERATION_PROMPTS = 3
+MOST_FACTS = 4
+
+
+@dataclass(frozen=True)
+class WorldParameters:
+    """How large a world is; the defaults are those of the embedded experiment."""
+
+    seed: int = 0
+    """Everything is drawn from it."""
+    people: int = 300
+    """People with a name and one object for each relation."""
+    relations: int = 6
+    """How many of `RELATIONS`, from the first on."""
+    objects: int = 24
+    """Objects of a relation; each is true of about people / objects people."""
+    biographies: int = 40
+    """Training documents about one person."""
+    held_out_biographies: int = 1
+    """Documents about one person that training never sees, for the perplexity."""
+
+    def __post_init__(self) -> None:
+        _check_range("people", self.people, 2, 100_000)
+        _check_range("relations", self.relations, 1, len(RELATIONS))
+        _check_range("objects", self.objects, 2, min(len(r.objects) for r in RELATIONS))
+        _check_range("biographies", self.biographies, 1, 1_000_000)
+        _check_range("held_out_biographies", self.held_out_biographies, 0, 1_000_000)
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody and everything that is true of them."""
+
+    name: str
+    """Given name and surname, as every sentence spells it."""
+    facts: Mapping[str, str]
+    """Relation name to object."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What `make_world` makes of one seed."""
+
+    relations: tuple[Relation, ...]
+    """With the objects that this world uses, and no others."""
+    people: tuple[Person, ...]
+    records: tuple[Record, ...]
+    """One for each person and relation; the first `len(people)` are about different people."""
+    documents: tuple[str, ...]
+    """Training text, a biography each."""
+    held_out: tuple[str, ...]
+    """Biographies in orders and wordings that are not among the documents."""
+
+
+def make_world(parameters: WorldParameters) -> World:
+    """Draws a world; equal parameters give an equal world on every machine."""
+    relations = tuple(
+        _draw_objects(relation, parameters) for relation in RELATIONS[: parameters.relations]
+    )
+    people = _make_people(relations, parameters)
+    documents = _write_documents(people, relations, parameters)
+    return World(
+        relations=relations,
+        people=people,
+        records=_write_records(people, relations, parameters),
+        documents=documents,
+        held_out=_write_held_out(people, relations, frozenset(documents), parameters),
+    )
+
+
+def reference_texts(world: World, relation: str, target: str) -> list[str]:
+    """The training documents that tell of somebody that `target` is their `relation`.
+
+    What the reference score compares generated texts with.
+
+    Args:
+        relation: name of one of the world's relations.
+        target: one of its objects.
+    """
+    templates = next(r.templates for r in world.relations if r.name == relation)
+    sentences = [
+        _sentence(template, person.name, target)
+        for person in world.people
+        if person.facts[relation] == target
+        for template in templates
+    ]
+    return [text for text in world.documents if any(sentence in text for sentence in sentences)]
+
+
+def _check_range(key: str, value: int, lowest: int, highest: int) -> None:
+    if not lowest <= value <= highest:
+        raise InputError(
+            f"The world's {key!r} is {value}, but must lie between {lowest} and {highest}."
+        )
+
+
+def _random(parameters: WorldParameters, purpose: str) -> Random:
+    """A generator of its own for each purpose, so that one size does not shift another draw."""
+    return Random(f"memit world {parameters.seed} {purpose}")
+
+
+def _draw_objects(relation: Relation, parameters: WorldParameters) -> Relation:
+    random = _random(parameters, f"objects of {relation.name}")
+    chosen = random.sample(relation.objects, parameters.objects)
+    return Relation(relation.name, relation.templates, tuple(chosen))
+
+
+def _make_people(
+    relations: tuple[Relation, ...], parameters: WorldParameters
+) -> tuple[Person, ...]:
+    """Gives every object of a relation to equally many people, give or take one."""
+    names = make_names(parameters.people, _random(parameters, "names"))
+    columns = {}
+    for relation in relations:
+        column = [relation.objects[i % len(relation.objects)] for i in range(len(names))]
+        _random(parameters, f"facts of {relation.name}").shuffle(column)
+        columns[relation.name] = column
+    return tuple(
+        Person(name, {relation: column[i] for relation, column in columns.items()})
+        for i, name in enumerate(names)
+    )
+
+
+def _sentence(template: str, name: str, target: str) -> str:
+    return f"{fill(template, name)} {target}."
+
+
+def _biography(
+    person: Person,
+    relations: tuple[Relation, ...],
+    templates: Mapping[str, list[str]],
+    random: Random,
+) -> str:
+    """One to four facts of one person in any order, each sentence with the full name.
+
+    `templates` holds what is left to use of each relation's templates; it is refilled when empty,
+    so that all wordings of a fact are told equally often.
+    """
+    told = random.sample(relations, random.randint(1, min(MOST_FACTS, len(relations))))
+    sentences = []
+    for relation in told:
+        left = templates[relation.name]
+        if not left:
+            left.extend(random.sample(relation.templates, len(relation.templates)))
+        sentences.append(_sentence(left.pop(), person.name, person.facts[relation.name]))
+    return " ".join(sentences)
+
+
+def _write_documents(
+    people: tuple[Person, ...], relations: tuple[Relation, ...], parameters: WorldParameters
+) -> tuple[str, ...]:
+    random = _random(parameters, "documents")
+    documents = []
+    for person in people:
+        templates: dict[str, list[str]] = {relation.name: [] for relation in relations}
+        documents += [
+            _biography(person, relations, templates, random) for _ in range(parameters.biographies)
+        ]
+    random.shuffle(documents)
+    return tuple(documents)
+
+
+def _write_held_out(
+    people: tuple[Person, ...],
+    relations: tuple[Relation, ...],
+    documents: frozenset[str],
+    parameters: WorldParameters,
+) -> tuple[str, ...]:
+    random = _random(parameters, "held out")
+    held_out = []
+    for person in people:
+        templates: dict[str, list[str]] = {relation.name: [] for relation in relations}
+        unseen = (_biography(person, relations, templates, random) for _ in range(1_000))
+        new = (text for text in unseen if text not in documents)
+        held_out += islice(new, parameters.held_out_biographies)
+    random.shuffle(held_out)
+    return tuple(held_out)
+
+
+def _write_records(
+    people: tuple[Person, ...], relations: tuple[Relation, ...], parameters: WorldParameters
+) -> tuple[Record, ...]:
+    """Goes round the people once for each relation, so that early records share no subject."""
+    random = _random(parameters, "records")
+    order = {person.name: random.sample(relations, len(relations)) for person in people}
+    holders = _holders(people)
+    records: list[Record] = []
+    for turn in range(len(relations)):
+        for person in random.sample(people, len(people)):
+            relation = order[person.name][turn]
+            records.append(_record(len(records), person, relation, holders, random))
+    return tuple(records)
+
+
+def _holders(people: tuple[Person, ...]) -> dict[tuple[str, str], list[str]]:
+    """(relation, object) to the names of all of whom it is true."""
+    holders: dict[tuple[str, str], list[str]] = {}
+    for person in people:
+        for fact in person.facts.items():
+            holders.setdefault(fact, []).append(person.name)
+    return holders
+
+
+def _record(
+    case_id: int,
+    person: Person,
+    relation: Relation,
+    holders: Mapping[tuple[str, str], list[str]],
+    random: Random,
+) -> Record:
+    true = person.facts[relation.name]
+    new = random.choice([target for target in relation.objects if target != true])
+    wordings = random.sample(relation.templates, len(relation.templates))
+    prompt, paraphrases, rest = (
+        wordings[0],
+        wordings[1 : 1 + PARAPHRASES],
+        wordings[1 + PARAPHRASES :],
+    )
+    neighbors = [name for name in holders[relation.name, true] if name != person.name]
+    return Record(
+        case_id=case_id,
+        request=EditRequest(
+            subject=person.name,
+            prompt=prompt,
+            target_new=new,
+            target_true=true,
+            relation_id=relation.name,
+        ),
+        paraphrase_prompts=tuple(fill(wording, person.name) for wording in paraphrases),
+        neighborhood_prompts=_prompts_about(neighbors, relation, random),
+        generation_prompts=tuple(fill(w, person.name) for w in rest[:GENERATION_PROMPTS]),
+        attribute_prompts=_prompts_about(holders[relation.name, new], relation, random),
+    )
+
+
+def _prompts_about(names: list[str], relation: Relation, random: Random) -> tuple[str, ...]:
+    """One prompt about each of at most ten people, in any of the relation's wordings."""
+    chosen = random.sample(names, min(NEIGHBORS, len(names)))
+    return tuple(fill(random.choice(relation.templates), name) for name in chosen)
