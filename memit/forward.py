@@ -306,6 +306,7 @@ def block_output(
     start: int = 0,
     hidden: Tensor | None = None,
     before: KeyValues | None = None,
+    recorder: Recorder | None = None,
 ) -> Tensor:
     """Hidden states that leave block `stop` (rows × tokens × d); nothing above it is run.
 
@@ -315,7 +316,7 @@ def block_output(
         if hidden is not None:
             stack.enter_context(_starting_at(lm, start, hidden))
         result = stack.enter_context(_stopping_after(lm, stop))
-        lm.model.base_model(**_inputs(padded, hidden, before, None))
+        lm.model.base_model(**_inputs(padded, hidden, before, recorder))
     return result[0]
 
 

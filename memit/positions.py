@@ -83,13 +83,23 @@ def continuation_rows(
 
 def _row(marked: MarkedText, ids: list[int], ends: list[int]) -> TokenRow:
     subject_last = _first_reaching(ends, marked.subject_end)
-    target = tuple(place for place, end in enumerate(ends) if end > marked.prompt_end)
     if subject_last is None or marked.subject_end == 0:
         raise InputError(f"no token stands for the subject in {marked.text!r}; give another name.")
+    target = _target_places(marked, ends)
     if len(marked.text) > marked.prompt_end and not target:
         raise InputError(f"no token stands for the object in {marked.text!r}; give another object.")
     length = target[-1] + 1 if target else len(ids)
-    return TokenRow(tuple(ids[:length]), subject_last, target)
+    return TokenRow(tuple(ids[:length]), subject_last, tuple(target))
+
+
+def _target_places(marked: MarkedText, ends: list[int]) -> range:
+    """Positions after the prompt, up to the text's end; a special token behind it is left out."""
+    prompt_end = len(marked.text[: marked.prompt_end].rstrip())
+    text_end = len(marked.text.rstrip())
+    first, last = _first_reaching(ends, prompt_end), _first_reaching(ends, text_end)
+    if text_end <= marked.prompt_end or first is None or last is None:
+        return range(0)
+    return range(first + (ends[first] <= marked.prompt_end), last + 1)
 
 
 def _first_reaching(ends: list[int], end: int) -> int | None:

@@ -1,0 +1,104 @@
+"""Batches under a token budget, which is halved when the device runs out of memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from memit.errors import ResourceError
+from memit.language_model import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+CPU_TOKENS = 4096
+"""More tokens at a time do not make a CPU faster, since they leave its caches."""
+GPU_TOKENS = 131_072
+"""More tokens at a time do not make a GPU faster."""
+MEMORY_SHARE = 0.6
+"""Part of the free memory that batches may fill; the rest is for fragmentation and results."""
+
+
+def auto_token_budget(lm: LanguageModel, *, trained_blocks: int = 0) -> int:
+    """Padded tokens at a time from the device's free memory.
+
+    `trained_blocks` is how many blocks keep activations for a backward pass.
+    """
+    element = torch.finfo(lm.dtype).bits // 8
+    wide = 6 * lm.width + 2 * lm.inner_width
+    per_token = element * (4 * wide + (2 * wide + 10 * lm.width) * trained_blocks)
+    if lm.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(lm.device)
+        free += torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
+        return max(256, min(GPU_TOKENS, int(MEMORY_SHARE * free / per_token)))
+    return CPU_TOKENS
+
+
+def in_batches(
+    items: Sequence[Item],
+    shape: Callable[[Item], tuple[int, int]],
+    token_budget: int,
+    run: Callable[[Sequence[Item]], Result],
+) -> Iterator[tuple[Sequence[Item], Result]]:
+    """Run consecutive items together as long as rows × longest row stays within the budget.
+
+    `shape` gives an item's rows and its longest row in tokens. When the device runs out of memory
+    the budget is halved and the batch tried again; raises `ResourceError` when a single item does
+    not fit.
+    """
+    start, budget = 0, token_budget
+    while start < len(items):
+        stop = _batch_end(items, shape, budget, start)
+        batch = items[start:stop]
+        try:
+            result = run(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise ResourceError(
+                    "the device's memory does not hold one item; use a smaller dtype, a larger "
+                    "device, or spread the model over several."
+                ) from error
+            budget = max(1, _cost(batch, shape) // 2)
+            result = None
+        if result is None:
+            torch.cuda.empty_cache()
+            logger.warning("out of memory: going on with %d tokens at a time", budget)
+            continue
+        yield batch, result
+        start = stop
+
+
+def planned(
+    items: Sequence[Item], shape: Callable[[Item], tuple[int, int]], token_budget: int
+) -> list[Sequence[Item]]:
+    """The batches of consecutive items that `in_batches` makes as long as memory suffices."""
+    batches, start = [], 0
+    while start < len(items):
+        stop = _batch_end(items, shape, token_budget, start)
+        batches.append(items[start:stop])
+        start = stop
+    return batches
+
+
+def _cost(items: Sequence[Item], shape: Callable[[Item], tuple[int, int]]) -> int:
+    shapes = [shape(item) for item in items]
+    return sum(rows for rows, _ in shapes) * max(length for _, length in shapes)
+
+
+def _batch_end(
+    items: Sequence[Item], shape: Callable[[Item], tuple[int, int]], budget: int, start: int
+) -> int:
+    rows, longest = shape(items[start])
+    stop = start + 1
+    while stop < len(items):
+        more, length = shape(items[stop])
+        rows, longest = rows + more, max(longest, length)
+        if rows * longest > budget:
+            break
+        stop += 1
+    return stop

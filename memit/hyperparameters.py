@@ -1,0 +1,51 @@
+"""The numbers that a MEMIT edit depends on, and those published for known models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Settings of one edit; the defaults are the paper's for GPT-J (Appendix B)."""
+
+    layers: tuple[int, ...]
+    """Edited layers S, ascending; the last one is L, where targets are optimised."""
+    covariance_weight: float
+    """λ in Δ = R Kᵀ (λC + K Kᵀ)⁻¹."""
+    evaluations: int = 25
+    """Most evaluations of the loss for a target; one fewer updates."""
+    learning_rate: float = 0.5
+    """Adam's step size for δ."""
+    clamp_factor: float = 0.75
+    """δ is kept within this multiple of ‖h‖."""
+    weight_decay: float = 0.5
+    """Weight of ‖δ‖ / ‖h‖² in the loss."""
+    kl_factor: float = 0.0625
+    """Weight of the divergence at "{subject} is a" in the loss."""
+    loss_threshold: float = 0.05
+    """An edit stops, before updating, once its total loss is below this."""
+    key_average: Literal["nested", "uniform"] = "nested"
+    """`nested`: plain prompt and mean of prefixed ones count half each (published code); `uniform`:
+    all rows count alike (Eqn. 19 as printed)."""
+
+
+PRESETS = {
+    "gpt2-xl": Hyperparameters((13, 14, 15, 16, 17), 20_000.0, evaluations=20),
+    "gpt-j-6b": Hyperparameters((3, 4, 5, 6, 7, 8), 15_000.0),
+    "gpt-neox-20b": Hyperparameters((6, 7, 8, 9, 10), 20_000.0, evaluations=20, clamp_factor=0.3),
+    "synthetic": Hyperparameters((0, 1, 2), 20.0),
+}
+"""Published settings by the last part of the model's name, and those of the embedded default."""
+
+
+def preset(model_name: str, depth: int) -> Hyperparameters:
+    """Settings for a model of `depth` blocks: the published ones where its name is known; else
+    GPT-J's with its layers at the same relative depth."""
+    known = PRESETS.get(model_name.rstrip("/").split("/")[-1].lower())
+    if known is not None and known.layers[-1] < depth:
+        return known
+    general = PRESETS["gpt-j-6b"]
+    layers = sorted({round(layer * depth / 28) for layer in general.layers})
+    return replace(general, layers=tuple(layer for layer in layers if layer < depth - 1) or (0,))

@@ -1,0 +1,231 @@
+"""Uncentred second moments C = E[k kᵀ] of the inputs of down-projections (section "Covariance").
+
+One pass over the corpus serves all layers and stops after the last one. Sums and counts are kept,
+not means, so that shards add up exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from memit.batches import in_batches
+from memit.errors import InputError, IntegrityError, NumericsError
+from memit.forward import block_output, pad, reading_keys
+from memit.language_model import LanguageModel
+from memit.positions import tokenize
+
+WINDOW = 256
+"""Documents that are tokenised and sorted by length together."""
+TILE = 1024
+"""Columns of a tile of the symmetric product; tiles below the diagonal are left out."""
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """The sum of k kᵀ over some tokens; two of them add up."""
+
+    sum: Tensor
+    """Sum over tokens (f × f, symmetric)."""
+    count: int
+    """Number of tokens."""
+
+    @property
+    def mean(self) -> Tensor:
+        """C (f × f, float64)."""
+        return self.sum.double() / self.count
+
+    def __add__(self, other: SecondMoment) -> SecondMoment:
+        return SecondMoment(self.sum.double() + other.sum.double(), self.count + other.count)
+
+
+class SecondMomentFitter:
+    """Accumulates symmetric products of keys in float32."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.upper = torch.zeros(width, width, device=device)
+        """The sum's upper triangle of tiles; what stands below it is not defined."""
+        self.count = 0
+        """Tokens so far."""
+
+    def update(self, keys: Tensor) -> None:
+        """Add the products of keys (tokens × f): about half the work of the full product."""
+        keys = keys.float()
+        for start in range(0, len(self.upper), TILE):
+            tile = keys[:, start : start + TILE]
+            self.upper[start : start + TILE, start:].addmm_(tile.T, keys[:, start:])
+        self.count += len(keys)
+
+    def result(self) -> SecondMoment:
+        """The whole symmetric sum, in float64 on the CPU."""
+        upper = self.upper.cpu().double().triu()
+        return SecondMoment(upper + upper.triu(1).T, self.count)
+
+
+def collect_second_moments(
+    lm: LanguageModel,
+    documents: Sequence[str],
+    layers: Sequence[int],
+    *,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, SecondMoment]:
+    """Sum k kᵀ over all tokens of some documents, for several layers in one pass.
+
+    A document is one sequence, cut to the model's context. `progress` is told documents. Raises
+    `InputError` if there is no token, `NumericsError` if a key is not finite.
+    """
+    fitters = {
+        layer: SecondMomentFitter(lm.weight(layer).shape[1], lm.weight(layer).device)
+        for layer in layers
+    }
+
+    def run(rows: Sequence[list[int]]) -> bool:
+        _add_keys(lm, rows, fitters)
+        return True
+
+    # bf16 and fp16 keys are exact in TF32, so that its products lose nothing.
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or lm.dtype != torch.float32
+    try:
+        for rows in _tokenised_windows(lm, documents):
+            for batch, _ in in_batches(rows, lambda row: (1, len(row)), token_budget, run):
+                if progress is not None:
+                    progress(len(batch))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return {layer: _checked(fitter.result(), layer) for layer, fitter in fitters.items()}
+
+
+@torch.no_grad()
+def _add_keys(
+    lm: LanguageModel, rows: Sequence[list[int]], fitters: Mapping[int, SecondMomentFitter]
+) -> None:
+    padded = pad(rows, lm.device)
+    real = torch.nonzero(padded.mask.reshape(-1))[:, 0]
+    with reading_keys(lm, list(fitters)) as keys:
+        block_output(lm, padded, max(fitters))
+    # All keys first: a batch that does not fit must not be counted for some layers only.
+    chosen = {layer: found[real.to(found.device)] for layer, found in keys.items()}
+    for layer, fitter in fitters.items():
+        fitter.update(chosen[layer])
+
+
+def _tokenised_windows(lm: LanguageModel, documents: Sequence[str]) -> Iterator[list[list[int]]]:
+    """Token rows of consecutive documents, longest first within a window so that rows of a batch
+    have about one length; the next window is tokenised while the model runs."""
+
+    def rows_of(start: int) -> list[list[int]]:
+        tokenized = tokenize_plain(lm, documents[start : start + WINDOW])
+        return sorted(tokenized, key=len, reverse=True)
+
+    starts = range(0, len(documents), WINDOW)
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = ahead.submit(rows_of, 0)
+        for start in starts:
+            rows = waiting.result()
+            waiting = ahead.submit(rows_of, start + WINDOW)
+            yield rows
+
+
+def tokenize_plain(lm: LanguageModel, documents: Sequence[str]) -> list[list[int]]:
+    """Token ids of corpus texts without special tokens, cut to the context; empty ones left out."""
+    if not documents:
+        return []
+    ids = lm.tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    return [row[: lm.context_length] for row in ids if row]
+
+
+def _checked(moment: SecondMoment, layer: int) -> SecondMoment:
+    if moment.count == 0:
+        raise InputError("the corpus has no tokens; give one that has text in it.")
+    if not bool(torch.isfinite(moment.sum).all()):
+        raise NumericsError(
+            f"the second moment of layer {layer} is not finite; run the model in float32 or bfloat16."
+        )
+    return moment
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def write_moment(moment: SecondMoment, path: Path, provenance: Mapping[str, Any]) -> None:
+    """Write one layer's sums as Parquet, a row for each matrix row, with `provenance` inside."""
+    matrix = moment.sum.float().contiguous().numpy()
+    column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+    metadata = {"count": str(moment.count), "provenance": json.dumps(provenance, sort_keys=True)}
+    table = pa.table({"sum": column}).replace_schema_metadata(metadata)
+    pq.write_table(table, path, compression="none")
+
+
+def read_moment(path: Path) -> tuple[SecondMoment, dict[str, Any]]:
+    """Read what `write_moment` wrote, and its provenance; raises `IntegrityError` otherwise."""
+    try:
+        table = pq.read_table(path)
+        metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+        column = table.column("sum").combine_chunks()
+        matrix = column.values.to_numpy().reshape(len(column), -1)
+        count, provenance = int(metadata["count"]), json.loads(metadata["provenance"])
+    except Exception as error:
+        raise IntegrityError(
+            f"{path} does not hold a second moment ({error}); delete it and collect it again."
+        ) from error
+    moment = SecondMoment(torch.from_numpy(matrix.copy()), count)
+    check_moment(moment, str(path), matrix.shape[0])
+    return moment, provenance
+
+
+def import_published(path: Path, width: int) -> SecondMoment:
+    """Read a `.npz` of the published code: `mom2.mom2` (sum, f × f) and `mom2.count`.
+
+    Raises `IntegrityError` unless it is a symmetric, positive definite `width` × `width` matrix.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            matrix, count = file["mom2.mom2"], int(file["mom2.count"])
+    except Exception as error:
+        raise IntegrityError(
+            f"{path} does not hold published second moments ({error}); it must be a .npz with "
+            "'mom2.mom2' and 'mom2.count'."
+        ) from error
+    moment = SecondMoment(torch.from_numpy(np.array(matrix)), count)
+    check_moment(moment, str(path), width)
+    cholesky(moment.mean, str(path))
+    return moment
+
+
+def check_moment(moment: SecondMoment, where: str, width: int) -> None:
+    """Raise `IntegrityError` unless the sum is finite, symmetric and of the right size."""
+    if moment.sum.ndim != 2 or tuple(moment.sum.shape) != (width, width):
+        shape = " × ".join(map(str, moment.sum.shape))
+        raise IntegrityError(
+            f"{where} holds a {shape} matrix where {width} × {width} is needed; "
+            "it belongs to another model or layer."
+        )
+    scale = moment.sum.abs().max()
+    if not bool(torch.isfinite(scale)) or moment.count <= 0:
+        raise IntegrityError(f"{where} holds sums that are not finite; collect them again.")
+    if bool((moment.sum - moment.sum.T).abs().max() > 1e-5 * scale):
+        raise IntegrityError(f"{where} holds a matrix that is not symmetric; collect it again.")
+
+
+def cholesky(matrix: Tensor, where: str) -> Tensor:
+    """Lower factor of a symmetric float64 matrix; raises `NumericsError` if it is not definite."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        raise NumericsError(
+            f"the second moment of {where} is not positive definite (minor {int(info)} of "
+            f"{len(matrix)}); collect it over more text: at least twice as many tokens as it has "
+            "rows."
+        )
+    return factor

@@ -1,0 +1,383 @@
+"""Target vectors: what block L must say at the subject's last token (Eqn. 16, Algorithm 1, 1-4).
+
+All edits of a batch are optimised side by side, each as if it were alone. What cannot change is
+computed once: everything up to block L, and the keys and values that blocks above L hold for
+positions before the subject's last token. Each evaluation then runs only the positions from there
+on through the blocks above L, and the head only where the loss looks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from memit.batches import in_batches
+from memit.errors import IntegrityError
+from memit.forward import (
+    KeyValues,
+    Padded,
+    Recorder,
+    block_output,
+    can_resume,
+    changing_output,
+    logits_at,
+    pad,
+    reading_outputs,
+)
+from memit.hyperparameters import Hyperparameters
+from memit.language_model import LanguageModel
+from memit.positions import TokenRow, locate, mark
+from memit.requests import EditRequest
+
+logger = logging.getLogger(__name__)
+
+KL_TEMPLATE = "{} is a"
+"""The row whose next-token distribution at the subject must not drift."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Optimised targets of n edits."""
+
+    z: Tensor
+    """z_i = h_i + δ_i (n × d, float32)."""
+    hidden: Tensor
+    """h_i, output of block L at the subject's last token of the plain prompt (n × d, float32)."""
+    losses: Tensor
+    """Total loss at each evaluation, NaN after the stop (n × evaluations, float32)."""
+
+    finite: Tensor
+    """Whether every loss of the edit was a finite number (n, bool)."""
+
+    @property
+    def delta_ratios(self) -> Tensor:
+        """‖δ_i‖ / ‖h_i‖ (n)."""
+        return (self.z - self.hidden).norm(dim=1) / self.hidden.norm(dim=1)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Targets]) -> Targets:
+        """Targets of consecutive chunks of requests as one."""
+        names = Targets.__dataclass_fields__
+        return Targets(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
+
+    def save(self, path: Path) -> None:
+        """Write them as safetensors."""
+        save_file({name: part.contiguous() for name, part in self.__dict__.items()}, path)
+
+    @staticmethod
+    def load(path: Path) -> Targets:
+        """Read what `save` wrote; raises `IntegrityError` for anything else."""
+        try:
+            return Targets(**load_file(path))
+        except Exception as error:
+            raise IntegrityError(
+                f"{path} does not hold target vectors ({error}); delete it and run `targets` again."
+            ) from error
+
+
+@dataclass(frozen=True)
+class EditRows:
+    """The token rows of one edit."""
+
+    plain: TokenRow
+    """The prompt, followed by the target."""
+    prefixed: tuple[TokenRow, ...]
+    """The same behind each prefix."""
+    essence: TokenRow
+    """ "{subject} is a", up to the subject's last token."""
+
+    @property
+    def essence_is_plain(self) -> bool:
+        """Whether the essence row is how the plain row begins, so that it needs no row of its own."""
+        return self.plain.ids[: len(self.essence.ids)] == self.essence.ids
+
+    @property
+    def rows(self) -> list[TokenRow]:
+        """Plain row, prefixed rows, and the essence row where it is needed."""
+        return [self.plain, *self.prefixed, *([] if self.essence_is_plain else [self.essence])]
+
+
+def edit_rows(
+    lm: LanguageModel, requests: Sequence[EditRequest], prefixes: Sequence[str]
+) -> list[EditRows]:
+    """Tokenise requests; raises `InputError` for a subject or an object without tokens."""
+    marked = [
+        marked_text
+        for request in requests
+        for marked_text in (
+            *(
+                mark(request.prompt, request.subject, prefix=prefix, target=request.target_new)
+                for prefix in ("", *prefixes)
+            ),
+            mark(KL_TEMPLATE, request.subject),
+        )
+    ]
+    rows = locate(lm.tokenizer, marked)
+    count = len(prefixes) + 2
+    return [
+        EditRows(group[0], tuple(group[1:-1]), _until_subject(group[-1]))
+        for group in (rows[start : start + count] for start in range(0, len(rows), count))
+    ]
+
+
+def _until_subject(row: TokenRow) -> TokenRow:
+    return TokenRow(row.ids[: row.subject_last + 1], row.subject_last, ())
+
+
+def compute_targets(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    prefixes: Sequence[str],
+    hp: Hyperparameters,
+    *,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> Targets:
+    """Optimise z_i for each request at layer L = `hp.layers[-1]`.
+
+    `token_budget` bounds the padded tokens on the device at a time. An edit whose loss is not
+    finite stops where it stood and is marked so in `Targets.finite`.
+    """
+    edits = edit_rows(lm, requests, prefixes)
+    if not can_resume(lm):
+        logger.warning("%s cannot be resumed in the middle: whole rows are run each time", lm.name)
+    order = sorted(range(len(edits)), key=lambda index: _shape(edits[index])[::-1])
+
+    def optimise(indices: Sequence[int]) -> Targets:
+        return _optimise(lm, [edits[index] for index in indices], hp)
+
+    parts = []
+    for indices, part in in_batches(order, lambda i: _shape(edits[i]), token_budget, optimise):
+        parts.append(part)
+        if progress is not None:
+            progress(len(indices))
+    back = torch.tensor(order).argsort()
+    found = Targets.concatenate(parts)
+    return Targets(**{name: part[back] for name, part in found.__dict__.items()})
+
+
+def _shape(edit: EditRows) -> tuple[int, int]:
+    return len(edit.rows), max(len(row.ids) for row in edit.rows)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of several edits, ready to be evaluated for any δ."""
+
+    padded: Padded
+    """The tokens that are run (rows × tokens)."""
+    edit: Tensor
+    """Which edit a row belongs to (rows)."""
+    column: Tensor
+    """Where δ is added in a row (rows)."""
+    hidden: Tensor | None
+    """Output of block L for these tokens, or None where all blocks are run each time."""
+    before: KeyValues | None
+    """What blocks above L hold of the tokens before these."""
+    target_row: Tensor
+    """Row of each scored position (k)."""
+    target_column: Tensor
+    """Column whose logits score it (k)."""
+    target_id: Tensor
+    """The token that ought to come there (k)."""
+    target_weight: Tensor
+    """Its weight in the mean over an edit's rows of the mean over a row's tokens (k)."""
+    essence_row: Tensor
+    """The row whose logits at δ's place must not drift (edits)."""
+    initial: Tensor | None
+    """log p there for δ = 0 (edits × vocabulary), known after the first evaluation."""
+
+    def keep(self, going: Tensor) -> _Batch:
+        """The same without the edits that are not `going` (edits)."""
+        rows = torch.nonzero(going[self.edit])[:, 0]
+        new_edit, new_row = _renumbered(going), _renumbered(going[self.edit])
+        scored = going[self.edit[self.target_row]]
+        assert self.initial is not None
+        return _Batch(
+            padded=self.padded[rows],
+            edit=new_edit[self.edit[rows]],
+            column=self.column[rows],
+            hidden=None if self.hidden is None else self.hidden[rows],
+            before=None if self.before is None else self.before.select(rows),
+            target_row=new_row[self.target_row[scored]],
+            target_column=self.target_column[scored],
+            target_id=self.target_id[scored],
+            target_weight=self.target_weight[scored],
+            essence_row=new_row[self.essence_row[going]],
+            initial=self.initial[going],
+        )
+
+
+def _renumbered(kept: Tensor) -> Tensor:
+    return kept.long().cumsum(0) - 1
+
+
+def _optimise(lm: LanguageModel, edits: Sequence[EditRows], hp: Hyperparameters) -> Targets:
+    """The targets of one batch."""
+    batch, hidden = _prepare(lm, edits, hp.layers[-1])
+    norm = hidden.norm(dim=1)
+    history = torch.full((len(edits), hp.evaluations), torch.nan, device=hidden.device)
+    delta = torch.zeros_like(hidden, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=hp.learning_rate)
+    active = torch.arange(len(edits), device=hidden.device)
+    broken = torch.zeros(len(edits), dtype=torch.bool, device=hidden.device)
+    for evaluation in range(hp.evaluations):
+        logits = _logits(lm, batch, delta[active], hp.layers[-1])
+        losses, initial = _losses(batch, logits, delta[active], norm[active], hp)
+        history[active, evaluation] = losses.detach()
+        broken[active] = ~torch.isfinite(losses.detach())
+        going = losses.detach() >= hp.loss_threshold  # False for NaN too
+        if evaluation == hp.evaluations - 1 or not bool(going.any()):
+            break
+        optimizer.zero_grad()
+        losses[going].sum().backward()
+        active = active[going]
+        _update(optimizer, delta, active, hp.clamp_factor * norm)
+        batch = _with_initial(batch, initial)
+        if not bool(going.all()):
+            batch = batch.keep(going)
+    z = hidden + delta.detach()
+    finite = torch.isfinite(z).all(1) & ~broken
+    return Targets(z.cpu(), hidden.cpu(), history.cpu(), finite.cpu())
+
+
+def _with_initial(batch: _Batch, initial: Tensor) -> _Batch:
+    return _Batch(**{**batch.__dict__, "initial": initial})
+
+
+@torch.no_grad()
+def _update(optimizer: torch.optim.Adam, delta: Tensor, active: Tensor, limit: Tensor) -> None:
+    """One step of Adam and the projection onto ‖δ‖ ≤ limit, for the active edits alone: momentum
+    would move the others on."""
+    stopped = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
+    stopped[active] = False
+    frozen = delta[stopped].clone()
+    optimizer.step()
+    delta.mul_((limit / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1.0)[:, None])
+    delta[stopped] = frozen
+
+
+def _losses(
+    batch: _Batch, logits: Tensor, delta: Tensor, norm: Tensor, hp: Hyperparameters
+) -> tuple[Tensor, Tensor]:
+    """Total loss of each edit (edits), and log p at the essence positions for δ = 0."""
+    scored = len(batch.target_id)
+    log_target = torch.log_softmax(logits[:scored], dim=-1)
+    nll = -log_target.gather(1, batch.target_id[:, None])[:, 0] * batch.target_weight
+    owner = batch.edit[batch.target_row]
+    total = torch.zeros(len(delta), device=logits.device).index_add(0, owner, nll)
+    current = torch.log_softmax(logits[scored:], dim=-1)
+    initial = current.detach() if batch.initial is None else batch.initial
+    divergence = (current.exp() * (current - initial)).sum(-1)
+    decay = delta.norm(dim=1) / norm**2
+    return total + hp.kl_factor * divergence + hp.weight_decay * decay, initial
+
+
+def _logits(lm: LanguageModel, batch: _Batch, delta: Tensor, layer: int) -> Tensor:
+    """Logits at the scored positions, then at the essence positions, with δ added."""
+    rows = torch.cat([batch.target_row, batch.essence_row])
+    columns = torch.cat([batch.target_column, batch.column[batch.essence_row]])
+    moved = delta[batch.edit]
+
+    def add(hidden: Tensor) -> Tensor:
+        places = torch.arange(len(moved), device=hidden.device), batch.column.to(hidden.device)
+        new = (hidden[places].float() + moved.to(hidden.device)).to(hidden.dtype)
+        return hidden.index_put(places, new)
+
+    if batch.hidden is None:
+        with changing_output(lm, layer, add):
+            return logits_at(lm, batch.padded, rows, columns)
+    return logits_at(
+        lm,
+        batch.padded,
+        rows,
+        columns,
+        start=layer + 1,
+        hidden=add(batch.hidden),
+        before=batch.before,
+    )
+
+
+@torch.no_grad()
+def _prepare(lm: LanguageModel, edits: Sequence[EditRows], layer: int) -> tuple[_Batch, Tensor]:
+    """The batch of some edits and their h_i (edits × d, float32)."""
+    rows = [row for edit in edits for row in edit.rows]
+    first_row = [0]
+    for edit in edits:
+        first_row.append(first_row[-1] + len(edit.rows))
+    device = lm.device
+    # The last target token is never an input.
+    padded = pad([row.ids[: max(row.subject_last + 1, len(row.ids) - 1)] for row in rows], device)
+    last = torch.tensor([row.subject_last for row in rows], device=device)
+    resumed = layer + 1 < lm.depth and can_resume(lm)
+    recorder = Recorder(lm, layer + 1) if resumed else None
+    stop = lm.depth - 1 if resumed else layer
+    with reading_outputs(lm, [layer]) as outputs:
+        block_output(lm, padded, stop, recorder=recorder)
+    leaving = outputs[layer]
+    at_subject = leaving[torch.arange(len(rows), device=leaving.device), last.to(leaving.device)]
+    hidden = at_subject[torch.tensor(first_row[:-1])].float().to(device)
+    offset = last if resumed else torch.zeros_like(last)
+    target_row, target_column, target_id, target_weight = _scored(edits, device)
+    batch = _Batch(
+        padded=_from(padded, last) if resumed else padded,
+        edit=torch.tensor([i for i, edit in enumerate(edits) for _ in edit.rows], device=device),
+        column=last - offset,
+        hidden=_tails(leaving, last, padded) if resumed else None,
+        before=recorder.before(last) if recorder is not None else None,
+        target_row=target_row,
+        target_column=target_column - offset[target_row],
+        target_id=target_id,
+        target_weight=target_weight,
+        essence_row=torch.tensor(
+            [
+                start if edit.essence_is_plain else end - 1
+                for edit, start, end in zip(edits, first_row[:-1], first_row[1:], strict=True)
+            ],
+            device=device,
+        ),
+        initial=None,
+    )
+    return batch, hidden
+
+
+def _scored(edits: Sequence[EditRows], device: torch.device) -> tuple[Tensor, ...]:
+    """Row, column, token and weight of each target token."""
+    found: list[tuple[int, int, int, float]] = []
+    row_index = 0
+    for edit in edits:
+        for row in edit.rows:
+            scored = 1 + len(edit.prefixed)
+            found += [
+                (row_index, place - 1, row.ids[place], 1 / (scored * len(row.target)))
+                for place in row.target
+            ]
+            row_index += 1
+    rows, columns, ids, weights = zip(*found, strict=True)
+    integers = (torch.tensor(part, device=device) for part in (rows, columns, ids))
+    return (*integers, torch.tensor(weights, device=device))
+
+
+def _tail_places(first: Tensor, padded: Padded) -> tuple[Tensor, Tensor]:
+    """Columns from `first` on in each row (rows × tail), and whether they exist."""
+    width = int((padded.mask.sum(1) - first).max())
+    places = first[:, None] + torch.arange(width, device=first.device)[None]
+    inside = places < padded.ids.shape[1]
+    return places.clamp(max=padded.ids.shape[1] - 1), inside
+
+
+def _from(padded: Padded, first: Tensor) -> Padded:
+    places, inside = _tail_places(first, padded)
+    return Padded(padded.ids.gather(1, places), padded.mask.gather(1, places) * inside)
+
+
+def _tails(leaving: Tensor, first: Tensor, padded: Padded) -> Tensor:
+    places, _ = _tail_places(first, padded)
+    rows = torch.arange(len(first), device=leaving.device)[:, None]
+    return leaving[rows, places.to(leaving.device)]
