@@ -1,0 +1,269 @@
+"""CounterFact: success, magnitude and accuracy of the new fact, its paraphrases and its neighbours.
+
+Prompts are scored into a table with one row each, and every summary is computed from the table.
+Each metric is a mean over records of a mean over prompts (paper, section 5.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from memit.errors import InputError
+from memit.evaluation.continuations import Question, Score, score_continuations
+from memit.language_model import LanguageModel
+from memit.requests import Record
+
+Kind = Literal["rewrite", "paraphrase", "neighborhood", "neighborhood_plus"]
+
+METRICS: Mapping[Kind, str] = {
+    "rewrite": "efficacy",
+    "paraphrase": "paraphrase",
+    "neighborhood": "neighborhood",
+    "neighborhood_plus": "neighborhood_plus",
+}
+"""What the prompts of each kind measure."""
+
+SCORE_OF = ("efficacy", "paraphrase", "neighborhood")
+"""The metrics whose harmonic mean is the score S."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("case_id", pa.int64(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("target_new", pa.string(), nullable=False),
+        pa.field("target_true", pa.string()),
+        pa.field("nll_new", pa.float64(), nullable=False),
+        pa.field("nll_true", pa.float64()),
+        pa.field("hit_new", pa.bool_(), nullable=False),
+        pa.field("hit_true", pa.bool_()),
+    ]
+)
+"""Columns of the table of scored prompts: nll is the mean over tokens in nats, hit is whether the
+model would have given the whole object (argmax, teacher-forced)."""
+
+_QUESTION = ("case_id", "kind", "prompt", "target_new", "target_true")
+_MEASURED = ("nll_new", "nll_true", "hit_new", "hit_true")
+
+
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """One prompt to be scored against both objects of a record."""
+
+    case_id: int
+    kind: Kind
+    prompt: str
+    target_new: str
+    target_true: str | None
+
+
+def prompts_of(records: Iterable[Record]) -> list[ScoredPrompt]:
+    """The rewrite prompt, paraphrases and neighbourhood prompts of each record, in that order."""
+    prompts: list[ScoredPrompt] = []
+    for record in records:
+        prompts.append(_prompt(record, "rewrite", record.request.text))
+        prompts += [_prompt(record, "paraphrase", text) for text in record.paraphrase_prompts]
+        prompts += [_prompt(record, "neighborhood", text) for text in record.neighborhood_prompts]
+    return prompts
+
+
+def plus_prompts_of(records: Iterable[Record]) -> list[ScoredPrompt]:
+    """CounterFact+: each neighbourhood prompt with the edited fact in front of it."""
+    return [
+        _prompt(record, "neighborhood_plus", f"{request.text} {request.target_new}. {prompt}")
+        for record in records
+        for request in (record.request,)
+        for prompt in record.neighborhood_prompts
+    ]
+
+
+def score_prompts(
+    lm: LanguageModel,
+    prompts: Sequence[ScoredPrompt],
+    *,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> pa.Table:
+    """Score prompts into a table of `SCHEMA`, one row each, in the order given.
+
+    `token_budget` bounds the padded tokens on the device at a time; `progress` is told how many
+    prompts are newly finished.
+    """
+    questions = [Question(prompt.prompt, _objects(prompt)) for prompt in prompts]
+    scores = score_continuations(lm, questions, token_budget=token_budget, progress=progress)
+    rows = [_row(prompt, score) for prompt, score in zip(prompts, scores, strict=True)]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def record_means(table: pa.Table) -> dict[str, np.ndarray]:
+    """Each metric's mean over the prompts of each record (0–100), NaN where a record has none.
+
+    Records stand in the order of their case ids. Metrics that no record has are left out.
+    """
+    columns = {name: _numbers(table, name) for name in _MEASURED}
+    _, owner = np.unique(table["case_id"].to_numpy(), return_inverse=True)
+    kinds = np.array(table["kind"].to_pylist())
+    means: dict[str, np.ndarray] = {}
+    for kind, name in METRICS.items():
+        chosen = kinds == kind
+        for suffix, values in _values(kind, columns).items():
+            mean = _grouped_means(owner, np.where(chosen, values, np.nan))
+            if not np.isnan(mean).all():
+                means[name + suffix] = mean
+    return means
+
+
+def summarise(table: pa.Table) -> dict[str, float]:
+    """Every metric that the table supports (0–100), S as `score`, and the number of records.
+
+    Success bears the plain name; ties fail. `_magnitude` is the difference of exp(−nll) in the
+    direction of success, `_accuracy` the share of prompts whose object the model would give.
+    """
+    summary: dict[str, float] = {}
+    means = {name: float(np.nanmean(values)) for name, values in record_means(table).items()}
+    if all(name in means for name in SCORE_OF):
+        summary["score"] = harmonic_mean([means[name] for name in SCORE_OF])
+    return summary | means | {"records": len(set(table["case_id"].to_pylist()))}
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """Harmonic mean of numbers ≥ 0; 0 if one of them is."""
+    return len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0
+
+
+def before_and_after(before: pa.Table, after: pa.Table) -> pa.Table:
+    """One row for each prompt with what was measured of it before and after the edit.
+
+    Raises `InputError` if the two tables are not about the same prompts.
+    """
+    if not before.select(_QUESTION).equals(after.select(_QUESTION)):
+        raise InputError("the two tables hold different prompts: score the same prompts in both.")
+    joined = before.select(_QUESTION)
+    for state, table in (("before", before), ("after", after)):
+        for name in _MEASURED:
+            field = SCHEMA.field(name).with_name(f"{name}_{state}")
+            joined = joined.append_column(field, table[name])
+    return joined
+
+
+def at_state(joined: pa.Table, state: Literal["before", "after"]) -> pa.Table:
+    """The table of one state again, out of one that `before_and_after` made."""
+    columns = [joined[name] for name in _QUESTION]
+    columns += [joined[f"{name}_{state}"] for name in _MEASURED]
+    return pa.table(columns, schema=SCHEMA)
+
+
+def facts_table(before: pa.Table, after: pa.Table) -> pa.Table:
+    """What became of each fact, one row for each record in the order of the tables.
+
+    `took` and `generalised` say whether the new object is preferred after the edit on all rewrite
+    prompts and paraphrases (where no true object is known: whether the model gives it).
+    `hurt` counts the neighbourhood prompts that were right before and are not any more, and
+    `hurt_prompts` lists them, separated by ` | `. What cannot be said is null.
+    """
+    cases: dict[int, list[tuple[dict, dict]]] = {}
+    for was, now in zip(before.to_pylist(), after.to_pylist(), strict=True):
+        cases.setdefault(was["case_id"], []).append((was, now))
+    return pa.Table.from_pylist([_fact(pairs) for pairs in cases.values()], schema=_FACTS)
+
+
+_FACTS = pa.schema(
+    [
+        ("case_id", pa.int64()),
+        ("prompt", pa.string()),
+        ("target_new", pa.string()),
+        ("target_true", pa.string()),
+        ("took", pa.bool_()),
+        ("answered", pa.bool_()),
+        ("paraphrases", pa.int64()),
+        ("paraphrases_right", pa.int64()),
+        ("generalised", pa.bool_()),
+        ("neighbors", pa.int64()),
+        ("neighbors_right_before", pa.int64()),
+        ("neighbors_right_after", pa.int64()),
+        ("hurt", pa.int64()),
+        ("hurt_prompts", pa.string()),
+    ]
+)
+
+
+def _fact(pairs: Sequence[tuple[dict, dict]]) -> dict[str, object]:
+    def of(kind: Kind) -> list[tuple[dict, dict]]:
+        return [(was, now) for was, now in pairs if was["kind"] == kind]
+
+    rewrites = [_is_right(now) for _, now in of("rewrite")]
+    paraphrases = [_is_right(now) for _, now in of("paraphrase")]
+    neighbors = [(was, now) for was, now in of("neighborhood") if was["target_true"] is not None]
+    hurt = [now["prompt"] for was, now in neighbors if _is_right(was) and not _is_right(now)]
+    first = pairs[0][1]
+    return {name: first[name] for name in ("case_id", "prompt", "target_new", "target_true")} | {
+        "took": all(rewrites),
+        "answered": all(now["hit_new"] for _, now in of("rewrite")),
+        "paraphrases": len(paraphrases),
+        "paraphrases_right": sum(paraphrases),
+        "generalised": all(paraphrases) if paraphrases else None,
+        "neighbors": len(neighbors),
+        "neighbors_right_before": sum(_is_right(was) for was, _ in neighbors),
+        "neighbors_right_after": sum(_is_right(now) for _, now in neighbors),
+        "hurt": len(hurt) if neighbors else None,
+        "hurt_prompts": " | ".join(hurt) if neighbors else None,
+    }
+
+
+def _is_right(row: Mapping) -> bool:
+    """Whether the object that is wanted at this prompt is preferred."""
+    if row["kind"].startswith("neighborhood"):
+        return row["nll_true"] < row["nll_new"]
+    return row["hit_new"] if row["nll_true"] is None else row["nll_new"] < row["nll_true"]
+
+
+def _prompt(record: Record, kind: Kind, prompt: str) -> ScoredPrompt:
+    request = record.request
+    return ScoredPrompt(record.case_id, kind, prompt, request.target_new, request.target_true)
+
+
+def _objects(prompt: ScoredPrompt) -> tuple[str, ...]:
+    if prompt.target_true is None:
+        return (prompt.target_new,)
+    return prompt.target_new, prompt.target_true
+
+
+def _row(prompt: ScoredPrompt, scores: Sequence[Score]) -> dict[str, object]:
+    new, true = scores[0], scores[1] if len(scores) > 1 else None
+    return {name: getattr(prompt, name) for name in _QUESTION} | {
+        "nll_new": new.nll,
+        "nll_true": None if true is None else true.nll,
+        "hit_new": new.hit,
+        "hit_true": None if true is None else true.hit,
+    }
+
+
+def _numbers(table: pa.Table, name: str) -> np.ndarray:
+    """A column as floats, NaN where it is null."""
+    return table[name].cast(pa.float64()).to_numpy()
+
+
+def _values(kind: Kind, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Success, accuracy and magnitude of every row, as if all were of one kind (0–100)."""
+    wanted, other = ("true", "new") if kind.startswith("neighborhood") else ("new", "true")
+    nll, rival = columns[f"nll_{wanted}"], columns[f"nll_{other}"]
+    known = ~np.isnan(nll) & ~np.isnan(rival)
+    return {
+        "": np.where(known, 100.0 * (nll < rival), np.nan),
+        "_accuracy": 100.0 * columns[f"hit_{wanted}"],
+        "_magnitude": 100.0 * (np.exp(-nll) - np.exp(-rival)),
+    }
+
+
+def _grouped_means(owner: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mean of each owner's values that are not NaN (owners)."""
+    valid = ~np.isnan(values)
+    count = int(owner.max(initial=-1)) + 1
+    sums = np.bincount(owner[valid], values[valid], count)
+    counts = np.bincount(owner[valid], minlength=count)
+    return np.divide(sums, counts, out=np.full(count, np.nan), where=counts > 0)
