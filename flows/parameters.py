@@ -1,0 +1,374 @@
+"""``params.yaml`` as one frozen tree, checked before anything slow is imported.
+
+A section for each step, named like it. What is null is taken from the preset of the model
+(`memit.hyperparameters`) or means "all of it". Sections name a few keys of others: ``edit.layers``
+decides which statistics are collected and at which layer the targets are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from memit.errors import InputError
+
+Precision = Literal["float32", "bfloat16", "float16"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+TokenBudget = Annotated[int, Field(ge=16, le=2**26)] | Literal["auto"]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+SIZE_LIMIT = 1 << 20
+"""Bytes of the largest ``params.yaml`` that is read."""
+
+
+class Section(BaseModel):
+    """Settings that nobody changes after they were read, and in which no unknown key passes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _needs(
+    asked: bool, key: str, value: object, section: Section, where: str, names: tuple[str, ...]
+) -> None:
+    for name in names if asked else ():
+        if getattr(section, name) is None:
+            raise ValueError(f"{key} is {value!r}, which needs {where}.{name}: set it.")
+
+
+class WorldSection(Section):
+    """The invented people, see `memit.world.people.WorldParameters`."""
+
+    people: int = Field(300, ge=2, le=100_000, description="people with a name and their facts")
+    relations: int = Field(6, ge=1, le=100, description="facts of each person")
+    objects: int = Field(24, ge=2, le=1_000, description="objects of a relation")
+    biographies: int = Field(40, ge=1, le=100_000, description="training texts about one person")
+    held_out_biographies: int = Field(
+        1, ge=1, le=1_000, description="texts about one person that only measure the perplexity"
+    )
+
+
+class TrainingSection(Section):
+    """The small model that learns them, see `memit.world.small_model.TrainingParameters`."""
+
+    layers: int = Field(6, ge=1, le=128, description="blocks")
+    width: int = Field(128, ge=8, le=16_384, description="hidden size, a multiple of heads")
+    heads: int = Field(4, ge=1, le=128)
+    vocabulary: int = Field(1_024, ge=257, le=200_000, description="tokens of the byte-level BPE")
+    context_length: int = Field(128, ge=16, le=65_536, description="positions that the model has")
+    sequence_length: int = Field(64, ge=16, le=65_536, description="tokens of a training row")
+    batch_size: int = Field(16, ge=1, le=100_000, description="rows of a step")
+    steps: int = Field(1_450, ge=1, le=10_000_000)
+    learning_rate: float = Field(4e-3, gt=0, le=1)
+    warmup_steps: int = Field(100, ge=0, le=1_000_000)
+    weight_decay: float = Field(0.1, ge=0, le=10)
+    checkpoint_every: int = Field(
+        200, ge=1, le=1_000_000, description="steps lost at most by a kill"
+    )
+
+    @model_validator(mode="after")
+    def _shape_is_possible(self) -> TrainingSection:
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.training.width is {self.width}, which its {self.heads} heads do not divide: "
+                "change either."
+            )
+        if self.sequence_length > self.context_length:
+            raise ValueError(
+                f"model.training.sequence_length is {self.sequence_length}, more than the "
+                f"context_length of {self.context_length}: change either."
+            )
+        return self
+
+
+class ModelSection(Section):
+    """Which model is edited, and where it runs."""
+
+    source: Literal["synthetic", "hub", "local"] = "synthetic"
+    id: Text | None = Field(None, description="hub: owner/name")
+    revision: Text | None = Field(
+        None, description="hub: a commit; of a branch or tag the commit is recorded"
+    )
+    path: Text | None = Field(None, description="local: a model directory")
+    dtype: Precision = "float32"
+    device: str = Field("cpu", pattern=r"^(auto|cpu|mps|sharded|cuda(:\d+)?)$")
+    threads: int = Field(
+        2, ge=1, le=1_024, description="CPU threads; other counts, other last bits"
+    )
+    seed: Seed = 0
+    world: WorldSection = WorldSection()
+    training: TrainingSection = TrainingSection()
+
+    @model_validator(mode="after")
+    def _source_is_named(self) -> ModelSection:
+        _needs(self.source == "hub", "model.source", self.source, self, "model", ("id", "revision"))
+        _needs(self.source == "local", "model.source", self.source, self, "model", ("path",))
+        return self
+
+
+class RequestsSection(Section):
+    """Which facts are written."""
+
+    source: Literal["synthetic", "counterfact", "facts"] = "synthetic"
+    path: Text | None = Field(None, description="a file of records or facts")
+    url: Text | None = Field(None, description="where to fetch it, with its sha256")
+    sha256: Digest | None = None
+    count: int | None = Field(64, ge=1, le=10_000_000, description="null: all of them")
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _file_is_named(self) -> RequestsSection:
+        if self.source == "synthetic":
+            return self
+        if (self.path is None) == (self.url is None):
+            raise ValueError(
+                f"requests.source is {self.source!r}, which needs either requests.path or "
+                "requests.url: set one of them."
+            )
+        _needs(self.url is not None, "requests.url", self.url, self, "requests", ("sha256",))
+        return self
+
+
+class PrefixesSection(Section):
+    """The sampled contexts before each prompt (five and the plain one)."""
+
+    seed: Seed = 0
+
+
+class StatisticsSection(Section):
+    """The text that the second moments of the keys are collected over."""
+
+    source: Literal["synthetic", "file", "dataset"] = "synthetic"
+    path: Text | None = Field(None, description="file: text (a document a line), JSONL or Parquet")
+    dataset: Text | None = Field(None, description="dataset: a Hugging Face data set, streamed")
+    configuration: Text | None = Field(None, description="dataset: its configuration")
+    split: Text = "train"
+    column: Text = Field("text", description="the column or key that holds the text")
+    documents: int | None = Field(2_000, ge=1, le=1_000_000_000, description="null: all")
+    documents_per_shard: int = Field(500, ge=1, le=1_000_000_000)
+    held_out_documents: int = Field(
+        300, ge=1, le=1_000_000, description="after the others, for the perplexity only"
+    )
+    token_budget: TokenBudget = 4_096
+
+    @model_validator(mode="after")
+    def _text_is_named(self) -> StatisticsSection:
+        name, where = "statistics.source", "statistics"
+        _needs(self.source == "file", name, self.source, self, where, ("path",))
+        _needs(self.source == "dataset", name, self.source, self, where, ("dataset", "documents"))
+        return self
+
+
+class TargetsSection(Section):
+    """Where an edited fact must end up (Eqn. 16). Null takes the preset's value."""
+
+    evaluations: int | None = Field(None, ge=1, le=10_000, description="of the loss, for one edit")
+    learning_rate: float | None = Field(None, gt=0, le=1_000)
+    clamp_factor: float | None = Field(None, gt=0, le=1_000, description="largest ‖δ‖ / ‖h‖")
+    weight_decay: float | None = Field(None, ge=0, le=1_000)
+    kl_factor: float | None = Field(None, ge=0, le=1_000)
+    loss_threshold: float | None = Field(None, ge=0, le=1_000)
+    requests_per_piece: int = Field(16, ge=1, le=1_000_000)
+    token_budget: TokenBudget = 4_096
+
+
+class EditSection(Section):
+    """Where it is written (Algorithm 1). Null takes the preset's value."""
+
+    layers: tuple[Annotated[int, Field(ge=0, le=10_000)], ...] | None = Field(None, min_length=1)
+    covariance_weight: float | None = Field(None, gt=0, le=1e12, description="λ")
+    key_average: Literal["nested", "uniform"] | None = None
+    token_budget: TokenBudget = 4_096
+
+    @model_validator(mode="after")
+    def _layers_are_a_set(self) -> EditSection:
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(
+                f"edit.layers is {list(self.layers)}: name each layer once, in ascending order."
+            )
+        return self
+
+
+class EvaluationSection(Section):
+    """How the model is measured before and after."""
+
+    dtype: Precision | None = Field(None, description="null: that of the model; else as served")
+    prompts_per_piece: int = Field(512, ge=1, le=10_000_000)
+    token_budget: TokenBudget = 4_096
+
+
+class ReportSection(Section):
+    """Where the experiment is told of."""
+
+    experiment: Text = Field("memit", description="the experiment's name in MLflow")
+    tracking_uri: Text | None = Field(None, description="null: mlflow.db in the project")
+
+
+class Parameters(Section):
+    """Everything that ``params.yaml`` says."""
+
+    model: ModelSection = ModelSection()
+    requests: RequestsSection = RequestsSection()
+    prefixes: PrefixesSection = PrefixesSection()
+    statistics: StatisticsSection = StatisticsSection()
+    targets: TargetsSection = TargetsSection()
+    edit: EditSection = EditSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    report: ReportSection = ReportSection()
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Parameters:
+        if self.model.source == "synthetic":
+            self._fits_the_synthetic_model()
+            return self
+        for section in ("requests", "statistics"):
+            if getattr(self, section).source == "synthetic":
+                raise ValueError(
+                    f"{section}.source is 'synthetic', but model.source is {self.model.source!r}: "
+                    "the invented people belong to the model that is trained on them, so name a "
+                    f"file or data set in {section}."
+                )
+        return self
+
+    def _fits_the_synthetic_model(self) -> None:
+        depth = self.model.training.layers
+        for layer in self.edit.layers or ():
+            if layer >= depth:
+                raise ValueError(
+                    f"edit.layers names layer {layer}, but model.training.layers is {depth}: "
+                    f"the layers are 0 to {depth - 1}."
+                )
+        world, count = self.model.world, self.requests.count
+        facts = world.people * world.relations
+        if self.requests.source == "synthetic" and count is not None and count > facts:
+            raise ValueError(
+                f"requests.count is {count}, but model.world has {facts} facts "
+                f"({world.people} people, {world.relations} relations): ask for fewer."
+            )
+
+
+def read_parameters(path: Path = Path("params.yaml")) -> Parameters:
+    """Read and check ``params.yaml``.
+
+    Raises:
+        InputError: one sentence that names the key, its value and the way out.
+    """
+    return check_parameters(_read_yaml(path), path.name)
+
+
+def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:
+    """Check a tree of plain values as if it had been read from the file ``name``."""
+    if not isinstance(tree, dict):
+        raise InputError(f"{name} must hold sections ({', '.join(Parameters.model_fields)}).")
+    try:
+        return Parameters.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        raise InputError(f"{name}: {_sentence(error)}") from None
+
+
+def _read_yaml(path: Path) -> object:
+    try:
+        if path.stat().st_size > SIZE_LIMIT:
+            raise InputError(
+                f"{path} is larger than {SIZE_LIMIT} bytes: that is no parameter file."
+            )
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        for key, line in _repeated_keys(node):
+            raise InputError(f"{path}, line {line}: {key!r} stands there twice: remove one.")
+        return yaml.safe_load(text)
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} is not here: run this in the project's directory (where dvc.yaml lies)."
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply: it needs two levels or three.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path} is not YAML: {_first_line(error)}.") from None
+
+
+def _repeated_keys(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
+    """Keys that a mapping names twice, of which YAML would silently take the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield str(key.value), key.start_mark.line + 1
+            seen.add(str(key.value))
+            yield from _repeated_keys(value)
+
+
+def _first_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}, {problem}" if mark else problem
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing that is wrong, in words. Unknown keys first: they explain the others."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    parts = _key_parts(problem["loc"], keep_last=problem["type"] == "extra_forbidden")
+    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".")
+    value = problem["input"]
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return _unknown_key(key, [str(part) for part in parts])
+    if kind == "value_error":
+        return str(problem["ctx"]["error"])
+    if isinstance(value, str) and kind in {"int_type", "float_type"} and _is_number(value):
+        number = float(value)
+        plain = int(number) if kind == "int_type" and number.is_integer() else number
+        return f"{key} is the text {value!r}, not a number: write {plain}."
+    expected = [p["msg"] for p in problems if _key_parts(p["loc"]) == parts]
+    demand = "; or ".join(dict.fromkeys(_lower(message) for message in expected))
+    return f"{key} is {json.dumps(value, default=str)}: {demand}."
+
+
+def _key_parts(location: tuple[int | str, ...], keep_last: bool = False) -> list[int | str]:
+    """The keys on the way to a problem, without the union branches that pydantic puts between."""
+    parts: list[int | str] = []
+    section: Any = Parameters
+    for part in location:
+        field = getattr(section, "model_fields", {}).get(part)
+        if field is not None or isinstance(part, int):
+            parts.append(part)
+            section = field.annotation if field is not None else None
+    return [*parts, location[-1]] if keep_last else parts
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _unknown_key(key: str, parts: list[str]) -> str:
+    section: Any = Parameters
+    for part in parts[:-1]:
+        section = section.model_fields[part].annotation
+    names = list(section.model_fields)
+    prefix = key.removesuffix(parts[-1])
+    near = difflib.get_close_matches(parts[-1], names, n=1, cutoff=0.5)
+    if near:
+        return f"there is no key {key}; did you mean {prefix}{near[0]}?"
+    for name in Parameters.model_fields:
+        field = Parameters.model_fields[name].annotation
+        if parts[-1] in getattr(field, "model_fields", {}):
+            return f"there is no key {key}; did you mean {name}.{parts[-1]}?"
+    return f"there is no key {key}: the keys there are {', '.join(names)}."

@@ -1,0 +1,383 @@
+"""Where results are kept: files written whole or not at all, and the cache of finished pieces.
+
+Two places, two owners. Named results (``artifacts/``, ``evaluation/``, ``report/``) lie in the working
+directory and belong to DVC. Finished pieces lie in ``.cache/`` under the project's root, are named by
+their content, and belong to Prefect's cache: deleting ``.cache/`` costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import CachePolicy
+from prefect.context import TaskRunContext
+from prefect.results import ResultRecord
+from pydantic import BaseModel, ConfigDict
+
+from memit.download import file_sha256
+from memit.errors import IntegrityError, ResourceError
+
+PARTIAL = ".partial"
+"""Ending of a file that is still being written."""
+
+
+def project_root() -> Path:
+    """The directory that holds ``.cache/`` and ``mlflow.db``.
+
+    ``DVC_ROOT`` names it when DVC runs an experiment in a scratch clone, so that all experiments share
+    the finished pieces; otherwise it is the working directory.
+    """
+    return Path(os.environ.get("DVC_ROOT") or ".").resolve()
+
+
+def cache_directory() -> Path:
+    """``.cache/`` under the project's root."""
+    return project_root() / ".cache"
+
+
+class Artifact(BaseModel):
+    """A file and what it must contain. Inside ``.cache/`` the path is relative to it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    sha256: str
+    size: int
+
+    @property
+    def file(self) -> Path:
+        """Where the file lies on this machine."""
+        return cache_directory() / self.path
+
+    @property
+    def cache_key(self) -> str:
+        """What a cached task sees of a file: its content, never its name."""
+        return self.sha256
+
+    def intact(self) -> bool:
+        """Whether the file is there with exactly this content."""
+        try:
+            if self.file.stat().st_size != self.size:
+                return False
+            return file_sha256(self.file) == self.sha256
+        except OSError:
+            return False
+
+    def checked(self) -> Path:
+        """The file, after its content was compared with the digest.
+
+        Raises:
+            IntegrityError: it is missing, truncated or changed.
+        """
+        if not self.intact():
+            raise IntegrityError(
+                f"{self.file} is missing or is not what was written there: delete it and run again."
+            )
+        return self.file
+
+
+def describe(path: Path) -> Artifact:
+    """The artifact for a file that is already in place."""
+    path = path.resolve()
+    return Artifact(path=str(path), sha256=file_sha256(path), size=path.stat().st_size)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> Artifact:
+    """Let ``write`` fill a temporary neighbour of ``path``, flush it to the disk and rename it.
+
+    Whoever reads ``path`` sees the old content or the new, at any moment, also after a power cut.
+
+    Raises:
+        ResourceError: the disk is full or cannot be written.
+    """
+    path = path.resolve()
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        _flush(partial)
+        artifact = describe(partial).model_copy(update={"path": str(path)})
+        os.replace(partial, path)
+        _flush(path.parent)
+    except OSError as error:
+        raise ResourceError(
+            f"{path} cannot be written ({error.strerror or error}): make room or choose another disk."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return artifact
+
+
+def write_text(path: Path, text: str) -> Artifact:
+    """Write a text file whole or not at all."""
+    return write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: object) -> Artifact:
+    """Write JSON with sorted keys, so that equal content has equal bytes. NaN is refused."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return write_text(path, text + "\n")
+
+
+def copy_file(source: Path, target: Path) -> Artifact:
+    """Copy a file whole or not at all."""
+
+    def copy(partial: Path) -> None:
+        with open(source, "rb") as reader, open(partial, "wb") as writer:
+            while block := reader.read(1 << 24):
+                writer.write(block)
+
+    return write_file(target, copy)
+
+
+def store_piece(step: str, suffix: str, write: Callable[[Path], object]) -> Artifact:
+    """Let ``write`` fill a file and keep it in ``.cache/pieces/<step>/`` under its content's digest."""
+    folder = cache_directory() / "pieces" / step
+    unnamed = write_file(folder / f"{os.getpid()}-{secrets.token_hex(8)}{PARTIAL}", write)
+    name = unnamed.sha256[:40] + suffix
+    os.replace(unnamed.path, folder / name)
+    return Artifact(path=f"pieces/{step}/{name}", sha256=unnamed.sha256, size=unnamed.size)
+
+
+def remove_leftovers(folders: Sequence[Path]) -> None:
+    """Delete half-written files of processes that are gone. Those of living ones stay."""
+    for folder in folders:
+        for path in folder.rglob(f"*{PARTIAL}") if folder.is_dir() else ():
+            if not _alive(_writer(path.name)):
+                path.unlink(missing_ok=True)
+
+
+def keep_only(folder: Path, names: set[str]) -> None:
+    """Delete from a result directory the files that do not belong to it (of earlier settings)."""
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in names and not path.name.endswith(PARTIAL):
+            path.unlink()
+
+
+def _writer(name: str) -> int:
+    """The process id inside a partial file's name, 0 if there is none."""
+    for part in name.removesuffix(PARTIAL).split("."):
+        head, _, tail = part.partition("-")
+        if head.isdigit() and tail:
+            return int(head)
+    return 0
+
+
+def _alive(process: int) -> bool:
+    if process == 0:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- the cache of finished pieces ---------------------------------------------------------------
+
+
+def cached_task(name: str, version: int) -> Callable[[Callable[..., Any]], Task[..., Any]]:
+    """A Prefect task whose result is remembered under its name, version and inputs' content.
+
+    The result must be a pydantic model (or a list or tuple of them) that can be written as JSON and
+    names its files as `Artifact`. Raise ``version`` when the meaning of the result changes. Inputs are
+    plain values, dataclasses, pydantic models, or objects with a ``cache_key``.
+    """
+    return task(
+        name=name,
+        persist_result=True,
+        result_storage=_records(),
+        result_serializer="json",
+        cache_policy=content_policy(name, version),
+        cache_result_in_memory=False,
+    )
+
+
+def content_policy(name: str, version: int) -> CachePolicy:
+    """The policy behind `cached_task`.
+
+    A record whose files are missing or changed is dropped before it is looked up, so a damaged piece
+    is computed again. Two processes that want the same piece compute it once: the second waits.
+    """
+
+    def key(context: TaskRunContext, inputs: dict[str, Any]) -> str:
+        del context
+        digest = content_key(name, version, inputs)
+        _drop_broken_record(_records() / digest)
+        return digest
+
+    return CachePolicy.from_cache_key_fn(key).configure(
+        isolation_level="SERIALIZABLE", lock_manager=FileLocks(cache_directory() / "locks")
+    )
+
+
+def content_key(name: str, version: int, inputs: Mapping[str, Any]) -> str:
+    """SHA-256 over a task's name, its version and the content of its inputs."""
+    canonical = json.dumps(
+        {"task": name, "version": version, "inputs": _plain(dict(inputs))},
+        sort_keys=True,
+        allow_nan=False,
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON, with ``cache_key`` in place of objects that have one."""
+    if hasattr(value, "cache_key"):
+        return _plain(value.cache_key)
+    if isinstance(value, BaseModel):
+        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{type(value).__name__} has no content that a cache could be keyed on")
+
+
+def _records() -> Path:
+    return cache_directory() / "records"
+
+
+def _drop_broken_record(path: Path) -> None:
+    try:
+        artifacts = list(_artifacts(ResultRecord.deserialize(path.read_bytes()).result))
+    except FileNotFoundError:
+        return
+    except Exception:  # a torn record can fail in as many ways as it has bytes
+        path.unlink(missing_ok=True)
+        return
+    if not all(artifact.intact() for artifact in artifacts):
+        path.unlink(missing_ok=True)
+
+
+def _artifacts(result: Any) -> Iterator[Artifact]:
+    if isinstance(result, Artifact):
+        yield result
+    elif isinstance(result, BaseModel):
+        for name in type(result).model_fields:
+            yield from _artifacts(getattr(result, name))
+    elif isinstance(result, Mapping):
+        for item in result.values():
+            yield from _artifacts(item)
+    elif isinstance(result, list | tuple):
+        for item in result:
+            yield from _artifacts(item)
+
+
+class FileLocks:
+    """Prefect's lock manager on ``flock``, which the system releases when a process dies.
+
+    Prefect's own `FileSystemLockManager` leaves its file behind after SIGKILL, and the next run would
+    wait for it for ever.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def acquire_lock(
+        self,
+        key: str,
+        holder: str,
+        acquire_timeout: float | None = None,
+        hold_timeout: float | None = None,
+    ) -> bool:
+        """Wait for the lock; False when ``acquire_timeout`` seconds were not enough."""
+        del hold_timeout
+        if self.is_lock_holder(key, holder):
+            return True
+        deadline = None if acquire_timeout is None else time.monotonic() + acquire_timeout
+        while (descriptor := self._try(key)) is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        _HELD[self._path(key)] = (holder, descriptor)
+        return True
+
+    async def aacquire_lock(
+        self,
+        key: str,
+        holder: str,
+        acquire_timeout: float | None = None,
+        hold_timeout: float | None = None,
+    ) -> bool:
+        """The same for an asynchronous caller."""
+        return self.acquire_lock(key, holder, acquire_timeout, hold_timeout)
+
+    def release_lock(self, key: str, holder: str) -> None:
+        """Give the lock back; ValueError if ``holder`` does not have it."""
+        if not self.is_lock_holder(key, holder):
+            raise ValueError(f"{holder} does not hold the lock of {key}")
+        _, descriptor = _HELD.pop(self._path(key))
+        self._path(key).unlink(missing_ok=True)
+        os.close(descriptor)
+
+    def is_locked(self, key: str) -> bool:
+        """Whether any process or thread holds the lock."""
+        descriptor = self._try(key)
+        if descriptor is None:
+            return True
+        self._path(key).unlink(missing_ok=True)
+        os.close(descriptor)
+        return False
+
+    def is_lock_holder(self, key: str, holder: str) -> bool:
+        """Whether ``holder`` (of this process) holds the lock."""
+        held = _HELD.get(self._path(key))
+        return held is not None and held[0] == holder
+
+    def wait_for_lock(self, key: str, timeout: float | None = None) -> bool:
+        """Wait until nobody holds the lock; False when ``timeout`` seconds were not enough."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.is_locked(key):
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    async def await_for_lock(self, key: str, timeout: float | None = None) -> bool:
+        """The same for an asynchronous caller."""
+        return self.wait_for_lock(key, timeout)
+
+    def _path(self, key: str) -> Path:
+        return self.directory / f"{key}.lock"
+
+    def _try(self, key: str) -> int | None:
+        """An open, locked descriptor of the lock's file, or None if another has it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._path(key), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before may have deleted this very file: then it guards nothing any more.
+            if os.fstat(descriptor).st_ino == self._path(key).stat().st_ino:
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        os.close(descriptor)
+        return None
+
+
+_HELD: dict[Path, tuple[str, int]] = {}

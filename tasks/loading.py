@@ -1,0 +1,168 @@
+"""One language model in memory for each process, used by one piece at a time.
+
+Hooks on a torch model know nothing of threads, and a CPU has only the cores that it has: whoever
+computes holds the lock. While one piece computes, the others read, write and hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from memit.download import file_sha256
+from memit.errors import IntegrityError
+from tasks.artifacts import Artifact
+
+if TYPE_CHECKING:
+    from memit.language_model import LanguageModel
+
+
+class ModelFiles(BaseModel):
+    """``model.json``: which model it is, to the last bit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    id: str
+    """Hub id, ``synthetic``, or the name of the local directory."""
+    revision: str | None
+    """The commit, of a model from the hub."""
+    files: dict[str, str]
+    """Each file of the model directory and its SHA-256."""
+    architecture: str
+    layers: int
+    width: int
+    """Hidden size d."""
+    inner_width: int
+    """Input size f of the down-projection."""
+    parameters: int
+    recall: float | None = None
+    """Of a model trained here: share of its facts, in percent, that it answers (argmax)."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the names and contents of all files."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+
+
+class ModelReference(BaseModel):
+    """A model for a task: what it is, where it lies, and how it computes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    directory: str
+    model: ModelFiles
+    dtype: str
+    device: str
+    threads: int
+    served_in: str | None = None
+    """A dtype to round the weights to after an edit was applied in ``dtype``; None leaves them."""
+
+    @property
+    def cache_key(self) -> dict[str, object]:
+        """Everything that the bits of a result depend on; not where the files lie."""
+        return {
+            "model": self.model.digest,
+            "dtype": self.dtype,
+            "device": self.device,
+            "threads": self.threads,
+            "served_in": self.served_in,
+        }
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the weights are rounded after the edit, so that another edit needs fresh ones."""
+        return self.served_in not in (None, self.dtype)
+
+
+class _Slot:
+    """The model that is loaded now, and the edit that stands in its weights."""
+
+    lock = threading.RLock()
+    reference: ModelReference | None = None
+    model: LanguageModel | None = None
+    edit: str | None = None
+
+
+@contextmanager
+def loaded(reference: ModelReference, edit: Artifact | None = None) -> Iterator[LanguageModel]:
+    """The model, unedited or with the delta in the file ``edit``, for this thread alone.
+
+    Raises:
+        IntegrityError: a file of the model or the delta is not what it was.
+    """
+    with _Slot.lock:
+        wanted = edit.sha256 if edit else None
+        stale = reference.is_rounded and _Slot.edit != wanted
+        if _Slot.model is None or _Slot.reference != reference or stale:
+            _release()
+            lm = _load(reference)
+            _change_edit(lm, edit)
+            if reference.is_rounded:
+                _round_weights(lm, reference)
+            _Slot.model, _Slot.reference = lm, reference
+        elif _Slot.edit != wanted:
+            _change_edit(_Slot.model, edit)
+        yield _Slot.model
+
+
+def directory_digests(directory: Path) -> dict[str, str]:
+    """The SHA-256 of each file that belongs to a model, by its name.
+
+    Weights (safetensors only), configuration and tokenizer count; other files do not.
+    """
+    kinds = {".safetensors", ".json", ".txt", ".model"}
+    return {
+        path.name: file_sha256(path)
+        for path in sorted(directory.iterdir())
+        if path.is_file() and path.suffix in kinds and not path.name.startswith(".")
+    }
+
+
+def _release() -> None:
+    _Slot.reference = _Slot.model = _Slot.edit = None
+
+
+def _load(reference: ModelReference) -> LanguageModel:
+    import torch
+
+    from memit.language_model import load_model
+
+    torch.set_num_threads(reference.threads)
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    directory = Path(reference.directory)
+    for name, digest in reference.model.files.items():
+        path = directory / name
+        if not path.is_file() or file_sha256(path) != digest:
+            raise IntegrityError(
+                f"{path} is missing or is not the file that model.json describes: run the step "
+                "model again."
+            )
+    lm = load_model(directory, dtype=reference.dtype, device=reference.device)
+    lm.name, lm.revision = reference.model.id, reference.model.revision
+    return lm
+
+
+def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
+    from memit.language_model import DTYPES
+
+    lm.model.to(DTYPES[str(reference.served_in)])
+
+
+def _change_edit(lm: LanguageModel, edit: Artifact | None) -> None:
+    from memit.weight_delta import WeightDelta, apply, revert
+
+    if _Slot.edit is not None:
+        revert(lm)
+        _Slot.edit = None
+    if edit is not None:
+        apply(lm, WeightDelta.load(edit.checked()))
+        _Slot.edit = edit.sha256

@@ -1,0 +1,274 @@
+"""The step ``model``: which model is edited, fetched, found, or trained here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from memit.errors import InputError, ResourceError, UnreachableError
+from tasks.artifacts import (
+    Artifact,
+    cache_directory,
+    cached_task,
+    describe,
+    store_piece,
+    write_json,
+)
+from tasks.loading import ModelFiles, ModelReference, directory_digests, loaded
+from tasks.measure import Cost, Meter
+from tasks.progress import piece_progress, progress_bar
+
+WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
+DESCRIPTION_PATTERNS = ["*.json", "*.txt", "*.model"]
+
+
+class SmallModel(BaseModel):
+    """A model trained here, and the world that it knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: dict[str, Artifact]
+    """The files of its directory."""
+    world: dict[str, Artifact]
+    """``records.json``, ``corpus.txt`` and ``held_out.txt``."""
+    cost: Cost
+
+
+class Recall(BaseModel):
+    """How many of its facts a model knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    percent: float
+    cost: Cost
+
+
+@cached_task("model", version=1)
+def train_small_model(
+    world: Mapping[str, Any], training: Mapping[str, Any], threads: int
+) -> SmallModel:
+    """Invent a world and train a small model on it, going on from the last checkpoint.
+
+    ``world`` and ``training`` hold the fields of `WorldParameters` and `TrainingParameters`.
+    """
+    import torch
+
+    from memit.requests import write_records
+    from memit.world.people import WorldParameters, make_world
+    from memit.world.small_model import TrainingParameters, train
+
+    torch.set_num_threads(threads)
+    made = make_world(WorldParameters(**world))
+    parameters = TrainingParameters(**training)
+    folder = cache_directory() / "training"
+    with Meter() as meter, progress_bar("model", parameters.steps, "training steps") as bar:
+
+        def train_once() -> Path:
+            return train(
+                made,
+                parameters,
+                checkpoint_dir=folder / f"threads-{threads}",
+                progress=lambda steps: bar.advance(0, steps),
+            )
+
+        directory = _undamaged(train_once)
+    return SmallModel(
+        weights={path.name: _keep(path) for path in sorted(directory.iterdir())},
+        world={
+            "records.json": store_piece("model", ".json", lambda p: write_records(made.records, p)),
+            "corpus.txt": _keep_lines(made.documents),
+            "held_out.txt": _keep_lines(made.held_out),
+        },
+        cost=meter.cost,
+    )
+
+
+@cached_task("recall", version=1)
+def measure_recall(model: ModelReference, records: Artifact, token_budget: int) -> Recall:
+    """Ask a model trained here for every one of its facts (argmax of the true object's tokens)."""
+    from memit.evaluation.counterfact import prompts_of, score_prompts
+    from memit.requests import read_counterfact
+
+    prompts = [p for p in prompts_of(read_counterfact(records.checked())) if p.kind == "rewrite"]
+    with (
+        loaded(model) as lm,
+        Meter() as meter,
+        progress_bar("recall", len(prompts), "facts") as bar,
+    ):
+        table = score_prompts(
+            lm, prompts, token_budget=token_budget, progress=lambda n: bar.advance(0, n)
+        )
+    hits = table["hit_true"].to_pylist()
+    return Recall(percent=round(100 * sum(hits) / len(hits), 4), cost=meter.cost)
+
+
+def _undamaged(train_once: Callable[[], Path]) -> Path:
+    """The finished training's directory, trained again if its files are not what they were."""
+    directory = train_once()
+    note = directory.with_name(directory.name + ".json")
+    digests = directory_digests(directory)
+    if note.exists() and json.loads(note.read_text()) != digests:
+        shutil.rmtree(directory)
+        directory = train_once()
+        digests = directory_digests(directory)
+    write_json(note, digests)
+    return directory
+
+
+def _keep(path: Path) -> Artifact:
+    return store_piece("model", path.suffix, lambda partial: shutil.copyfile(path, partial))
+
+
+def _keep_lines(lines: tuple[str, ...]) -> Artifact:
+    text = "".join(line + "\n" for line in lines)
+    return store_piece("model", ".txt", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def resolve_commit(name: str, revision: str) -> str:
+    """The commit that a branch, tag or commit of a hub repository stands for.
+
+    Raises:
+        InputError: there is no such repository or revision.
+        UnreachableError: the hub does not answer.
+    """
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        commit = HfApi().model_info(name, revision=revision, timeout=30).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise InputError(
+            f"the hub has no model {name} at revision {revision}: check model.id and model.revision "
+            "(a private model needs a login: hf auth login)."
+        ) from None
+    except Exception as error:
+        raise _unreachable(name, error) from error
+    if commit is None:
+        raise UnreachableError(f"the hub names no commit for {name} at {revision}: give a commit.")
+    return commit
+
+
+def fetch_description(name: str, commit: str) -> Path:
+    """Configuration and tokenizer of a hub model, without its weights."""
+    return _snapshot(name, commit, DESCRIPTION_PATTERNS)
+
+
+def fetch_model(name: str, commit: str) -> Path:
+    """The snapshot of a hub model with its safetensors weights, from the local cache if it is there.
+
+    Raises:
+        InputError: the revision has no safetensors weights.
+        ResourceError: the weights do not fit on the disk.
+        UnreachableError: the hub does not answer.
+    """
+    directory = _snapshot(name, commit, DESCRIPTION_PATTERNS)
+    if not any(directory.glob("*.safetensors")):
+        _check_room(name, commit)
+        directory = _snapshot(name, commit, [*WEIGHT_PATTERNS, *DESCRIPTION_PATTERNS])
+    if not any(directory.glob("*.safetensors")):
+        raise InputError(
+            f"{name} at {commit} has no safetensors weights, and no others are loaded: name a "
+            "revision that has them (often refs/pr/N), or convert them and use model.source: local."
+        )
+    return directory
+
+
+def describe_model(source: str, name: str, revision: str | None, directory: Path) -> ModelFiles:
+    """Read a model directory's structure and digests; the weights are hashed, not loaded.
+
+    Raises:
+        InputError: the directory does not hold a model.
+        ModelStructureError: the method does not fit the model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from memit.language_model import LanguageModel
+
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{directory} does not hold a causal language model ({reason}): it needs config.json, "
+            "a tokenizer and safetensors weights."
+        ) from error
+    lm = LanguageModel(model, tokenizer, name=name, revision=revision)
+    return ModelFiles(
+        source=source,
+        id=name,
+        revision=revision,
+        files=directory_digests(directory),
+        architecture=type(model).__name__,
+        layers=lm.depth,
+        width=lm.width,
+        inner_width=lm.inner_width,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _snapshot(name: str, commit: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def fetch(offline: bool) -> Path:
+        return Path(
+            snapshot_download(
+                name, revision=commit, allow_patterns=patterns, local_files_only=offline
+            )
+        )
+
+    try:
+        if any(pattern in DESCRIPTION_PATTERNS for pattern in patterns):
+            try:
+                found = fetch(offline=True)
+                if (found / "config.json").exists() and WEIGHT_PATTERNS[0] not in patterns:
+                    return found
+            except LocalEntryNotFoundError:
+                pass
+        return fetch(offline=False)
+    except RepositoryNotFoundError:
+        raise InputError(f"the hub has no model {name} at {commit}: check model.id.") from None
+    except OSError as error:
+        raise _unreachable(name, error) from error
+
+
+def _check_room(name: str, commit: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    info = HfApi().model_info(name, revision=commit, files_metadata=True)
+    needed = sum(f.size or 0 for f in info.siblings or () if f.rfilename.endswith(".safetensors"))
+    place = Path(HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ResourceError(
+            f"the weights of {name} take {needed / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB "
+            "free: make room or set HF_HOME to another disk."
+        )
+
+
+def _unreachable(name: str, error: Exception) -> UnreachableError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UnreachableError(
+        f"the hub cannot be reached for {name} ({reason}): check the network, or download the model "
+        "elsewhere and use model.source: local."
+    )
+
+
+def world_files(directory: Path) -> dict[str, Artifact]:
+    """The files of the world that lies in ``directory``."""
+    return {path.name: describe(path) for path in sorted(directory.iterdir())}

@@ -1,0 +1,36 @@
+"""The step ``prefixes``: sample once the contexts that are put before every prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from tasks.artifacts import cached_task
+from tasks.loading import ModelReference, loaded
+from tasks.measure import Cost, Meter
+
+
+class SampledPrefixes(BaseModel):
+    """The five prefixes x_j; the plain prompt is the sixth context."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefixes: tuple[str, ...]
+    cost: Cost
+
+
+@cached_task("prefixes", version=1)
+def draw_prefixes(model: ModelReference, seed: int) -> SampledPrefixes:
+    """Let the unedited model continue five words, from a seeded generator."""
+    from memit.prefixes import sample_prefixes
+
+    with loaded(model) as lm, Meter() as meter:
+        prefixes = sample_prefixes(lm, seed)
+    return SampledPrefixes(prefixes=prefixes, cost=meter.cost)
+
+
+def read_prefixes(path: Path) -> tuple[str, ...]:
+    """The prefixes in the step's result."""
+    return tuple(json.loads(path.read_text(encoding="utf-8"))["prefixes"])

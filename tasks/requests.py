@@ -1,0 +1,82 @@
+"""The step ``requests``: choose, sample and check the facts; one file that all later steps read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from memit.download import fetch, verify_sha256
+from memit.errors import InputError
+from memit.requests import (
+    Record,
+    drop_conflicts,
+    read_counterfact,
+    read_facts,
+    sample_records,
+    write_records,
+)
+from tasks.artifacts import Artifact, cache_directory, cached_task, store_piece
+from tasks.loading import ModelReference, loaded
+from tasks.measure import Cost, Meter
+
+Source = Literal["synthetic", "counterfact", "facts"]
+
+
+class ChosenRequests(BaseModel):
+    """The records of the experiment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    records: Artifact
+    dropped: int
+    """Records left out because they contradict an earlier one."""
+    cost: Cost
+
+
+def locate_records(path: str | None, url: str | None, sha256: str | None) -> Path:
+    """The file of records on this disk, fetched if need be, with its checksum compared.
+
+    Raises:
+        InputError, IntegrityError, UnreachableError: it cannot be had as described.
+    """
+    if url is not None and sha256 is not None:
+        return fetch(url, sha256, cache_directory() / "downloads" / f"{sha256.lower()}.json")
+    found = Path(path or "")
+    if not found.is_file():
+        raise InputError(f"{found} does not exist: correct requests.path in params.yaml.")
+    if sha256 is not None:
+        verify_sha256(found, sha256)
+    return found
+
+
+def read_source(source: Source, path: Path) -> tuple[list[Record], int]:
+    """All records of a file, and how many were dropped because they contradict an earlier one.
+
+    Raises:
+        ConflictError: a user's own facts contradict each other.
+    """
+    if source == "facts":
+        return read_facts(path), 0
+    return drop_conflicts(read_counterfact(path))
+
+
+def sample(records: list[Record], count: int | None, seed: int) -> list[Record]:
+    """``count`` of the records, or all of them."""
+    return records if count is None else sample_records(records, count, seed)
+
+
+@cached_task("requests", version=1)
+def choose_requests(
+    source: Source, file: Artifact, count: int | None, seed: int, model: ModelReference
+) -> ChosenRequests:
+    """Read, filter, sample and tokenise the records, and complete them by the unedited model."""
+    from memit.targets import edit_rows
+
+    records, dropped = read_source(source, file.checked())
+    chosen = sample(records, count, seed)
+    with loaded(model) as lm, Meter() as meter:
+        edit_rows(lm, [record.request for record in chosen], ())
+    piece = store_piece("requests", ".json", lambda path: write_records(chosen, path))
+    return ChosenRequests(records=piece, dropped=dropped, cost=meter.cost)

@@ -1,0 +1,145 @@
+"""The named results of the steps, and the manifest that says what each was made from.
+
+Next to its results every step leaves ``artifacts/manifests/<step>.json``: the digests of its files and
+the manifests that it was computed from. A later step checks both before it uses anything, so a
+damaged file or one of another experiment is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from memit.download import file_sha256
+from memit.errors import IntegrityError
+from tasks.artifacts import Artifact, describe, write_json
+from tasks.measure import Cost, total_cost
+
+STEPS = (
+    "model",
+    "requests",
+    "prefixes",
+    "statistics",
+    "targets",
+    "edit",
+    "evaluation",
+    "report",
+)
+"""In the order in which they run."""
+
+MODEL_FILE = Path("artifacts/model/model.json")
+WEIGHTS = Path("artifacts/model/weights")
+WORLD = Path("artifacts/model/world")
+REQUESTS_FILE = Path("artifacts/requests.json")
+PREFIXES_FILE = Path("artifacts/prefixes.json")
+STATISTICS = Path("artifacts/statistics")
+STATISTICS_FILE = STATISTICS / "statistics.json"
+HELD_OUT_FILE = STATISTICS / "held_out.parquet"
+TARGETS_FILE = Path("artifacts/targets.safetensors")
+EDIT = Path("artifacts/edit")
+DELTA_FILE = EDIT / "delta.safetensors"
+EDITED_WEIGHTS_FILE = EDIT / "weights.safetensors"
+EDIT_FILE = EDIT / "edit.json"
+PROMPTS_FILE = Path("evaluation/prompts.parquet")
+FACTS_FILE = Path("evaluation/facts.csv")
+METRICS_FILE = Path("metrics.json")
+TIMINGS_FILE = Path("timings.json")
+REPORT = Path("report")
+MANIFESTS = Path("artifacts/manifests")
+TIMINGS = Path("artifacts/timings")
+
+
+class Manifest(BaseModel):
+    """What a step made, and from what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: str
+    files: dict[str, str]
+    """Path of each result, relative to the working directory, and its SHA-256."""
+    inputs: dict[str, str]
+    """Steps whose results were read, and the digests of their manifests."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything that the step made and what it was made from."""
+        canonical = json.dumps(self.model_dump(), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def file(self, path: Path) -> Artifact:
+        """One of the results, as the input of a task."""
+        return Artifact(
+            path=str(path.resolve()), sha256=self.files[str(path)], size=path.stat().st_size
+        )
+
+
+def finish_step(
+    step: str, files: Iterable[Path], inputs: Mapping[str, Manifest], costs: Sequence[Cost]
+) -> Manifest:
+    """Write down what a step made, from what, and what it cost. The last thing that a step does."""
+    manifest = Manifest(
+        step=step,
+        files={str(path): describe(path).sha256 for path in sorted(files)},
+        inputs={name: given.digest for name, given in sorted(inputs.items())},
+    )
+    write_json(TIMINGS / f"{step}.json", total_cost(costs).model_dump())
+    write_json(MANIFESTS / f"{step}.json", manifest.model_dump())
+    return manifest
+
+
+def upstream(*steps: str) -> dict[str, Manifest]:
+    """The manifests of the steps that are read, after all of their files were checked.
+
+    Raises:
+        IntegrityError: a result is missing, damaged, or belongs to another experiment.
+    """
+    manifests = {step: _read_manifest(step) for step in steps}
+    for manifest in manifests.values():
+        _check_files(manifest)
+        for name, digest in manifest.inputs.items():
+            if name in manifests and manifests[name].digest != digest:
+                raise IntegrityError(
+                    f"the results of {manifest.step} were made from other results of {name} than "
+                    f"those that lie here: run the step {manifest.step} again."
+                )
+    return manifests
+
+
+def read_timings(steps: Iterable[str]) -> dict[str, Cost]:
+    """What each step cost when its pieces were computed, as far as it has run."""
+    return {
+        step: Cost.model_validate_json((TIMINGS / f"{step}.json").read_text())
+        for step in steps
+        if (TIMINGS / f"{step}.json").exists()
+    }
+
+
+def _read_manifest(step: str) -> Manifest:
+    path = MANIFESTS / f"{step}.json"
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IntegrityError(
+            f"{path} is missing, so the step {step} is not finished: run it first."
+        ) from None
+    except (ValidationError, UnicodeDecodeError):
+        raise IntegrityError(f"{path} is damaged: run the step {step} again.") from None
+
+
+def _check_files(manifest: Manifest) -> None:
+    for name, digest in manifest.files.items():
+        try:
+            found = file_sha256(name)
+        except FileNotFoundError:
+            raise IntegrityError(
+                f"{name} is missing: run the step {manifest.step} again, or fetch it (dvc pull)."
+            ) from None
+        if found != digest:
+            raise IntegrityError(
+                f"{name} is not what the step {manifest.step} wrote: delete it and run that step "
+                "again, or fetch it (dvc checkout)."
+            )

@@ -1,0 +1,83 @@
+"""The step ``statistics``: second moments of the keys, in shards of some documents each.
+
+The shards of a layer hold sums and add up exactly; only the sums over all of them are results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from memit.errors import IntegrityError
+from tasks.artifacts import Artifact, cached_task, store_piece, write_file
+from tasks.corpus import read_texts
+from tasks.loading import ModelReference, loaded
+from tasks.measure import Cost, Meter
+from tasks.progress import piece_progress
+
+
+class Shard(BaseModel):
+    """The sums of one range of documents."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    moments: dict[int, Artifact]
+    """The file of each layer (Parquet)."""
+    cost: Cost
+
+
+@cached_task("statistics", version=1)
+def collect_shard(
+    texts: Artifact, model: ModelReference, layers: Sequence[int], token_budget: int
+) -> Shard:
+    """Sum k kᵀ over the documents of one range, for all layers in one pass."""
+    from memit.second_moment import collect_second_moments, write_moment
+
+    documents = read_texts(texts.checked())
+    with loaded(model) as lm, Meter() as meter, piece_progress("statistics") as progress:
+        moments = collect_second_moments(
+            lm, documents, layers, token_budget=token_budget, progress=progress
+        )
+    files = {}
+    for layer, moment in moments.items():
+        provenance = describe_moment(model, texts.sha256, layer)
+        files[layer] = store_piece(
+            "statistics", ".parquet", lambda path, m=moment, p=provenance: write_moment(m, path, p)
+        )
+    return Shard(moments=files, cost=meter.cost)
+
+
+def describe_moment(model: ModelReference, corpus: str, layer: int) -> dict[str, Any]:
+    """What a file of second moments says of itself; ``corpus`` is the digest of the text."""
+    return {
+        "model": model.model.digest,
+        "model_id": model.model.id,
+        "revision": model.model.revision,
+        "layer": layer,
+        "corpus": corpus,
+    }
+
+
+def merge_shards(shards: Sequence[Shard], provenance: dict[str, Any], path: Path) -> int:
+    """Add up one layer's shards, in their order, and write the sum; gives the number of tokens.
+
+    Raises:
+        IntegrityError: a shard belongs to another model or layer.
+    """
+    from memit.second_moment import read_moment, write_moment
+
+    total = None
+    for shard in shards:
+        file = shard.moments[provenance["layer"]]
+        moment, said = read_moment(file.checked())
+        if any(said.get(name) != provenance[name] for name in ("model", "layer")):
+            raise IntegrityError(
+                f"{file.file} is a shard of other statistics: delete .cache/ and run again."
+            )
+        total = moment if total is None else total + moment
+    assert total is not None, "a corpus has at least one range"
+    write_file(path, lambda partial: write_moment(total, partial, provenance))
+    return total.count
