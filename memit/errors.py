@@ -1,4 +1,4 @@
-"""The errors that a user can meet. Each message is one sentence that names the cause and the way out."""
+"""The errors that a user can meet: one sentence each, with the cause and the way out."""
 
 
 class MemitError(Exception):

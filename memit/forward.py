@@ -7,13 +7,13 @@ that masks, positions, scales and caps stay the model's own. Rows are padded on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from memit.language_model import LanguageModel
 
@@ -115,7 +115,8 @@ class KeyValues:
         length = self.positions
         below = [_FrozenLayer(None, None, length) for _ in range(self.start)]
         held = [_FrozenLayer(keys, values, length) for keys, values in self.layers]
-        return Cache(layers=[*below, *held])
+        layers: list[CacheLayerMixin] = [*below, *held]
+        return Cache(layers=layers)
 
     def mask(self) -> Tensor:
         """1 where a position is real (rows × positions)."""
@@ -128,7 +129,7 @@ class Recorder:
 
     def __init__(self, lm: LanguageModel, start: int):
         self.start = start
-        self.layers = [_IgnoredLayer() for _ in range(start)]
+        self.layers: list[CacheLayerMixin] = [_IgnoredLayer() for _ in range(start)]
         self.layers += [_RecordedLayer() for _ in range(start, lm.depth)]
 
     def cache(self) -> Cache:
@@ -240,7 +241,7 @@ def reading_keys(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int,
 
 @contextmanager
 def changing_output(lm: LanguageModel, layer: int, change: Callable[[Tensor], Tensor]):
-    """Replace the hidden states that leave block `layer` (rows × tokens × d) by `change` of them."""
+    """Replace the hidden states that leave a block (rows × tokens × d) by `change` of them."""
 
     def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
         return _with_hidden(output, change(_hidden_of(output)))
@@ -258,10 +259,8 @@ def _stopping_after(lm: LanguageModel, layer: int) -> Iterator[list[Tensor]]:
         raise _Stopped
 
     with _hook(lm.blocks[layer].register_forward_hook(hook)):
-        try:
+        with suppress(_Stopped):
             yield result
-        except _Stopped:
-            pass
 
 
 @contextmanager
@@ -355,7 +354,7 @@ def can_resume(lm: LanguageModel) -> bool:
 
 @torch.no_grad()
 def _try_to_resume(lm: LanguageModel) -> bool:
-    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    vocabulary = lm.model.config.get_text_config().vocab_size
     ids = [[(7 * place + 3) % vocabulary for place in range(length)] for length in (5, 7)]
     padded = pad(ids, lm.device)
     start = lm.depth // 2

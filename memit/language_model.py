@@ -50,14 +50,10 @@ class LanguageModel:
         """The commit of the hub repository, if it came from there."""
         self.blocks = _find_blocks(model)
         """The decoder blocks, in order."""
-        self.head = model.get_output_embeddings()
-        """The module that turns final hidden states into logits."""
         self.applied: list[AppliedDelta] = []
         """Deltas that stand in the weights now, oldest first."""
-        if self.head is None:
-            raise ModelStructureError(
-                f"{name} has no language-model head; load it as a causal language model."
-            )
+        self.head = _find_head(model)
+        """The module that turns final hidden states into logits."""
 
     @property
     def depth(self) -> int:
@@ -77,7 +73,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids must be put."""
-        return self.model.get_input_embeddings().weight.device
+        return cast(Tensor, self.model.get_input_embeddings().weight).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,7 +161,7 @@ def load_model(
             ) from error
         raise
     if device != "sharded":
-        model = model.to(_device(device))
+        model.to(_device(device))  # type: ignore[arg-type]
     commit = getattr(model.config, "_commit_hash", None) or revision
     return LanguageModel(model, tokenizer, name=str(source), revision=None if is_local else commit)
 
@@ -190,6 +186,15 @@ def _load_error(source: str, is_local: bool, error: Exception) -> Exception:
         f"{source} could not be loaded from the hub ({reason}); check the name, the revision and "
         "the network, or download it and give its directory."
     )
+
+
+def _find_head(model: PreTrainedModel) -> nn.Module:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelStructureError(
+            f"{type(model).__name__} has no language-model head; load a causal language model."
+        )
+    return head
 
 
 def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:

@@ -41,7 +41,7 @@ class TokenRow:
 
 
 def mark(template: str, subject: str, *, prefix: str = "", target: str | None = None) -> MarkedText:
-    """Put `subject` in the template's `{}`, `prefix` before it and a space and `target` after it."""
+    """Put `subject` in the template's `{}`, `prefix` before, a space and `target` after it."""
     before, after = template.split("{}")
     subject_end = len(prefix) + len(before) + len(subject)
     prompt = f"{prefix}{before}{subject}{after}"
@@ -138,7 +138,7 @@ def _ends_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[in
         if end < reached or end > len(text) or text[reached:start].strip():
             return None
         # A character that continues in the next token is not complete.
-        ends.append(max(reached, min(end, later)))
+        ends.append(max(ends[-1] if ends else 0, min(end, later)))
         reached = max(reached, end)
     return None if text[reached:].strip() else ends
 
@@ -152,7 +152,7 @@ def _by_decoding(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[in
         decoded = tokenizer.decode(
             ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        ends.append(_common_prefix(decoded.lstrip(), text.lstrip()))
+        ends.append(_common_prefix(str(decoded).lstrip(), text.lstrip()))
     ends = [leading + end if end else 0 for end in ends]
     if not ends or ends[-1] < len(text.rstrip()):
         raise InputError(

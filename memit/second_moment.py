@@ -23,7 +23,6 @@ from memit.batches import in_batches
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.forward import block_output, pad, reading_keys
 from memit.language_model import LanguageModel
-from memit.positions import tokenize
 
 WINDOW = 256
 """Documents that are tokenised and sorted by length together."""
@@ -151,7 +150,7 @@ def _checked(moment: SecondMoment, layer: int) -> SecondMoment:
         raise InputError("the corpus has no tokens; give one that has text in it.")
     if not bool(torch.isfinite(moment.sum).all()):
         raise NumericsError(
-            f"the second moment of layer {layer} is not finite; run the model in float32 or bfloat16."
+            f"the second moment of layer {layer} is not finite; run in float32 or bfloat16."
         )
     return moment
 

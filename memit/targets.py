@@ -94,7 +94,7 @@ class EditRows:
 
     @property
     def essence_is_plain(self) -> bool:
-        """Whether the essence row is how the plain row begins, so that it needs no row of its own."""
+        """Whether the plain row begins like the essence row, which then needs no row of its own."""
         return self.plain.ids[: len(self.essence.ids)] == self.essence.ids
 
     @property
