@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from memit.language_model import LanguageModel
 
@@ -115,7 +115,7 @@ class KeyValues:
         length = self.positions
         below = [_FrozenLayer(None, None, length) for _ in range(self.start)]
         held = [_FrozenLayer(keys, values, length) for keys, values in self.layers]
-        layers: list[CacheLayerMixin] = [*below, *held]
+        layers: list[Any] = [*below, *held]
         return Cache(layers=layers)
 
     def mask(self) -> Tensor:
@@ -129,7 +129,7 @@ class Recorder:
 
     def __init__(self, lm: LanguageModel, start: int):
         self.start = start
-        self.layers: list[CacheLayerMixin] = [_IgnoredLayer() for _ in range(start)]
+        self.layers: list[Any] = [_IgnoredLayer() for _ in range(start)]
         self.layers += [_RecordedLayer() for _ in range(start, lm.depth)]
 
     def cache(self) -> Cache:
@@ -258,9 +258,8 @@ def _stopping_after(lm: LanguageModel, layer: int) -> Iterator[list[Tensor]]:
         result.append(_hidden_of(output))
         raise _Stopped
 
-    with _hook(lm.blocks[layer].register_forward_hook(hook)):
-        with suppress(_Stopped):
-            yield result
+    with _hook(lm.blocks[layer].register_forward_hook(hook)), suppress(_Stopped):
+        yield result
 
 
 @contextmanager

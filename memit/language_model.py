@@ -102,19 +102,29 @@ class LanguageModel:
 
     def weight(self, layer: int) -> Tensor:
         """W_out as a d × f view, whichever way it is stored."""
-        module = self.down_projection(layer)
-        weight = cast(Tensor, module.weight)
-        return weight.T if isinstance(module, Conv1D) else weight
+        weight = cast(Tensor, self.down_projection(layer).weight)
+        return weight.T if self.is_transposed(layer) else weight
 
     def set_weight(self, layer: int, value: Tensor) -> None:
         """Write a d × f tensor into W_out, rounded to the dtype that the model runs in."""
         with torch.no_grad():
             self.weight(layer).copy_(value)
 
-    def weight_digest(self, layer: int, dtype: torch.dtype | None = None) -> str:
-        """sha256 over dtype, shape and bytes of W_out as d × f, cast to `dtype` if one is given."""
-        weight = self.weight(layer)
-        return tensor_digest(weight if dtype is None else weight.to(dtype))
+    def weight_name(self, layer: int) -> str:
+        """The name under which the model keeps W_out of block `layer`."""
+        wanted = self.down_projection(layer).weight
+        return next(name for name, found in self.model.named_parameters() if found is wanted)
+
+    def is_transposed(self, layer: int) -> bool:
+        """Whether W_out is kept as f × d."""
+        return isinstance(self.down_projection(layer), Conv1D)
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter as it is kept; raises `InputError` if the model has none of that name."""
+        try:
+            return self.model.get_parameter(name)
+        except AttributeError as error:
+            raise InputError(f"{self.name} has no parameter {name}; use another model.") from error
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -42,6 +42,8 @@ class Spread:
     """What to add to the weights."""
     residuals: Mapping[int, float]
     """Mean ‖z_i − h_i‖ in front of each layer's update."""
+    update_ratios: Mapping[int, float]
+    """‖Δ‖ / ‖W‖ of each layer (Frobenius)."""
     residual_left: float
     """Mean ‖z_i − h_i‖ after the last update."""
 
@@ -99,10 +101,11 @@ def _walk_layers(
 ) -> Spread:
     """Algorithm 1, lines 5-15; leaves the updates in the model's weights."""
     lm = walk.lm
-    digests = base_digests(lm, hp.layers)
+    digests = base_digests(lm, map(lm.weight_name, hp.layers))
     target = z.to(lm.device).T.double()
     residuals: dict[int, float] = {}
-    changes: dict[int, LowRank | Dense] = {}
+    ratios: dict[int, float] = {}
+    changes: dict[str, LowRank | Dense] = {}
     for done, layer in enumerate(hp.layers):
         walk.advance(layer)
         K, hidden = walk.read(hp.key_average)
@@ -111,13 +114,15 @@ def _walk_layers(
         if observe is not None:
             observe(layer, K, R)
         change = solve(K, R, moments[layer], hp.covariance_weight, f"layer {layer}", factors)
+        changes[lm.weight_name(layer)] = change.transposed() if lm.is_transposed(layer) else change
         master = lm.weight(layer).float()
-        lm.set_weight(layer, master + change.dense().to(master.device))
-        changes[layer] = change
+        delta = change.dense().to(master.device)
+        ratios[layer] = float(delta.norm() / master.norm())
+        lm.set_weight(layer, master + delta)
         if progress is not None:
             progress(1)
     left = _mean_norm(target - walk.read_hidden())
-    return Spread(WeightDelta(changes, {"base": digests}), residuals, left)
+    return Spread(WeightDelta(changes, {"base": digests}), residuals, ratios, left)
 
 
 def _mean_norm(columns: Tensor) -> float:

@@ -1,9 +1,9 @@
-"""Deltas of down-projections: kept as low-rank factors, applied, taken back exactly."""
+"""Deltas of weights: low-rank factors where these are smaller, applied, taken back exactly."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,46 +19,64 @@ from memit.language_model import LanguageModel, tensor_digest
 
 @dataclass(frozen=True)
 class LowRank:
-    """Δ = R Aᵀ."""
+    """Δ = left · rightᵀ; for MEMIT on a d × f weight, left is R and right is (λC + K Kᵀ)⁻¹ K."""
 
-    R: Tensor
-    """Residuals (d × n, float32)."""
-    A: Tensor
-    """(λC + K Kᵀ)⁻¹ K (f × n, float32)."""
+    left: Tensor
+    """One column for each edit (rows of the weight × n, float32)."""
+    right: Tensor
+    """One column for each edit (columns of the weight × n, float32)."""
 
     def dense(self) -> Tensor:
-        """Δ (d × f, float32); multiplied in float64 so that the device hardly matters."""
-        return (self.R.double() @ self.A.double().T).float()
+        """Δ (float32); multiplied in float64 so that the device hardly matters."""
+        return (self.left.double() @ self.right.double().T).float()
+
+    def transposed(self) -> LowRank:
+        """The same change of a weight that is kept the other way round."""
+        return LowRank(self.right, self.left)
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Δ itself, where factors would be larger."""
+    """Δ itself, where factors would be larger or there are none."""
 
     delta: Tensor
-    """Δ (d × f, float32)."""
+    """Δ (float32)."""
 
     def dense(self) -> Tensor:
-        """Δ (d × f, float32)."""
+        """Δ (float32)."""
         return self.delta
+
+    def transposed(self) -> Dense:
+        """The same change of a weight that is kept the other way round."""
+        return Dense(self.delta.T.contiguous())
 
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """What an edit adds to down-projections, and where that came from."""
+    """What an edit adds to a model's weights, and where that came from."""
 
-    layers: Mapping[int, LowRank | Dense]
-    """Δ of each edited layer."""
+    changes: Mapping[str, LowRank | Dense]
+    """Δ of each changed parameter, by its name in the model and in the model's orientation."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Method, model, revision, request digest, hyperparameters, and the `base` digests of the
     weights that it was made for."""
 
+    def apply(self, lm: LanguageModel) -> None:
+        """Add it to the weights; see `apply`."""
+        apply(lm, self)
+
+    def revert(self, lm: LanguageModel) -> None:
+        """Take it back; raises `InputError` unless it is the edit that was applied last."""
+        if lm.applied and lm.applied[-1].delta is not self:
+            raise InputError("another edit was applied later; revert that one first.")
+        revert(lm)
+
     def save(self, path: Path) -> None:
         """Write factors and provenance as safetensors; equal deltas give equal bytes."""
         tensors = {
-            f"layer.{layer}.{name}": part.cpu().contiguous()
-            for layer, change in self.layers.items()
-            for name, part in change.__dict__.items()
+            f"{name}:{part}": tensor.cpu().contiguous()
+            for name, change in self.changes.items()
+            for part, tensor in change.__dict__.items()
         }
         save_file(tensors, path, {"provenance": json.dumps(self.provenance, sort_keys=True)})
 
@@ -76,23 +94,23 @@ class WeightDelta:
             ) from error
 
 
-def _grouped(tensors: Mapping[str, Tensor]) -> dict[int, LowRank | Dense]:
-    parts: dict[int, dict[str, Tensor]] = {}
+def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, LowRank | Dense]:
+    parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        _, layer, name = key.split(".")
-        parts.setdefault(int(layer), {})[name] = tensor
+        name, part = key.split(":")
+        parts.setdefault(name, {})[part] = tensor
     return {
-        layer: Dense(**found) if "delta" in found else LowRank(**found)
-        for layer, found in sorted(parts.items())
+        name: Dense(**found) if "delta" in found else LowRank(**found)
+        for name, found in parts.items()
     }
 
 
-def base_digests(lm: LanguageModel, layers: tuple[int, ...]) -> dict[str, Any]:
+def base_digests(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
     """What a delta remembers of the weights it was made for: the dtype they were in, and their
     digests."""
     return {
         "dtype": str(lm.dtype).removeprefix("torch."),
-        "sha256": {str(layer): lm.weight_digest(layer) for layer in layers},
+        "sha256": {name: tensor_digest(lm.parameter(name)) for name in names},
     }
 
 
@@ -102,9 +120,9 @@ class AppliedDelta:
 
     delta: WeightDelta
     """What was applied."""
-    base: Mapping[int, Tensor]
-    """The weights before (d × f, in the model's dtype, on the CPU)."""
-    digests: Mapping[int, str]
+    base: Mapping[str, Tensor]
+    """The parameters before (in the model's dtype, on the CPU)."""
+    digests: Mapping[str, str]
     """Their digests."""
 
 
@@ -118,16 +136,17 @@ def check_base(lm: LanguageModel, delta: WeightDelta) -> None:
         raise IntegrityError(
             "the delta does not say which weights it was made for; make it again with this version."
         )
+    names = dict(lm.model.named_parameters())
     dtype = getattr(torch, made_for["dtype"])
-    for layer in delta.layers:
-        if not 0 <= layer < lm.depth:
+    for name in delta.changes:
+        if name not in names:
             raise IntegrityError(
-                f"the delta edits layer {layer}, which {lm.name} does not have; "
+                f"the delta changes {name}, which {lm.name} does not have; "
                 f"it was made for {delta.provenance.get('model')}."
             )
-        if lm.weight_digest(layer, dtype) != made_for["sha256"].get(str(layer)):
+        if tensor_digest(names[name].to(dtype)) != made_for["sha256"].get(name):
             raise IntegrityError(
-                f"the delta was made for other weights than those of layer {layer} in {lm.name} "
+                f"the delta was made for other weights than those of {name} in {lm.name} "
                 f"(it names {delta.provenance.get('model')}); use the same model and revision, and "
                 "revert later edits first."
             )
@@ -141,23 +160,25 @@ def apply(lm: LanguageModel, delta: WeightDelta) -> None:
     the model is left as it was then.
     """
     check_base(lm, delta)
-    base = {layer: lm.weight(layer).cpu().clone() for layer in delta.layers}
-    changed = {layer: _added(lm.weight(layer), delta, layer) for layer in delta.layers}
-    for layer, weight in changed.items():
-        lm.set_weight(layer, weight)
-    digests = {layer: tensor_digest(weight) for layer, weight in base.items()}
+    weights = {name: lm.parameter(name) for name in delta.changes}
+    base = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+    changed = {name: _added(weight, delta, name) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        weight.copy_(changed[name])
+    digests = {name: tensor_digest(weight) for name, weight in base.items()}
     lm.applied.append(AppliedDelta(delta, base, digests))
 
 
-def _added(weight: Tensor, delta: WeightDelta, layer: int) -> Tensor:
-    change = delta.layers[layer].dense().to(weight.device)
+def _added(weight: Tensor, delta: WeightDelta, name: str) -> Tensor:
+    change = delta.changes[name].dense().to(weight.device)
     if change.shape != weight.shape:
-        raise IntegrityError(f"the delta of layer {layer} has another shape than the weight.")
+        raise IntegrityError(f"the delta of {name} has another shape than the weight.")
     if not bool(torch.isfinite(change).all()):
-        raise NumericsError(f"the delta of layer {layer} is not finite; nothing was changed.")
+        raise NumericsError(f"the delta of {name} is not finite; nothing was changed.")
     return weight.float() + change
 
 
+@torch.no_grad()
 def revert(lm: LanguageModel) -> WeightDelta:
     """Take the last applied delta back: the very bits that stood there before return.
 
@@ -166,10 +187,10 @@ def revert(lm: LanguageModel) -> WeightDelta:
     if not lm.applied:
         raise InputError(f"no edit stands in {lm.name}; there is nothing to revert.")
     last = lm.applied[-1]
-    for layer, weight in last.base.items():
-        if tensor_digest(weight) != last.digests[layer]:
-            raise IntegrityError(f"the kept weights of layer {layer} are damaged; load the model.")
-    for layer, weight in last.base.items():
-        lm.set_weight(layer, weight)
+    for name, weight in last.base.items():
+        if tensor_digest(weight) != last.digests[name]:
+            raise IntegrityError(f"the kept weights of {name} are damaged; load the model again.")
+    for name, weight in last.base.items():
+        lm.parameter(name).copy_(weight)
     lm.applied.pop()
     return last.delta

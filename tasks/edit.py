@@ -140,24 +140,20 @@ def _signed(
         "count": len(records),
         "hyperparameters": asdict(hyperparameters),
     }
-    return WeightDelta(delta.layers, provenance)
+    return WeightDelta(delta.changes, provenance)
 
 
 def _summarise(
     lm: LanguageModel, result: Spread, targets: Targets, hyperparameters: Hyperparameters
 ) -> dict[str, Any]:
     """What ``edit.json`` says; norms are Frobenius norms."""
-    ratios = {
-        layer: float(change.dense().norm() / lm.weight(layer).float().norm().cpu())
-        for layer, change in result.delta.layers.items()
-    }
     return {
         "count": len(targets.z),
         "layers": list(hyperparameters.layers),
         "target_shift": round(float(targets.delta_ratios.mean()), 6),
         "residuals": {str(layer): round(norm, 6) for layer, norm in result.residuals.items()},
         "residual_left": round(result.residual_left, 6),
-        "update_ratio": {str(layer): round(ratio, 6) for layer, ratio in ratios.items()},
+        "update_ratio": {str(layer): round(ratio, 6) for layer, ratio in result.update_ratios.items()},
         "hyperparameters": asdict(hyperparameters),
     }
 
@@ -170,12 +166,7 @@ def _save_changed(lm: LanguageModel, delta: WeightDelta, path: Path) -> None:
 
     apply(lm, delta)
     try:
-        chosen = {id(lm.down_projection(layer).weight) for layer in delta.layers}
-        matrices = {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in lm.model.named_parameters()
-            if id(parameter) in chosen
-        }
+        matrices = {name: lm.parameter(name).cpu().contiguous() for name in delta.changes}
         save_file(matrices, path, {"format": "pt"})
     finally:
         revert(lm)
