@@ -187,9 +187,14 @@ def sample_records(records: Sequence[Record], count: int, seed: int) -> list[Rec
 
 
 def records_digest(records: Iterable[Record]) -> str:
-    """Sha256 of the canonical JSON of the edit requests, in their order."""
-    requests = [asdict(record.request) for record in records]
-    canonical = json.dumps(requests, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    """The digest of the records' edit requests."""
+    return requests_digest(record.request for record in records)
+
+
+def requests_digest(requests: Iterable[EditRequest]) -> str:
+    """Sha256 of the canonical JSON of edit requests, in their order."""
+    rows = [asdict(request) for request in requests]
+    canonical = json.dumps(rows, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
 

@@ -153,7 +153,7 @@ def _summarise(
         "target_shift": round(float(targets.delta_ratios.mean()), 6),
         "residuals": {str(layer): round(norm, 6) for layer, norm in result.residuals.items()},
         "residual_left": round(result.residual_left, 6),
-        "update_ratio": {str(layer): round(ratio, 6) for layer, ratio in result.update_ratios.items()},
+        "update_ratio": {str(layer): round(r, 6) for layer, r in result.update_ratios.items()},
         "hyperparameters": asdict(hyperparameters),
     }
 

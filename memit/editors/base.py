@@ -1,0 +1,102 @@
+"""What every editor is: settings, and a method that turns requests into an edit.
+
+A new method is one file with a frozen dataclass of its settings that inherits `Editor`, is
+decorated with `@register("name")`, and is imported in `memit/editors/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+from memit.errors import InputError
+from memit.language_model import LanguageModel
+from memit.requests import EditRequest, Record, requests_digest
+from memit.second_moment import SecondMoment
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """The result of an editor: put it on a model, take it off, keep it."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Method, settings, model and requests that it came from."""
+        ...
+
+    def apply(self, lm: LanguageModel) -> None:
+        """Make the model answer as edited."""
+        ...
+
+    def revert(self, lm: LanguageModel) -> None:
+        """Make it answer exactly as before."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write it to a file."""
+        ...
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What editors may draw on besides the model and the requests; each takes what it needs."""
+
+    token_budget: int
+    """Padded tokens on the device at a time."""
+    prefixes: Sequence[str] = ()
+    """Texts put before prompts, drawn once for all editors."""
+    moments: Mapping[int, SecondMoment] = field(default_factory=dict)
+    """Second moments by layer; may read its values on demand."""
+    training: Sequence[Record] = ()
+    """Records to learn from, disjoint from those that are edited or evaluated."""
+    seed: int = 0
+    """Seed of whatever the editor draws."""
+    progress: Callable[[int], None] | None = None
+    """Told the number of newly finished edits."""
+
+
+class Editor(ABC):
+    """A method with its settings."""
+
+    name: ClassVar[str]
+    """The name under which it is registered."""
+
+    @abstractmethod
+    def edit(
+        self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
+    ) -> Edit:
+        """Compute an edit that holds all requests; the model is given back as it was."""
+
+
+Class = TypeVar("Class", bound=type[Editor])
+
+EDITORS: dict[str, type[Editor]] = {}
+"""All editors by name."""
+
+
+def register(name: str) -> Callable[[Class], Class]:
+    """Enter an editor's class into `EDITORS`."""
+
+    def enter(editor: Class) -> Class:
+        if name in EDITORS:
+            raise InputError(f"there is an editor named {name} already; choose another name.")
+        editor.name = name
+        EDITORS[name] = editor
+        return editor
+
+    return enter
+
+
+def provenance(editor: Editor, lm: LanguageModel, requests: Sequence[EditRequest]) -> dict:
+    """Where an edit comes from: method, settings, model, requests."""
+    return {
+        "method": editor.name,
+        "settings": asdict(editor),  # type: ignore[call-overload]
+        "model": lm.name,
+        "revision": lm.revision,
+        "requests": requests_digest(requests),
+        "count": len(requests),
+    }
