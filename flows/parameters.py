@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from memit.errors import InputError
+from memit.hyperparameters import Hyperparameters, preset
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -104,6 +106,15 @@ class ModelSection(Section):
     seed: Seed = 0
     world: WorldSection = WorldSection()
     training: TrainingSection = TrainingSection()
+
+    def placement(self) -> dict[str, Any]:
+        """How the model computes, and where it lies if it is a local one."""
+        return {
+            "dtype": self.dtype,
+            "device": self.device,
+            "threads": self.threads,
+            "path": self.path,
+        }
 
     @model_validator(mode="after")
     def _source_is_named(self) -> ModelSection:
@@ -221,6 +232,24 @@ class Parameters(Section):
     edit: EditSection = EditSection()
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = ReportSection()
+
+    def hyperparameters(self, model: str, depth: int) -> Hyperparameters:
+        """The preset of a model with ``depth`` blocks, with what ``targets`` and ``edit`` override.
+
+        Raises:
+            InputError: a layer is named that the model does not have.
+        """
+        settings = {**self.targets.model_dump(), **self.edit.model_dump()}
+        names = {field.name for field in fields(Hyperparameters)}
+        chosen = {name: settings[name] for name in names if settings[name] is not None}
+        hyperparameters = replace(preset(model, depth), **chosen)
+        for layer in hyperparameters.layers:
+            if layer >= depth:
+                raise InputError(
+                    f"params.yaml: edit.layers names layer {layer}, but {model} has {depth} "
+                    f"blocks: the layers are 0 to {depth - 1}."
+                )
+        return hyperparameters
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Parameters:

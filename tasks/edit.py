@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from memit.errors import IntegrityError, NumericsError
 from memit.hyperparameters import Hyperparameters
-from memit.requests import Record, read_counterfact, records_digest
+from memit.requests import EditRequest, Record, read_counterfact
 from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
@@ -81,6 +81,7 @@ def spread_edit(
     from memit.targets import Targets
 
     chosen = read_counterfact(records.checked())
+    requests = [record.request for record in chosen]
     goals = Targets.load(targets.checked())
     _check_finite(chosen, goals)
     layers = hyperparameters.layers
@@ -91,7 +92,7 @@ def spread_edit(
     ):
         result = spread(
             lm,
-            [record.request for record in chosen],
+            requests,
             prefixes,
             goals.z,
             StoredMoments(moments, model.model.digest),
@@ -99,8 +100,8 @@ def spread_edit(
             token_budget=token_budget,
             progress=lambda done: bar.advance(0, done),
         )
-        delta = _signed(result.delta, model, chosen, hyperparameters)
-        summary = _summarise(lm, result, goals, hyperparameters)
+        delta = _signed(result.delta, lm, requests, hyperparameters)
+        summary = _summarise(result, goals, hyperparameters)
     with loaded(model) as lm:
         weights = store_piece("edit", ".safetensors", lambda path: _save_changed(lm, delta, path))
     return Edit(
@@ -123,24 +124,17 @@ def _check_finite(records: Sequence[Record], targets: Targets) -> None:
 
 def _signed(
     delta: WeightDelta,
-    model: ModelReference,
-    records: Sequence[Record],
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
     hyperparameters: Hyperparameters,
 ) -> WeightDelta:
     """The delta with where it came from written inside."""
+    from memit.editors import Memit
+    from memit.editors.base import provenance
     from memit.weight_delta import WeightDelta
 
-    provenance: dict[str, Any] = {
-        **delta.provenance,
-        "method": "memit",
-        "model": model.model.id,
-        "revision": model.model.revision,
-        "model_digest": model.model.digest,
-        "requests": records_digest(records),
-        "count": len(records),
-        "hyperparameters": asdict(hyperparameters),
-    }
-    return WeightDelta(delta.changes, provenance)
+    origin = provenance(Memit(hyperparameters), lm, requests)
+    return WeightDelta(delta.changes, {**origin, **delta.provenance})
 
 
 def _summarise(
@@ -159,17 +153,15 @@ def _summarise(
 
 
 def _save_changed(lm: LanguageModel, delta: WeightDelta, path: Path) -> None:
-    """Write W + Δ of each edited layer as it stands in a checkpoint of the model."""
+    """Write W + Δ of each changed parameter as it stands in a checkpoint of the model."""
     from safetensors.torch import save_file
 
-    from memit.weight_delta import apply, revert
-
-    apply(lm, delta)
+    delta.apply(lm)
     try:
         matrices = {name: lm.parameter(name).cpu().contiguous() for name in delta.changes}
         save_file(matrices, path, {"format": "pt"})
     finally:
-        revert(lm)
+        delta.revert(lm)
 
 
 def _save_json(content: object, path: Path) -> None:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from memit.language_model import LanguageModel
 
 
+WORKERS = 2
+"""Threads of a step's task runner: one computes while the other reads, hashes and writes."""
+
+
 class ModelFiles(BaseModel):
     """``model.json``: which model it is, to the last bit."""
 
@@ -111,6 +115,11 @@ def loaded(reference: ModelReference, edit: Artifact | None = None) -> Iterator[
         elif _Slot.edit != wanted:
             _change_edit(_Slot.model, edit)
         yield _Slot.model
+
+
+def token_budget(setting: int | str, reference: ModelReference) -> int:
+    """Padded tokens in a batch: as set, or for ``auto`` what the model's device has room for."""
+    return setting if isinstance(setting, int) else 4_096
 
 
 def directory_digests(directory: Path) -> dict[str, str]:

@@ -22,7 +22,8 @@ from tasks.artifacts import (
 )
 from tasks.loading import ModelFiles, ModelReference, directory_digests, loaded
 from tasks.measure import Cost, Meter
-from tasks.progress import piece_progress, progress_bar
+from tasks.progress import progress_bar
+from tasks.results import MODEL_FILE, WEIGHTS
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 DESCRIPTION_PATTERNS = ["*.json", "*.txt", "*.model"]
@@ -272,3 +273,23 @@ def _unreachable(name: str, error: Exception) -> UnreachableError:
 def world_files(directory: Path) -> dict[str, Artifact]:
     """The files of the world that lies in ``directory``."""
     return {path.name: describe(path) for path in sorted(directory.iterdir())}
+
+
+def open_model(dtype: str, device: str, threads: int, path: str | None) -> ModelReference:
+    """The model that the step ``model`` described, wherever its weights lie on this machine.
+
+    ``path`` is the directory of a local model.
+    """
+    model = ModelFiles.model_validate_json(MODEL_FILE.read_text(encoding="utf-8"))
+    directory = WEIGHTS
+    if model.source == "hub":
+        directory = fetch_model(model.id, str(model.revision))
+    elif model.source == "local":
+        directory = Path(path or "")
+    return ModelReference(
+        directory=str(directory.resolve()),
+        model=model,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )

@@ -12,11 +12,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from prefect.context import FlowRunContext
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from memit.download import file_sha256
 from memit.errors import IntegrityError
-from tasks.artifacts import Artifact, describe, write_json
+from tasks.artifacts import Artifact, cache_directory, describe, write_json, write_text
 from tasks.measure import Cost, total_cost
 
 STEPS = (
@@ -88,7 +89,24 @@ def finish_step(
     )
     write_json(TIMINGS / f"{step}.json", total_cost(costs).model_dump())
     write_json(MANIFESTS / f"{step}.json", manifest.model_dump())
+    _remember_flow_run(manifest)
     return manifest
+
+
+def flow_runs(manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    """The Prefect flow run that last finished each step with these results, as far as known."""
+    notes = {step: _flow_run_note(manifest) for step, manifest in manifests.items()}
+    return {step: note.read_text() for step, note in notes.items() if note.exists()}
+
+
+def _remember_flow_run(manifest: Manifest) -> None:
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:
+        write_text(_flow_run_note(manifest), str(context.flow_run.id))
+
+
+def _flow_run_note(manifest: Manifest) -> Path:
+    return cache_directory() / "flow-runs" / manifest.digest
 
 
 def upstream(*steps: str) -> dict[str, Manifest]:

@@ -1,0 +1,57 @@
+"""How a flow is run as a command: parameters first, then the slow imports, errors as one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from rich.console import Console
+
+from flows.parameters import Parameters, read_parameters
+from memit.errors import MemitError
+
+BAD_INPUT = 2
+"""Exit status when the user can put it right."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
+Result = TypeVar("Result")
+
+console = Console(stderr=True)
+
+
+@cache
+def given_parameters() -> Parameters:
+    """``params.yaml`` in the working directory; if it is wrong, say so and exit."""
+    parameters = reporting(read_parameters)
+    # Prefect makes its directory on import, but not the one above.
+    Path(os.environ["PREFECT_HOME"]).parent.mkdir(parents=True, exist_ok=True)
+    return parameters
+
+
+def run_flow(flow: Callable[[Parameters], object]) -> None:
+    """Run a flow with ``params.yaml``; what the user can put right ends in one sentence."""
+    parameters = given_parameters()
+    reporting(lambda: flow(parameters))
+
+
+def reporting(work: Callable[[], Result]) -> Result:
+    """Do the work; print the project's own errors as a sentence and exit."""
+    try:
+        return work()
+    except MemitError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped:[/] finished pieces are kept; run it again to go on.")
+        sys.exit(INTERRUPTED)
+
+
+def fail(error: MemitError) -> NoReturn:
+    """Print an error's sentence and exit."""
+    console.print("[bold red]error:[/] ", end="")
+    console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(BAD_INPUT)

@@ -1,0 +1,87 @@
+"""The whole experiment: every step in turn, then DVC is told, then the results are shown.
+
+This is what ``make run`` runs. Steps and pieces that are unchanged come from caches.
+"""
+
+from __future__ import annotations
+
+import time
+
+from flows.command import console, given_parameters, run_flow
+from flows.parameters import Parameters
+
+if __name__ == "__main__":
+    given_parameters()
+
+from pathlib import Path
+
+from prefect import flow
+from rich.table import Table
+
+from flows.edit import edit
+from flows.evaluation import evaluation
+from flows.model import model
+from flows.preflight import check_inputs
+from flows.prefixes import prefixes
+from flows.record import commit_stages
+from flows.report import report
+from flows.requests import requests
+from flows.statistics import statistics
+from flows.targets import targets
+from tasks.artifacts import cache_directory, remove_leftovers
+from tasks.report import read_json, rows
+from tasks.results import METRICS_FILE, STEPS
+
+FLOWS = (model, requests, prefixes, statistics, targets, edit, evaluation, report)
+"""The steps, in order."""
+
+RESULT_FOLDERS = tuple(map(Path, (".", "artifacts", "evaluation", "report")))
+
+
+@flow(name="experiment", validate_parameters=False)
+def experiment(parameters: Parameters) -> None:
+    """Run all steps and show what came out."""
+    check_inputs(parameters)
+    remove_leftovers([cache_directory() / "pieces", *RESULT_FOLDERS])
+    started = time.monotonic()
+    for number, step in enumerate(FLOWS, 1):
+        if step is report:
+            # The report names the digest of dvc.lock, so the others are entered there before.
+            commit_stages([name for name in STEPS if name != "report"])
+        before = time.monotonic()
+        step(parameters)
+        seconds = time.monotonic() - before
+        console.print(f"[green]✓[/] {number}/{len(FLOWS)} {step.name:<12} {seconds:7.1f} s")
+    commit_stages(["report"])
+    show_results(time.monotonic() - started)
+
+
+def show_results(seconds: float) -> None:
+    """Print the table of results and where to look next."""
+    metrics = read_json(METRICS_FILE)
+    edit = metrics["edit"]
+    table = Table(
+        title=f"{edit['count']} edits in layers {', '.join(map(str, edit['layers']))}",
+        title_justify="left",
+        caption=f"{metrics['after']['records']} records, {seconds:.0f} s",
+        caption_justify="left",
+    )
+    for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("", "left")):
+        table.add_column(name, justify=justify)
+    for row in rows(metrics):
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+    console.print(
+        "\nWhere to look next:\n"
+        "  [bold]report/results.md[/], figures beside it; evaluation/facts.csv says what became of "
+        "each fact\n"
+        "  [bold]make ui[/]               all experiments in MLflow, in the browser\n"
+        "  [bold]dvc metrics diff[/]      against the last commit; "
+        "[bold]dvc exp run -S requests.count=128[/] tries another\n"
+        '  [bold]memit ask "..."[/]       the unedited and the edited model side by side\n'
+    )
+
+
+if __name__ == "__main__":
+    run_flow(experiment)

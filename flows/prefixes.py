@@ -1,0 +1,32 @@
+"""Step 3: the contexts before each prompt, sampled once from the unedited model and kept.
+
+Result: ``artifacts/prefixes.json``.
+"""
+
+from __future__ import annotations
+
+from flows.command import given_parameters, run_flow
+from flows.parameters import Parameters
+
+if __name__ == "__main__":
+    given_parameters()
+
+from prefect import flow
+
+from tasks.artifacts import write_json
+from tasks.model import open_model
+from tasks.prefixes import draw_prefixes
+from tasks.results import PREFIXES_FILE, finish_step, upstream
+
+
+@flow(name="prefixes", validate_parameters=False)
+def prefixes(parameters: Parameters) -> None:
+    """Sample the prefixes, or find those that were sampled with this model and seed."""
+    given = upstream("model")
+    sampled = draw_prefixes(open_model(**parameters.model.placement()), parameters.prefixes.seed)
+    write_json(PREFIXES_FILE, {"prefixes": list(sampled.prefixes)})
+    finish_step("prefixes", [PREFIXES_FILE], given, [sampled.cost])
+
+
+if __name__ == "__main__":
+    run_flow(prefixes)

@@ -1,0 +1,44 @@
+"""Step 8: tell of it. Figures, tables, timings, and one MLflow run for the experiment.
+
+Results: ``report/`` and ``timings.json``.
+"""
+
+from __future__ import annotations
+
+from flows.command import console, given_parameters, run_flow
+from flows.parameters import Parameters
+
+if __name__ == "__main__":
+    given_parameters()
+
+from prefect import flow
+
+from memit.errors import UnreachableError
+from tasks.report import write_report
+from tasks.results import STEPS, finish_step, flow_runs, read_timings, upstream
+from tasks.tracking import Experiment, log_experiment, origin_tags, tracking_uri
+
+
+@flow(name="report", validate_parameters=False)
+def report(parameters: Parameters) -> None:
+    """Draw, tabulate and log what the other steps left."""
+    earlier = [step for step in STEPS if step != "report"]
+    given = upstream(*earlier)
+    timings = read_timings(earlier)
+    files = write_report(timings)
+    finish_step("report", files, given, [])
+    experiment = Experiment(
+        name=parameters.report.experiment,
+        parameters=parameters.model_dump(),
+        manifests=given,
+        timings=timings,
+        tags=origin_tags(flow_runs(given)),
+    )
+    try:
+        log_experiment(experiment, tracking_uri(parameters.report.tracking_uri))
+    except UnreachableError as error:
+        console.print(f"[yellow]warning:[/] {error}")
+
+
+if __name__ == "__main__":
+    run_flow(report)

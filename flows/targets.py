@@ -1,0 +1,61 @@
+"""Step 5: where each edited fact must end up at the last edited layer (Eqn. 16).
+
+Result: ``artifacts/targets.safetensors``.
+"""
+
+from __future__ import annotations
+
+from flows.command import given_parameters, run_flow
+from flows.parameters import Parameters
+
+if __name__ == "__main__":
+    given_parameters()
+
+from prefect import flow, unmapped
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from memit.requests import read_counterfact
+from tasks.artifacts import write_file
+from tasks.loading import WORKERS, token_budget
+from tasks.model import open_model
+from tasks.prefixes import read_prefixes
+from tasks.progress import gather
+from tasks.results import PREFIXES_FILE, REQUESTS_FILE, TARGETS_FILE, finish_step, upstream
+from tasks.targets import optimise_targets, target_settings
+
+
+@flow(
+    name="targets",
+    validate_parameters=False,
+    task_runner=ThreadPoolTaskRunner(max_workers=WORKERS),
+)
+def targets(parameters: Parameters) -> None:
+    """Optimise the targets that are missing and put all of them into one file."""
+    from memit.targets import Targets
+
+    given = upstream("model", "requests", "prefixes")
+    section = parameters.targets
+    model = open_model(**parameters.model.placement())
+    chosen = [record.request for record in read_counterfact(REQUESTS_FILE)]
+    size = section.requests_per_piece
+    pieces = [chosen[first : first + size] for first in range(0, len(chosen), size)]
+    hyperparameters = parameters.hyperparameters(model.model.id, model.model.layers)
+    finished = gather(
+        "targets",
+        "edits",
+        optimise_targets.map(
+            pieces,
+            model=unmapped(model),
+            prefixes=unmapped(read_prefixes(PREFIXES_FILE)),
+            hyperparameters=unmapped(target_settings(hyperparameters)),
+            token_budget=unmapped(token_budget(section.token_budget, model)),
+        ),
+        [len(piece) for piece in pieces],
+    )
+    joined = Targets.concatenate([Targets.load(piece.targets.checked()) for piece in finished])
+    write_file(TARGETS_FILE, joined.save)
+    finish_step("targets", [TARGETS_FILE], given, [piece.cost for piece in finished])
+
+
+if __name__ == "__main__":
+    run_flow(targets)

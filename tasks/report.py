@@ -1,0 +1,94 @@
+"""The step ``report``: figures, tables and timings from the files that the other steps left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from memit.errors import IntegrityError
+from tasks import figures
+from tasks.artifacts import keep_only, write_file, write_json, write_text
+from tasks.measure import Cost
+from tasks.results import EDIT_FILE, METRICS_FILE, REPORT, TARGETS_FILE, TIMINGS_FILE
+
+ROWS = (
+    ("score", "Score S", "harmonic mean of the three below"),
+    ("efficacy", "Efficacy ES", "the edited prompts prefer the new object"),
+    ("paraphrase", "Paraphrase PS", "so do their paraphrases"),
+    ("neighborhood", "Neighborhood NS", "prompts about others keep the true object"),
+    ("efficacy_accuracy", "Efficacy, argmax", "the model would say the new object"),
+    ("paraphrase_accuracy", "Paraphrase, argmax", "also to paraphrases"),
+    ("neighborhood_accuracy", "Neighborhood, argmax", "and the true one about others"),
+    ("perplexity", "Perplexity", "of held-out text"),
+)
+"""Metric, its name in tables, and what it says."""
+
+
+def write_report(timings: Mapping[str, Cost]) -> list[Path]:
+    """Draw the figures and write the tables; gives the paths of all of them."""
+    metrics = read_json(METRICS_FILE)
+    edit = read_json(EDIT_FILE)
+    losses = read_losses(TARGETS_FILE)
+    paths = [REPORT / name for name in ("metrics.png", "updates.png", "losses.png", "results.md")]
+    write_file(paths[0], lambda path: figures.draw_metrics(metrics, path))
+    write_file(paths[1], lambda path: figures.draw_updates(edit, path))
+    write_file(paths[2], lambda path: figures.draw_losses(losses, path))
+    write_text(paths[3], markdown(metrics, timings))
+    keep_only(REPORT, {path.name for path in paths})
+    write_json(TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
+    return [*paths, TIMINGS_FILE]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A result of an earlier step."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_losses(path: Path) -> Any:
+    """Losses of the target optimisation (edits × evaluations)."""
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)["losses"]
+    except Exception as error:
+        raise IntegrityError(
+            f"{path} does not hold targets ({error}): run the step targets again."
+        ) from error
+
+
+def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Name, before, after and meaning of each metric that was measured."""
+    before, after = metrics["before"], metrics["after"]
+    return [
+        (name, f"{before[key]:.2f}", f"{after[key]:.2f}", meaning)
+        for key, name, meaning in ROWS
+        if key in before and key in after
+    ]
+
+
+def markdown(metrics: Mapping[str, Any], timings: Mapping[str, Cost]) -> str:
+    """The results as a Markdown page."""
+    edit = metrics["edit"]
+    lines = [
+        "# Results",
+        "",
+        f"{edit['count']} edits in layers {', '.join(map(str, edit['layers']))}.",
+        "",
+        "| | before | after | |",
+        "|---|---:|---:|---|",
+        *(f"| {' | '.join(row)} |" for row in rows(metrics)),
+        "",
+        "![before and after](metrics.png)",
+        "![updates](updates.png)",
+        "![losses](losses.png)",
+        "",
+        "| step | seconds | peak memory |",
+        "|---|---:|---:|",
+        *(
+            f"| {step} | {cost.seconds:.1f} | {cost.peak_memory / 2**20:.0f} MiB |"
+            for step, cost in timings.items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,344 @@
+"""One MLflow run for each experiment, made from the files that the steps left.
+
+The run is found by the experiment's digest, so logging twice makes no second one, and a run that a
+killed process left half-written is replaced. Nothing here changes a result: when the store cannot be
+reached the results stand, and the next report logs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memit.errors import UnreachableError
+from tasks import figures
+from tasks.artifacts import FileLocks, cache_directory, project_root
+from tasks.loading import ModelFiles
+from tasks.measure import Cost
+from tasks.report import read_json, read_losses
+from tasks.results import (
+    DELTA_FILE,
+    EDIT_FILE,
+    EDITED_WEIGHTS_FILE,
+    FACTS_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    PREFIXES_FILE,
+    PROMPTS_FILE,
+    REPORT,
+    REQUESTS_FILE,
+    STATISTICS_FILE,
+    TARGETS_FILE,
+    TIMINGS_FILE,
+    Manifest,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+DIGEST_TAG = "memit.experiment"
+COMPLETE_TAG = "memit.complete"
+BATCH = 1_000
+"""Metrics in one request, the most that MLflow takes."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What one run is about."""
+
+    name: str
+    """Of the MLflow experiment."""
+    parameters: Mapping[str, Any]
+    """``params.yaml``, as it was checked."""
+    manifests: Mapping[str, Manifest]
+    """What each step made."""
+    timings: Mapping[str, Cost]
+    tags: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over parameters and results; equal for a repetition."""
+        content = {
+            "parameters": {k: v for k, v in self.parameters.items() if k != "report"},
+            "results": {step: manifest.digest for step, manifest in self.manifests.items()},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def tracking_uri(setting: str | None) -> str:
+    """Where runs are kept: as set, as in the environment, or ``mlflow.db`` in the project."""
+    default = f"sqlite:///{project_root() / 'mlflow.db'}"
+    return setting or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def log_experiment(experiment: Experiment, uri: str) -> str:
+    """Log an experiment unless it is logged already; gives the id of its run.
+
+    Raises:
+        UnreachableError: the store cannot be reached or does not take the run.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    with _one_at_a_time(), _quiet():
+        try:
+            return _log(experiment, uri)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnreachableError(
+                f"MLflow at {uri} did not take the run ({reason}); the results stand, and the next "
+                "`python -m flows.report` logs them."
+            ) from error
+
+
+def _log(experiment: Experiment, uri: str) -> str:
+    import mlflow
+    from mlflow import MlflowClient
+
+    mlflow.set_tracking_uri(uri)
+    client = MlflowClient(uri)
+    experiment_id = _experiment_id(client, experiment.name)
+    for run in client.search_runs(
+        [experiment_id], f"tags.`{DIGEST_TAG}` = '{experiment.digest}'", max_results=100
+    ):
+        if run.data.tags.get(COMPLETE_TAG) == "true":
+            return run.info.run_id
+        client.delete_run(run.info.run_id)
+    return _log_run(client, experiment_id, experiment)
+
+
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    known = client.get_experiment_by_name(name)
+    if known is not None:
+        if known.lifecycle_stage == "deleted":
+            client.restore_experiment(known.experiment_id)
+        return known.experiment_id
+    # The name is a user's text and never becomes a path.
+    folder = hashlib.sha256(name.encode()).hexdigest()[:12]
+    place = project_root() / "mlartifacts" / folder
+    return client.create_experiment(name, artifact_location=place.as_uri())
+
+
+def _log_run(client: MlflowClient, experiment_id: str, experiment: Experiment) -> str:
+    from mlflow.entities import LoggedModelInput, LoggedModelOutput, Param, RunTag
+
+    metrics = read_json(METRICS_FILE)
+    model = ModelFiles.model_validate(read_json(MODEL_FILE))
+    name = f"{model.id.split('/')[-1]}-{metrics['edit']['count']}-{experiment.digest[:6]}"
+    run = client.create_run(
+        experiment_id, tags={**experiment.tags, DIGEST_TAG: experiment.digest}, run_name=name
+    )
+    run_id = run.info.run_id
+    params = [Param(key, str(value)[:6000]) for key, value in _flat(experiment.parameters)]
+    for batch in _batches(params, 100):
+        client.log_batch(run_id, params=batch)
+    points = _points(metrics, experiment.timings)
+    for batch in _batches(points, BATCH):
+        client.log_batch(run_id, metrics=batch)
+    _log_files(client, run_id)
+    base = _base_model(experiment_id, model)
+    edited = _edited_model(experiment_id, run_id, experiment, metrics)
+    client.log_inputs(run_id, datasets=_datasets(), models=[LoggedModelInput(base)])
+    client.log_outputs(run_id, [LoggedModelOutput(edited, 0)])
+    client.log_batch(run_id, tags=[RunTag(COMPLETE_TAG, "true")])
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def _points(metrics: Mapping[str, Any], timings: Mapping[str, Cost]) -> list[Metric]:
+    """Everything that is a number, curves included."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    values = [
+        (f"{state}/{name}", value, 0)
+        for state in ("before", "after")
+        for name, value in metrics[state].items()
+    ]
+    edit = read_json(EDIT_FILE)
+    values += [(f"edit/{name}", edit[name], 0) for name in ("count", "target_shift")]
+    values += [("edit/residual_left", edit["residual_left"], 0)]
+    for name in ("update_ratio", "residuals"):
+        values += [(f"edit/{name}", value, int(layer)) for layer, value in edit[name].items()]
+    steps, middle, low, high = figures.loss_curve(read_losses(TARGETS_FILE))
+    for name, curve in (("median", middle), ("low", low), ("high", high)):
+        values += [
+            (f"targets/loss_{name}", float(value), int(step))
+            for step, value in zip(steps, curve, strict=True)
+        ]
+    for step, cost in timings.items():
+        values += [
+            (f"seconds/{step}", cost.seconds, 0),
+            (f"peak_memory_mib/{step}", cost.peak_memory / 2**20, 0),
+        ]
+        if cost.peak_device_memory:
+            values.append(
+                (f"peak_device_memory_mib/{step}", cost.peak_device_memory / 2**20, 0)
+            )
+    return [Metric(name, float(value), now, step) for name, value, step in values]
+
+
+def _log_files(client: MlflowClient, run_id: str) -> None:
+    for path in sorted(REPORT.iterdir()):
+        client.log_artifact(run_id, str(path), "report")
+    for path in (PROMPTS_FILE, FACTS_FILE):
+        client.log_artifact(run_id, str(path), "evaluation")
+    for path in (METRICS_FILE, TIMINGS_FILE, EDIT_FILE, PREFIXES_FILE, STATISTICS_FILE):
+        client.log_artifact(run_id, str(path), "results")
+
+
+def _datasets() -> list[Any]:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    statistics = read_json(STATISTICS_FILE)
+    requests = hashlib.sha256(REQUESTS_FILE.read_bytes()).hexdigest()
+    count = len(json.loads(REQUESTS_FILE.read_text(encoding="utf-8")))
+    described = (
+        ("requests", requests, "edit", REQUESTS_FILE, {"records": count}),
+        (
+            "corpus",
+            statistics["corpus"],
+            "statistics",
+            STATISTICS_FILE,
+            {"documents": statistics["documents"], "tokens": statistics["tokens"]},
+        ),
+    )
+    return [
+        DatasetInput(
+            Dataset(
+                name=name,
+                digest=digest[:36],
+                source_type="dvc",
+                source=json.dumps({"path": str(path), "sha256": digest}),
+                profile=json.dumps(profile),
+            ),
+            [InputTag("mlflow.data.context", context)],
+        )
+        for name, digest, context, path, profile in described
+    ]
+
+
+def _base_model(experiment_id: str, model: ModelFiles) -> str:
+    """The logged model that stands for the unedited one, the same for all runs on it."""
+    import mlflow
+
+    found = mlflow.search_logged_models(
+        experiment_ids=[experiment_id],
+        filter_string=f"tags.digest = '{model.digest}'",
+        max_results=1,
+        output_format="list",
+    )
+    if found:
+        return found[0].model_id
+    return mlflow.create_external_model(
+        name="unedited",
+        tags={"digest": model.digest, "id": model.id, "revision": str(model.revision)},
+        model_type="unedited",
+        experiment_id=experiment_id,
+    ).model_id
+
+
+def _edited_model(
+    experiment_id: str, run_id: str, experiment: Experiment, metrics: Mapping[str, Any]
+) -> str:
+    """The logged model that stands for the edited one; its weights stay with DVC."""
+    import mlflow
+
+    files = experiment.manifests["edit"].files
+    return mlflow.create_external_model(
+        name="edited",
+        source_run_id=run_id,
+        tags={
+            "dvc.path": str(EDITED_WEIGHTS_FILE),
+            "sha256": files[str(EDITED_WEIGHTS_FILE)],
+            "delta.path": str(DELTA_FILE),
+            "delta.sha256": files[str(DELTA_FILE)],
+            **{key: value for key, value in experiment.tags.items() if key.startswith("dvc")},
+        },
+        params={
+            "count": str(metrics["edit"]["count"]),
+            "layers": str(metrics["edit"]["layers"]),
+        },
+        model_type="edited",
+        experiment_id=experiment_id,
+    ).model_id
+
+
+def origin_tags(flow_runs: Mapping[str, str]) -> dict[str, str]:
+    """Where an experiment comes from: git commit, ``dvc.lock``, DVC experiment, Prefect runs."""
+    tags = {"git.commit": _git("rev-parse", "HEAD")}
+    if tags["git.commit"]:
+        tags["git.dirty"] = str(bool(_git("status", "--porcelain", "-uno"))).lower()
+    tags["dvc.lock"] = _lock_digest(Path("dvc.lock"))
+    tags["dvc.experiment"] = os.environ.get("DVC_EXP_NAME", "")
+    tags |= {f"prefect.{step}": run for step, run in flow_runs.items()}
+    return {name: value for name, value in tags.items() if value}
+
+
+def _git(*words: str) -> str:
+    try:
+        result = subprocess.run(
+            ["git", *words], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _lock_digest(path: Path) -> str:
+    """SHA-256 of ``dvc.lock`` without the stage ``report``, which is locked after it has run."""
+    import yaml
+
+    try:
+        lock = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError):
+        return ""
+    stages = {name: stage for name, stage in lock.get("stages", {}).items() if name != "report"}
+    return hashlib.sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:
+    pending = iter(items)
+    while batch := list(islice(pending, size)):
+        yield batch
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Two processes must not both find that there is no run yet."""
+    locks = FileLocks(cache_directory() / "locks")
+    holder = f"report-{os.getpid()}"
+    locks.acquire_lock("report", holder)
+    try:
+        yield
+    finally:
+        locks.release_lock("report", holder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the store's migration log out of the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
