@@ -6,6 +6,7 @@ SentencePiece leading space would shift them (ALGORITHM: section "Requests and t
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -135,6 +136,8 @@ def _ends_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[in
             ends.append(reached)
             continue
         later = next((s for s, e in offsets[index + 1 :] if s != e), len(text))
+        while end < later and unicodedata.combining(text[end]):
+            end += 1  # a tokenizer that composes characters leaves their marks out
         if end < reached or end > len(text) or text[reached:start].strip():
             return None
         # A character that continues in the next token is not complete.
