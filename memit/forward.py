@@ -7,7 +7,7 @@ that masks, positions, scales and caps stay the model's own. Rows are padded on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,15 +239,34 @@ def reading_keys(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int,
         yield found
 
 
-@contextmanager
-def changing_output(lm: LanguageModel, layer: int, change: Callable[[Tensor], Tensor]):
+def changing_output(
+    lm: LanguageModel, layer: int, change: Callable[[Tensor], Tensor]
+) -> AbstractContextManager[None]:
     """Replace the hidden states that leave a block (rows × tokens × d) by `change` of them."""
+    return changing_module(lm.blocks[layer], change)
+
+
+@contextmanager
+def changing_module(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the hidden states that leave a module by `change` of them."""
 
     def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
         return _with_hidden(output, change(_hidden_of(output)))
 
-    with _hook(lm.blocks[layer].register_forward_hook(hook)):
+    with _hook(module.register_forward_hook(hook)):
         yield
+
+
+@contextmanager
+def reading_module(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the hidden states that leave a module, one tensor for each time that it runs."""
+    found: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+        found.append(_hidden_of(output))
+
+    with _hook(module.register_forward_hook(hook)):
+        yield found
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from memit.batches import in_batches
 from memit.errors import IntegrityError
@@ -25,9 +25,10 @@ from memit.forward import (
     Recorder,
     block_output,
     can_resume,
-    changing_output,
+    changing_module,
     logits_at,
     pad,
+    reading_module,
     reading_outputs,
 )
 from memit.hyperparameters import Hyperparameters
@@ -79,6 +80,41 @@ class Targets:
             raise IntegrityError(
                 f"{path} does not hold target vectors ({error}); delete it and run `targets` again."
             ) from error
+
+
+@dataclass(frozen=True)
+class BlockOutput:
+    """δ is added to what block `layer` says at the subject's last token (MEMIT)."""
+
+    layer: int
+
+    @property
+    def first(self) -> int:
+        """The first block that must run again when δ changes."""
+        return self.layer + 1
+
+    def module(self, lm: LanguageModel) -> nn.Module:
+        """The module whose output δ is added to."""
+        return lm.blocks[self.layer]
+
+
+@dataclass(frozen=True)
+class MlpOutput:
+    """δ is added to what the down-projection of block `layer` says there (ROME)."""
+
+    layer: int
+
+    @property
+    def first(self) -> int:
+        """The first block that must run again when δ changes."""
+        return self.layer
+
+    def module(self, lm: LanguageModel) -> nn.Module:
+        """The module whose output δ is added to."""
+        return lm.down_projection(self.layer)
+
+
+Site = BlockOutput | MlpOutput
 
 
 @dataclass(frozen=True)
@@ -137,20 +173,23 @@ def compute_targets(
     hp: Hyperparameters,
     *,
     token_budget: int,
+    site: Site | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Targets:
-    """Optimise z_i for each request at layer L = `hp.layers[-1]`.
+    """Optimise z_i for each request at a site: the output of block L = `hp.layers[-1]` if none is
+    given.
 
     `token_budget` bounds the padded tokens on the device at a time. An edit whose loss is not
     finite stops where it stood and is marked so in `Targets.finite`.
     """
     edits = edit_rows(lm, requests, prefixes)
+    where = site or BlockOutput(hp.layers[-1])
     if not can_resume(lm):
         logger.warning("%s cannot be resumed in the middle: whole rows are run each time", lm.name)
     order = sorted(range(len(edits)), key=lambda index: _shape(edits[index])[::-1])
 
     def optimise(indices: Sequence[int]) -> Targets:
-        return _optimise(lm, [edits[index] for index in indices], hp)
+        return _optimise(lm, [edits[index] for index in indices], where, hp)
 
     parts = []
     for indices, part in in_batches(order, lambda i: _shape(edits[i]), token_budget, optimise):
@@ -177,9 +216,9 @@ class _Batch:
     column: Tensor
     """Where δ is added in a row (rows)."""
     hidden: Tensor | None
-    """Output of block L for these tokens, or None where all blocks are run each time."""
+    """What enters the site's first block for these tokens, or None where they enter themselves."""
     before: KeyValues | None
-    """What blocks above L hold of the tokens before these."""
+    """What blocks from that one on hold of the tokens before these."""
     target_row: Tensor
     """Row of each scored position (k)."""
     target_column: Tensor
@@ -218,9 +257,11 @@ def _renumbered(kept: Tensor) -> Tensor:
     return kept.long().cumsum(0) - 1
 
 
-def _optimise(lm: LanguageModel, edits: Sequence[EditRows], hp: Hyperparameters) -> Targets:
+def _optimise(
+    lm: LanguageModel, edits: Sequence[EditRows], site: Site, hp: Hyperparameters
+) -> Targets:
     """The targets of one batch."""
-    batch, hidden = _prepare(lm, edits, hp.layers[-1])
+    batch, hidden = _prepare(lm, edits, site)
     norm = hidden.norm(dim=1)
     history = torch.full((len(edits), hp.evaluations), torch.nan, device=hidden.device)
     delta = torch.zeros_like(hidden, requires_grad=True)
@@ -228,7 +269,7 @@ def _optimise(lm: LanguageModel, edits: Sequence[EditRows], hp: Hyperparameters)
     active = torch.arange(len(edits), device=hidden.device)
     broken = torch.zeros(len(edits), dtype=torch.bool, device=hidden.device)
     for evaluation in range(hp.evaluations):
-        logits = _logits(lm, batch, delta[active], hp.layers[-1])
+        logits = _logits(lm, batch, delta[active], site)
         losses, initial = _losses(batch, logits, delta[active], norm[active], hp)
         history[active, evaluation] = losses.detach()
         broken[active] = ~torch.isfinite(losses.detach())
@@ -279,34 +320,34 @@ def _losses(
     return total + hp.kl_factor * divergence + hp.weight_decay * decay, initial
 
 
-def _logits(lm: LanguageModel, batch: _Batch, delta: Tensor, layer: int) -> Tensor:
+def _logits(lm: LanguageModel, batch: _Batch, delta: Tensor, site: Site) -> Tensor:
     """Logits at the scored positions, then at the essence positions, with δ added."""
     rows = torch.cat([batch.target_row, batch.essence_row])
     columns = torch.cat([batch.target_column, batch.column[batch.essence_row]])
     moved = delta[batch.edit]
+    flat = torch.arange(len(moved), device=lm.device) * batch.padded.ids.shape[1] + batch.column
 
-    def add(hidden: Tensor) -> Tensor:
-        places = torch.arange(len(moved), device=hidden.device), batch.column.to(hidden.device)
-        new = (hidden[places].float() + moved.to(hidden.device)).to(hidden.dtype)
-        return hidden.index_put(places, new)
+    def add(states: Tensor) -> Tensor:
+        places = flat.to(states.device)
+        rows = states.reshape(-1, states.shape[-1])
+        new = (rows[places].float() + moved.to(states.device)).to(states.dtype)
+        return rows.index_put((places,), new).reshape(states.shape)
 
-    if batch.hidden is None:
-        with changing_output(lm, layer, add):
-            return logits_at(lm, batch.padded, rows, columns)
-    return logits_at(
-        lm,
-        batch.padded,
-        rows,
-        columns,
-        start=layer + 1,
-        hidden=add(batch.hidden),
-        before=batch.before,
-    )
+    hidden, before = batch.hidden, batch.before
+    if hidden is not None and site.first > site.layer:
+        hidden = add(hidden)
+        return logits_at(
+            lm, batch.padded, rows, columns, start=site.first, hidden=hidden, before=before
+        )
+    with changing_module(site.module(lm), add):
+        return logits_at(
+            lm, batch.padded, rows, columns, start=site.first, hidden=hidden, before=before
+        )
 
 
 @torch.no_grad()
-def _prepare(lm: LanguageModel, edits: Sequence[EditRows], layer: int) -> tuple[_Batch, Tensor]:
-    """The batch of some edits and their h_i (edits × d, float32)."""
+def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[_Batch, Tensor]:
+    """The batch of some edits, and what the site says of each unedited (edits × d, float32)."""
     rows = [row for edit in edits for row in edit.rows]
     first_row = [0]
     for edit in edits:
@@ -315,21 +356,22 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], layer: int) -> tuple[
     # The last target token is never an input.
     padded = pad([row.ids[: max(row.subject_last + 1, len(row.ids) - 1)] for row in rows], device)
     last = torch.tensor([row.subject_last for row in rows], device=device)
-    resumed = layer + 1 < lm.depth and can_resume(lm)
-    recorder = Recorder(lm, layer + 1) if resumed else None
-    stop = lm.depth - 1 if resumed else layer
-    with reading_outputs(lm, [layer]) as outputs:
+    resumed = site.first < lm.depth and can_resume(lm)
+    recorder = Recorder(lm, site.first) if resumed else None
+    entering = [site.first - 1] if resumed and site.first > 0 else []
+    stop = lm.depth - 1 if resumed else site.layer
+    with reading_outputs(lm, entering) as outputs, reading_module(site.module(lm)) as said:
         block_output(lm, padded, stop, recorder=recorder)
-    leaving = outputs[layer]
-    at_subject = leaving[torch.arange(len(rows), device=leaving.device), last.to(leaving.device)]
-    hidden = at_subject[torch.tensor(first_row[:-1])].float().to(device)
+    plain = torch.tensor(first_row[:-1], device=device)
+    places = (plain * padded.ids.shape[1] + last[plain]).to(said[0].device)
+    hidden = said[0].reshape(-1, said[0].shape[-1])[places].float().to(device)
     offset = last if resumed else torch.zeros_like(last)
     target_row, target_column, target_id, target_weight = _scored(edits, device)
     batch = _Batch(
         padded=_from(padded, last) if resumed else padded,
         edit=torch.tensor([i for i, edit in enumerate(edits) for _ in edit.rows], device=device),
         column=last - offset,
-        hidden=_tails(leaving, last, padded) if resumed else None,
+        hidden=_tails(outputs[entering[0]], last, padded) if entering else None,
         before=recorder.before(last) if recorder is not None else None,
         target_row=target_row,
         target_column=target_column - offset[target_row],
