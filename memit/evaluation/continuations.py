@@ -7,9 +7,10 @@ ones are read on against the prompt's keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from memit.positions import TokenRow, continuation_rows
 LOGITS_AT_ONCE = 1 << 28
 """Most logits that one pass may give: 1 GiB in float32."""
 
+Item = TypeVar("Item")
 Tokens = tuple[int, ...]
 Place = tuple[int, int]
 
@@ -80,7 +82,7 @@ def score_continuations(
     `token_budget` bounds the padded tokens on the device at a time; `progress` is told how many
     questions are newly finished. Raises `InputError` for a text longer than the model's context.
     """
-    stems = sorted(_stems(lm, questions), key=lambda s: (s.has_long_answers, len(s.ids), s.ids))
+    stems = _stems(lm, questions)
     resumes = any(stem.has_long_answers for stem in stems) and can_resume(lm)
     row_cost = _head_cost(lm, token_budget)
 
@@ -91,13 +93,31 @@ def score_continuations(
         return _measure(lm, batch, token_budget, resumes)
 
     found: dict[Place, Score] = {}
-    for batch, scores in in_batches(stems, shape, token_budget, measure):
-        places = [places for stem in batch for places in stem.answers.values()]
-        for owners, score in zip(places, scores, strict=True):
-            found |= dict.fromkeys(owners, score)
-        if progress is not None:
-            progress(sum(stem.questions for stem in batch))
+    for band in _bands(stems, lambda stem: len(stem.ids), token_budget // 4):
+        for batch, scores in in_batches(band, shape, token_budget, measure):
+            places = [places for stem in batch for places in stem.answers.values()]
+            for owners, score in zip(places, scores, strict=True):
+                found |= dict.fromkeys(owners, score)
+            if progress is not None:
+                progress(sum(stem.questions for stem in batch))
     return [[found[q, a] for a in range(len(each.answers))] for q, each in enumerate(questions)]
+
+
+def _bands(
+    items: Iterable[Item], length: Callable[[Item], int], least: int
+) -> Iterator[list[Item]]:
+    """Runs of items in order of length, cut where the length grows once they have `least` tokens:
+    padding costs more than a batch that is not full."""
+    band: list[Item] = []
+    tokens = 0
+    for item in sorted(items, key=length):
+        if tokens >= least and length(item) > length(band[-1]):
+            yield band
+            band, tokens = [], 0
+        band.append(item)
+        tokens += length(item)
+    if band:
+        yield band
 
 
 def _head_cost(lm: LanguageModel, token_budget: int) -> float:
@@ -167,10 +187,11 @@ def _measure(
         chosen = [answers[index] for index in indices]
         return _tail_scores(lm, stems, chosen, before)
 
-    for indices, (more_nll, more_right) in in_batches(long, shape, token_budget, tails):
-        places = torch.tensor(indices, device=nll.device)
-        nll[places] += more_nll
-        right[places] += more_right
+    for band in _bands(long, lambda index: len(answers[index][1]) - 1, token_budget // 16):
+        for indices, (more_nll, more_right) in in_batches(band, shape, token_budget, tails):
+            places = torch.tensor(indices, device=nll.device)
+            nll[places] += more_nll
+            right[places] += more_right
     return [
         Score(total / len(answer), count, len(answer))
         for total, count, (_, answer) in zip(nll.tolist(), right.tolist(), answers, strict=True)

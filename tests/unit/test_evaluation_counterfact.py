@@ -87,22 +87,21 @@ class TestScores:
                 assert row[f"hit_{name}"] == hit
 
     def test_hits_are_found(self):
-        """The oracle's hits are all misses on a random model, so ask for what it would say."""
-        lm = model("gpt2")
+        """Random models miss what is asked of them, so ask for what this one would say."""
+        lm = model("mistral")
         prompt = "Paul Smith lives in the city of"
-        ids = lm.tokenizer(prompt)["input_ids"]
+        ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            for _ in range(30):
-                ids = [*ids, int(lm.model(torch.tensor([ids])).logits[0, -1].argmax())]
-        said = str(lm.tokenizer.decode(ids))[len(prompt) :]
-        words = said.split()
-        answers = tuple(" ".join(words[:count]) for count in range(1, len(words) + 1))
+            best = lm.model(ids).logits[0, -1].argmax()
+        said = str(lm.tokenizer.decode(best)).strip()
+        answers = (said, f"{said} lies", "Rome")
         (scores,) = score_continuations(lm, [Question(prompt, answers)], token_budget=512)
+        assert scores[0].hit
+        assert 0 < scores[1].right < scores[1].tokens
         for answer, score in zip(answers, scores, strict=True):
             nll, hit = one_at_a_time(lm, prompt, answer)
             assert score.hit == hit
             assert score.nll == pytest.approx(nll, abs=2e-4)
-        assert any(score.right > 0 for score in scores)
 
     def test_models_that_cannot_be_resumed_give_the_same(self, monkeypatch: pytest.MonkeyPatch):
         lm = model("llama")
