@@ -292,7 +292,7 @@ _RECIPES = {
     "llama": _Recipe("llama", "metaspace_first", _LLAMA_LIKE),
     "llama2": _Recipe("llama", "metaspace_legacy", {**_LLAMA_LIKE, "num_key_value_heads": 4}),
     "llama3": _Recipe("llama", "byte_level_bos_split", {**_LLAMA_LIKE, "num_key_value_heads": 1}),
-    "mistral": _Recipe("mistral", "metaspace_always", {**_LLAMA_LIKE, "sliding_window": 6}),
+    "mistral": _Recipe("mistral", "metaspace_always", {**_LLAMA_LIKE, "sliding_window": 12}),
     "qwen2": _Recipe("qwen2", "byte_level_nfc", _LLAMA_LIKE),
     "qwen3": _Recipe("qwen3", "byte_level_nfc", {**_LLAMA_LIKE, "head_dim": 16}),
     "gemma2": _Recipe(
@@ -324,7 +324,59 @@ _RECIPES = {
             "max_position_embeddings": 192,
         },
     ),
+    "opt_projected": _Recipe(
+        "opt",
+        "byte_level_bos",
+        {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 24,
+            "ffn_dim": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 192,
+            "do_layer_norm_before": False,
+        },
+    ),
     "phi": _Recipe("phi", "byte_level", {**_LLAMA_LIKE, "num_key_value_heads": 4}),
+    "phi3": _Recipe("phi3", "metaspace_always", _LLAMA_LIKE),
+    "bloom": _Recipe(
+        "bloom", "byte_level_untrimmed", {"hidden_size": 32, "n_layer": 4, "n_head": 4}
+    ),
+    "falcon": _Recipe(
+        "falcon",
+        "byte_level",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 192,
+        },
+    ),
+    "gpt_neo": _Recipe(
+        "gpt_neo",
+        "byte_level",
+        {
+            "hidden_size": 32,
+            "num_layers": 4,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 2]],
+            "window_size": 12,
+            "max_position_embeddings": 192,
+        },
+    ),
+    "olmo2": _Recipe("olmo2", "byte_level_nfc", _LLAMA_LIKE),
+    "granite": _Recipe(
+        "granite",
+        "byte_level",
+        {
+            **_LLAMA_LIKE,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.3,
+        },
+        head_scale=4.0,
+    ),
 }
 
 

@@ -137,9 +137,14 @@ def _decode(tokenizer, ids: Sequence[int]) -> str:
 def token_completing(tokenizer, ids: Sequence[int], text: str) -> int:
     """The first token with which the decoded ids begin with ``text``."""
     text = text.lstrip(" ")
-    found = bisect.bisect_left(
-        range(len(ids)), True, key=lambda i: _decode(tokenizer, ids[: i + 1]).startswith(text)
-    )
+
+    def complete(i: int) -> bool:
+        return _decode(tokenizer, ids[: i + 1]).startswith(text)
+
+    found = bisect.bisect_left(range(len(ids)), True, key=complete)
+    # A decoder of bytes takes back what it has said while the next character is unfinished.
+    while earlier := [i for i in range(max(0, found - 4), found) if complete(i)]:
+        found = earlier[0]
     if found == len(ids):
         raise AssertionError(f"{text!r} is not what {list(ids)} decodes to")
     return found
@@ -241,7 +246,7 @@ def covariance(
 ) -> Tensor:
     """Mean of k kᵀ (f × f) over all tokens of the documents: one pass for this layer alone."""
     model.eval()
-    limit = model.config.max_position_embeddings
+    limit = getattr(model.config, "max_position_embeddings", 2048)
     rows = [
         list(tokenizer(document, add_special_tokens=False)["input_ids"])[:limit]
         for document in documents
@@ -253,7 +258,7 @@ def covariance(
 
     def collect(module, inputs, output):
         nonlocal total, count
-        keys = inputs[0][mask].to(dtype)
+        keys = inputs[0].reshape(*mask.shape, -1)[mask].to(dtype)
         total = total + keys.T @ keys
         count += len(keys)
         raise _Stop
@@ -349,11 +354,16 @@ def key_and_hidden(
     """(k_i at ``layer``, h_i at the last edited layer), from one padded forward of the rows."""
     model.eval()
     rows = [row(tokenizer, prefix, request.prompt, request.subject) for prefix in ("", *prefixes)]
-    positions = torch.tensor([r.subject_last for r in rows])
+    device = next(model.parameters()).device
+    inputs = pad([r.ids for r in rows], device)
+    indices = torch.arange(len(rows), device=device)
+    positions = torch.tensor([r.subject_last for r in rows], device=device)
     seen: dict[str, Tensor] = {}
 
     def read_keys(module, args, output):
-        seen["keys"] = args[0][torch.arange(len(rows)), positions].detach().clone()
+        # OPT hands its MLP rows · tokens in one dimension.
+        keys = args[0].reshape(*inputs["input_ids"].shape, -1)
+        seen["keys"] = keys[indices, positions].detach().clone()
 
     def read_hidden(module, args, output):
         seen["hidden"] = hidden_of(output)[0, positions[0]].detach().clone()
@@ -362,7 +372,7 @@ def key_and_hidden(
         hooked(down_projection(model, layer), read_keys),
         hooked(block(model, hp.layers[-1]), read_hidden),
     ):
-        model(**pad([r.ids for r in rows], next(model.parameters()).device), use_cache=False)
+        model(**inputs, use_cache=False)
     keys = seen["keys"]
     if hp.key_average == "uniform" or len(rows) == 1:
         return keys.mean(0), seen["hidden"]

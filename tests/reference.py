@@ -1,0 +1,69 @@
+"""What the oracle finds for each family, worked out once for all tests that compare with it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memit.hyperparameters import Hyperparameters
+from memit.language_model import LanguageModel
+from memit.requests import EditRequest
+from tests import oracle
+from tests.families import DOCUMENTS, LAYERS, PREFIXES, families
+
+FAMILIES = tuple(families())
+
+REQUESTS = (
+    EditRequest("Zoë Müller", "{} was born in", "Port-au-Prince"),
+    EditRequest("北京大学", "In the summer of 1998, {} {so} moved to", "Kraków"),
+    EditRequest("Paul {Smith}", "The home town of {} is", "New York City"),
+    EditRequest("Anna O'Brien-Šimić", "{}'s office is in", "Rome"),
+)
+"""Objects of several tokens, subjects in the middle, braces, accents, CJK, an apostrophe."""
+
+HYPERPARAMETERS = Hyperparameters(LAYERS, covariance_weight=2.0, evaluations=8)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The oracle's results for one family, with `HYPERPARAMETERS`, `REQUESTS` and `PREFIXES`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    targets: tuple[oracle.Target, ...]
+    covariances: dict[int, Tensor]
+    updates: dict[int, oracle.LayerUpdate]
+
+    @property
+    def z(self) -> Tensor:
+        """Targets (n × d)."""
+        return torch.stack([target.z for target in self.targets])
+
+
+@functools.cache
+def reference(family: str) -> Reference:
+    """The results for one family; its model must not be changed."""
+    model, tokenizer = families()[family]()
+    hp = HYPERPARAMETERS
+    targets = tuple(oracle.target(model, tokenizer, r, PREFIXES, hp) for r in REQUESTS)
+    covariances = {
+        layer: oracle.covariance(model, tokenizer, DOCUMENTS, layer, batch=8) for layer in hp.layers
+    }
+    z = torch.stack([target.z for target in targets])
+    updates = oracle.spread(model, tokenizer, REQUESTS, PREFIXES, z, covariances, hp)
+    return Reference(model, tokenizer, targets, covariances, updates)
+
+
+def build(family: str) -> LanguageModel:
+    """A fresh model of a family, wrapped; the same weights every time."""
+    model, tokenizer = families()[family]()
+    return LanguageModel(model, tokenizer, name=family)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖ of the whole tensors."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()

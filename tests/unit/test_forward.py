@@ -1,0 +1,213 @@
+"""Partial forward passes give what the model's own whole forward pass gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from memit.forward import (
+    Padded,
+    Recorder,
+    block_output,
+    can_resume,
+    changing_output,
+    logits_at,
+    pad,
+    reading_keys,
+    reading_outputs,
+)
+from memit.language_model import LanguageModel
+from tests import oracle
+from tests.families import PREFIXES
+from tests.reference import FAMILIES, build
+
+RESUMABLE = tuple(family for family in FAMILIES if family != "opt_projected")
+"""OPT with projected embeddings cannot take hidden states in the place of embeddings."""
+
+
+def _rows(lm: LanguageModel) -> list[list[int]]:
+    texts = (*PREFIXES, PREFIXES[0] + PREFIXES[2], "Paris")
+    return [lm.tokenizer(text.strip())["input_ids"] for text in texts]
+
+
+def _whole(lm: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
+    """Logits of each row by itself (tokens × vocabulary), without any padding."""
+    with torch.no_grad():
+        return [lm.model(input_ids=torch.tensor([ids])).logits[0] for ids in rows]
+
+
+def _close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_at_chosen_positions(family):
+    """The model's own logit scale, cap and final norm are kept."""
+    lm = build(family)
+    rows = _rows(lm)
+    expected = _whole(lm, rows)
+    which = torch.tensor([0, 1, 1, 6, 3, 5])
+    columns = torch.tensor([2, 0, len(rows[1]) - 1, 0, 4, len(rows[5]) - 1])
+    found = logits_at(lm, pad(rows, lm.device), which, columns)
+    assert found.dtype == torch.float32
+    for logits, r, c in zip(found, which.tolist(), columns.tolist(), strict=True):
+        _close(logits, expected[r][c])
+
+
+@torch.no_grad()
+def test_soft_cap_and_logit_scale_are_not_bare_head_outputs():
+    """The check above would mean nothing if the head alone gave the same."""
+    for family in ("gemma2", "cohere", "granite"):
+        lm = build(family)
+        seen = {}
+        with oracle.hooked(lm.head, lambda m, args, output, seen=seen: seen.update(bare=output)):
+            (logits,) = _whole(lm, [_rows(lm)[0]])
+        assert not torch.allclose(seen["bare"][0], logits, atol=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_outputs_and_keys_are_read_where_the_oracle_reads_them(family):
+    lm = build(family)
+    rows = _rows(lm)[:2]
+    padded = pad(rows, lm.device)
+    with reading_outputs(lm, (0, 2)) as outputs, reading_keys(lm, (1, 2)) as keys:
+        block_output(lm, padded, 2)
+    seen: dict = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            seen[name] = oracle.hidden_of(output)[0] if name[0] == "hidden" else args[0]
+
+        return hook
+
+    for index, ids in enumerate(rows):
+        for layer in (0, 1, 2):
+            with (
+                oracle.hooked(oracle.block(lm.model, layer), keep(("hidden", layer))),
+                oracle.hooked(oracle.down_projection(lm.model, layer), keep(("key", layer))),
+            ):
+                _whole(lm, [ids])
+        for layer in (0, 2):
+            _close(outputs[layer][index, : len(ids)], seen["hidden", layer])
+        for layer in (1, 2):
+            by_row = keys[layer].reshape(2, padded.ids.shape[1], -1)
+            _close(by_row[index, : len(ids)], seen["key", layer].reshape(len(ids), -1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_changed_output_reaches_later_positions_only(family):
+    lm = build(family)
+    ids = _rows(lm)[0]
+    padded = pad([ids], lm.device)
+    every = torch.arange(len(ids))
+    first = torch.zeros_like(every)
+    step = torch.randn(lm.width)
+
+    def add(hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        hidden[:, 3] += step
+        return hidden
+
+    before = logits_at(lm, padded, first, every)
+    with changing_output(lm, 1, add):
+        after = logits_at(lm, padded, first, every)
+    moved = (after - before).abs().amax(1)
+    assert moved[:3].max() < 1e-5
+    assert moved[3] > 1e-2
+    assert moved[4] > 1e-4
+    assert torch.equal(logits_at(lm, padded, first, every), before)
+
+
+@pytest.mark.parametrize("family", RESUMABLE)
+@pytest.mark.parametrize("start", [1, 3])
+@torch.no_grad()
+def test_resumed_rows_give_the_logits_of_whole_ones(family, start):
+    """Each row goes on from a place of its own, in a batch where one row is taken twice."""
+    lm = build(family)
+    rows = _rows(lm)
+    padded = pad(rows, lm.device)
+    expected = _whole(lm, rows)
+    recorder = Recorder(lm, start)
+    with reading_outputs(lm, [start - 1]) as outputs:
+        block_output(lm, padded, lm.depth - 1, recorder=recorder)
+    first = torch.tensor([len(ids) * part // 5 for part, ids in enumerate(rows[:5])] + [1, 0])
+    taken = torch.tensor([3, 1, 6, 0, 1, 4])
+    before = recorder.before(first).select(taken)
+    tails = [rows[r][int(first[r]) :] for r in taken.tolist()]
+    tail = pad(tails, lm.device)
+    hidden = torch.zeros(*tail.ids.shape, lm.width)
+    for i, r in enumerate(taken.tolist()):
+        hidden[i, : len(tails[i])] = outputs[start - 1][r, int(first[r]) : len(rows[r])]
+    which = torch.tensor([i for i, ids in enumerate(tails) for _ in ids])
+    columns = torch.tensor([c for ids in tails for c in range(len(ids))])
+    found = logits_at(lm, tail, which, columns, start=start, hidden=hidden, before=before)
+    wanted = [expected[r][int(first[r]) :] for r in taken.tolist()]
+    _close(found, torch.cat(wanted))
+
+
+def test_gradients_reach_the_hidden_states_that_enter():
+    lm = build("llama")
+    padded = pad([_rows(lm)[0]], lm.device)
+    with torch.no_grad():
+        entering = block_output(lm, padded, 1)
+    entering.requires_grad_()
+    logits = logits_at(lm, padded, torch.tensor([0]), torch.tensor([4]), start=2, hidden=entering)
+    (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), entering)
+    assert gradient[0, :5].norm(dim=1).min() > 0
+    assert gradient[0, 5:].norm() == 0
+
+
+@pytest.mark.parametrize("family", RESUMABLE)
+@torch.no_grad()
+def test_only_the_wanted_blocks_run(family):
+    """Blocks that must not run are poisoned."""
+    lm = build(family)
+    padded = pad(_rows(lm), lm.device)
+    entering = block_output(lm, padded, 1)
+    expected = block_output(lm, padded, 2)
+    for layer in (0, 1, 3):
+        for parameter in lm.blocks[layer].parameters():
+            parameter.fill_(torch.nan)
+    found = block_output(lm, padded, 2, start=2, hidden=entering)
+    real = padded.mask.bool()
+    assert torch.equal(found[real], expected[real])
+
+
+@torch.no_grad()
+def test_model_is_left_as_it_was_even_after_an_error():
+    lm = build("gptj")
+    padded = pad(_rows(lm), lm.device)
+    before = _whole(lm, _rows(lm))
+    with pytest.raises(RuntimeError), changing_output(lm, 1, lambda hidden: hidden[..., :5]):
+        logits_at(lm, padded, torch.tensor([0]), torch.tensor([0]))
+    with pytest.raises((RuntimeError, IndexError)):
+        logits_at(
+            lm,
+            padded,
+            torch.tensor([0]),
+            torch.tensor([0]),
+            start=2,
+            hidden=torch.zeros(*padded.ids.shape, lm.width + 1),
+        )
+    block_output(lm, padded, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, _whole(lm, _rows(lm)), strict=True))
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules()]
+    assert sum(hooks) == 0
+    assert not any("forward" in block.__dict__ for block in lm.blocks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_can_be_resumed_is_known(family):
+    assert can_resume(build(family)) is (family in RESUMABLE)
+
+
+def test_padding_is_masked_on_the_right():
+    padded = pad([[5, 6, 7], [8]], torch.device("cpu"))
+    assert isinstance(padded, Padded)
+    assert padded.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert padded.ids[0].tolist() == [5, 6, 7]
+    assert padded[torch.tensor([1])].ids[0, 0] == 8

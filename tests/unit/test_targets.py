@@ -1,0 +1,242 @@
+"""Batched, resumed and early-stopping targets against one slow optimisation for each edit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from memit import targets as targets_module
+from memit.errors import InputError, IntegrityError, ResourceError
+from memit.targets import Targets, compute_targets
+from tests import oracle
+from tests.families import PREFIXES
+from tests.reference import (
+    FAMILIES,
+    HYPERPARAMETERS,
+    REQUESTS,
+    build,
+    reference,
+    relative,
+)
+
+TOLERANCE = 1e-4
+LARGE = 1 << 20
+
+
+def _agrees(found: Targets, expected: list[oracle.Target] | tuple[oracle.Target, ...]) -> None:
+    assert len(found.z) == len(expected)
+    for i, one in enumerate(expected):
+        assert relative(found.z[i], one.z) < TOLERANCE
+        assert relative(found.hidden[i], one.hidden) < TOLERANCE
+        made = len(one.losses)
+        assert found.losses[i, :made].tolist() == pytest.approx(one.losses, rel=TOLERANCE)
+        assert found.losses[i, made:].isnan().all()
+    assert found.finite.all()
+
+
+def _expected(lm, hp, requests=REQUESTS, prefixes=PREFIXES) -> list[oracle.Target]:
+    return [oracle.target(lm.model, lm.tokenizer, r, prefixes, hp) for r in requests]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_targets_are_those_of_the_oracle(family):
+    found = compute_targets(build(family), REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    _agrees(found, reference(family).targets)
+    assert found.z.dtype == torch.float32
+    assert found.losses[:, -1].mean() < found.losses[:, 0].mean()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma2"])
+@pytest.mark.parametrize("token_budget", [1, 250, 700])
+def test_budgets_and_order_do_not_matter(family, token_budget):
+    lm = build(family)
+    told = []
+    requests = REQUESTS[::-1]
+    found = compute_targets(
+        lm,
+        requests,
+        PREFIXES,
+        HYPERPARAMETERS,
+        token_budget=token_budget,
+        progress=told.append,
+    )
+    _agrees(found, reference(family).targets[::-1])
+    assert sum(told) == len(REQUESTS)
+    assert (len(told) == 1) is (token_budget == LARGE)
+
+
+def test_chunks_are_joined():
+    lm = build("qwen3")
+    parts = [
+        compute_targets(lm, chunk, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+        for chunk in (REQUESTS[:1], REQUESTS[1:])
+    ]
+    _agrees(Targets.concatenate(parts), reference("qwen3").targets)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "opt_projected"])
+def test_each_edit_stops_for_itself(family):
+    lm = build(family)
+    last = sorted(target.losses[4] for target in reference(family).targets)
+    hp = replace(HYPERPARAMETERS, loss_threshold=(last[1] + last[2]) / 2)
+    expected = _expected(lm, hp)
+    made = [len(target.losses) for target in expected]
+    assert min(made) < max(made)
+    for token_budget in (1, LARGE):
+        _agrees(compute_targets(lm, REQUESTS, PREFIXES, hp, token_budget=token_budget), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluations": 1},
+        {"evaluations": 2},
+        {"clamp_factor": 0.05},
+        {"kl_factor": 20.0},
+        {"weight_decay": 200.0},
+        {"learning_rate": 0.02},
+        {"layers": (0,)},
+        {"layers": (1, 3)},
+        {"loss_threshold": 1e9},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["gpt2", "llama2"])
+def test_settings(family, change):
+    """Each term and each limit of the optimisation where it matters."""
+    lm = build(family)
+    hp = replace(HYPERPARAMETERS, **change)
+    requests = REQUESTS[1:3]
+    found = compute_targets(lm, requests, PREFIXES, hp, token_budget=LARGE)
+    _agrees(found, _expected(lm, hp, requests))
+    if change.keys() & {"kl_factor", "weight_decay"}:
+        assert relative(found.z, reference(family).z[1:3]) > 10 * TOLERANCE
+    if "clamp_factor" in change:
+        assert (found.delta_ratios <= 0.05 * (1 + 1e-5)).all()
+    if change.get("evaluations") == 1 or "loss_threshold" in change:
+        assert torch.equal(found.z, found.hidden)
+
+
+@pytest.mark.parametrize("prefixes", [(), PREFIXES[:1]], ids=["none", "one"])
+def test_any_number_of_prefixes(prefixes):
+    lm = build("phi")
+    found = compute_targets(lm, REQUESTS, prefixes, HYPERPARAMETERS, token_budget=LARGE)
+    _agrees(found, _expected(lm, HYPERPARAMETERS, prefixes=prefixes))
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt_neox", "bloom"])
+def test_whole_rows_give_the_same(family, monkeypatch, caplog):
+    """The way of a family that cannot be resumed, which says so."""
+    monkeypatch.setattr(targets_module, "can_resume", lambda lm: False)
+    found = compute_targets(build(family), REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    _agrees(found, reference(family).targets)
+    assert "cannot be resumed" in caplog.text
+
+
+def test_model_is_not_changed():
+    lm = build("gemma3")
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    compute_targets(lm, REQUESTS[:2], PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    after = lm.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in lm.model.parameters())
+
+
+def test_memory_that_runs_out_halves_the_budget(monkeypatch):
+    original = targets_module.logits_at
+
+    def short_of_memory(lm, padded, *args, **kwargs):
+        if len(padded.ids) > 14:
+            raise torch.OutOfMemoryError("pretended")
+        return original(lm, padded, *args, **kwargs)
+
+    monkeypatch.setattr(targets_module, "logits_at", short_of_memory)
+    lm = build("llama")
+    found = compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    _agrees(found, reference("llama").targets)
+
+
+def test_edit_that_never_fits_is_an_error(monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("pretended")
+
+    monkeypatch.setattr(targets_module, "logits_at", out_of_memory)
+    with pytest.raises(ResourceError, match="memory"):
+        compute_targets(build("llama"), REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+
+
+def test_edit_whose_loss_is_not_finite_is_marked_and_leaves_the_others_alone():
+    lm = build("gpt2")
+    ids = [set(lm.tokenizer(r.text + " " + r.target_new)["input_ids"]) for r in REQUESTS]
+    spoilt = 2
+    prefix_ids = set(lm.tokenizer("".join(PREFIXES))["input_ids"])
+    others = set.union(prefix_ids, *(s for i, s in enumerate(ids) if i != spoilt))
+    own = min(ids[spoilt] - others)
+    head = lm.model.get_output_embeddings()
+    lm.model.set_input_embeddings(torch.nn.Embedding.from_pretrained(head.weight.clone()))
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[own] = torch.nan
+    found = compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    assert found.finite.tolist() == [i != spoilt for i in range(len(REQUESTS))]
+    expected = reference("gpt2").targets
+    for i in range(len(REQUESTS)):
+        if i != spoilt:
+            assert relative(found.z[i], expected[i].z) < TOLERANCE
+
+
+def test_bfloat16_optimises_in_float32():
+    lm = build("llama")
+    lm.model.to(torch.bfloat16)
+    found = compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    assert found.z.dtype == torch.float32
+    assert (
+        relative(found.hidden, torch.stack([t.hidden for t in reference("llama").targets])) < 0.05
+    )
+    delta = found.z - found.hidden
+    assert not torch.equal(delta, delta.to(torch.bfloat16).float())
+    limits = HYPERPARAMETERS.clamp_factor * (1 + 1e-5)
+    assert (found.delta_ratios <= limits).all()
+    assert found.losses[:, -1].mean() < found.losses[:, 0].mean()
+
+
+def test_subject_without_tokens_is_refused():
+    request = replace(REQUESTS[0], subject="\u200b")
+    with pytest.raises(InputError, match="subject"):
+        compute_targets(
+            build("gpt2_slow_tokenizer"), [request], (), HYPERPARAMETERS, token_budget=LARGE
+        )
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _some() -> Targets:
+    losses = torch.rand(3, 4)
+    losses[1, 2:] = math.nan
+    return Targets(
+        torch.randn(3, 5), torch.randn(3, 5), losses, finite=torch.tensor([True, False, True])
+    )
+
+
+def test_file_gives_targets_back(tmp_path):
+    targets = _some()
+    targets.save(tmp_path / "a.safetensors")
+    targets.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    found = Targets.load(tmp_path / "a.safetensors")
+    for name, value in targets.__dict__.items():
+        assert torch.equal(getattr(found, name).nan_to_num(-1), value.nan_to_num(-1))
+
+
+def test_truncated_file(tmp_path):
+    path = tmp_path / "targets.safetensors"
+    _some().save(path)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(IntegrityError, match=r"targets\.safetensors"):
+        Targets.load(path)
+    path.unlink()
+    with pytest.raises(IntegrityError, match=r"targets\.safetensors"):
+        Targets.load(path)
