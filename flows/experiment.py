@@ -21,8 +21,8 @@ from rich.table import Table
 from flows.edit import edit
 from flows.evaluation import evaluation
 from flows.model import model
-from flows.preflight import check_inputs
 from flows.prefixes import prefixes
+from flows.preflight import check_inputs
 from flows.record import commit_stages
 from flows.report import report
 from flows.requests import requests

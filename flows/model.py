@@ -71,7 +71,6 @@ def _make_small_model(parameters: Parameters) -> tuple[ModelFiles, list[Path], l
     return described, files, [made.cost, recall.cost]
 
 
-
 def _describe(section: ModelSection) -> ModelFiles:
     if section.source == "hub":
         name = str(section.id)

@@ -401,3 +401,9 @@ def _unknown_key(key: str, parts: list[str]) -> str:
         if parts[-1] in getattr(field, "model_fields", {}):
             return f"there is no key {key}; did you mean {name}.{parts[-1]}?"
     return f"there is no key {key}: the keys there are {', '.join(names)}."
+
+
+if __name__ == "__main__":
+    from flows.command import given_parameters
+
+    given_parameters()

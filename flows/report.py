@@ -15,7 +15,7 @@ from prefect import flow
 
 from memit.errors import UnreachableError
 from tasks.report import write_report
-from tasks.results import STEPS, finish_step, flow_runs, read_timings, upstream
+from tasks.results import STEPS, flow_runs, read_timings, upstream
 from tasks.tracking import Experiment, log_experiment, origin_tags, tracking_uri
 
 
@@ -25,8 +25,7 @@ def report(parameters: Parameters) -> None:
     earlier = [step for step in STEPS if step != "report"]
     given = upstream(*earlier)
     timings = read_timings(earlier)
-    files = write_report(timings)
-    finish_step("report", files, given, [])
+    write_report(timings)
     experiment = Experiment(
         name=parameters.report.experiment,
         parameters=parameters.model_dump(),

@@ -138,7 +138,7 @@ def _signed(
 
 
 def _summarise(
-    lm: LanguageModel, result: Spread, targets: Targets, hyperparameters: Hyperparameters
+    result: Spread, targets: Targets, hyperparameters: Hyperparameters
 ) -> dict[str, Any]:
     """What ``edit.json`` says; norms are Frobenius norms."""
     return {

@@ -141,9 +141,11 @@ def _release() -> None:
 
 def _load(reference: ModelReference) -> LanguageModel:
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from memit.language_model import load_model
 
+    disable_progress_bar()  # the step's own bar says more
     torch.set_num_threads(reference.threads)
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)

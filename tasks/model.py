@@ -59,11 +59,13 @@ def train_small_model(
     ``world`` and ``training`` hold the fields of `WorldParameters` and `TrainingParameters`.
     """
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from memit.requests import write_records
     from memit.world.people import WorldParameters, make_world
     from memit.world.small_model import TrainingParameters, train
 
+    disable_progress_bar()
     torch.set_num_threads(threads)
     made = make_world(WorldParameters(**world))
     parameters = TrainingParameters(**training)

@@ -22,7 +22,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-
 console = Console(stderr=True)
 """Where all output for people goes; results go to standard output."""
 
@@ -88,7 +87,9 @@ def progress_bar(name: str, total: int, unit: str) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as display:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as display:
         line = display.add_task(name, total=total)
         bar = Bar(name, total, lambda done: display.update(line, completed=done))
         _bars[name] = bar

@@ -182,9 +182,7 @@ def _points(metrics: Mapping[str, Any], timings: Mapping[str, Cost]) -> list[Met
             (f"peak_memory_mib/{step}", cost.peak_memory / 2**20, 0),
         ]
         if cost.peak_device_memory:
-            values.append(
-                (f"peak_device_memory_mib/{step}", cost.peak_device_memory / 2**20, 0)
-            )
+            values.append((f"peak_device_memory_mib/{step}", cost.peak_device_memory / 2**20, 0))
     return [Metric(name, float(value), now, step) for name, value, step in values]
 
 

@@ -1,0 +1,61 @@
+# Everything that is done with this project. Needs Python 3.11 or newer, pip, git and make.
+
+PYTHON ?= python3
+# An index for torch, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu where no GPU is wanted.
+# Empty: pip's own configuration.
+TORCH_INDEX ?=
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+export PATH := $(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install run repro test lint format golden ui clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP) ## make .venv and install the project with pinned dependencies
+
+# torch alone first: its build is chosen here, and nothing after may replace it.
+$(STAMP): pyproject.toml constraints.txt
+	@test -d "$(VENV)" || { echo "making .venv with $(PYTHON)"; $(PYTHON) -m venv "$(VENV)"; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@echo "installing torch"
+	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@echo "installing the rest (some minutes the first time)"
+	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch "$(STAMP)"
+
+run: $(STAMP) ## the experiment that params.yaml describes; what is done already comes from caches
+	@$(BIN)/memit run
+
+repro: $(STAMP) ## the same through DVC, with one Prefect server for all stages
+	@$(BIN)/python -m flows.reproduce
+
+test: $(STAMP) ## the whole test suite
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP) ## format, lint and type checks, changing nothing
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+
+format: $(STAMP) ## put the code into its format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+golden: $(STAMP) ## DIR=...: compare with a recorded run of the published method
+	@test -n "$(DIR)" || { echo "say which: make golden DIR=path/to/golden"; exit 2; }
+	@$(BIN)/python -m tests.acceptance.golden "$(DIR)"
+
+ui: $(STAMP) ## MLflow in the browser (PREFECT=1: Prefect's server too)
+	@PREFECT="$(PREFECT)" $(BIN)/python -m flows.ui
+
+clean: ## delete caches and results, keep .venv, MLflow's store and DVC's cache
+	rm -rf .cache artifacts evaluation report metrics.json timings.json
+	rm -rf .pytest_cache .ruff_cache .hypothesis
