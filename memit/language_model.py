@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from memit.errors import InputError, IntegrityError, ModelStructureError, UnreachableError
@@ -40,6 +41,7 @@ class LanguageModel:
         Raises `ModelStructureError` if it is not a decoder-only stack of blocks with a head.
         """
         model.eval().requires_grad_(False)
+        _fuse_activations(model)
         self.model = model
         """The Hugging Face model, in evaluation mode, without gradients for its parameters."""
         self.tokenizer = tokenizer
@@ -99,6 +101,18 @@ class LanguageModel:
                 f"layer {layer} does not exist: {self.name} has layers 0 to {self.depth - 1}."
             )
         return _find_down_projection(self.blocks[layer], self.width, f"layer {layer}")
+
+    def mlp_projections(self, layer: int) -> dict[str, nn.Module]:
+        """All linear modules of block `layer`'s MLP by the names of their weights: the one or more
+        that lead into the wider space, then W_out."""
+        down = self.down_projection(layer)
+        up = [
+            module
+            for module in _linears_outside_attention(self.blocks[layer])
+            if _fan_in(module) == self.width and _fan_out(module) != self.width
+        ]
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        return {names[id(module.weight)]: module for module in (*up, down)}
 
     def weight(self, layer: int) -> Tensor:
         """W_out as a d × f view, whichever way it is stored."""
@@ -196,6 +210,15 @@ def _load_error(source: str, is_local: bool, error: Exception) -> Exception:
         f"{source} could not be loaded from the hub ({reason}); check the name, the revision and "
         "the network, or download it and give its directory."
     )
+
+
+def _fuse_activations(model: PreTrainedModel) -> None:
+    """Let one kernel compute GPT-2's and GPT-J's activation: the library spells it as eight
+    operations, which cost as much as the matrix products around them."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU("tanh"))
 
 
 def _find_head(model: PreTrainedModel) -> nn.Module:
