@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2Model,
+)
 
 from memit.errors import InputError, IntegrityError, ModelStructureError
 from memit.language_model import LanguageModel, load_model, tensor_digest
@@ -67,7 +73,7 @@ def test_set_weight_changes_what_the_model_says(family):
 
 def test_set_weight_rounds_to_the_dtype_of_the_model():
     lm = build("llama")
-    lm.model.to(torch.bfloat16)
+    lm.model.bfloat16()
     value = torch.randn(lm.width, lm.inner_width)
     lm.set_weight(0, value)
     assert lm.weight(0).dtype == torch.bfloat16
@@ -153,7 +159,7 @@ def test_encoder_decoder_is_refused():
 
 
 def test_model_without_head_is_refused():
-    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=64)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
     with pytest.raises(ModelStructureError, match="head"):
         LanguageModel(GPT2Model(config), tokenizers()["byte_level"], name="headless")
 
@@ -173,7 +179,7 @@ def test_saved_model_is_loaded_again(family, tmp_path):
 
 def test_dtype_is_the_asked_for_one_and_not_the_checkpoints(tmp_path):
     model, tokenizer = families()["llama"]()
-    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    model.bfloat16().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert load_model(tmp_path, device="cpu").dtype == torch.float32
     assert load_model(tmp_path, device="cpu", dtype="bfloat16").dtype == torch.bfloat16

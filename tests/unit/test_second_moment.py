@@ -142,7 +142,7 @@ def test_corpus_without_tokens():
 def test_keys_that_are_not_finite():
     lm = build("gpt2")
     with torch.no_grad():
-        lm.blocks[1].mlp.c_fc.weight[0, 0] = torch.nan
+        lm.blocks[1].get_parameter("mlp.c_fc.weight")[0, 0] = torch.nan
     with pytest.raises(NumericsError, match="layer 1"):
         collect_second_moments(lm, DOCUMENTS[:2], LAYERS, token_budget=100)
 

@@ -203,7 +203,7 @@ def test_edit_that_never_fits_is_an_error(monkeypatch):
 
 def test_bfloat16_weights_are_given_back_to_the_bit():
     lm = build("llama")
-    lm.model.to(torch.bfloat16)
+    lm.model.bfloat16()
     before = lm.weight(1).clone(), lm.weight(2).clone()
     result = _spread(lm, "llama")
     assert torch.equal(lm.weight(1), before[0])

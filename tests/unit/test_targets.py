@@ -175,10 +175,10 @@ def test_edit_whose_loss_is_not_finite_is_marked_and_leaves_the_others_alone():
     prefix_ids = set(lm.tokenizer("".join(PREFIXES))["input_ids"])
     others = set.union(prefix_ids, *(s for i, s in enumerate(ids) if i != spoilt))
     own = min(ids[spoilt] - others)
-    head = lm.model.get_output_embeddings()
-    lm.model.set_input_embeddings(torch.nn.Embedding.from_pretrained(head.weight.clone()))
+    separate = torch.nn.Embedding.from_pretrained(lm.model.get_parameter("lm_head.weight").clone())
+    lm.model.set_input_embeddings(separate)  # the head must stay as it is
     with torch.no_grad():
-        lm.model.get_input_embeddings().weight[own] = torch.nan
+        separate.weight[own] = torch.nan
     found = compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
     assert found.finite.tolist() == [i != spoilt for i in range(len(REQUESTS))]
     expected = reference("gpt2").targets
@@ -189,7 +189,7 @@ def test_edit_whose_loss_is_not_finite_is_marked_and_leaves_the_others_alone():
 
 def test_bfloat16_optimises_in_float32():
     lm = build("llama")
-    lm.model.to(torch.bfloat16)
+    lm.model.bfloat16()
     found = compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
     assert found.z.dtype == torch.float32
     assert (

@@ -155,7 +155,7 @@ def test_one_changed_bit_of_the_model_is_noticed():
 def test_delta_made_in_bfloat16_fits_the_same_model_in_float32():
     lm = build("llama")
     model, tokenizer = families()["llama"]()
-    half = LanguageModel(model.to(torch.bfloat16), tokenizer, name="llama")
+    half = LanguageModel(model.bfloat16(), tokenizer, name="llama")
     delta = _delta(half)
     before = _state(lm)
     delta.apply(lm)
