@@ -1,0 +1,291 @@
+"""Fine-tuning on the requests: all parameters of one block, or its down-projection alone.
+
+The paper's FT-W is `fine_tuning_with_decay`; without decay, and with a bound on how far each weight
+may move, the same editor is the unconstrained and the constrained baseline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from memit.batches import planned
+from memit.editors.base import Editor, Resources, provenance, register
+from memit.errors import NumericsError
+from memit.forward import Padded, block_output, can_resume, logits_at, pad
+from memit.language_model import LanguageModel
+from memit.positions import TokenRow, locate, mark
+from memit.requests import EditRequest
+from memit.weight_delta import Dense, WeightDelta, base_digests
+
+Loss = Literal["teacher_forced", "published"]
+
+
+@register("fine_tuning")
+@dataclass(frozen=True)
+class FineTuning(Editor):
+    """Adam on the mean nll of the new objects, in batches of requests in their order."""
+
+    layer: int
+    """The block that is tuned; blocks below it are run once."""
+    parameters: Literal["block", "down_projection"] = "block"
+    """Everything in the block, or W_out alone."""
+    learning_rate: float = 5e-4
+    weight_decay: float | Literal["power_law"] = 0.0
+    """Coupled L2: added to the gradient times the weight. `power_law` takes n^−0.870 · e^0.156 for
+    n requests, as published."""
+    bound: float | None = None
+    """How far a weight may move from where it was, at most; None leaves it free."""
+    batch_size: int = 64
+    """Requests of one step."""
+    epochs: int = 25
+    """Times that all requests are seen, at most."""
+    loss_threshold: float = 1e-2
+    """A batch below it makes no step, and an epoch whose mean is below it is the last."""
+    loss: Loss = "teacher_forced"
+    """`teacher_forced`: each token of the object is scored after those before it; `published`: all
+    of them are scored at the prompt's last position."""
+
+    def edit(
+        self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
+    ) -> WeightDelta:
+        """Tune the block until the requests are learnt.
+
+        Raises `NumericsError` for a loss that is no longer finite, with the mean loss of every
+        epoch until then.
+        """
+        lm.check_layers((self.layer,))
+        names = self.parameter_names(lm)
+        rows = request_rows(lm, requests)
+        shares = _Shares(resources.progress, len(requests), self.epochs)
+        with _trainable(lm, names) as masters:
+            optimizer = torch.optim.Adam(
+                [master.weight for master in masters],
+                lr=self.learning_rate,
+                weight_decay=self.decay_for(len(requests)),
+            )
+            batches = self._batches(lm, rows, resources.token_budget)
+            losses = self._tune(lm, batches, masters, optimizer, shares)
+            changes = {
+                name: Dense((master.weight - master.base).cpu())
+                for name, master in zip(names, masters, strict=True)
+            }
+        shares.finish()
+        origin = {**provenance(self, lm, requests), "base": base_digests(lm, names)}
+        return WeightDelta(changes, {**origin, "losses": losses})
+
+    def parameter_names(self, lm: LanguageModel) -> list[str]:
+        """The parameters that are tuned, by their names in the model."""
+        down = lm.weight_name(self.layer)
+        if self.parameters == "down_projection":
+            return [down]
+        inside = {id(parameter) for parameter in lm.blocks[self.layer].parameters()}
+        return [name for name, found in lm.model.named_parameters() if id(found) in inside]
+
+    def decay_for(self, count: int) -> float:
+        """The weight decay for `count` requests."""
+        if self.weight_decay == "power_law":
+            return count**-0.870 * math.exp(0.156)
+        return self.weight_decay
+
+    def _batches(
+        self, lm: LanguageModel, rows: Sequence[TokenRow], token_budget: int
+    ) -> list[list[_Chunk]]:
+        """The requests of each step, in chunks under the token budget."""
+        return [
+            [
+                _chunk(lm, part, self.layer, self.loss)
+                for part in planned(
+                    rows[start : start + self.batch_size],
+                    lambda row: (1, len(row.ids)),
+                    token_budget,
+                )
+            ]
+            for start in range(0, len(rows), self.batch_size)
+        ]
+
+    def _tune(
+        self,
+        lm: LanguageModel,
+        batches: Sequence[Sequence[_Chunk]],
+        masters: Sequence[_Master],
+        optimizer: torch.optim.Optimizer,
+        shares: _Shares,
+    ) -> list[float]:
+        """Run the epochs; the mean loss of each."""
+        means: list[float] = []
+        for _ in range(self.epochs):
+            total = count = 0.0
+            for batch in batches:
+                size = sum(chunk.count for chunk in batch)
+                loss = _backward(lm, batch, size, self.layer)
+                total, count = total + loss * size, count + size
+                if not math.isfinite(loss):
+                    raise _diverged([*means, loss])
+                if loss >= self.loss_threshold:
+                    _step(masters, optimizer, self.bound)
+                _forget_gradients(masters)
+                shares.add(size)
+            means.append(total / count)
+            if means[-1] < self.loss_threshold:
+                break
+        return means
+
+
+def fine_tuning_with_decay(layer: int, weight_decay: float = 5e-4) -> FineTuning:
+    """FT-W, the paper's baseline: one block, learning rate and weight decay 5e-4."""
+    return FineTuning(layer, weight_decay=weight_decay)
+
+
+def constrained_fine_tuning(bound: float = 5e-5) -> FineTuning:
+    """FT+L: the down-projection of block 0, each weight within `bound` of where it was."""
+    return FineTuning(0, parameters="down_projection", bound=bound)
+
+
+def _diverged(losses: Sequence[float]) -> NumericsError:
+    return NumericsError(
+        f"fine-tuning diverged in epoch {len(losses)} (mean losses so far: "
+        f"{', '.join(f'{loss:.3g}' for loss in losses)}); lower its learning rate."
+    )
+
+
+# --- what is scored -----------------------------------------------------------------------------
+
+
+def request_rows(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[TokenRow]:
+    """The plain prompt of each request, followed by its new object."""
+    marked = [mark(r.prompt, r.subject, target=r.target_new) for r in requests]
+    return locate(lm.tokenizer, marked)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows that are run together, and where they are scored."""
+
+    padded: Padded
+    hidden: Tensor | None
+    """What enters the tuned block (rows × tokens × d, on the CPU); None if all blocks are run."""
+    row: Tensor
+    """Row of each scored token (k)."""
+    column: Tensor
+    """Position that scores it (k)."""
+    wanted: Tensor
+    """The token (k)."""
+    weight: Tensor
+    """Its part of its row's mean (k)."""
+
+    @property
+    def count(self) -> int:
+        """Number of requests."""
+        return len(self.padded.ids)
+
+
+@torch.no_grad()
+def _chunk(lm: LanguageModel, rows: Sequence[TokenRow], layer: int, loss: Loss) -> _Chunk:
+    places = [
+        (index, (row.target[0] if loss == "published" else place) - 1, row.ids[place])
+        for index, row in enumerate(rows)
+        for place in row.target
+    ]
+    row, column, wanted = torch.tensor(places, device=lm.device).T
+    weight = torch.tensor([1 / len(rows[index].target) for index, _, _ in places])
+    padded = pad([r.ids[:-1] for r in rows], lm.device)
+    held = layer > 0 and can_resume(lm)
+    hidden = block_output(lm, padded, layer - 1).cpu() if held else None
+    return _Chunk(padded, hidden, row, column, wanted, weight.to(lm.device))
+
+
+def _backward(lm: LanguageModel, batch: Sequence[_Chunk], size: int, layer: int) -> float:
+    """Add the gradients of the batch's mean loss to its parameters' and give that loss."""
+    total = 0.0
+    for chunk in batch:
+        hidden = None if chunk.hidden is None else chunk.hidden.to(lm.device)
+        with torch.enable_grad():
+            logits = logits_at(
+                lm, chunk.padded, chunk.row, chunk.column, start=layer, hidden=hidden
+            )
+            log_p = torch.log_softmax(logits, -1).gather(1, chunk.wanted[:, None])[:, 0]
+            loss = -(log_p * chunk.weight).sum() / size
+            loss.backward()
+        total += loss.item()
+    return total
+
+
+# --- what is tuned ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Master:
+    """A parameter of the model and its float32 value, since low precision loses small steps."""
+
+    parameter: Tensor
+    weight: Tensor
+    base: Tensor
+
+
+@contextmanager
+def _trainable(lm: LanguageModel, names: Sequence[str]) -> Iterator[list[_Master]]:
+    """Let some parameters have gradients; they come back as they were."""
+    parameters = [lm.parameter(name) for name in names]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    masters = [
+        _Master(parameter.requires_grad_(), base.float().clone(), base.float())
+        for parameter, base in zip(parameters, kept, strict=True)
+    ]
+    try:
+        yield masters
+    finally:
+        _forget_gradients(masters)
+        for parameter, base in zip(parameters, kept, strict=True):
+            parameter.requires_grad_(False).copy_(base)
+
+
+def _forget_gradients(masters: Sequence[_Master]) -> None:
+    for master in masters:
+        master.parameter.grad = None
+
+
+@torch.no_grad()
+def _step(
+    masters: Sequence[_Master], optimizer: torch.optim.Optimizer, bound: float | None
+) -> None:
+    """One step of Adam on the float32 values, kept within the bound, rounded into the model."""
+    for master in masters:
+        grad = master.parameter.grad
+        master.weight.grad = None if grad is None else grad.float()
+    optimizer.step()
+    for master in masters:
+        if bound is not None:
+            master.weight.clamp_(master.base - bound, master.base + bound)
+        master.parameter.copy_(master.weight)
+
+
+class _Shares:
+    """Progress in requests, each of which counts as finished a part in every epoch."""
+
+    def __init__(self, progress: Callable[[int], None] | None, count: int, epochs: int):
+        self.progress = progress
+        self.count = count
+        self.epochs = epochs
+        self.seen = 0
+        self.told = 0
+
+    def add(self, requests: int) -> None:
+        """Requests that were seen once more."""
+        self.seen += requests
+        self._tell(self.seen // self.epochs)
+
+    def finish(self) -> None:
+        """All of them are learnt."""
+        self._tell(self.count)
+
+    def _tell(self, done: int) -> None:
+        if self.progress is not None and done > self.told:
+            self.progress(done - self.told)
+            self.told = done
