@@ -1,0 +1,99 @@
+"""The whole way, in every family: statistics, targets, spread, evaluation, against the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from memit.editors import Memit, Resources
+from memit.errors import NumericsError
+from memit.evaluation.counterfact import prompts_of, score_prompts, summarise
+from memit.requests import Record
+from memit.second_moment import collect_second_moments
+from memit.weight_delta import WeightDelta
+from tests import oracle
+from tests.families import CITIES, DOCUMENTS, LAYERS, PREFIXES, SUBJECTS
+from tests.reference import FAMILIES, HYPERPARAMETERS, REQUESTS, build, reference, relative
+
+TOLERANCE = 1e-4
+NLL_TOLERANCE = 1e-3
+BUDGET = 900
+
+RECORDS = tuple(
+    Record(
+        case_id=number,
+        request=replace(request, target_true=CITIES[number]),
+        paraphrase_prompts=(f"{request.subject} lives in", f"The town of {request.subject} is"),
+        neighborhood_prompts=tuple(f"{name} was born in" for name in SUBJECTS[number::3]),
+    )
+    for number, request in enumerate(REQUESTS)
+)
+
+
+def _edit(lm) -> WeightDelta:
+    moments = collect_second_moments(lm, DOCUMENTS, LAYERS, token_budget=BUDGET)
+    resources = Resources(token_budget=BUDGET, prefixes=PREFIXES, moments=moments)
+    return Memit(HYPERPARAMETERS).edit(lm, REQUESTS, resources)
+
+
+def _scores_agree(lm, model, tokenizer) -> None:
+    """Every prompt, and every summary, of `lm` and of the oracle on `model`."""
+    table = score_prompts(lm, prompts_of(RECORDS), token_budget=BUDGET)
+    expected = [oracle.evaluate(model, tokenizer, record) for record in RECORDS]
+    found = table.to_pylist()
+    flat = [scored for record in expected for scored in record]
+    assert [(row["kind"], row["prompt"]) for row in found] == [(s.kind, s.prompt) for s in flat]
+    for row, scored in zip(found, flat, strict=True):
+        assert row["nll_new"] == pytest.approx(scored.new.nll, abs=NLL_TOLERANCE)
+        assert row["nll_true"] == pytest.approx(scored.true.nll, abs=NLL_TOLERANCE)
+        assert (row["hit_new"], row["hit_true"]) == (scored.new.hit, scored.true.hit)
+    summary = summarise(table)
+    for name, value in oracle.summary(expected).items():
+        assert summary[name] == pytest.approx(value, abs=0.1), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edit_and_its_evaluation_are_those_of_the_oracle(family, tmp_path):
+    lm, expected = build(family), reference(family)
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    delta = _edit(lm)
+    for layer, update in expected.updates.items():
+        dense = delta.changes[lm.weight_name(layer)].dense()
+        assert relative(dense.T if lm.is_transposed(layer) else dense, update.delta) < TOLERANCE
+    _scores_agree(lm, expected.model, expected.tokenizer)
+    delta.save(tmp_path / "delta.safetensors")
+    WeightDelta.load(tmp_path / "delta.safetensors").apply(lm)
+    with oracle.edited(expected.model, expected.updates):
+        _scores_agree(lm, expected.model, expected.tokenizer)
+    lm.applied[-1].delta.revert(lm)
+    after = lm.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_edit_says_where_it_comes_from():
+    lm = build("gpt2")
+    delta = _edit(lm)
+    told = delta.provenance
+    assert told["method"] == "memit"
+    assert told["model"] == "gpt2"
+    assert told["count"] == len(REQUESTS)
+    assert tuple(told["settings"]["hyperparameters"]["layers"]) == LAYERS
+    assert set(told["base"]["sha256"]) == set(delta.changes)
+
+
+def test_equal_inputs_give_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        _edit(build("llama")).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_target_that_is_not_finite_is_named():
+    lm = build("llama")
+    moments = collect_second_moments(lm, DOCUMENTS[:4], LAYERS, token_budget=BUDGET)
+    with torch.no_grad():
+        lm.blocks[3].get_parameter("mlp.up_proj.weight").fill_(torch.inf)
+    resources = Resources(token_budget=BUDGET, prefixes=PREFIXES, moments=moments)
+    with pytest.raises(NumericsError, match="Zoë"):
+        Memit(HYPERPARAMETERS).edit(lm, REQUESTS, resources)
