@@ -292,6 +292,39 @@ def _head_at(lm: LanguageModel, rows: Tensor, columns: Tensor) -> Iterator[None]
         yield
 
 
+@contextmanager
+def _last_mlp_at(lm: LanguageModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Run the last block's MLP at the chosen positions only: nothing reads the others.
+
+    Where somebody listens inside that block, it runs whole.
+    """
+    mlp = lm.last_mlp
+    if mlp is None or any(_is_watched(m) for m in (lm.blocks[-1], *mlp.modules())):
+        yield
+        return
+    shape: list[torch.Size] = []
+    places: list[Tensor] = []
+
+    def choose(_module: nn.Module, args: tuple) -> tuple:
+        hidden = args[0]
+        flat = (rows * hidden.shape[1] + columns).to(hidden.device)
+        shape.append(hidden.shape)
+        places.append(torch.unique(flat))  # a position may be asked for twice
+        return (hidden.reshape(-1, hidden.shape[-1])[places[-1]][None], *args[1:])
+
+    def put_back(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        whole = output.new_zeros(shape[-1]).reshape(-1, output.shape[-1])
+        return whole.index_copy(0, places[-1], output[0]).reshape(shape[-1])
+
+    chosen, returned = mlp.register_forward_pre_hook(choose), mlp.register_forward_hook(put_back)
+    with _hook(chosen), _hook(returned):
+        yield
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 # --- passes ----------------------------------------------------------------------------------
 
 
@@ -357,6 +390,7 @@ def logits_at(
         if hidden is not None:
             stack.enter_context(_starting_at(lm, start, hidden))
         stack.enter_context(_head_at(lm, rows, columns))
+        stack.enter_context(_last_mlp_at(lm, rows, columns))
         output = lm.model(**_inputs(padded, hidden, before, recorder))
     return output.logits[0].float()
 

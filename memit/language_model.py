@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -113,6 +114,20 @@ class LanguageModel:
         ]
         names = {id(weight): name for name, weight in self.model.named_parameters()}
         return {names[id(module.weight)]: module for module in (*up, down)}
+
+    @cached_property
+    def last_mlp(self) -> nn.Module | None:
+        """The module of the last block that maps hidden states to its MLP's output, if there is one
+        that does nothing else."""
+        block = self.blocks[-1]
+        try:
+            down = self.down_projection(self.depth - 1)
+        except ModelStructureError:
+            return None
+        path = next(name for name, module in block.named_modules() if module is down)
+        parent = block.get_submodule(path.rpartition(".")[0])
+        takes_hidden_alone = len(inspect.signature(parent.forward).parameters) == 1
+        return parent if parent is not block and takes_hidden_alone else None
 
     def weight(self, layer: int) -> Tensor:
         """W_out as a d × f view, whichever way it is stored."""
