@@ -75,6 +75,8 @@ class Record:
     neighborhood_prompts: tuple[str, ...] = ()
     generation_prompts: tuple[str, ...] = ()
     attribute_prompts: tuple[str, ...] = ()
+    target_new_id: str | None = None
+    """Identifier of the new object where the data set has one; reference texts may go by it."""
 
 
 def fill(template: str, subject: str) -> str:
@@ -312,6 +314,7 @@ def _counterfact_record(row: Any, index: int) -> Record:
         neighborhood_prompts=_texts(row, "neighborhood_prompts"),
         generation_prompts=_texts(row, "generation_prompts"),
         attribute_prompts=_texts(row, "attribute_prompts"),
+        target_new_id=_optional(rewrite["target_new"], "id", _text),
     )
 
 
@@ -337,6 +340,8 @@ def _counterfact_row(record: Record) -> dict[str, Any]:
     request = record.request
     rewrite: dict[str, Any] = {"prompt": request.prompt, "relation_id": request.relation_id}
     rewrite["target_new"] = {"str": request.target_new}
+    if record.target_new_id is not None:
+        rewrite["target_new"]["id"] = record.target_new_id
     if request.target_true is not None:
         rewrite["target_true"] = {"str": request.target_true}
     rewrite["subject"] = request.subject

@@ -108,6 +108,7 @@ class TestCounterFact:
             ("The mother tongue of Léon Blum is",),
             ("Danielle Darrieux's mother tongue is",),
             ("J.R.R. Tolkien is a native speaker of",),
+            "Q1860",
         )
 
     def test_reads_the_reduced_schema(self, tmp_path: Path):

@@ -1,0 +1,172 @@
+"""Text corpora: one document after another from a file or from a streamed data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from memit.errors import InputError, UnreachableError
+
+WIKIPEDIA = "wikimedia/wikipedia"
+WIKIPEDIA_CONFIG = "20231101.en"
+"""The English dump that is still on the hub; the one that the published code names is gone."""
+
+_FILE_KINDS = (".txt", ".jsonl", ".parquet")
+
+
+def read_documents(
+    source: str | Path,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    column: str = "text",
+    config: str | None = None,
+    revision: str | None = None,
+) -> Iterator[str]:
+    """Documents `start` to `stop` (exclusive) of a corpus, in its order; blank ones are left out.
+
+    `source` is a `.txt` file (a document a line), a `.jsonl` or `.parquet` file with a text
+    `column`, or the name of a data set on the Hugging Face hub, streamed from its train split, with
+    its `config` and `revision`. A document's number is its line or row, so that ranges of any
+    size put together give the whole corpus. Raises `InputError` naming the file and the line, or
+    `UnreachableError`.
+    """
+    documents = _documents(source, start, stop, column, config, revision)
+    return (document for document in documents if document.strip())
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether a corpus is a file rather than a data set on the hub."""
+    path = Path(source)
+    return path.suffix in _FILE_KINDS or path.exists()
+
+
+def count_documents(path: str | Path) -> int:
+    """Number of lines or rows of a corpus in a file. Raises `InputError` if it cannot be read."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        with _parquet(path) as file:
+            return file.metadata.num_rows
+    return sum(1 for _ in _lines(path))
+
+
+def _documents(
+    source: str | Path,
+    start: int,
+    stop: int | None,
+    column: str,
+    config: str | None,
+    revision: str | None,
+) -> Iterator[str]:
+    if not is_file(source):
+        return _streamed(str(source), start, stop, column, config, revision)
+    path = Path(source)
+    if path.suffix == ".parquet":
+        return _parquet_rows(path, start, stop, column)
+    if path.suffix == ".jsonl":
+        return islice(_json_texts(path, start, column), _count(start, stop))
+    if path.suffix == ".txt":
+        return islice(_lines(path), start, stop)
+    raise InputError(
+        f"{path} is no corpus that can be read: give a {', '.join(_FILE_KINDS)} file or the name "
+        "of a data set on the hub."
+    )
+
+
+def _count(start: int, stop: int | None) -> int | None:
+    return None if stop is None else max(0, stop - start)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                yield line.rstrip("\r\n")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: check the path of the corpus.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path.") from None
+
+
+def _json_texts(path: Path, start: int, column: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        if number <= start:
+            continue
+        yield _json_text(path, number, line, column) if line.strip() else ""
+
+
+def _json_text(path: Path, number: int, line: str, column: str) -> str:
+    try:
+        text = json.loads(line)[column]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise InputError(
+            f"{path}, line {number} is no JSON object with a text under {column!r}: "
+            "correct the line, or name the column that holds the text."
+        )
+    return text
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: check the path of the corpus.") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is no whole Parquet file ({error}): fetch it again.") from None
+
+
+def _parquet_rows(path: Path, start: int, stop: int | None, column: str) -> Iterator[str]:
+    with _parquet(path) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            raise InputError(f"{path} has no column {column!r}: name one of {', '.join(names)}.")
+        skipped = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if skipped + rows > start and (stop is None or skipped < stop):
+                texts = file.read_row_group(group, columns=[column])[column]
+                end = rows if stop is None else min(rows, stop - skipped)
+                for text in texts.slice(max(0, start - skipped), end - max(0, start - skipped)):
+                    yield text.as_py() or ""
+            skipped += rows
+
+
+def _streamed(
+    name: str,
+    start: int,
+    stop: int | None,
+    column: str,
+    config: str | None,
+    revision: str | None,
+) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            name, config, split="train", streaming=True, revision=revision
+        ).skip(start)
+        for row in rows if stop is None else rows.take(max(0, stop - start)):
+            if not isinstance(row.get(column), str):
+                raise InputError(
+                    f"the data set {name} has no text column {column!r}: "
+                    f"name one of {', '.join(row)}."
+                )
+            yield row[column]
+    except InputError:
+        raise
+    except Exception as error:  # the hub's clients raise errors of many libraries
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UnreachableError(
+            f"the data set {name} cannot be streamed from the hub ({reason}): check its name, "
+            "config and revision and the network, or give a local .txt, .jsonl or .parquet file."
+        ) from error

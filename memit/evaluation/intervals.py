@@ -1,0 +1,61 @@
+"""Bootstrap intervals: how far a mean over records might be off by the choice of records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+_RECORDS_AT_ONCE = 1 << 24
+
+
+def bootstrap_intervals(
+    means: Mapping[str, np.ndarray],
+    *,
+    harmonic: Mapping[str, Sequence[str]],
+    seed: int,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> dict[str, float]:
+    """Percentile intervals of means over records, as `<name>_low` and `<name>_high`.
+
+    `means` holds one value a record under each name (records; NaN where a record has none), and
+    the same records are drawn for all names. `harmonic` adds harmonic means of named means, for
+    example `{"score": ("efficacy", "paraphrase", "neighborhood")}`; those with a missing part are
+    left out. Equal arguments give equal intervals.
+    """
+    drawn = _resampled_means(means, seed, resamples)
+    for name, parts in harmonic.items():
+        if all(part in drawn for part in parts):
+            drawn[name] = _harmonic([drawn[part] for part in parts])
+    tail = 50.0 * (1.0 - level)
+    intervals: dict[str, float] = {}
+    for name, values in drawn.items():
+        low, high = np.nanpercentile(values, [tail, 100.0 - tail])
+        intervals |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return intervals
+
+
+def _resampled_means(
+    means: Mapping[str, np.ndarray], seed: int, resamples: int
+) -> dict[str, np.ndarray]:
+    """Mean of each name over each draw of records with replacement (resamples)."""
+    if not means:
+        return {}
+    values = np.stack(list(means.values()), axis=1)
+    known = ~np.isnan(values)
+    counts = len(values)
+    generator = np.random.default_rng(seed)
+    parts = []
+    step = max(1, _RECORDS_AT_ONCE // counts)
+    for start in range(0, resamples, step):
+        shape = min(step, resamples - start)
+        drawn = generator.multinomial(counts, np.full(counts, 1 / counts), size=shape)
+        with np.errstate(invalid="ignore"):
+            parts.append((drawn @ np.where(known, values, 0.0)) / (drawn @ known))
+    return dict(zip(means, np.concatenate(parts).T, strict=True))
+
+
+def _harmonic(parts: Sequence[np.ndarray]) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return len(parts) / np.sum([1.0 / part for part in parts], axis=0)

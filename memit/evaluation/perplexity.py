@@ -1,0 +1,74 @@
+"""Perplexity on held-out text: whether an edit has hurt the model as a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import ceil, exp
+
+import torch
+from torch import Tensor
+
+from memit.batches import in_batches
+from memit.errors import InputError
+from memit.evaluation.continuations import LOGITS_AT_ONCE
+from memit.forward import logits_at, pad
+from memit.language_model import LanguageModel
+
+
+def perplexity(
+    lm: LanguageModel,
+    documents: Sequence[str],
+    *,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> float:
+    """exp of the mean over all predicted tokens of −log p; see `document_losses`."""
+    nll, tokens = document_losses(lm, documents, token_budget=token_budget, progress=progress)
+    if not tokens.sum():
+        raise InputError("no document has two tokens: perplexity needs held-out text.")
+    return exp(float(nll.sum() / tokens.sum()))
+
+
+@torch.no_grad()
+def document_losses(
+    lm: LanguageModel,
+    documents: Sequence[str],
+    *,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum of −log p (float64, documents) and number of predicted tokens (documents).
+
+    Each document is a sequence of its own, truncated to the model's context; its first token is
+    not predicted. `progress` is told the number of newly predicted tokens.
+    """
+    ids = [lm.tokenizer(document)["input_ids"][: lm.context_length] for document in documents]
+    nll = torch.zeros(len(ids), dtype=torch.float64)
+    tokens = torch.tensor([max(len(row) - 1, 0) for row in ids])
+    order = sorted((i for i, row in enumerate(ids) if len(row) > 1), key=lambda i: len(ids[i]))
+    row_cost = token_budget * lm.model.config.get_text_config().vocab_size / LOGITS_AT_ONCE
+
+    def shape(index: int) -> tuple[int, int]:
+        return 1, ceil(len(ids[index]) * max(1.0, row_cost))
+
+    def run(indices: Sequence[int]) -> Tensor:
+        return _losses(lm, [ids[index] for index in indices])
+
+    for indices, losses in in_batches(order, shape, token_budget, run):
+        nll[torch.tensor(indices)] = losses
+        if progress is not None:
+            progress(int(tokens[torch.tensor(indices)].sum()))
+    return nll, tokens
+
+
+def _losses(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Sum of −log p of each row's tokens after the first (rows, float64)."""
+    padded = pad([row[:-1] for row in rows], lm.device)
+    owner, column = padded.mask.nonzero(as_tuple=True)
+    wanted = torch.tensor([token for row in rows for token in row[1:]], device=lm.device)
+    logits = logits_at(lm, padded, owner, column)
+    wanted = wanted.to(logits.device)
+    nll = logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0]
+    table = nll.new_zeros(padded.ids.shape, dtype=torch.float64)
+    table[owner.to(nll.device), column.to(nll.device)] = nll.double()
+    return table.sum(1).cpu()

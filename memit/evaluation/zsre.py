@@ -1,0 +1,156 @@
+"""zsRE: questions answered token by token under teacher forcing (paper, section 5.2).
+
+Records are in the schema of MEND's split. Each metric is the share of an answer's tokens that the
+model would choose, a mean within a record and then over records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from memit.errors import InputError
+from memit.evaluation.continuations import Question, score_continuations
+from memit.evaluation.counterfact import harmonic_mean
+from memit.language_model import LanguageModel
+from memit.requests import EditRequest, Record
+
+KINDS = ("efficacy", "paraphrase", "specificity")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("case_id", pa.int64(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("nll", pa.float64(), nullable=False),
+        pa.field("right", pa.int64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+    ]
+)
+"""Columns of the table of answered questions: `right` of the answer's `tokens` are argmax."""
+
+
+@dataclass(frozen=True)
+class ZsreRecord:
+    """A question with the answer to be written, its paraphrase, and a question to be left alone."""
+
+    case_id: int
+    request: EditRequest
+    paraphrase: str
+    locality_prompt: str
+    locality_answer: str
+
+
+def read_zsre(path: str | Path) -> list[ZsreRecord]:
+    """Read zsRE questions; the object is the first of `answers`.
+
+    Raises `InputError` naming file and record if something in it cannot be used.
+    """
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: check the path of the questions.") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not whole JSON ({error}): fetch it again.") from None
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path} holds no questions: zsRE is one JSON list of records.")
+    return [_located(path, index, row) for index, row in enumerate(rows)]
+
+
+def as_records(questions: Iterable[ZsreRecord]) -> list[Record]:
+    """The same as records that an editor takes."""
+    return [Record(q.case_id, q.request, paraphrase_prompts=(q.paraphrase,)) for q in questions]
+
+
+def score_zsre(
+    lm: LanguageModel,
+    records: Sequence[ZsreRecord],
+    *,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> pa.Table:
+    """Answer all questions under teacher forcing; a table of `SCHEMA`, three rows a record.
+
+    `progress` is told how many questions are newly answered.
+    """
+    rows = [row for record in records for row in _questions(record)]
+    scores = score_continuations(
+        lm,
+        [Question(row["prompt"], (row["answer"],)) for row in rows],
+        token_budget=token_budget,
+        progress=progress,
+    )
+    for row, (score,) in zip(rows, scores, strict=True):
+        row |= {"nll": score.nll, "right": score.right, "tokens": score.tokens}
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def zsre_record_means(table: pa.Table) -> dict[str, np.ndarray]:
+    """`zsre_efficacy`, `_paraphrase` and `_specificity` of each record (0–100), by case id."""
+    kinds = np.array(table["kind"].to_pylist())
+    cases, owner = np.unique(table["case_id"].to_numpy(), return_inverse=True)
+    shares = 100.0 * table["right"].to_numpy() / table["tokens"].to_numpy()
+    means = {}
+    for kind in KINDS:
+        chosen = kinds == kind
+        sums = np.bincount(owner[chosen], shares[chosen], len(cases))
+        means[f"zsre_{kind}"] = sums / np.bincount(owner[chosen], minlength=len(cases))
+    return means
+
+
+def summarise_zsre(table: pa.Table) -> dict[str, float]:
+    """The three metrics and `zsre_score`, their harmonic mean (0–100), and `zsre_records`."""
+    means = {name: float(values.mean()) for name, values in zsre_record_means(table).items()}
+    count = len(set(table["case_id"].to_pylist()))
+    return {"zsre_score": harmonic_mean(list(means.values()))} | means | {"zsre_records": count}
+
+
+def _questions(record: ZsreRecord) -> list[dict[str, Any]]:
+    prompts = (
+        (record.request.text, record.request.target_new),
+        (record.paraphrase, record.request.target_new),
+        (record.locality_prompt, record.locality_answer),
+    )
+    return [
+        {"case_id": record.case_id, "kind": kind, "prompt": prompt, "answer": answer}
+        for kind, (prompt, answer) in zip(KINDS, prompts, strict=True)
+    ]
+
+
+def _located(path: str | Path, index: int, row: Any) -> ZsreRecord:
+    try:
+        return _record(index, row)
+    except InputError as error:
+        raise InputError(f"{path}, record {index + 1}: {error}") from None
+
+
+def _record(index: int, row: Any) -> ZsreRecord:
+    if not isinstance(row, dict):
+        raise InputError("it is no JSON object: a question is one.")
+    subject, question = _text(row, "subject"), _text(row, "src")
+    answers = row.get("answers")
+    if not isinstance(answers, list) or not answers or not isinstance(answers[0], str):
+        raise InputError("'answers' is no list of texts: its first is the answer to write.")
+    if subject not in question:
+        raise InputError(f"the question {question!r} does not name its subject {subject!r}.")
+    return ZsreRecord(
+        index,
+        EditRequest(subject, question.replace(subject, "{}", 1), answers[0]),
+        _text(row, "rephrase"),
+        _text(row, "loc") + "?",
+        _text(row, "loc_ans"),
+    )
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"the key {key!r} is missing or no text: add it.")
+    return value

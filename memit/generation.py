@@ -1,0 +1,158 @@
+"""Texts that a model writes: seeded top-k sampling, a batch at a time.
+
+What is drawn for a text depends on the seed, its prompt, and how often that prompt came before in
+the same call, never on the other texts of its batch: each text has its own noise, and picks the
+best of the top k by its logit plus that noise (the Gumbel trick), which is sampling from their
+softmax. Batches can only matter through the last bits of the logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from memit.batches import in_batches
+from memit.errors import InputError
+from memit.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One text to be written."""
+
+    index: int
+    ids: list[int]
+    new_tokens: int
+    seed: int
+
+
+def generate_texts(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int | None = None,
+    total_tokens: int | None = None,
+    top_k: int,
+    seed: int,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Continue each prompt, by `new_tokens` or until it has `total_tokens`, prompt included.
+
+    Returns whole texts without special tokens; an end-of-text token does not end one. Only the
+    arguments decide how tokens are drawn, nothing of the checkpoint's own settings. `token_budget`
+    bounds texts × tokens at a time; `progress` is told how many texts are newly written. Raises
+    `InputError` if not exactly one of the lengths is given, or one is beyond the model's context.
+    """
+    if (new_tokens is None) == (total_tokens is None):
+        raise InputError("give either new_tokens or total_tokens: one of them sets the length.")
+    texts = []
+    earlier: Counter[str] = Counter()
+    for index, prompt in enumerate(prompts):
+        ids = list(lm.tokenizer(prompt)["input_ids"])
+        more = new_tokens if new_tokens is not None else max(0, (total_tokens or 0) - len(ids))
+        _check_length(lm, prompt, len(ids), more)
+        texts.append(_Text(index, ids, more, _text_seed(seed, earlier[prompt], prompt)))
+        earlier[prompt] += 1
+    texts.sort(key=lambda text: (text.new_tokens, len(text.ids)))
+    written = [""] * len(prompts)
+    with _own_settings(lm):
+        for batch, found in in_batches(texts, _shape, token_budget, lambda b: _write(lm, b, top_k)):
+            for text, ids in zip(batch, found, strict=True):
+                written[text.index] = _decode(lm, ids)
+            if progress is not None:
+                progress(len(batch))
+    return written
+
+
+def _check_length(lm: LanguageModel, prompt: str, length: int, more: int) -> None:
+    if length == 0:
+        raise InputError(f"no token stands for the prompt {prompt!r}: give a longer one.")
+    if length + more > lm.context_length:
+        raise InputError(
+            f"the prompt {prompt[:60]!r}… would grow to {length + more} tokens and {lm.name} takes "
+            f"{lm.context_length}: ask for fewer."
+        )
+
+
+def _text_seed(seed: int, earlier: int, prompt: str) -> int:
+    digest = hashlib.sha256(f"{seed}\n{earlier}\n{prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _shape(text: _Text) -> tuple[int, int]:
+    return 1, len(text.ids) + text.new_tokens
+
+
+@contextmanager
+def _own_settings(lm: LanguageModel) -> Iterator[None]:
+    """Hide the checkpoint's generation settings, which would fill in what is left open."""
+    theirs = lm.model.generation_config
+    lm.model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.model.generation_config = theirs
+
+
+@torch.no_grad()
+def _write(lm: LanguageModel, texts: Sequence[_Text], top_k: int) -> list[list[int]]:
+    """Token ids of each text, prompt included."""
+    steps = max(text.new_tokens for text in texts)
+    if steps == 0:
+        return [text.ids for text in texts]
+    width = max(len(text.ids) for text in texts)
+    ids = torch.zeros(len(texts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, width - len(text.ids) :] = torch.tensor(text.ids)
+        mask[row, width - len(text.ids) :] = 1
+    noise = torch.stack([_noise(text.seed, steps, top_k) for text in texts])
+    output = cast(Any, lm.model).generate(
+        input_ids=ids.to(lm.device),
+        attention_mask=mask.to(lm.device),
+        generation_config=GenerationConfig(
+            max_new_tokens=steps, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0
+        ),
+        logits_processor=LogitsProcessorList([_TopKSampler(noise.to(lm.device), width)]),
+    )
+    return [
+        row[width - len(text.ids) : width + text.new_tokens]
+        for row, text in zip(output.tolist(), texts, strict=True)
+    ]
+
+
+def _noise(seed: int, steps: int, top_k: int) -> Tensor:
+    """Gumbel noise of one text (steps × k); a shorter text draws the same from its beginning."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(steps, top_k, generator=generator, dtype=torch.float64)
+    return -(-uniform.clamp(min=1e-300).log()).log().float()
+
+
+class _TopKSampler(LogitsProcessor):
+    """Leaves of each row's logits only the token that it has drawn from the k most probable."""
+
+    def __init__(self, noise: Tensor, prompt_width: int):
+        self.noise = noise
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.prompt_width
+        k = min(self.noise.shape[2], scores.shape[1])
+        best, tokens = scores.float().topk(k, dim=-1)
+        noise = self.noise[:, step, :k].to(best)
+        drawn = tokens.gather(1, (best + noise).argmax(-1, keepdim=True))
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+def _decode(lm: LanguageModel, ids: list[int]) -> str:
+    text = lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text)

@@ -1,0 +1,56 @@
+"""True objects where a record names none: what the unedited model says stands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from memit.generation import generate_texts
+from memit.language_model import LanguageModel
+from memit.requests import Record
+
+_TOKENS_A_WORD = 6
+
+
+def with_true_objects(
+    lm: LanguageModel, records: Sequence[Record], *, token_budget: int
+) -> list[Record]:
+    """Give each record without a true object the model's own (greedy) answer to its prompt.
+
+    The answer has as many words as the new object, so that the two are compared on equal terms.
+    Where the model says nothing, or the new object itself, the record stays as it is.
+    """
+    wanting = [record for record in records if record.request.target_true is None]
+    answers: dict[int, str] = {}
+    for words in sorted({len(record.request.target_new.split()) for record in wanting}):
+        group = [r for r in wanting if len(r.request.target_new.split()) == words]
+        prompts = [record.request.text for record in group]
+        texts = generate_texts(
+            lm,
+            prompts,
+            new_tokens=_TOKENS_A_WORD * words,
+            top_k=1,
+            seed=0,
+            token_budget=token_budget,
+        )
+        for record, prompt, text in zip(group, prompts, texts, strict=True):
+            answers[record.case_id] = _first_words(_continuation(prompt, text), words)
+    return [_completed(record, answers.get(record.case_id, "")) for record in records]
+
+
+def _continuation(prompt: str, text: str) -> str:
+    """What follows the prompt; decoding may have changed the white space in front of it."""
+    shared = text.find(prompt.strip())
+    return text[shared + len(prompt.strip()) :] if shared >= 0 else text[len(prompt) :]
+
+
+def _first_words(text: str, count: int) -> str:
+    """The first words of the first line, without the punctuation around them."""
+    line = text.lstrip().split("\n")[0].replace("\ufffd", "")
+    return " ".join(line.split()[:count]).strip(" .,;:!?\"'()[]")
+
+
+def _completed(record: Record, answer: str) -> Record:
+    if not answer or answer == record.request.target_new:
+        return record
+    return replace(record, request=replace(record.request, target_true=answer))
