@@ -1,4 +1,4 @@
-"""How a flow is run as a command: parameters first, then the slow imports, errors as one sentence."""
+"""How a flow is run as a command: parameters first, then slow imports; errors as one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step 7: what the edit did. Every prompt is scored before and after; all summaries follow from that.
+"""Step 7: what the edit did. Every prompt is scored before and after; all else follows from that.
 
 Results: ``evaluation/prompts.parquet``, ``evaluation/facts.csv`` and ``metrics.json``.
 """
@@ -14,12 +14,11 @@ if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow, unmapped
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from memit.requests import read_counterfact
 from tasks.artifacts import write_file, write_json
 from tasks.evaluation import make_metrics, measure_perplexity, read_table, score_piece
-from tasks.loading import WORKERS, token_budget
+from tasks.loading import token_budget
 from tasks.model import open_model
 from tasks.progress import gather
 from tasks.results import (
@@ -34,12 +33,13 @@ from tasks.results import (
     finish_step,
     upstream,
 )
+from tasks.runners import thread_runner
 
 
 @flow(
     name="evaluation",
     validate_parameters=False,
-    task_runner=ThreadPoolTaskRunner(max_workers=WORKERS),
+    task_runner=thread_runner(),
 )
 def evaluation(parameters: Parameters) -> None:
     """Score the prompts that are missing, on both models, and sum up."""

@@ -66,8 +66,10 @@ def show_results(seconds: float) -> None:
         caption=f"{metrics['after']['records']} records, {seconds:.0f} s",
         caption_justify="left",
     )
-    for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("", "left")):
-        table.add_column(name, justify=justify)
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_column("")
     for row in rows(metrics):
         table.add_row(*row)
     console.print()

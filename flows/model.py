@@ -1,4 +1,4 @@
-"""Step 1: which model is edited. Fetch it, describe it, or make a small one with a world of its own.
+"""Step 1: which model is edited. Fetch it, describe it, or make a small one with its own world.
 
 Results: ``artifacts/model/model.json`` and, of a model made here, its weights and its world.
 """

@@ -47,39 +47,52 @@ def _needs(
 class WorldSection(Section):
     """The invented people, see `memit.world.people.WorldParameters`."""
 
-    people: int = Field(300, ge=2, le=100_000, description="people with a name and their facts")
-    relations: int = Field(6, ge=1, le=100, description="facts of each person")
-    objects: int = Field(24, ge=2, le=1_000, description="objects of a relation")
-    biographies: int = Field(40, ge=1, le=100_000, description="training texts about one person")
+    people: int = Field(
+        default=300, ge=2, le=100_000, description="people with a name and their facts"
+    )
+    relations: int = Field(default=6, ge=1, le=100, description="facts of each person")
+    objects: int = Field(default=24, ge=2, le=1_000, description="objects of a relation")
+    biographies: int = Field(
+        default=40, ge=1, le=100_000, description="training texts about one person"
+    )
     held_out_biographies: int = Field(
-        1, ge=1, le=1_000, description="texts about one person that only measure the perplexity"
+        default=1,
+        ge=1,
+        le=1_000,
+        description="texts about one person that only measure the perplexity",
     )
 
 
 class TrainingSection(Section):
     """The small model that learns them, see `memit.world.small_model.TrainingParameters`."""
 
-    layers: int = Field(6, ge=1, le=128, description="blocks")
-    width: int = Field(128, ge=8, le=16_384, description="hidden size, a multiple of heads")
-    heads: int = Field(4, ge=1, le=128)
-    vocabulary: int = Field(1_024, ge=257, le=200_000, description="tokens of the byte-level BPE")
-    context_length: int = Field(128, ge=16, le=65_536, description="positions that the model has")
-    sequence_length: int = Field(64, ge=16, le=65_536, description="tokens of a training row")
-    batch_size: int = Field(16, ge=1, le=100_000, description="rows of a step")
-    steps: int = Field(1_450, ge=1, le=10_000_000)
-    learning_rate: float = Field(4e-3, gt=0, le=1)
-    warmup_steps: int = Field(100, ge=0, le=1_000_000)
-    weight_decay: float = Field(0.1, ge=0, le=10)
+    layers: int = Field(default=6, ge=1, le=128, description="blocks")
+    width: int = Field(default=128, ge=8, le=16_384, description="hidden size, a multiple of heads")
+    heads: int = Field(default=4, ge=1, le=128)
+    vocabulary: int = Field(
+        default=1_024, ge=257, le=200_000, description="tokens of the byte-level BPE"
+    )
+    context_length: int = Field(
+        default=128, ge=16, le=65_536, description="positions that the model has"
+    )
+    sequence_length: int = Field(
+        default=64, ge=16, le=65_536, description="tokens of a training row"
+    )
+    batch_size: int = Field(default=16, ge=1, le=100_000, description="rows of a step")
+    steps: int = Field(default=1_450, ge=1, le=10_000_000)
+    learning_rate: float = Field(default=4e-3, gt=0, le=1)
+    warmup_steps: int = Field(default=100, ge=0, le=1_000_000)
+    weight_decay: float = Field(default=0.1, ge=0, le=10)
     checkpoint_every: int = Field(
-        200, ge=1, le=1_000_000, description="steps lost at most by a kill"
+        default=200, ge=1, le=1_000_000, description="steps lost at most by a kill"
     )
 
     @model_validator(mode="after")
     def _shape_is_possible(self) -> TrainingSection:
         if self.width % self.heads:
             raise ValueError(
-                f"model.training.width is {self.width}, which its {self.heads} heads do not divide: "
-                "change either."
+                f"model.training.width is {self.width}, which is no multiple of its "
+                f"{self.heads} heads: change either."
             )
         if self.sequence_length > self.context_length:
             raise ValueError(
@@ -93,15 +106,15 @@ class ModelSection(Section):
     """Which model is edited, and where it runs."""
 
     source: Literal["synthetic", "hub", "local"] = "synthetic"
-    id: Text | None = Field(None, description="hub: owner/name")
+    id: Text | None = Field(default=None, description="hub: owner/name")
     revision: Text | None = Field(
-        None, description="hub: a commit; of a branch or tag the commit is recorded"
+        default=None, description="hub: a commit; of a branch or tag the commit is recorded"
     )
-    path: Text | None = Field(None, description="local: a model directory")
+    path: Text | None = Field(default=None, description="local: a model directory")
     dtype: Precision = "float32"
-    device: str = Field("cpu", pattern=r"^(auto|cpu|mps|sharded|cuda(:\d+)?)$")
+    device: str = Field(default="cpu", pattern=r"^(auto|cpu|mps|sharded|cuda(:\d+)?)$")
     threads: int = Field(
-        2, ge=1, le=1_024, description="CPU threads; other counts, other last bits"
+        default=2, ge=1, le=1_024, description="CPU threads; other counts, other last bits"
     )
     seed: Seed = 0
     world: WorldSection = WorldSection()
@@ -127,10 +140,10 @@ class RequestsSection(Section):
     """Which facts are written."""
 
     source: Literal["synthetic", "counterfact", "facts"] = "synthetic"
-    path: Text | None = Field(None, description="a file of records or facts")
-    url: Text | None = Field(None, description="where to fetch it, with its sha256")
+    path: Text | None = Field(default=None, description="a file of records or facts")
+    url: Text | None = Field(default=None, description="where to fetch it, with its sha256")
     sha256: Digest | None = None
-    count: int | None = Field(64, ge=1, le=10_000_000, description="null: all of them")
+    count: int | None = Field(default=64, ge=1, le=10_000_000, description="null: all of them")
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -156,15 +169,19 @@ class StatisticsSection(Section):
     """The text that the second moments of the keys are collected over."""
 
     source: Literal["synthetic", "file", "dataset"] = "synthetic"
-    path: Text | None = Field(None, description="file: text (a document a line), JSONL or Parquet")
-    dataset: Text | None = Field(None, description="dataset: a Hugging Face data set, streamed")
-    configuration: Text | None = Field(None, description="dataset: its configuration")
-    split: Text = "train"
-    column: Text = Field("text", description="the column or key that holds the text")
-    documents: int | None = Field(2_000, ge=1, le=1_000_000_000, description="null: all")
-    documents_per_shard: int = Field(500, ge=1, le=1_000_000_000)
+    path: Text | None = Field(
+        default=None, description="file: text (a document a line), JSONL or Parquet"
+    )
+    dataset: Text | None = Field(
+        default=None, description="dataset: a Hugging Face data set, streamed"
+    )
+    configuration: Text | None = Field(default=None, description="dataset: its configuration")
+    revision: Text | None = Field(default=None, description="dataset: a commit of its repository")
+    column: Text = Field(default="text", description="the column or key that holds the text")
+    documents: int | None = Field(default=2_000, ge=1, le=1_000_000_000, description="null: all")
+    documents_per_shard: int = Field(default=500, ge=1, le=1_000_000_000)
     held_out_documents: int = Field(
-        300, ge=1, le=1_000_000, description="after the others, for the perplexity only"
+        default=300, ge=1, le=1_000_000, description="after the others, for the perplexity only"
     )
     token_budget: TokenBudget = 4_096
 
@@ -172,28 +189,35 @@ class StatisticsSection(Section):
     def _text_is_named(self) -> StatisticsSection:
         name, where = "statistics.source", "statistics"
         _needs(self.source == "file", name, self.source, self, where, ("path",))
-        _needs(self.source == "dataset", name, self.source, self, where, ("dataset", "documents"))
+        names = ("dataset", "revision", "documents")
+        _needs(self.source == "dataset", name, self.source, self, where, names)
         return self
 
 
 class TargetsSection(Section):
     """Where an edited fact must end up (Eqn. 16). Null takes the preset's value."""
 
-    evaluations: int | None = Field(None, ge=1, le=10_000, description="of the loss, for one edit")
-    learning_rate: float | None = Field(None, gt=0, le=1_000)
-    clamp_factor: float | None = Field(None, gt=0, le=1_000, description="largest ‖δ‖ / ‖h‖")
-    weight_decay: float | None = Field(None, ge=0, le=1_000)
-    kl_factor: float | None = Field(None, ge=0, le=1_000)
-    loss_threshold: float | None = Field(None, ge=0, le=1_000)
-    requests_per_piece: int = Field(16, ge=1, le=1_000_000)
+    evaluations: int | None = Field(
+        default=None, ge=1, le=10_000, description="of the loss, for one edit"
+    )
+    learning_rate: float | None = Field(default=None, gt=0, le=1_000)
+    clamp_factor: float | None = Field(
+        default=None, gt=0, le=1_000, description="largest ‖δ‖ / ‖h‖"
+    )
+    weight_decay: float | None = Field(default=None, ge=0, le=1_000)
+    kl_factor: float | None = Field(default=None, ge=0, le=1_000)
+    loss_threshold: float | None = Field(default=None, ge=0, le=1_000)
+    requests_per_piece: int = Field(default=16, ge=1, le=1_000_000)
     token_budget: TokenBudget = 4_096
 
 
 class EditSection(Section):
     """Where it is written (Algorithm 1). Null takes the preset's value."""
 
-    layers: tuple[Annotated[int, Field(ge=0, le=10_000)], ...] | None = Field(None, min_length=1)
-    covariance_weight: float | None = Field(None, gt=0, le=1e12, description="λ")
+    layers: tuple[Annotated[int, Field(ge=0, le=10_000)], ...] | None = Field(
+        default=None, min_length=1
+    )
+    covariance_weight: float | None = Field(default=None, gt=0, le=1e12, description="λ")
     key_average: Literal["nested", "uniform"] | None = None
     token_budget: TokenBudget = 4_096
 
@@ -209,16 +233,18 @@ class EditSection(Section):
 class EvaluationSection(Section):
     """How the model is measured before and after."""
 
-    dtype: Precision | None = Field(None, description="null: that of the model; else as served")
-    prompts_per_piece: int = Field(512, ge=1, le=10_000_000)
+    dtype: Precision | None = Field(
+        default=None, description="null: that of the model; else as served"
+    )
+    prompts_per_piece: int = Field(default=512, ge=1, le=10_000_000)
     token_budget: TokenBudget = 4_096
 
 
 class ReportSection(Section):
     """Where the experiment is told of."""
 
-    experiment: Text = Field("memit", description="the experiment's name in MLflow")
-    tracking_uri: Text | None = Field(None, description="null: mlflow.db in the project")
+    experiment: Text = Field(default="memit", description="the experiment's name in MLflow")
+    tracking_uri: Text | None = Field(default=None, description="null: mlflow.db in the project")
 
 
 class Parameters(Section):
@@ -354,7 +380,7 @@ def _sentence(error: ValidationError) -> str:
     if kind == "extra_forbidden":
         return _unknown_key(key, [str(part) for part in parts])
     if kind == "value_error":
-        return str(problem["ctx"]["error"])
+        return str(problem.get("ctx", {})["error"])
     if isinstance(value, str) and kind in {"int_type", "float_type"} and _is_number(value):
         number = float(value)
         plain = int(number) if kind == "int_type" and number.is_integer() else number

@@ -1,4 +1,4 @@
-"""``dvc repro`` with one Prefect server for all stages: ``python -m flows.reproduce [dvc options]``.
+"""``dvc repro`` with one Prefect server for all stages: ``python -m flows.reproduce [options]``.
 
 DVC decides which stages run; a bare stage starts a server of its own, which costs it half a minute.
 """

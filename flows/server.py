@@ -39,8 +39,7 @@ def prefect_server() -> Iterator[str]:
     home.mkdir(parents=True, exist_ok=True)
     with open(home / "server.log", "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start"]
-            + ["--host", "127.0.0.1", "--port", str(port), "--no-ui"],
+            [sys.executable, "-m", "prefect", *server_options(port), "--no-ui"],
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C is for the stages; the server is stopped after them
@@ -52,6 +51,11 @@ def prefect_server() -> Iterator[str]:
     finally:
         del os.environ["PREFECT_API_URL"]
         _stop(process)
+
+
+def server_options(port: int) -> list[str]:
+    """Prefect's words for a server on loopback."""
+    return ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
 
 
 def _free_port() -> int:

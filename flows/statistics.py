@@ -15,22 +15,22 @@ if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow, unmapped
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from memit.errors import InputError
 from tasks.artifacts import copy_file, describe, keep_only, write_json
 from tasks.corpus import Corpus, CorpusSource, collect_corpus
-from tasks.loading import WORKERS, ModelReference, token_budget
+from tasks.loading import ModelReference, token_budget
 from tasks.model import open_model
 from tasks.progress import gather
 from tasks.results import HELD_OUT_FILE, STATISTICS, STATISTICS_FILE, WORLD, finish_step, upstream
+from tasks.runners import thread_runner
 from tasks.statistics import Shard, collect_shard, describe_moment, merge_shards
 
 
 @flow(
     name="statistics",
     validate_parameters=False,
-    task_runner=ThreadPoolTaskRunner(max_workers=WORKERS),
+    task_runner=thread_runner(),
 )
 def statistics(parameters: Parameters) -> None:
     """Collect the shards that are missing and add all of them up."""
@@ -69,7 +69,7 @@ def _source(parameters: Parameters) -> CorpusSource:
         return CorpusSource(
             dataset=section.dataset,
             configuration=section.configuration,
-            split=section.split,
+            revision=section.revision,
             column=section.column,
         )
     path = Path(str(section.path))

@@ -12,22 +12,22 @@ if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow, unmapped
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from memit.requests import read_counterfact
 from tasks.artifacts import write_file
-from tasks.loading import WORKERS, token_budget
+from tasks.loading import token_budget
 from tasks.model import open_model
 from tasks.prefixes import read_prefixes
 from tasks.progress import gather
 from tasks.results import PREFIXES_FILE, REQUESTS_FILE, TARGETS_FILE, finish_step, upstream
+from tasks.runners import thread_runner
 from tasks.targets import optimise_targets, target_settings
 
 
 @flow(
     name="targets",
     validate_parameters=False,
-    task_runner=ThreadPoolTaskRunner(max_workers=WORKERS),
+    task_runner=thread_runner(),
 )
 def targets(parameters: Parameters) -> None:
     """Optimise the targets that are missing and put all of them into one file."""

@@ -11,8 +11,9 @@ import sys
 
 from flows.command import console, given_parameters, reporting
 from flows.parameters import Parameters
+from flows.server import server_options
 
-MLFLOW_PORT, PREFECT_PORT = "5000", "4200"
+MLFLOW_PORT, PREFECT_PORT = 5_000, 4_200
 
 
 def show(parameters: Parameters) -> None:
@@ -22,19 +23,16 @@ def show(parameters: Parameters) -> None:
     uri = tracking_uri(parameters.report.tracking_uri)
     # It would start eight processes for jobs that nobody submits here.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    commands = [
-        [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-        + ["--host", "127.0.0.1", "--port", MLFLOW_PORT]
-    ]
+    place = ["--host", "127.0.0.1", "--port", str(MLFLOW_PORT)]
+    commands = [["mlflow", "ui", "--backend-store-uri", uri, *place]]
     console.print(f"MLflow:  http://127.0.0.1:{MLFLOW_PORT}  (ready in a quarter of a minute)")
     if os.environ.get("PREFECT"):
-        commands.append(
-            [sys.executable, "-m", "prefect", "server", "start"]
-            + ["--host", "127.0.0.1", "--port", PREFECT_PORT]
-        )
+        commands.append(["prefect", *server_options(PREFECT_PORT)])
         console.print(f"Prefect: http://127.0.0.1:{PREFECT_PORT}")
     console.print("Stop with Ctrl-C.")
-    processes = [subprocess.Popen(command, env=environment) for command in commands]
+    processes = [
+        subprocess.Popen([sys.executable, "-m", *command], env=environment) for command in commands
+    ]
     try:
         for process in processes:
             process.wait()

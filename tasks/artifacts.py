@@ -1,8 +1,9 @@
 """Where results are kept: files written whole or not at all, and the cache of finished pieces.
 
-Two places, two owners. Named results (``artifacts/``, ``evaluation/``, ``report/``) lie in the working
-directory and belong to DVC. Finished pieces lie in ``.cache/`` under the project's root, are named by
-their content, and belong to Prefect's cache: deleting ``.cache/`` costs time and nothing else.
+Two places, two owners. Named results (``artifacts/``, ``evaluation/``, ``report/``) lie in the
+working directory and belong to DVC. Finished pieces lie in ``.cache/`` under the project's root,
+are named by their content, and belong to Prefect's cache: deleting ``.cache/`` costs time and
+nothing else.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from prefect import Task, task
 from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
-from prefect.results import ResultRecord
+from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportUsage]
 from pydantic import BaseModel, ConfigDict
 
 from memit.download import file_sha256
@@ -34,8 +37,8 @@ PARTIAL = ".partial"
 def project_root() -> Path:
     """The directory that holds ``.cache/`` and ``mlflow.db``.
 
-    ``DVC_ROOT`` names it when DVC runs an experiment in a scratch clone, so that all experiments share
-    the finished pieces; otherwise it is the working directory.
+    ``DVC_ROOT`` names it when DVC runs an experiment in a scratch clone, so that all experiments
+    share the finished pieces; otherwise it is the working directory.
     """
     return Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
@@ -111,7 +114,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> Artifact:
         _flush(path.parent)
     except OSError as error:
         raise ResourceError(
-            f"{path} cannot be written ({error.strerror or error}): make room or choose another disk."
+            f"{path} cannot be written ({error.strerror or error}): make room or use another disk."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -141,7 +144,7 @@ def copy_file(source: Path, target: Path) -> Artifact:
 
 
 def store_piece(step: str, suffix: str, write: Callable[[Path], object]) -> Artifact:
-    """Let ``write`` fill a file and keep it in ``.cache/pieces/<step>/`` under its content's digest."""
+    """Let ``write`` fill a file and keep it in ``.cache/pieces/<step>/``, named by its content."""
     folder = cache_directory() / "pieces" / step
     unnamed = write_file(folder / f"{os.getpid()}-{secrets.token_hex(8)}{PARTIAL}", write)
     name = unnamed.sha256[:40] + suffix
@@ -196,33 +199,40 @@ def _flush(path: Path) -> None:
 # --- the cache of finished pieces ---------------------------------------------------------------
 
 
-def cached_task(name: str, version: int) -> Callable[[Callable[..., Any]], Task[..., Any]]:
-    """A Prefect task whose result is remembered under its name, version and inputs' content.
+def cached_task(
+    name: str, version: int, code: Sequence[str]
+) -> Callable[[Callable[..., Any]], Task[..., Any]]:
+    """A Prefect task whose result is remembered under its name, version, code and inputs' content.
+
+    ``code`` names the modules of the method that the result comes from, the same that the stage in
+    ``dvc.yaml`` depends on: whoever changes one of them gets new results.
 
     The result must be a pydantic model (or a list or tuple of them) that can be written as JSON and
-    names its files as `Artifact`. Raise ``version`` when the meaning of the result changes. Inputs are
-    plain values, dataclasses, pydantic models, or objects with a ``cache_key``.
+    names its files as `Artifact`. Raise ``version`` when the meaning of the result changes for any
+    other reason. Inputs are plain values, dataclasses, pydantic models, or objects with a
+    ``cache_key``.
     """
     return task(
         name=name,
         persist_result=True,
         result_storage=_records(),
         result_serializer="json",
-        cache_policy=content_policy(name, version),
+        cache_policy=content_policy(name, version, code),
         cache_result_in_memory=False,
     )
 
 
-def content_policy(name: str, version: int) -> CachePolicy:
+def content_policy(name: str, version: int, code: Sequence[str]) -> CachePolicy:
     """The policy behind `cached_task`.
 
-    A record whose files are missing or changed is dropped before it is looked up, so a damaged piece
-    is computed again. Two processes that want the same piece compute it once: the second waits.
+    A record whose files are missing or changed is dropped before it is looked up, so a damaged
+    piece is computed again. Two processes that want the same piece compute it once: the second
+    waits.
     """
 
     def key(context: TaskRunContext, inputs: dict[str, Any]) -> str:
         del context
-        digest = content_key(name, version, inputs)
+        digest = content_key(name, version, [module_digest(module) for module in code], inputs)
         _drop_broken_record(_records() / digest)
         return digest
 
@@ -231,14 +241,23 @@ def content_policy(name: str, version: int) -> CachePolicy:
     )
 
 
-def content_key(name: str, version: int, inputs: Mapping[str, Any]) -> str:
-    """SHA-256 over a task's name, its version and the content of its inputs."""
+def content_key(name: str, version: int, code: Sequence[str], inputs: Mapping[str, Any]) -> str:
+    """SHA-256 over a task's name, its version, its code and the content of its inputs."""
     canonical = json.dumps(
-        {"task": name, "version": version, "inputs": _plain(dict(inputs))},
+        {"task": name, "version": version, "code": list(code), "inputs": _plain(dict(inputs))},
         sort_keys=True,
         allow_nan=False,
     )
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@cache
+def module_digest(module: str) -> str:
+    """SHA-256 of a module's source file, without importing it."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise LookupError(f"{module} has no source file")
+    return file_sha256(spec.origin)
 
 
 def _plain(value: Any) -> Any:
@@ -291,8 +310,8 @@ def _artifacts(result: Any) -> Iterator[Artifact]:
 class FileLocks:
     """Prefect's lock manager on ``flock``, which the system releases when a process dies.
 
-    Prefect's own `FileSystemLockManager` leaves its file behind after SIGKILL, and the next run would
-    wait for it for ever.
+    Prefect's own `FileSystemLockManager` leaves its file behind after SIGKILL, and the next run
+    would wait for it for ever.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -28,7 +28,7 @@ class CorpusSource(BaseModel):
     dataset: str | None = None
     """A Hugging Face data set, where there is no file."""
     configuration: str | None = None
-    split: str = "train"
+    revision: str | None = None
     column: str = "text"
     held_out: Artifact | None = None
     """A file with the held-out documents, where they do not follow the others."""
@@ -71,7 +71,7 @@ class Corpus(BaseModel):
         return hashlib.sha256("".join(r.texts.sha256 for r in self.ranges).encode()).hexdigest()
 
 
-@cached_task("corpus", version=1)
+@cached_task("corpus", version=1, code=("memit.corpus",))
 def collect_corpus(
     source: CorpusSource,
     documents: int | None,
@@ -111,4 +111,11 @@ def _keep(texts: list[str]) -> Range:
 def _read(file: Artifact | None, source: CorpusSource) -> Iterator[str]:
     from memit.corpus import read_documents
 
-    return read_documents(str(file.checked()) if file else str(source.dataset))
+    if file is not None:
+        return read_documents(file.checked(), column=source.column)
+    return read_documents(
+        str(source.dataset),
+        column=source.column,
+        config=source.configuration,
+        revision=source.revision,
+    )

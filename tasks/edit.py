@@ -66,7 +66,17 @@ class StoredMoments(Mapping[int, "SecondMoment"]):
         return len(self.files)
 
 
-@cached_task("edit", version=1)
+@cached_task(
+    "edit",
+    version=1,
+    code=(
+        "memit.forward",
+        "memit.positions",
+        "memit.second_moment",
+        "memit.spread",
+        "memit.weight_delta",
+    ),
+)
 def spread_edit(
     model: ModelReference,
     records: Artifact,

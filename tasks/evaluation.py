@@ -40,7 +40,11 @@ class MeasuredPerplexity(BaseModel):
     cost: Cost
 
 
-@cached_task("evaluation", version=1)
+@cached_task(
+    "evaluation",
+    version=1,
+    code=("memit.evaluation.continuations", "memit.evaluation.counterfact", "memit.forward"),
+)
 def score_piece(
     prompts: Sequence[ScoredPrompt],
     model: ModelReference,
@@ -58,7 +62,7 @@ def score_piece(
     return ScoredPiece(table=piece, cost=meter.cost)
 
 
-@cached_task("perplexity", version=1)
+@cached_task("perplexity", version=1, code=("memit.evaluation.perplexity", "memit.forward"))
 def measure_perplexity(
     held_out: Artifact, model: ModelReference, edit: Artifact | None, token_budget: int
 ) -> MeasuredPerplexity:
@@ -86,11 +90,15 @@ def make_metrics(
     edit: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of ``metrics.json``: what was measured, and nothing that a repetition changes."""
-    from memit.evaluation.counterfact import summarise
+    from memit.evaluation.counterfact import SCORE_OF, record_means, summarise
+    from memit.evaluation.intervals import bootstrap_intervals
 
     def measured(table: pyarrow.Table, state: int) -> dict[str, float]:
+        means = {name: of for name, of in record_means(table).items() if name in SCORE_OF}
+        intervals = bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)
         text = {} if perplexities is None else {"perplexity": perplexities[state]}
-        return {name: _rounded(value) for name, value in {**summarise(table), **text}.items()}
+        values = {**summarise(table), **intervals, **text}
+        return {name: _rounded(value) for name, value in values.items()}
 
     described = ("count", "layers", "target_shift", "residual_left", "update_ratio")
     return {

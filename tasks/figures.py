@@ -75,7 +75,7 @@ def draw_losses(losses: np.ndarray, path: Path) -> None:
 
 
 def loss_curve(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Evaluation, median, 10th and 90th percentile; an edit that has stopped keeps its last loss."""
+    """Evaluation, median, 10th and 90th percentile; an edit that stopped keeps its last loss."""
     filled = losses.copy()
     for column in range(1, filled.shape[1]):
         gone = np.isnan(filled[:, column])

@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from memit.language_model import LanguageModel
 
 
-WORKERS = 2
-"""Threads of a step's task runner: one computes while the other reads, hashes and writes."""
-
-
 class ModelFiles(BaseModel):
     """``model.json``: which model it is, to the last bit."""
 
@@ -107,7 +103,7 @@ def loaded(reference: ModelReference, edit: Artifact | None = None) -> Iterator[
         stale = reference.is_rounded and _Slot.edit != wanted
         if _Slot.model is None or _Slot.reference != reference or stale:
             _release()
-            lm = _load(reference)
+            lm = load_reference(reference)
             _change_edit(lm, edit)
             if reference.is_rounded:
                 _round_weights(lm, reference)
@@ -139,7 +135,12 @@ def _release() -> None:
     _Slot.reference = _Slot.model = _Slot.edit = None
 
 
-def _load(reference: ModelReference) -> LanguageModel:
+def load_reference(reference: ModelReference) -> LanguageModel:
+    """Load a model into memory after its files were compared with their digests.
+
+    Raises:
+        IntegrityError: one of them is missing or changed.
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -165,7 +166,8 @@ def _load(reference: ModelReference) -> LanguageModel:
 def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
     from memit.language_model import DTYPES
 
-    lm.model.to(DTYPES[str(reference.served_in)])
+    dtype = DTYPES[str(reference.served_in)]
+    lm.model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
 
 
 def _change_edit(lm: LanguageModel, edit: Artifact | None) -> None:

@@ -50,7 +50,17 @@ class Recall(BaseModel):
     cost: Cost
 
 
-@cached_task("model", version=1)
+@cached_task(
+    "model",
+    version=1,
+    code=(
+        "memit.world.names",
+        "memit.world.people",
+        "memit.world.relations",
+        "memit.world.small_model",
+        "memit.world.tokenizer",
+    ),
+)
 def train_small_model(
     world: Mapping[str, Any], training: Mapping[str, Any], threads: int
 ) -> SmallModel:
@@ -92,7 +102,9 @@ def train_small_model(
     )
 
 
-@cached_task("recall", version=1)
+@cached_task(
+    "recall", version=1, code=("memit.evaluation.continuations", "memit.evaluation.counterfact")
+)
 def measure_recall(model: ModelReference, records: Artifact, token_budget: int) -> Recall:
     """Ask a model trained here for every one of its facts (argmax of the true object's tokens)."""
     from memit.evaluation.counterfact import prompts_of, score_prompts
@@ -149,8 +161,8 @@ def resolve_commit(name: str, revision: str) -> str:
         commit = HfApi().model_info(name, revision=revision, timeout=30).sha
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise InputError(
-            f"the hub has no model {name} at revision {revision}: check model.id and model.revision "
-            "(a private model needs a login: hf auth login)."
+            f"the hub has no model {name} at revision {revision}: check model.id and "
+            "model.revision (a private model needs a login: hf auth login)."
         ) from None
     except Exception as error:
         raise _unreachable(name, error) from error
@@ -165,7 +177,7 @@ def fetch_description(name: str, commit: str) -> Path:
 
 
 def fetch_model(name: str, commit: str) -> Path:
-    """The snapshot of a hub model with its safetensors weights, from the local cache if it is there.
+    """The snapshot of a hub model with its safetensors weights, fetched unless it is here.
 
     Raises:
         InputError: the revision has no safetensors weights.
@@ -259,16 +271,16 @@ def _check_room(name: str, commit: str) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ResourceError(
-            f"the weights of {name} take {needed / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB "
-            "free: make room or set HF_HOME to another disk."
+            f"the weights of {name} take {needed / 1e9:.1f} GB, and {place} has "
+            f"{free / 1e9:.1f} GB free: make room or set HF_HOME to another disk."
         )
 
 
 def _unreachable(name: str, error: Exception) -> UnreachableError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UnreachableError(
-        f"the hub cannot be reached for {name} ({reason}): check the network, or download the model "
-        "elsewhere and use model.source: local."
+        f"the hub cannot be reached for {name} ({reason}): check the network, or download the "
+        "model elsewhere and use model.source: local."
     )
 
 

@@ -1,10 +1,9 @@
 """Edits on an ordinary model directory: put in, taken out again to the very bits.
 
 An edit changes some matrices inside the directory's safetensors files. What stood there before, the
-delta, and the digests of both states are kept next to them, in ``memit-edits/0001/`` and so on. Files
-are replaced whole, so that links to them (a hub cache, DVC's cache) keep their content; the header
-and everything else in them stays as it was, so that a reverted file equals the original byte for
-byte.
+delta, and the digests of both states are kept next to them, in ``memit-edits/0001/`` and so on.
+Files are replaced whole, so that what links to them (a hub cache, DVC's cache) keeps its content.
+Headers and everything else in them stay, so that a reverted file equals the original byte for byte.
 """
 
 from __future__ import annotations

@@ -21,6 +21,9 @@ from tasks.artifacts import Artifact, cache_directory, cached_task, store_piece
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
 
+TOKEN_BUDGET = 2_048
+"""Tokens in a batch while the model is asked for true objects."""
+
 Source = Literal["synthetic", "counterfact", "facts"]
 
 
@@ -67,16 +70,23 @@ def sample(records: list[Record], count: int | None, seed: int) -> list[Record]:
     return records if count is None else sample_records(records, count, seed)
 
 
-@cached_task("requests", version=1)
+@cached_task(
+    "requests", version=1, code=("memit.generation", "memit.requests", "memit.true_objects")
+)
 def choose_requests(
     source: Source, file: Artifact, count: int | None, seed: int, model: ModelReference
 ) -> ChosenRequests:
-    """Read, filter, sample and tokenise the records, and complete them by the unedited model."""
+    """Read, filter, sample and tokenise the records.
+
+    Where a record names no true object, what the unedited model says stands for it.
+    """
     from memit.targets import edit_rows
+    from memit.true_objects import with_true_objects
 
     records, dropped = read_source(source, file.checked())
     chosen = sample(records, count, seed)
     with loaded(model) as lm, Meter() as meter:
         edit_rows(lm, [record.request for record in chosen], ())
+        chosen = with_true_objects(lm, chosen, token_budget=TOKEN_BUDGET)
     piece = store_piece("requests", ".json", lambda path: write_records(chosen, path))
     return ChosenRequests(records=piece, dropped=dropped, cost=meter.cost)

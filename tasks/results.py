@@ -1,7 +1,7 @@
 """The named results of the steps, and the manifest that says what each was made from.
 
-Next to its results every step leaves ``artifacts/manifests/<step>.json``: the digests of its files and
-the manifests that it was computed from. A later step checks both before it uses anything, so a
+Next to its results every step leaves ``artifacts/manifests/<step>.json``: the digests of its files
+and the manifests that it was computed from. A later step checks both before it uses anything, so a
 damaged file or one of another experiment is refused by name.
 """
 

@@ -29,7 +29,7 @@ class Shard(BaseModel):
     cost: Cost
 
 
-@cached_task("statistics", version=1)
+@cached_task("statistics", version=1, code=("memit.forward", "memit.second_moment"))
 def collect_shard(
     texts: Artifact, model: ModelReference, layers: Sequence[int], token_budget: int
 ) -> Shard:

@@ -34,7 +34,7 @@ def target_settings(hyperparameters: Hyperparameters) -> Hyperparameters:
     )
 
 
-@cached_task("targets", version=1)
+@cached_task("targets", version=1, code=("memit.forward", "memit.positions", "memit.targets"))
 def optimise_targets(
     requests: Sequence[EditRequest],
     model: ModelReference,

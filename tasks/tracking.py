@@ -1,8 +1,8 @@
 """One MLflow run for each experiment, made from the files that the steps left.
 
 The run is found by the experiment's digest, so logging twice makes no second one, and a run that a
-killed process left half-written is replaced. Nothing here changes a result: when the store cannot be
-reached the results stand, and the next report logs them.
+killed process left half-written is replaced. Nothing here changes a result: when the store cannot
+be reached the results stand, and the next report logs them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -96,8 +97,8 @@ def log_experiment(experiment: Experiment, uri: str) -> str:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UnreachableError(
-                f"MLflow at {uri} did not take the run ({reason}); the results stand, and the next "
-                "`python -m flows.report` logs them."
+                f"MLflow at {redacted(uri)} did not take the run ({redacted(reason)}); the "
+                "results stand, and the next `python -m flows.report` logs them."
             ) from error
 
 
@@ -139,7 +140,7 @@ def _log_run(client: MlflowClient, experiment_id: str, experiment: Experiment) -
         experiment_id, tags={**experiment.tags, DIGEST_TAG: experiment.digest}, run_name=name
     )
     run_id = run.info.run_id
-    params = [Param(key, str(value)[:6000]) for key, value in _flat(experiment.parameters)]
+    params = [Param(key, redacted(str(value))) for key, value in _flat(experiment.parameters)]
     for batch in _batches(params, 100):
         client.log_batch(run_id, params=batch)
     points = _points(metrics, experiment.timings)
@@ -303,6 +304,12 @@ def _lock_digest(path: Path) -> str:
         return ""
     stages = {name: stage for name, stage in lock.get("stages", {}).items() if name != "report"}
     return hashlib.sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest()
+
+
+def redacted(text: str) -> str:
+    """A text without the passwords and tokens that addresses may carry, cut to MLflow's limit."""
+    plain = re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
+    return re.sub(r"(://[^\s?]*)\?[^\s)]*", r"\1?***", plain)[:6000]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

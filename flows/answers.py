@@ -1,0 +1,90 @@
+"""What a model says before and after an edit, and the edited model as a directory of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from memit.errors import InputError, ResourceError
+from memit.language_model import DTYPES
+from memit.weight_delta import WeightDelta
+
+if TYPE_CHECKING:
+    from memit.language_model import LanguageModel
+
+
+def answers_side_by_side(
+    lm: LanguageModel, delta_file: Path, prompt: str, top: int, tokens: int
+) -> Table:
+    """A table of the most likely next tokens, and the continuation of the first of them.
+
+    Raises:
+        IntegrityError: the edit was made for another model.
+    """
+    delta = WeightDelta.load(delta_file)
+    columns = {"unedited": _answers(lm, prompt, top, tokens)}
+    delta.apply(lm)
+    columns["edited"] = _answers(lm, prompt, top, tokens)
+    delta.revert(lm)
+    table = Table(title=Text(prompt), title_justify="left")
+    for name in columns:
+        table.add_column(name, min_width=24)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, cells))
+    return table
+
+
+@torch.inference_mode()
+def _answers(lm: LanguageModel, prompt: str, top: int, tokens: int) -> list[str]:
+    """Next tokens with their probabilities, then the greedy continuation."""
+    ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"].to(lm.device)
+    room = lm.context_length - tokens
+    if not 0 < ids.shape[1] <= room:
+        raise InputError(
+            f"the prompt has {ids.shape[1]} tokens where the model has room for 1 to {room}."
+        )
+    logits = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
+    best = logits.softmax(-1).topk(min(top, len(logits)))
+    lines = [
+        f"{probability:6.1%}  {lm.tokenizer.decode([token])!r}"
+        for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+    for _ in range(tokens):
+        logits = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
+        ids = torch.cat([ids, logits.argmax().reshape(1, 1)], dim=1)
+    said = str(lm.tokenizer.decode(ids[0, -tokens:].tolist()))
+    return [*lines, f"… {said.strip()}"]
+
+
+def save_edited(lm: LanguageModel, delta_file: Path, directory: Path, dtype: str) -> None:
+    """Write the edited model with `save_pretrained`, whole or not at all.
+
+    Raises:
+        ResourceError: there is no room for it.
+    """
+    WeightDelta.load(delta_file).apply(lm)
+    lm.model.to(dtype=DTYPES[dtype])  # pyright: ignore[reportCallIssue]
+    directory = directory.resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    free = shutil.disk_usage(directory.parent).free
+    if needed > free:
+        raise ResourceError(
+            f"the model takes {needed / 1e9:.1f} GB, and {directory.parent} has "
+            f"{free / 1e9:.1f} GB free: choose another place or a smaller dtype."
+        )
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}-0.partial")
+    try:
+        lm.model.save_pretrained(partial)
+        lm.tokenizer.save_pretrained(partial)
+        if directory.exists():
+            directory.rmdir()
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

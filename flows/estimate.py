@@ -1,0 +1,159 @@
+"""What editing a file of requests would take, without doing it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from flows.command import console
+from flows.parameters import Parameters
+from memit.errors import MemitError
+from memit.hyperparameters import Hyperparameters
+from memit.requests import Record, conflict_groups, read_records
+from tasks.artifacts import project_root
+from tasks.loading import ModelFiles, ModelReference
+from tasks.model import open_model
+from tasks.results import MODEL_FILE
+
+PREFIXED_ROWS = 6
+"""Rows of an edit: the plain prompt and five with prefixes."""
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an edit of some requests takes."""
+
+    seconds: float
+    memory: int
+    """Bytes, weights included."""
+    disk: int
+    """Bytes, statistics and the edit."""
+
+
+def check_requests(parameters: Parameters, file: Path) -> None:
+    """Read the file, look for contradictions, count tokens, and print what editing would take.
+
+    Raises:
+        MemitError: the first thing that is wrong with the file.
+    """
+    records = read_records(file)
+    table = Table(title=str(file), title_justify="left", show_header=False)
+    groups = conflict_groups(records)
+    table.add_row("records", f"{len(records)}")
+    table.add_row(
+        "with a true object", f"{sum(r.request.target_true is not None for r in records)}"
+    )
+    table.add_row("with paraphrases", f"{sum(bool(r.paraphrase_prompts) for r in records)}")
+    table.add_row("with neighbours", f"{sum(bool(r.neighborhood_prompts) for r in records)}")
+    table.add_row("contradictions", Text(_conflicts(groups)))
+    if MODEL_FILE.exists():
+        model = open_model(**parameters.model.placement())
+        rows, longest = count_tokens(model, records)
+        table.add_row("model", model.model.id)
+        table.add_row("tokens of all prompts", f"{rows} (longest prompt {longest})")
+        _add_estimate(table, parameters, model, len(records), rows)
+    else:
+        table.add_row("model", "not here yet (memit run), so no tokens and no estimate")
+    console.print(table)
+
+
+def _conflicts(groups: Sequence[Sequence[Record]]) -> str:
+    if not groups:
+        return "none"
+    first = groups[0][0].request
+    return (
+        f"{len(groups)} subjects with several objects for one relation, the first is "
+        f"{first.text!r}; only the first record of each would be kept"
+    )
+
+
+def count_tokens(model: ModelReference, records: Sequence[Record]) -> tuple[int, int]:
+    """Tokens of all prompts with their new objects, and of the longest one.
+
+    Raises:
+        InputError: a subject or an object has no tokens.
+    """
+    from transformers import AutoTokenizer
+
+    from memit.positions import prompt_row
+
+    tokenizer = AutoTokenizer.from_pretrained(model.directory)
+    requests = [record.request for record in records]
+    lengths = [
+        len(prompt_row(tokenizer, r.prompt, r.subject, target=r.target_new).ids) for r in requests
+    ]
+    return sum(lengths), max(lengths)
+
+
+def _add_estimate(
+    table: Table, parameters: Parameters, model: ModelReference, count: int, tokens: int
+) -> None:
+    try:
+        hyperparameters = parameters.hyperparameters(model.model.id, model.model.layers)
+    except MemitError as error:
+        table.add_row("estimate", str(error))
+        return
+    estimate = estimate_edit(model.model, hyperparameters, count, tokens, model)
+    table.add_row("time for targets and edit", f"about {_duration(estimate.seconds)} here")
+    table.add_row("memory", f"about {_size(estimate.memory)}")
+    table.add_row("disk", f"about {_size(estimate.disk)} in {project_root()}")
+
+
+def estimate_edit(
+    files: ModelFiles,
+    hyperparameters: Hyperparameters,
+    count: int,
+    tokens: int,
+    model: ModelReference,
+) -> Estimate:
+    """Time from the number of multiplications and the device's speed; memory and disk from shapes.
+
+    Targets need forward and backward passes through the blocks above the last edited layer, for
+    each evaluation; spreading needs a factorisation and a few passes for each layer.
+    """
+    n, f, d, layers = count, files.inner_width, files.width, hyperparameters.layers
+    block = files.parameters / files.layers
+    above = files.layers - layers[-1] - 1
+    rows = tokens * PREFIXED_ROWS
+    passes = 6 * rows * block * (files.layers + above * hyperparameters.evaluations)
+    solves = len(layers) * (f**3 / 3 + 2 * min(n, d) * f**2 + n * f**2)
+    held = n * PREFIXED_ROWS * d * 4 + f * f * 8 * 3 + n * (f + d) * 8
+    factors = 4 * min(n * (f + d), f * d)
+    return Estimate(
+        seconds=passes / _speed(model.dtype, model) + solves / _speed("float64", model),
+        memory=files.parameters * BYTES[model.dtype] + held,
+        disk=len(layers) * (2 * 4 * f * f + factors + BYTES[model.dtype] * f * d),
+    )
+
+
+def _speed(dtype: str, model: ModelReference) -> float:
+    """Multiplications and additions a second, measured with one matrix product."""
+    import torch
+
+    name = model.device if model.device not in ("auto", "sharded") else "cuda"
+    device = name if name == "cpu" or torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(model.threads)
+    size = 512 if device == "cpu" else 4_096
+    matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
+    torch.mm(matrix, matrix)  # the first one also sets things up
+    started = time.perf_counter()
+    for _ in range(4):
+        total = (matrix @ matrix).sum()
+    total.item()
+    return 4 * 2 * size**3 / (time.perf_counter() - started)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
