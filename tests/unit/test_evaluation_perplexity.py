@@ -1,0 +1,72 @@
+"""Perplexity against one forward a document."""
+
+from __future__ import annotations
+
+import functools
+from math import exp
+
+import pytest
+import torch
+
+from memit.errors import InputError
+from memit.evaluation import perplexity as module
+from memit.evaluation.perplexity import document_losses, perplexity
+from memit.language_model import LanguageModel
+from tests.families import DOCUMENTS, families
+
+
+@functools.cache
+def model(family: str) -> LanguageModel:
+    network, tokenizer = families()[family]()
+    return LanguageModel(network, tokenizer, name=family)
+
+
+@torch.no_grad()
+def literal(lm: LanguageModel, document: str) -> tuple[float, int]:
+    """Sum of −log p and number of predicted tokens of one document, truncated to the context."""
+    ids = torch.tensor([lm.tokenizer(document)["input_ids"][: lm.context_length]])
+    log_p = lm.model(ids).logits[0, :-1].log_softmax(-1)
+    picked = log_p[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+    return -float(picked.sum()), ids.shape[1] - 1
+
+
+DOCS = [*DOCUMENTS[:6], "Paul " * 300, "a", "P"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("token_budget", [1, 200, 4096])
+def test_agrees_with_one_forward_a_document(family: str, token_budget: int):
+    lm = model(family)
+    finished: list[int] = []
+    nll, tokens = document_losses(lm, DOCS, token_budget=token_budget, progress=finished.append)
+    expected = [literal(lm, document) for document in DOCS]
+    assert nll.tolist() == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    assert tokens.tolist() == [count for _, count in expected]
+    assert sum(finished) == tokens.sum()
+    assert perplexity(lm, DOCS, token_budget=token_budget) == pytest.approx(
+        exp(sum(loss for loss, _ in expected) / sum(count for _, count in expected)), rel=1e-5
+    )
+
+
+def test_a_large_vocabulary_makes_small_batches(monkeypatch: pytest.MonkeyPatch):
+    lm = model("gpt2")
+    expected = perplexity(lm, DOCS, token_budget=4096)
+    most = 200 * lm.model.config.vocab_size
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", most)
+    seen: list[int] = []
+    plain = module.logits_at
+
+    def watch(*args, **kwargs):
+        logits = plain(*args, **kwargs)
+        seen.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(module, "logits_at", watch)
+    assert perplexity(lm, DOCS, token_budget=4096) == pytest.approx(expected, rel=1e-6)
+    assert max(seen) <= most
+    assert len(seen) > 2
+
+
+def test_text_without_two_tokens_has_none():
+    with pytest.raises(InputError, match="held-out text"):
+        perplexity(model("gpt2"), ["", "a"], token_budget=100)
