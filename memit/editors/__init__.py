@@ -3,6 +3,7 @@
 from memit.editors.base import EDITORS, Edit, Editor, Resources, register
 from memit.editors.fine_tuning import FineTuning
 from memit.editors.memit import Memit
+from memit.editors.mend import Mend
 from memit.editors.rome import Rome
 from memit.editors.unedited import Unedited
 
@@ -12,6 +13,7 @@ __all__ = [
     "Editor",
     "FineTuning",
     "Memit",
+    "Mend",
     "Resources",
     "Rome",
     "Unedited",

@@ -1,0 +1,116 @@
+"""The loop in which editors that learn are trained: resumable, shown, stopped when it diverges."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from memit.errors import NumericsError
+from memit.world.checkpoint import load_checkpoint, save_checkpoint
+
+WINDOW = 50
+"""Steps over which a loss is averaged before it is judged."""
+CHECKPOINT_EVERY = 200
+"""Steps that are lost at most when the process is killed."""
+DIVERGED = 10.0
+"""A loss that is so many times that of the first steps does not come back."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long a network is trained, and where its state is kept meanwhile."""
+
+    name: str
+    """Of what is trained, for messages and file names."""
+    steps: int
+    directory: Path | None
+    """For checkpoints and the loss curve of a training that diverged; None keeps nothing."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises to its full height, which it keeps."""
+    progress: Callable[[int], None] | None = None
+    """Told the number of newly finished steps."""
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where the state of an unfinished training lies."""
+        return self.directory and self.directory / f"{self.name}.safetensors"
+
+
+def run_training(
+    training: Training,
+    network: nn.Module,
+    optimizer: torch.optim.AdamW,
+    loss_at: Callable[[int], Tensor],
+    *,
+    largest_gradient: float,
+) -> list[float]:
+    """Minimise `loss_at(step)`, going on from a checkpoint where there is one; every step's loss.
+
+    `loss_at` must depend on the step and the network alone, so that an interrupted training ends
+    with the same weights. Raises `NumericsError` if the loss is no longer finite or has grown
+    tenfold, with the loss curve saved; `IntegrityError` for a damaged checkpoint.
+    """
+    losses = _resume(training, network, optimizer)
+    if training.progress is not None and losses:
+        training.progress(len(losses))
+    parameters = list(network.parameters())
+    heights = [group["lr"] for group in optimizer.param_groups]
+    for step in range(len(losses), training.steps):
+        loss = loss_at(step)
+        losses.append(loss.item())
+        _check(training, losses)
+        optimizer.zero_grad()
+        loss.backward()
+        _fill_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, largest_gradient)
+        for group, height in zip(optimizer.param_groups, heights, strict=True):
+            group["lr"] = height * min(1.0, (step + 1) / max(1, training.warmup_steps))
+        optimizer.step()
+        if training.checkpoint and (step + 1) % CHECKPOINT_EVERY == 0:
+            save_checkpoint(training.checkpoint, network, optimizer, step + 1, losses)
+        if training.progress is not None:
+            training.progress(1)
+    return losses
+
+
+def _resume(training: Training, network: nn.Module, optimizer: torch.optim.AdamW) -> list[float]:
+    if training.checkpoint is None:
+        return []
+    training.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if not training.checkpoint.exists():
+        return []
+    return load_checkpoint(training.checkpoint, network, optimizer)[1]
+
+
+def _fill_gradients(parameters: list[nn.Parameter]) -> None:
+    """Parameters that the loss does not reach have a state too, or it could not be stored."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _check(training: Training, losses: list[float]) -> None:
+    start, now = losses[:WINDOW], losses[-WINDOW:]
+    grown = len(losses) > 2 * WINDOW and sum(now) > DIVERGED * max(sum(start), WINDOW * 0.1)
+    if math.isfinite(losses[-1]) and not grown:
+        return
+    kept = ""
+    if training.directory is not None:
+        path = training.directory / f"{training.name}-diverged.json"
+        path.write_text(json.dumps({"losses": [_number(x) for x in losses]}), encoding="utf-8")
+        kept = f" (its losses are in {path})"
+    raise NumericsError(
+        f"the training of {training.name} diverges: its loss is {losses[-1]:.3g} at step "
+        f"{len(losses)}{kept}; lower its learning rate."
+    )
+
+
+def _number(loss: float) -> float | str:
+    """JSON has no infinity."""
+    return loss if math.isfinite(loss) else str(loss)

@@ -1,0 +1,442 @@
+"""MEND: a hypernetwork that turns the gradient of fine-tuning into an edit (Mitchell et al., 2021).
+
+Training: the network sees the factors of some edits' gradients at once, and is judged by what its
+update does to other wordings of those edits and to prompts that have nothing to do with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from memit.batches import in_batches
+from memit.download import file_sha256
+from memit.editors.base import Editor, Resources, provenance, register
+from memit.editors.learning import Training, run_training
+from memit.editors.mend_network import Factors, Matrix, MendNetwork
+from memit.editors.training_set import check_unseen, fact_key
+from memit.errors import InputError
+from memit.forward import logits_at, pad
+from memit.language_model import LanguageModel
+from memit.positions import TokenRow, continuation_rows
+from memit.requests import EditRequest, Record
+from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
+
+Pair = tuple[str, str]
+"""A prompt and the text that follows it after a space."""
+
+
+@dataclass(frozen=True)
+class MendSettings:
+    """What MEND edits and how it is trained; the defaults are for models of billions of weights."""
+
+    blocks: int = 3
+    """The last so many blocks are edited."""
+    rank: int = 1_920
+    """Of the network's matrices; capped by their size."""
+    edits_at_once: int = 10
+    """Edits of a training step; they are put into the model together."""
+    steps: int = 20_000
+    learning_rate: float = 1e-6
+    """Of the network."""
+    rate_learning_rate: float = 1e-4
+    """Of the logarithms of the step sizes."""
+    edit_learning_rate: float = 1e-1
+    """Each matrix's step size before training."""
+    edit_weight: float = 0.1
+    """Of the edits' nll in the loss; the divergence at unrelated prompts has the weight 1."""
+    largest_gradient: float = 100.0
+    """Gradients of a larger norm are scaled down to it."""
+    examples_for_statistics: int = 256
+    """Edits from whose factors the normalisation is taken."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EditExample:
+    """An edit to learn from, and what shows whether it was done well."""
+
+    edit: Pair
+    """The prompt whose gradient is mapped, and what must follow."""
+    wordings: tuple[str, ...]
+    """Prompts that must have the same continuation afterwards."""
+    unrelated: tuple[Pair, ...]
+    """Prompts, with a continuation, at whose continuation nothing may change."""
+    key: str = ""
+    """`fact_key` of the edit if it is a record's."""
+
+
+def examples_from_records(records: Sequence[Record]) -> list[EditExample]:
+    """Edits of records: judged by prompt and paraphrases, and by the neighbourhood prompts."""
+    return [_example(record) for record in records]
+
+
+def _example(record: Record) -> EditExample:
+    request = record.request
+    true = request.target_true or request.target_new
+    return EditExample(
+        edit=(request.text, request.target_new),
+        wordings=(request.text, *record.paraphrase_prompts),
+        unrelated=tuple((prompt, true) for prompt in record.neighborhood_prompts),
+        key=fact_key(request),
+    )
+
+
+def examples_from_texts(beginnings: Sequence[str], endings: Sequence[str]) -> list[EditExample]:
+    """Edits of texts: each beginning must have its ending, which was sampled from the model; the
+    other texts are what may not change."""
+    return [
+        EditExample((beginning, ending), (beginning, _later_half(beginning)), ())
+        for beginning, ending in zip(beginnings, endings, strict=True)
+    ]
+
+
+def _later_half(text: str) -> str:
+    words = text.split(" ")
+    return " ".join(words[len(words) // 2 :])
+
+
+# --- gradients and edited passes -----------------------------------------------------------------
+
+
+def edited_matrices(lm: LanguageModel, blocks: int) -> dict[str, nn.Module]:
+    """The linear modules of the last blocks' MLPs, by the names of their weights."""
+    if not 1 <= blocks <= lm.depth:
+        raise InputError(
+            f"MEND is asked to edit the last {blocks} blocks, and {lm.name} has {lm.depth}: "
+            f"choose 1 to {lm.depth}."
+        )
+    return {
+        name: module
+        for layer in range(lm.depth - blocks, lm.depth)
+        for name, module in lm.mlp_projections(layer).items()
+    }
+
+
+def _matrix(module: nn.Module) -> Matrix:
+    rows, columns = cast(Tensor, module.weight).shape
+    return Matrix(columns, rows) if isinstance(module, nn.Linear) else Matrix(rows, columns)
+
+
+def gradient_factors(
+    lm: LanguageModel, modules: Mapping[str, nn.Module], rows: Sequence[TokenRow]
+) -> dict[str, Factors]:
+    """The gradient of Σ over rows of the mean nll of their targets, for each module's weight.
+
+    Positions that the loss does not reach are left out. Factors are float32.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple, output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()
+            seen[name] = (args[0].detach(), output)
+
+        return hook
+
+    with torch.enable_grad(), ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(watch(name)).remove)
+        loss = _mean_nll(lm, rows).sum()
+        gradients = torch.autograd.grad(loss, [seen[name][1] for name in modules])
+    return {
+        name: _reached(seen[name][0], gradient)
+        for name, gradient in zip(modules, gradients, strict=True)
+    }
+
+
+def _reached(inputs: Tensor, gradients: Tensor) -> Factors:
+    x = inputs.reshape(-1, inputs.shape[-1]).float()
+    delta = gradients.reshape(-1, gradients.shape[-1]).float()
+    reached = delta.any(1)
+    return Factors(x[reached], delta[reached])
+
+
+def _mean_nll(lm: LanguageModel, rows: Sequence[TokenRow]) -> Tensor:
+    """Mean nll of each row's target tokens (rows)."""
+    owner, columns, wanted = _places(rows)
+    logits = logits_at(lm, pad([row.ids for row in rows], lm.device), owner, columns)
+    return _row_means(_nll(logits, wanted), owner, len(rows))
+
+
+def _places(rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and next token of every position that predicts a target's token."""
+    places = [(i, at - 1, row.ids[at]) for i, row in enumerate(rows) for at in row.target if at]
+    owner, columns, wanted = torch.tensor(places).T
+    return owner, columns, wanted
+
+
+def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
+    wanted = wanted.to(logits.device)[:, None]
+    return -logits.log_softmax(-1).gather(1, wanted)[:, 0]
+
+
+def _row_means(values: Tensor, owner: Tensor, rows: int) -> Tensor:
+    owner = owner.to(values.device)
+    sums = values.new_zeros(rows).index_add(0, owner, values)
+    return sums / owner.bincount(minlength=rows)
+
+
+@contextmanager
+def _adding(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> Iterator[None]:
+    """Let the modules compute with W + Δ, differentiably in Δ's factors."""
+
+    def add(change: LowRank) -> Callable[..., Tensor]:
+        def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return output + (args[0].float() @ change.right @ change.left.T).to(output.dtype)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(add(changes[name])).remove)
+        yield
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def train_mend(
+    lm: LanguageModel,
+    examples: Sequence[EditExample],
+    settings: MendSettings,
+    *,
+    directory: Path | None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[MendNetwork, list[float]]:
+    """Train a network on edits that are not the evaluated ones; the model's weights stay.
+
+    `directory` keeps checkpoints, from which an interrupted training goes on, under a digest of
+    everything that it depends on. Gives the network and the loss of each step. Raises `InputError`
+    for too few examples, `NumericsError` for a training that diverges.
+    """
+    if len(examples) < 2 * settings.edits_at_once:
+        raise InputError(
+            f"MEND has {len(examples)} edits to learn from and needs {2 * settings.edits_at_once}: "
+            "edit fewer records, so that more are left, or learn from sampled texts."
+        )
+    origin = {
+        "model": lm.name,
+        "revision": lm.revision,
+        "settings": asdict(settings),
+        "examples": _digest([asdict(example) for example in examples]),
+        "trained_on": sorted({example.key for example in examples if example.key}),
+    }
+    modules = edited_matrices(lm, settings.blocks)
+    network = MendNetwork(
+        {name: _matrix(module) for name, module in modules.items()},
+        rank=settings.rank,
+        edit_learning_rate=settings.edit_learning_rate,
+        seed=settings.seed,
+        origin=origin,
+    ).to(lm.device)
+    _take_statistics(lm, modules, network, examples[: settings.examples_for_statistics])
+    lesson = _Lesson(lm, modules, network, examples, settings)
+    training = Training(
+        f"mend-{_digest(origin)[:16]}", settings.steps, directory, progress=progress
+    )
+    losses = run_training(
+        training,
+        network,
+        _optimizer(network, settings),
+        lesson.loss,
+        largest_gradient=settings.largest_gradient,
+    )
+    return network.requires_grad_(False), losses
+
+
+def _take_statistics(
+    lm: LanguageModel,
+    modules: Mapping[str, nn.Module],
+    network: MendNetwork,
+    examples: Sequence[EditExample],
+) -> None:
+    found: dict[str, list[Factors]] = {name: [] for name in modules}
+    for start in range(0, len(examples), 16):
+        rows = _rows(lm, [example.edit for example in examples[start : start + 16]])
+        for name, factors in gradient_factors(lm, modules, rows).items():
+            found[name].append(factors)
+    for name, parts in found.items():
+        network.normalise(
+            name,
+            Factors(
+                torch.cat([part.input for part in parts]),
+                torch.cat([part.output for part in parts]),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What the loss of a training step depends on."""
+
+    lm: LanguageModel
+    modules: Mapping[str, nn.Module]
+    network: MendNetwork
+    examples: Sequence[EditExample]
+    settings: MendSettings
+
+    def loss(self, step: int) -> Tensor:
+        """0.1 · mean nll of the edits in another wording + mean divergence at unrelated prompts."""
+        random = Random(f"{self.settings.seed} {step}")
+        chosen = random.sample(self.examples, 2 * self.settings.edits_at_once)
+        edits, others = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
+        factors = gradient_factors(
+            self.lm, self.modules, _rows(self.lm, [example.edit for example in edits])
+        )
+        changes = {name: self.network.update(name, found) for name, found in factors.items()}
+        asked = [(random.choice(example.wordings), example.edit[1]) for example in edits]
+        kept = [random.choice(e.unrelated) for e in edits if e.unrelated]
+        kept += [random.choice((e.edit, *e.unrelated)) for e in others]
+        nll, divergence = self._effects(changes, _rows(self.lm, asked), _rows(self.lm, kept))
+        return self.settings.edit_weight * nll + divergence
+
+    def _effects(
+        self, changes: Mapping[str, LowRank], asked: list[TokenRow], kept: list[TokenRow]
+    ) -> tuple[Tensor, Tensor]:
+        """Mean nll of `asked` and mean KL(before ‖ after) at the targets of `kept`."""
+        lm = self.lm
+        owner, columns, _ = _places(kept)
+        padded = pad([row.ids for row in kept], lm.device)
+        with torch.no_grad():
+            before = logits_at(lm, padded, owner, columns).log_softmax(-1)
+        with _adding(self.modules, changes):
+            nll = _mean_nll(lm, asked).mean()
+            after = logits_at(lm, padded, owner, columns).log_softmax(-1)
+        divergences = (before.exp() * (before - after)).sum(1)
+        return nll, _row_means(divergences, owner, len(kept)).mean()
+
+
+def _rows(lm: LanguageModel, pairs: Sequence[Pair]) -> list[TokenRow]:
+    prompts, targets = zip(*pairs, strict=True)
+    return continuation_rows(lm.tokenizer, prompts, targets)
+
+
+def _optimizer(network: MendNetwork, settings: MendSettings) -> torch.optim.AdamW:
+    """Adam, with a learning rate of its own for the step sizes."""
+    groups = [
+        {"params": list(network.networks.parameters()), "lr": settings.learning_rate},
+        {"params": [network.log_rates], "lr": settings.rate_learning_rate},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# --- the editor ----------------------------------------------------------------------------------
+
+
+@register("mend")
+@dataclass(frozen=True)
+class Mend(Editor):
+    """Model editor networks with gradient decomposition."""
+
+    settings: MendSettings = field(default_factory=MendSettings)
+    network: Path | None = None
+    """A trained network; None trains one on the resources' records."""
+
+    def edit(
+        self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
+    ) -> WeightDelta:
+        """Map the gradients of all requests and sum the updates.
+
+        Raises `InputError` if the network was trained on a request or belongs to another model.
+        """
+        network = self._trained(lm, resources).to(lm.device)
+        check_unseen(requests, frozenset(network.origin["trained_on"]), "MEND's network")
+        changes = mend_changes(
+            lm,
+            requests,
+            network,
+            token_budget=resources.token_budget,
+            progress=resources.progress,
+        )
+        origin = provenance(self, lm, requests)
+        origin["settings"] = asdict(self.settings)
+        origin["network"] = self.network and file_sha256(self.network)
+        return WeightDelta(changes, {**origin, "base": base_digests(lm, changes)})
+
+    def _trained(self, lm: LanguageModel, resources: Resources) -> MendNetwork:
+        if self.network is not None:
+            return MendNetwork.load(self.network).requires_grad_(False)
+        examples = examples_from_records(resources.training)
+        return train_mend(lm, examples, self.settings, directory=None)[0]
+
+
+@torch.no_grad()
+def mend_changes(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    network: MendNetwork,
+    *,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, LowRank | Dense]:
+    """The summed updates of all requests, by weight name and in the model's orientation.
+
+    Raises `InputError` if the network was made for other matrices.
+    """
+    modules = _modules_of(lm, network)
+    rows = _rows(lm, [(request.text, request.target_new) for request in requests])
+    sums = {name: _Sum(matrix) for name, matrix in network.matrices.items()}
+
+    def run(batch: Sequence[TokenRow]) -> dict[str, Factors]:
+        return gradient_factors(lm, modules, batch)
+
+    for batch, factors in in_batches(rows, lambda row: (1, len(row.ids)), token_budget, run):
+        for name, found in factors.items():
+            sums[name].add(network.update(name, found))
+        if progress is not None:
+            progress(len(batch))
+    changes = {name: total.change() for name, total in sums.items()}
+    return {
+        name: change if isinstance(modules[name], nn.Linear) else change.transposed()
+        for name, change in changes.items()
+    }
+
+
+def _modules_of(lm: LanguageModel, network: MendNetwork) -> dict[str, nn.Module]:
+    everywhere = edited_matrices(lm, lm.depth)
+    modules = {name: everywhere.get(name) for name in network.matrices}
+    for name, module in modules.items():
+        if module is None or _matrix(module) != network.matrices[name]:
+            raise InputError(
+                f"MEND's network was trained for another model than {lm.name} (its {name} has "
+                "another shape, or is not there): train it on this one."
+            )
+    return {name: module for name, module in modules.items() if module is not None}
+
+
+class _Sum:
+    """Updates of one matrix: factors while these are smaller than the matrix, then their sum."""
+
+    def __init__(self, matrix: Matrix):
+        self.room = matrix.inputs * matrix.outputs // (matrix.inputs + matrix.outputs)
+        self.parts: list[LowRank] = []
+        self.total: Tensor | None = None
+
+    def add(self, update: LowRank) -> None:
+        self.parts.append(update)
+        if self.total is not None or sum(part.left.shape[1] for part in self.parts) > self.room:
+            for part in self.parts:
+                added = part.left @ part.right.T
+                self.total = added if self.total is None else self.total + added
+            self.parts = []
+
+    def change(self) -> LowRank | Dense:
+        if self.total is not None:
+            return Dense(self.total)
+        left = torch.cat([part.left for part in self.parts], 1)
+        return LowRank(left, torch.cat([part.right for part in self.parts], 1))

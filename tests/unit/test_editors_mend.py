@@ -1,0 +1,301 @@
+"""MEND: the identity before training, disjoint training, checkpoints, and a sum over edits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from memit.editors import EDITORS, Mend, Resources
+from memit.editors.mend import (
+    EditExample,
+    MendSettings,
+    edited_matrices,
+    examples_from_records,
+    examples_from_texts,
+    mend_changes,
+    train_mend,
+)
+from memit.editors.mend_network import Factors, MendNetwork
+from memit.editors.training_set import disjoint_records, fact_key
+from memit.errors import InputError, IntegrityError, NumericsError
+from memit.language_model import LanguageModel
+from memit.positions import continuation_rows
+from memit.requests import EditRequest, Record
+from memit.weight_delta import Dense, LowRank
+from tests.families import CITIES, SUBJECTS, families
+
+SETTINGS = MendSettings(
+    blocks=2,
+    rank=8,
+    edits_at_once=2,
+    steps=6,
+    learning_rate=1e-3,
+    rate_learning_rate=1e-2,
+    edit_learning_rate=0.25,
+    examples_for_statistics=4,
+)
+REQUESTS = [
+    EditRequest("Paul Smith", "{} was born in", "New York City", "Rome", "birthplace"),
+    EditRequest("Zoë Müller", "The home town of {} is", "Rome", "Paris", "home"),
+]
+
+
+def build(family: str) -> LanguageModel:
+    return LanguageModel(*families()[family](), name=family)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return build("gpt2")
+
+
+def make_records() -> list[Record]:
+    return [
+        Record(
+            index,
+            EditRequest(subject, "{} lives in", CITIES[index % 6], CITIES[(index + 1) % 6], "city"),
+            paraphrase_prompts=(f"The home of {subject} is",),
+            neighborhood_prompts=(f"{SUBJECTS[(index + 1) % 8]} works in",),
+        )
+        for index, subject in enumerate(SUBJECTS)
+    ]
+
+
+def untrained(lm: LanguageModel) -> MendNetwork:
+    settings = replace(SETTINGS, steps=0)
+    return train_mend(lm, examples_from_records(make_records()), settings, directory=None)[0]
+
+
+def gradients(lm: LanguageModel, names, requests) -> dict[str, torch.Tensor]:
+    """Autograd's own gradient of the summed mean nll, in the model's orientation."""
+    rows = continuation_rows(
+        lm.tokenizer, [r.text for r in requests], [r.target_new for r in requests]
+    )
+    weights = [lm.parameter(name).requires_grad_() for name in names]
+    try:
+        loss = torch.zeros(())
+        for row in rows:
+            logits = lm.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+            loss = loss - sum(logits[at - 1, row.ids[at]] for at in row.target) / len(row.target)
+        return dict(zip(names, torch.autograd.grad(loss, weights), strict=True))
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+def test_untrained_network_makes_a_plain_gradient_step(family: str) -> None:
+    lm = build(family)
+    network = untrained(lm)
+    changes = mend_changes(lm, REQUESTS, network, token_budget=64)
+    assert len(changes) == (6 if family == "llama" else 4)
+    for name, gradient in gradients(lm, list(changes), REQUESTS).items():
+        torch.testing.assert_close(
+            changes[name].dense(), -0.25 * gradient, rtol=1e-4, atol=1e-6 * float(gradient.norm())
+        )
+
+
+def test_untrained_network_gives_the_factors_back_to_the_bit(lm: LanguageModel) -> None:
+    network = untrained(lm)
+    for name, matrix in network.matrices.items():
+        x, delta = torch.randn(3, matrix.inputs), torch.randn(3, matrix.outputs)
+        shape, row = network.places[name]
+        same_x, same_delta = network.networks[shape](x, delta, row)
+        assert torch.equal(same_x, x)
+        assert torch.equal(same_delta, delta)
+
+
+def test_an_untrained_network_can_learn(lm: LanguageModel) -> None:
+    """Every layer but those behind a zero matrix has a gradient at the identity."""
+    network = untrained(lm).requires_grad_()
+    name, matrix = next(iter(network.matrices.items()))
+    change = network.update(
+        name, Factors(torch.randn(3, matrix.inputs), torch.randn(3, matrix.outputs))
+    )
+    change.dense().square().sum().backward()
+    shape, _ = network.places[name]
+    for layer in ("hidden", "last"):
+        gradient = network.networks.get_parameter(f"{shape}.{layer}.u").grad
+        assert gradient is not None
+        assert gradient.abs().sum() > 0
+
+
+def test_training_changes_the_update_and_lowers_the_loss(lm: LanguageModel) -> None:
+    settings = replace(SETTINGS, steps=80, learning_rate=3e-3, rate_learning_rate=3e-2)
+    network, losses = train_mend(
+        lm, examples_from_records(make_records()), settings, directory=None
+    )
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    plain = mend_changes(lm, REQUESTS, untrained(lm), token_budget=64)
+    trained = mend_changes(lm, REQUESTS, network, token_budget=64)
+    for name, change in trained.items():
+        turned = torch.cosine_similarity(
+            change.dense().flatten(), plain[name].dense().flatten(), dim=0
+        )
+        assert turned < 0.999
+
+
+def test_updates_of_all_edits_are_summed_whatever_the_batches(lm: LanguageModel) -> None:
+    network = untrained(lm)
+    together = mend_changes(lm, REQUESTS, network, token_budget=1000)
+    apart = mend_changes(lm, REQUESTS, network, token_budget=1)
+    alone = [mend_changes(lm, [request], network, token_budget=64) for request in REQUESTS]
+    for name, change in together.items():
+        torch.testing.assert_close(change.dense(), apart[name].dense(), rtol=1e-4, atol=1e-6)
+        summed = alone[0][name].dense() + alone[1][name].dense()
+        torch.testing.assert_close(change.dense(), summed, rtol=1e-4, atol=1e-6)
+
+
+def test_factors_are_kept_while_they_are_smaller_than_the_matrix(lm: LanguageModel) -> None:
+    network = untrained(lm)
+    few = mend_changes(lm, REQUESTS[:1], network, token_budget=64)
+    many = mend_changes(lm, REQUESTS * 10, network, token_budget=64)
+    assert all(isinstance(change, LowRank) for change in few.values())
+    assert all(isinstance(change, Dense) for change in many.values())
+    for name, change in many.items():
+        once = mend_changes(lm, REQUESTS, network, token_budget=64)[name].dense()
+        torch.testing.assert_close(change.dense(), 10 * once, rtol=1e-3, atol=1e-5)
+
+
+def test_matrices_of_the_last_blocks_are_found_by_structure() -> None:
+    assert list(edited_matrices(build("llama"), 1)) == [
+        "model.layers.3.mlp.gate_proj.weight",
+        "model.layers.3.mlp.up_proj.weight",
+        "model.layers.3.mlp.down_proj.weight",
+    ]
+    with pytest.raises(InputError, match="last 5 blocks"):
+        edited_matrices(build("gpt2"), 5)
+
+
+def test_edit_changes_the_model_and_leaves_it_as_it_was(lm: LanguageModel, tmp_path) -> None:
+    network = untrained(lm)
+    path = tmp_path / "network.safetensors"
+    network.save(path)
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    assert EDITORS["mend"] is Mend
+    edit = Mend(SETTINGS, path).edit(lm, REQUESTS, Resources(token_budget=64))
+    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
+    json.dumps(edit.provenance)
+    edit.apply(lm)
+    changed = {n for n, p in lm.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == set(network.matrices)
+    edit.revert(lm)
+    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
+
+
+def test_saved_network_gives_the_same_update(lm: LanguageModel, tmp_path) -> None:
+    network, _ = train_mend(lm, examples_from_records(make_records()), SETTINGS, directory=None)
+    network.save(tmp_path / "network.safetensors")
+    loaded = MendNetwork.load(tmp_path / "network.safetensors")
+    first = mend_changes(lm, REQUESTS, network, token_budget=64)
+    second = mend_changes(lm, REQUESTS, loaded.requires_grad_(False), token_budget=64)
+    assert all(torch.equal(first[name].dense(), second[name].dense()) for name in first)
+    assert loaded.origin == network.origin
+
+
+def test_damaged_or_foreign_networks_are_refused(lm: LanguageModel, tmp_path) -> None:
+    path = tmp_path / "network.safetensors"
+    untrained(lm).save(path)
+    with pytest.raises(InputError, match="another model"):
+        Mend(SETTINGS, path).edit(build("llama"), REQUESTS, Resources(token_budget=64))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(IntegrityError, match="network of MEND"):
+        MendNetwork.load(path)
+
+
+# --- disjointness --------------------------------------------------------------------------------
+
+
+def test_training_records_share_nothing_with_the_evaluated_ones() -> None:
+    pool = make_records()
+    evaluated = pool[:3]
+    chosen = disjoint_records(pool, evaluated)
+    assert len(chosen) == 5
+    facts = {fact_key(record.request) for record in evaluated}
+    asked = {
+        prompt
+        for record in evaluated
+        for prompt in (
+            record.request.text,
+            *record.paraphrase_prompts,
+            *record.neighborhood_prompts,
+        )
+    }
+    for record in chosen:
+        assert fact_key(record.request) not in facts
+        used = {record.request.text, *record.paraphrase_prompts, *record.neighborhood_prompts}
+        assert not used & asked
+
+
+def test_prompts_that_evaluation_scores_are_left_out() -> None:
+    first, second, third = make_records()[:3]
+    shared = replace(second, neighborhood_prompts=(*first.neighborhood_prompts, "Rome is in"))
+    asked = replace(first, neighborhood_prompts=(*first.neighborhood_prompts, third.request.text))
+    (left,) = disjoint_records([first, shared, third], [asked])
+    assert left.case_id == second.case_id
+    assert left.neighborhood_prompts == ("Rome is in",)
+
+
+def test_a_request_that_was_trained_on_is_refused(lm: LanguageModel, tmp_path) -> None:
+    records = make_records()
+    untrained(lm).save(tmp_path / "network.safetensors")
+    editor = Mend(SETTINGS, tmp_path / "network.safetensors")
+    with pytest.raises(InputError, match="trained on"):
+        editor.edit(lm, [*REQUESTS, records[5].request], Resources(token_budget=64))
+
+
+def test_too_few_examples_are_counted(lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match="has 3 edits to learn from and needs 4"):
+        train_mend(lm, examples_from_records(make_records()[:3]), SETTINGS, directory=None)
+
+
+def test_texts_become_examples_without_records() -> None:
+    first, _ = examples_from_texts(["one two three four", "five six"], ["seven", "eight"])
+    assert first == EditExample(
+        ("one two three four", "seven"), ("one two three four", "three four"), ()
+    )
+
+
+# --- long trainings ------------------------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    """Stands for a process that is killed."""
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(
+    lm: LanguageModel, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("memit.editors.learning.CHECKPOINT_EVERY", 2)
+    examples = examples_from_records(make_records())
+    whole, losses = train_mend(lm, examples, SETTINGS, directory=tmp_path / "whole")
+    finished = 0
+
+    def stop(newly: int) -> None:
+        nonlocal finished
+        finished += newly
+        if finished == 5:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train_mend(lm, examples, SETTINGS, directory=tmp_path / "parts", progress=stop)
+    resumed: list[int] = []
+    again, more = train_mend(
+        lm, examples, SETTINGS, directory=tmp_path / "parts", progress=resumed.append
+    )
+    assert resumed == [4, 1, 1]
+    assert more == losses
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True)
+    )
+
+
+def test_a_training_that_diverges_stops_with_its_losses_saved(lm: LanguageModel, tmp_path) -> None:
+    settings = replace(SETTINGS, steps=200, learning_rate=1e6, rate_learning_rate=10.0)
+    with pytest.raises(NumericsError, match="diverges"):
+        train_mend(lm, examples_from_records(make_records()), settings, directory=tmp_path)
+    (path,) = tmp_path.glob("*-diverged.json")
+    assert len(json.loads(path.read_text())["losses"]) > 1
