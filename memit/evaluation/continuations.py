@@ -20,6 +20,7 @@ from memit.errors import InputError
 from memit.forward import KeyValues, Recorder, can_resume, logits_at, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, continuation_rows
+from memit.routing import taken_over
 
 LOGITS_AT_ONCE = 1 << 28
 """Most logits that one pass may give: 1 GiB in float32."""
@@ -82,6 +83,26 @@ def score_continuations(
     `token_budget` bounds the padded tokens on the device at a time; `progress` is told how many
     questions are newly finished. Raises `InputError` for a text longer than the model's context.
     """
+    scores = _own_scores(lm, questions, token_budget, progress)
+    introduced = taken_over(lm, [question.prompt for question in questions])
+    if lm.router is not None and introduced:
+        others = [
+            Question(f"{text} {questions[place].prompt}", questions[place].answers)
+            for place, text in introduced.items()
+        ]
+        found = _own_scores(lm.router.substitute, others, token_budget, None)
+        for place, score in zip(introduced, found, strict=True):
+            scores[place] = score
+    return scores
+
+
+def _own_scores(
+    lm: LanguageModel,
+    questions: Sequence[Question],
+    token_budget: int,
+    progress: Callable[[int], None] | None,
+) -> list[list[Score]]:
+    """What this very model makes of the answers."""
     stems = _stems(lm, questions)
     resumes = any(stem.has_long_answers for stem in stems) and can_resume(lm)
     row_cost = _head_cost(lm, token_budget)

@@ -21,10 +21,11 @@ def bootstrap_intervals(
 
     `means` holds one value a record under each name (records; NaN where a record has none), and
     the same records are drawn for all names. `harmonic` adds harmonic means of named means, for
-    example `{"score": ("efficacy", "paraphrase", "neighborhood")}`; those with a missing part are
-    left out. Equal arguments give equal intervals.
+    example `{"score": ("efficacy", "paraphrase", "neighborhood")}`. What no record has is left
+    out. Equal arguments give equal intervals.
     """
-    drawn = _resampled_means(means, seed, resamples)
+    measured = {name: values for name, values in means.items() if not np.isnan(values).all()}
+    drawn = _resampled_means(measured, seed, resamples)
     for name, parts in harmonic.items():
         if all(part in drawn for part in parts):
             drawn[name] = _harmonic([drawn[part] for part in parts])

@@ -61,7 +61,8 @@ def test_hold_the_mean_and_follow_the_level():
 
 def test_records_without_a_value_do_not_count():
     some = np.where(np.arange(150) % 3 == 0, VALUES["paraphrase"], np.nan)
-    found = bootstrap_intervals({"a": some}, harmonic={"b": ("a", "absent")}, seed=0)
+    none = np.full(150, np.nan)
+    found = bootstrap_intervals({"a": some, "c": none}, harmonic={"b": ("a", "c")}, seed=0)
     alone = bootstrap_intervals({"a": some[::3]}, harmonic={}, seed=0)
     width = alone["a_high"] - alone["a_low"]
     assert set(found) == {"a_low", "a_high"}
