@@ -12,7 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from memit.batches import in_batches
 from memit.errors import InputError
 from memit.language_model import LanguageModel
+from memit.routing import taken_over
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,30 @@ def generate_texts(
         _check_length(lm, prompt, len(ids), more)
         texts.append(_Text(index, ids, more, _text_seed(seed, earlier[prompt], prompt)))
         earlier[prompt] += 1
-    texts.sort(key=lambda text: (text.new_tokens, len(text.ids)))
-    written = [""] * len(prompts)
+    written = _write_all(lm, texts, top_k, token_budget, progress)
+    introduced = taken_over(lm, prompts)
+    if lm.router is not None and introduced:
+        substitute = lm.router.substitute
+        others = []
+        for index, introduction in introduced.items():
+            ids = list(substitute.tokenizer(f"{introduction} {prompts[index]}")["input_ids"])
+            _check_length(substitute, prompts[index], len(ids), texts[index].new_tokens)
+            others.append(replace(texts[index], ids=ids))
+        for index, text in _write_all(substitute, others, top_k, token_budget, None).items():
+            written[index] = text.removeprefix(introduced[index]).lstrip()
+    return [written[index] for index in range(len(prompts))]
+
+
+def _write_all(
+    lm: LanguageModel,
+    texts: Sequence[_Text],
+    top_k: int,
+    token_budget: int,
+    progress: Callable[[int], None] | None,
+) -> dict[int, str]:
+    """The whole texts by their index."""
+    texts = sorted(texts, key=lambda text: (text.new_tokens, len(text.ids)))
+    written = {}
     with _own_settings(lm):
         for batch, found in in_batches(texts, _shape, token_budget, lambda b: _write(lm, b, top_k)):
             for text, ids in zip(batch, found, strict=True):

@@ -21,6 +21,7 @@ from memit.errors import InputError, IntegrityError, ModelStructureError, Unreac
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from memit.routing import Router
     from memit.weight_delta import AppliedDelta
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +56,8 @@ class LanguageModel:
         """The decoder blocks, in order."""
         self.applied: list[AppliedDelta] = []
         """Deltas that stand in the weights now, oldest first."""
+        self.router: Router | None = None
+        """What answers some prompts in its place, if an edit put something there."""
         self.head = _find_head(model)
         """The module that turns final hidden states into logits."""
 
