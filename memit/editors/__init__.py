@@ -1,4 +1,10 @@
-"""Editors: ways to put requested facts into a model, all behind one small interface."""
+"""Editors: ways to put requested facts into a model, all behind one small interface.
+
+Every file in this package is imported, so that a new method is one new file.
+"""
+
+import importlib
+import pkgutil
 
 from memit.editors.base import EDITORS, Edit, Editor, Resources, register
 from memit.editors.fine_tuning import FineTuning
@@ -6,6 +12,9 @@ from memit.editors.memit import Memit
 from memit.editors.mend import Mend
 from memit.editors.rome import Rome
 from memit.editors.unedited import Unedited
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "EDITORS",

@@ -1,7 +1,7 @@
 """What every editor is: settings, and a method that turns requests into an edit.
 
-A new method is one file with a frozen dataclass of its settings that inherits `Editor`, is
-decorated with `@register("name")`, and is imported in `memit/editors/__init__.py`.
+A new method is one file in this package with a frozen dataclass of its settings that inherits
+`Editor` and is decorated with `@register("name")`; see `docs/adding-a-method.md`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Resources:
     """Records to learn from, disjoint from those that are edited or evaluated."""
     seed: int = 0
     """Seed of whatever the editor draws."""
+    checkpoints: Path | None = None
+    """Directory where an editor may keep unfinished work, to go on from when it was killed."""
     progress: Callable[[int], None] | None = None
     """Told the number of newly finished edits."""
 
@@ -63,6 +65,11 @@ class Editor(ABC):
 
     name: ClassVar[str]
     """The name under which it is registered."""
+
+    @property
+    def moment_layers(self) -> tuple[int, ...]:
+        """The layers whose second moments it asks `Resources.moments` for."""
+        return ()
 
     @abstractmethod
     def edit(

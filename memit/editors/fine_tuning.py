@@ -24,6 +24,9 @@ from memit.positions import TokenRow, locate, mark
 from memit.requests import EditRequest
 from memit.weight_delta import Dense, WeightDelta, base_digests
 
+PUBLISHED_LAYERS = {"gpt-j-6b": 21}
+"""The tuned block by the last part of the model's name."""
+
 Loss = Literal["teacher_forced", "published"]
 
 
@@ -136,6 +139,13 @@ class FineTuning(Editor):
             if means[-1] < self.loss_threshold:
                 break
         return means
+
+
+def tuned_layer(model_name: str, depth: int) -> int:
+    """The block that the paper tunes, where the model's name is known, else the one at the
+    relative depth of GPT-J's."""
+    known = PUBLISHED_LAYERS.get(model_name.rstrip("/").split("/")[-1].lower())
+    return known if known is not None and known < depth else round(21 * depth / 28)
 
 
 def fine_tuning_with_decay(layer: int, weight_decay: float = 5e-4) -> FineTuning:

@@ -23,6 +23,11 @@ class Memit(Editor):
     hyperparameters: Hyperparameters
     """Layers, λ and the settings of the optimisation."""
 
+    @property
+    def moment_layers(self) -> tuple[int, ...]:
+        """All edited layers."""
+        return self.hyperparameters.layers
+
     def edit(
         self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
     ) -> WeightDelta:

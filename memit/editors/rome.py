@@ -6,11 +6,15 @@ output of the layer's down-projection, as MEMIT's targets are at the output of a
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +30,11 @@ from memit.second_moment import cholesky
 from memit.targets import MlpOutput, compute_targets, edit_rows
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
 
+logger = logging.getLogger(__name__)
+
+PUBLISHED_LAYERS = {"gpt2-xl": 17, "gpt-j-6b": 5, "gpt-neox-20b": 15, "synthetic": 1}
+"""The edited layer by the last part of the model's name, and that of the embedded default."""
+EDITS_BETWEEN_CHECKPOINTS = 50
 PREFIX_LENGTHS = (5, 10)
 """Tokens of the sampled prefixes, the token that they begin from included."""
 PREFIXES_OF_EACH_LENGTH = 10
@@ -53,6 +62,11 @@ class Rome(Editor):
     loss_threshold: float = 0.05
 
     @property
+    def moment_layers(self) -> tuple[int, ...]:
+        """The edited layer."""
+        return (self.layer,)
+
+    @property
     def optimisation(self) -> Hyperparameters:
         """The settings of the search for v*."""
         return Hyperparameters(
@@ -71,8 +85,9 @@ class Rome(Editor):
     ) -> WeightDelta:
         """Insert the requests in their order.
 
-        Needs the second moment of its layer in `resources.moments`. Raises `NumericsError` for an
-        edit whose update is not finite.
+        Needs the second moment of its layer in `resources.moments`. An edit whose update is not
+        finite, since the edits before it broke the model, is left out and named in the
+        provenance. Raises `NumericsError` if none is left.
         """
         lm.check_layers((self.layer,))
         prefixes = sample_rome_prefixes(lm, resources.seed)
@@ -81,26 +96,33 @@ class Rome(Editor):
             f"layer {self.layer}",
         )
         name = lm.weight_name(self.layer)
-        origin = {**provenance(self, lm, requests), "base": base_digests(lm, [name])}
-        updates: list[LowRank] = []
+        origin = {
+            **provenance(self, lm, requests),
+            "base": base_digests(lm, [name]),
+            "prefixes": list(prefixes),
+        }
+        done = _Done.resumed(resources.checkpoints, origin)
+        done.tell(resources.progress, done.count)
         with _restoring(lm, self.layer) as master:
-            for number, request in enumerate(requests):
+            for update in done.updates:
+                _add(lm, self.layer, master, update)
+            for request in requests[done.count :]:
                 update = self._update(lm, request, prefixes, factor, resources.token_budget)
-                if not bool(torch.isfinite(update.left).all() & torch.isfinite(update.right).all()):
-                    raise NumericsError(
-                        f"the update of edit {number + 1} of {len(requests)} ({request.text!r}) is "
-                        "not finite: the edits before it broke the model; edit fewer facts."
-                    )
-                updates.append(update)
-                master += (update.left @ update.right.T).to(master)
-                lm.set_weight(self.layer, master)
-                if resources.progress is not None:
-                    resources.progress(1)
-        change = joined(updates)
-        return WeightDelta(
+                if done.take(update):
+                    _add(lm, self.layer, master, update)
+                done.tell(resources.progress, 1)
+        if not done.updates:
+            raise NumericsError(
+                f"no edit of {len(requests)} has a finite update; run the model in float32 or "
+                "bfloat16."
+            )
+        change = joined(done.updates)
+        delta = WeightDelta(
             {name: change.transposed() if lm.is_transposed(self.layer) else change},
-            {**origin, "prefixes": list(prefixes)},
+            {**origin, "left_out": done.left_out},
         )
+        done.forget()
+        return delta
 
     def _update(
         self,
@@ -129,6 +151,71 @@ class Rome(Editor):
         return LowRank(residual.double()[:, None], right[:, None])
 
 
+def rome_preset(model_name: str, depth: int) -> Rome:
+    """Settings for a model of `depth` blocks: the published layer where its name is known, else
+    the one at the relative depth of GPT-J's."""
+    known = PUBLISHED_LAYERS.get(model_name.rstrip("/").split("/")[-1].lower())
+    return Rome(known if known is not None and known < depth else round(5 * depth / 28))
+
+
+class _Done:
+    """The updates so far, in a file from time to time."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.count = 0
+        """Requests that were dealt with."""
+        self.updates: list[LowRank] = []
+        self.left_out: list[int] = []
+        """Places of the requests without a finite update."""
+
+    @staticmethod
+    def resumed(directory: Path | None, origin: Mapping[str, Any]) -> _Done:
+        """What an earlier process with the same model, requests and settings had done."""
+        digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
+        done = _Done(directory and directory / f"rome-{digest[:32]}.safetensors")
+        if done.path is not None and done.path.exists():
+            kept = WeightDelta.load(done.path)
+            whole = kept.changes["updates"]
+            assert isinstance(whole, LowRank)
+            columns = zip(whole.left.T, whole.right.T, strict=True)
+            done.updates = [LowRank(left[:, None], right[:, None]) for left, right in columns]
+            done.left_out = list(kept.provenance["left_out"])
+            done.count = len(done.updates) + len(done.left_out)
+        return done
+
+    def take(self, update: LowRank) -> bool:
+        """Count one more request; whether its update can be used."""
+        finite = bool(update.left.isfinite().all() and update.right.isfinite().all())
+        if finite:
+            self.updates.append(update)
+        else:
+            self.left_out.append(self.count)
+            logger.warning("edit %d has no finite update and is left out", self.count + 1)
+        self.count += 1
+        if self.path is not None and self.count % EDITS_BETWEEN_CHECKPOINTS == 0 and self.updates:
+            self._keep(self.path)
+        return finite
+
+    def _keep(self, path: Path) -> None:
+        left = torch.cat([update.left for update in self.updates], 1)
+        right = torch.cat([update.right for update in self.updates], 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        WeightDelta({"updates": LowRank(left, right)}, {"left_out": self.left_out}).save(partial)
+        partial.replace(path)
+
+    def tell(self, progress: Callable[[int], None] | None, count: int) -> None:
+        """Report newly finished edits."""
+        if progress is not None and count:
+            progress(count)
+
+    def forget(self) -> None:
+        """Remove the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
 def joined(updates: Sequence[LowRank]) -> LowRank | Dense:
     """The sum of rank-one updates, as their columns side by side or where smaller as Δ itself."""
     left = torch.cat([update.left for update in updates], 1)
@@ -147,6 +234,11 @@ def _restoring(lm: LanguageModel, layer: int) -> Iterator[Tensor]:
         yield base.float().clone()
     finally:
         lm.set_weight(layer, base)
+
+
+def _add(lm: LanguageModel, layer: int, master: Tensor, update: LowRank) -> None:
+    master += (update.left @ update.right.T).to(master)
+    lm.set_weight(layer, master)
 
 
 @torch.no_grad()

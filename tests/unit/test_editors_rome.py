@@ -267,3 +267,53 @@ def test_a_layer_that_does_not_exist_is_named():
 
 def test_it_is_registered():
     assert EDITORS["rome"] is Rome
+
+
+def test_an_interrupted_edit_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(rome, "EDITS_BETWEEN_CHECKPOINTS", 1)
+    lm = build("gpt2")
+    name = lm.weight_name(LAYER)
+    whole = EDITOR.edit(lm, REQUESTS, _resources(lm)).changes[name].dense()
+
+    class Killed(Exception):
+        pass
+
+    told: list[int] = []
+
+    def count(edits: int) -> None:
+        told.append(edits)
+        if sum(told) == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        EDITOR.edit(lm, REQUESTS, _resources(lm, checkpoints=tmp_path, progress=count))
+    told_again: list[int] = []
+    resources = _resources(lm, checkpoints=tmp_path, progress=told_again.append)
+    resumed = EDITOR.edit(lm, REQUESTS, resources)
+    assert told_again == [2, 1, 1]
+    assert torch.equal(resumed.changes[name].dense(), whole)
+    assert not list(tmp_path.iterdir())
+
+
+def test_edits_without_a_finite_update_are_left_out(monkeypatch):
+    lm = build("gpt2")
+    literal = Rome._update
+
+    def broken(self, lm, request, *others):
+        update = literal(self, lm, request, *others)
+        return LowRank(update.left * torch.nan, update.right) if request == REQUESTS[1] else update
+
+    monkeypatch.setattr(Rome, "_update", broken)
+    delta = EDITOR.edit(lm, REQUESTS[:3], _resources(lm))
+    assert delta.provenance["left_out"] == [1]
+    assert delta.changes[lm.weight_name(LAYER)].dense().isfinite().all()
+    with pytest.raises(NumericsError, match="finite"):
+        EDITOR.edit(lm, REQUESTS[1:2], _resources(lm))
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "layer"),
+    [("EleutherAI/gpt-j-6b", 28, 5), ("openai-community/gpt2-xl", 48, 17), ("other", 56, 10)],
+)
+def test_the_layer_is_the_published_one_or_as_deep(name, depth, layer):
+    assert rome.rome_preset(name, depth).layer == layer
