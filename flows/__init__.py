@@ -7,10 +7,10 @@ What stands in the environment already is left alone.
 import os
 from pathlib import Path
 
-_CACHE = Path(os.environ.get("DVC_ROOT") or ".").resolve() / ".cache"
+_ROOT = Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
 _SETTINGS = {
-    "PREFECT_HOME": str(_CACHE / "prefect"),
+    "PREFECT_HOME": str(_ROOT / ".prefect"),
     # The first start makes a data base, which takes longer than Prefect's 20 s on a slow machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

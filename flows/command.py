@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from rich.console import Console
@@ -27,10 +25,7 @@ console = Console(stderr=True)
 @cache
 def given_parameters() -> Parameters:
     """``params.yaml`` in the working directory; if it is wrong, say so and exit."""
-    parameters = reporting(read_parameters)
-    # Prefect makes its directory on import, but not the one above.
-    Path(os.environ["PREFECT_HOME"]).parent.mkdir(parents=True, exist_ok=True)
-    return parameters
+    return reporting(read_parameters)
 
 
 def run_flow(flow: Callable[[Parameters], object]) -> None:

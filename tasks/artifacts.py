@@ -199,6 +199,10 @@ def _flush(path: Path) -> None:
 # --- the cache of finished pieces ---------------------------------------------------------------
 
 
+CODE: dict[str, tuple[str, ...]] = {}
+"""The modules that each cached task is keyed on."""
+
+
 def cached_task(
     name: str, version: int, code: Sequence[str]
 ) -> Callable[[Callable[..., Any]], Task[..., Any]]:
@@ -212,6 +216,7 @@ def cached_task(
     other reason. Inputs are plain values, dataclasses, pydantic models, or objects with a
     ``cache_key``.
     """
+    CODE[name] = tuple(code)
     return task(
         name=name,
         persist_result=True,
