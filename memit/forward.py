@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,10 @@ class Padded:
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
     """Put token rows into a rectangle; the padding's ids do not matter since they are masked."""
     width = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[index, : len(row)] = 1
-    return Padded(ids.to(device), mask.to(device))
+    ids = torch.tensor([[*row, *([0] * (width - len(row)))] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    places = torch.arange(width, device=device)
+    return Padded(ids, (places[None] < lengths[:, None]).long())
 
 
 # --- what stands before the computed positions -----------------------------------------------
@@ -47,6 +45,13 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
 
 class _RecordedLayer(DynamicLayer):
     """Keys and values of one attention layer as they were computed."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return 0  # nothing stands before what is recorded
 
 
 class _IgnoredLayer(DynamicLayer):
@@ -110,6 +115,10 @@ class KeyValues:
         layers = tuple((k[rows, :, cut:], v[rows, :, cut:]) for k, v in self.layers)
         return KeyValues(self.start, layers, lengths)
 
+    def above(self, start: int) -> KeyValues:
+        """Those for blocks from `start` on."""
+        return KeyValues(start, self.layers[start - self.start :], self.lengths)
+
     def cache(self) -> Cache:
         """A cache that puts them in front of whatever is computed."""
         length = self.positions
@@ -137,15 +146,26 @@ class Recorder:
         return Cache(layers=self.layers)
 
     def before(self, lengths: Tensor) -> KeyValues:
-        """Keys and values of each row's first `lengths` positions (rows)."""
-        longest = int(lengths.max())
+        """Keys and values of each row's first `lengths` positions (rows), for the blocks that were
+        run."""
+        longest, shortest = int(lengths.max()), int(lengths.min())
+        if longest == shortest:
+            return KeyValues(self.start, self._cut(longest), lengths)
         places = torch.arange(longest, device=lengths.device)
         source = (places[None] - (longest - lengths[:, None])).clamp(min=0)
         held = tuple(
             (_gather(layer.keys, source), _gather(layer.values, source))
             for layer in self.layers[self.start :]
+            if layer.is_initialized
         )
         return KeyValues(self.start, held, lengths)
+
+    def _cut(self, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        return tuple(
+            (layer.keys[:, :, :length], layer.values[:, :, :length])
+            for layer in self.layers[self.start :]
+            if layer.is_initialized
+        )
 
 
 def _gather(states: Tensor | None, source: Tensor) -> Tensor:
@@ -329,14 +349,20 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _inputs(
-    padded: Padded, hidden: Tensor | None, before: KeyValues | None, recorder: Recorder | None
+    lm: LanguageModel,
+    padded: Padded,
+    hidden: Tensor | None,
+    before: KeyValues | None,
+    recorder: Recorder | None,
 ) -> dict[str, Any]:
     """Arguments of the model's forward method."""
     inputs: dict[str, Any] = {"attention_mask": padded.mask, "use_cache": False}
     if hidden is None:
         inputs["input_ids"] = padded.ids
     else:
-        inputs["inputs_embeds"] = hidden.detach()
+        # Never read, since `hidden` takes their place, but the model wants some of its own width.
+        width = cast(nn.Embedding, lm.model.get_input_embeddings()).embedding_dim
+        inputs["inputs_embeds"] = hidden.new_zeros(*padded.ids.shape, width)
     if before is not None:
         places = torch.arange(padded.ids.shape[1], device=padded.ids.device)
         lengths = before.lengths.to(places.device)
@@ -366,8 +392,23 @@ def block_output(
         if hidden is not None:
             stack.enter_context(_starting_at(lm, start, hidden))
         result = stack.enter_context(_stopping_after(lm, stop))
-        lm.model.base_model(**_inputs(padded, hidden, before, recorder))
+        lm.model.base_model(**_inputs(lm, padded, hidden, before, recorder))
     return result[0]
+
+
+def keys_of(lm: LanguageModel, padded: Padded, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Inputs of some blocks' down-projections (rows·tokens × f); nothing after the last is run."""
+
+    def stop(_module: nn.Module, _args: tuple) -> None:
+        raise _Stopped
+
+    with ExitStack() as stack:
+        found = stack.enter_context(reading_keys(lm, layers))
+        last = lm.down_projection(max(layers))
+        stack.enter_context(_hook(last.register_forward_pre_hook(stop)))
+        stack.enter_context(suppress(_Stopped))
+        lm.model.base_model(**_inputs(lm, padded, None, None, None))
+    return found
 
 
 def logits_at(
@@ -391,7 +432,7 @@ def logits_at(
             stack.enter_context(_starting_at(lm, start, hidden))
         stack.enter_context(_head_at(lm, rows, columns))
         stack.enter_context(_last_mlp_at(lm, rows, columns))
-        output = lm.model(**_inputs(padded, hidden, before, recorder))
+        output = lm.model(**_inputs(lm, padded, hidden, before, recorder))
     return output.logits[0].float()
 
 

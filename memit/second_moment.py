@@ -21,13 +21,13 @@ from torch import Tensor
 
 from memit.batches import in_batches
 from memit.errors import InputError, IntegrityError, NumericsError
-from memit.forward import block_output, pad, reading_keys
+from memit.forward import keys_of, pad
 from memit.language_model import LanguageModel
 
 WINDOW = 256
 """Documents that are tokenised and sorted by length together."""
-TILE = 1024
-"""Columns of a tile of the symmetric product; tiles below the diagonal are left out."""
+TILES = 8
+"""Tiles a side of the symmetric product; those below the diagonal are left out."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ class SecondMomentFitter:
     def update(self, keys: Tensor) -> None:
         """Add the products of keys (tokens × f): about half the work of the full product."""
         keys = keys.float()
-        for start in range(0, len(self.upper), TILE):
-            tile = keys[:, start : start + TILE]
-            self.upper[start : start + TILE, start:].addmm_(tile.T, keys[:, start:])
+        size = -(-len(self.upper) // TILES)
+        for start in range(0, len(self.upper), size):
+            tile = keys[:, start : start + size]
+            self.upper[start : start + size, start:].addmm_(tile.T, keys[:, start:])
         self.count += len(keys)
 
     def result(self) -> SecondMoment:
@@ -112,8 +113,7 @@ def _add_keys(
 ) -> None:
     padded = pad(rows, lm.device)
     real = torch.nonzero(padded.mask.reshape(-1))[:, 0]
-    with reading_keys(lm, list(fitters)) as keys:
-        block_output(lm, padded, max(fitters))
+    keys = keys_of(lm, padded, list(fitters))
     # All keys first: a batch that does not fit must not be counted for some layers only.
     chosen = {layer: found[real.to(found.device)] for layer, found in keys.items()}
     for layer, fitter in fitters.items():

@@ -1,9 +1,4 @@
-"""Spreading residuals over layers (Eqns. 17-20, Algorithm 1 lines 5-15).
-
-The layers are walked once. Every row's hidden states in front of the present layer are held, so
-that a layer costs one run of its block before the update (for the keys), one after it, and for the
-plain rows the blocks between it and L; never a forward pass from the start.
-"""
+"""Spreading residuals over layers (Eqns. 17-20, Algorithm 1 lines 5-15)."""
 
 from __future__ import annotations
 
@@ -11,21 +6,22 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memit.batches import planned
 from memit.errors import ResourceError
-from memit.forward import Padded, block_output, pad, reading_keys
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel, tensor_digest
 from memit.requests import EditRequest
 from memit.second_moment import SecondMoment, cholesky
-from memit.targets import EditRows, edit_rows
+from memit.targets import edit_rows
+from memit.walk import HeldStates, Walk
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
 
 logger = logging.getLogger(__name__)
@@ -74,8 +70,8 @@ def spread(
     while True:
         try:
             with tempfile.TemporaryDirectory() as directory:
-                held = _Held(held_bytes, Path(directory))
-                walk = _Walk(lm, _row_batches(lm, edits, token_budget), hp.layers[-1], held)
+                held = HeldStates(held_bytes, Path(directory))
+                walk = Walk(lm, edits, hp.layers[-1], token_budget, held)
                 return _walk_layers(walk, z, moments, hp, factors, observe, progress)
         except torch.OutOfMemoryError as error:
             if token_budget < MIN_TOKENS:
@@ -91,7 +87,7 @@ def spread(
 
 
 def _walk_layers(
-    walk: _Walk,
+    walk: Walk,
     z: Tensor,
     moments: Mapping[int, SecondMoment],
     hp: Hyperparameters,
@@ -175,7 +171,7 @@ def _factor(moment: SecondMoment, where: str, factors: Path | None, device: torc
     if factors is None:
         return cholesky(moment.mean.to(device), where)
     path = factors / f"{tensor_digest(moment.sum)}-{moment.count}.safetensors"
-    if path.exists():
+    with suppress(OSError, SafetensorError, KeyError):  # absent or damaged: it is only a cache
         return load_file(path)["L"].to(device)
     L = cholesky(moment.mean.to(device), where)
     factors.mkdir(parents=True, exist_ok=True)
@@ -183,145 +179,3 @@ def _factor(moment: SecondMoment, where: str, factors: Path | None, device: torc
     save_file({"L": L.cpu().contiguous()}, partial)
     partial.replace(path)
     return L
-
-
-# --- the walk --------------------------------------------------------------------------------
-
-
-class _Held:
-    """Hidden states of batches between layers: in memory up to a limit, the rest on disk."""
-
-    def __init__(self, limit: int, directory: Path):
-        self.limit = limit
-        self.directory = directory
-        self.in_memory: dict[int, Tensor] = {}
-
-    def put(self, index: int, hidden: Tensor) -> None:
-        hidden = hidden.cpu()
-        self.in_memory.pop(index, None)
-        used = sum(part.nbytes for part in self.in_memory.values())
-        if used + hidden.nbytes <= self.limit:
-            self.in_memory[index] = hidden
-        else:
-            save_file({"hidden": hidden.contiguous()}, self.directory / str(index))
-
-    def get(self, index: int) -> Tensor:
-        if index in self.in_memory:
-            return self.in_memory[index]
-        return load_file(self.directory / str(index))["hidden"]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a batch of edits, each cut after the subject's last token."""
-
-    edits: Tensor
-    """Which edits these are (b)."""
-    padded: Padded
-    """b plain rows, then the prefixed rows edit by edit."""
-    last: Tensor
-    """Position of the subject's last token (rows)."""
-
-    @property
-    def plain(self) -> slice:
-        """The plain rows."""
-        return slice(0, len(self.edits))
-
-
-class _Walk:
-    """Holds what enters the present block for every row of every edit."""
-
-    def __init__(self, lm: LanguageModel, batches: Sequence[_Rows], top: int, held: _Held):
-        self.lm = lm
-        self.batches = batches
-        self.top = top
-        """L, where the residual is measured."""
-        self.held = held
-        self.block = 0
-        """The block that the held states enter; for block 0 that is the tokens themselves."""
-
-    def _states(self, index: int) -> Tensor | None:
-        return None if self.block == 0 else self.held.get(index).to(self.lm.device)
-
-    def _run(self, index: int, stop: int) -> Tensor:
-        """Output of block `stop` for a batch (rows × tokens × d)."""
-        padded, hidden = self.batches[index].padded, self._states(index)
-        return block_output(self.lm, padded, stop, start=self.block, hidden=hidden)
-
-    @torch.no_grad()
-    def advance(self, block: int) -> None:
-        """Go on to the input of `block`, through the blocks as they now are."""
-        if block == self.block:
-            return
-        for index in range(len(self.batches)):
-            self.held.put(index, self._run(index, block - 1))
-        self.block = block
-
-    @torch.no_grad()
-    def read(self, key_average: str) -> tuple[Tensor, Tensor]:
-        """Averaged keys of the present block (f × n), and h_i at block L (d × n), float64."""
-        keys, hidden = [], []
-        for index, rows in enumerate(self.batches):
-            with reading_keys(self.lm, [self.block]) as found:
-                output = self._run(index, self.block)
-            at_subject = _flat_places(rows).to(found[self.block].device)
-            keys.append(_averaged(found[self.block][at_subject], len(rows.edits), key_average))
-            hidden.append(self._hidden(rows, output))
-        return self._in_order(keys), self._in_order(hidden)
-
-    @torch.no_grad()
-    def read_hidden(self) -> Tensor:
-        """h_i at block L (d × n, float64)."""
-        outputs = (self._run(index, self.block) for index in range(len(self.batches)))
-        pairs = zip(self.batches, outputs, strict=True)
-        return self._in_order([self._hidden(rows, output) for rows, output in pairs])
-
-    def _hidden(self, rows: _Rows, output: Tensor) -> Tensor:
-        """h_i of a batch (b × d) from the present block's output, by its plain rows alone."""
-        last, padded, top = rows.last[rows.plain], rows.padded[rows.plain], output[rows.plain]
-        length = int(last.max()) + 1
-        padded, top = Padded(padded.ids[:, :length], padded.mask[:, :length]), top[:, :length]
-        if self.block < self.top:
-            top = block_output(self.lm, padded, self.top, start=self.block + 1, hidden=top)
-        return top[torch.arange(len(last), device=top.device), last.to(top.device)]
-
-    def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        """Columns in the order of the requests (width × n, float64)."""
-        edits = torch.cat([rows.edits for rows in self.batches])
-        whole = torch.cat([part.to(self.lm.device) for part in parts]).double()
-        return whole[edits.argsort().to(whole.device)].T
-
-
-def _flat_places(rows: _Rows) -> Tensor:
-    count, length = rows.padded.ids.shape
-    return torch.arange(count, device=rows.last.device) * length + rows.last
-
-
-def _averaged(keys: Tensor, count: int, key_average: str) -> Tensor:
-    """One key an edit (count × f) from those of its rows: plain ones first, then the prefixed."""
-    plain = keys[:count].float()
-    prefixed = keys[count:].float().reshape(count, -1, keys.shape[1])
-    if prefixed.shape[1] == 0:
-        return plain
-    if key_average == "uniform":
-        return torch.cat([plain[:, None], prefixed], dim=1).mean(1)
-    return (plain + prefixed.mean(1)) / 2
-
-
-def _row_batches(lm: LanguageModel, edits: Sequence[EditRows], token_budget: int) -> list[_Rows]:
-    order = sorted(range(len(edits)), key=lambda index: _shape(edits[index])[::-1])
-    batches = planned(order, lambda index: _shape(edits[index]), token_budget)
-    return [_rows(lm, edits, indices) for indices in batches]
-
-
-def _shape(edit: EditRows) -> tuple[int, int]:
-    rows = (edit.plain, *edit.prefixed)
-    return len(rows), max(row.subject_last for row in rows) + 1
-
-
-def _rows(lm: LanguageModel, edits: Sequence[EditRows], indices: Sequence[int]) -> _Rows:
-    chosen = [edits[index] for index in indices]
-    rows = [edit.plain for edit in chosen] + [row for edit in chosen for row in edit.prefixed]
-    padded = pad([row.ids[: row.subject_last + 1] for row in rows], lm.device)
-    last = torch.tensor([row.subject_last for row in rows], device=lm.device)
-    return _Rows(torch.tensor(indices), padded, last)

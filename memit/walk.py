@@ -1,0 +1,248 @@
+"""Walking the layers once with held hidden states.
+
+Every row's hidden states in front of the present block are held, so that a layer costs one run of
+its block before the update (for the keys), one after it, and for the plain rows the blocks between
+it and L; never a forward pass from the start. Tokens that all edits begin with (the sampled
+prefixes, a beginning-of-sequence token) are run once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from memit.batches import planned
+from memit.forward import (
+    KeyValues,
+    Padded,
+    Recorder,
+    block_output,
+    can_resume,
+    pad,
+    reading_keys,
+)
+from memit.language_model import LanguageModel
+from memit.positions import TokenRow
+from memit.targets import EditRows
+
+
+class HeldStates:
+    """Hidden states of batches between layers: in memory up to a limit, the rest on disk."""
+
+    def __init__(self, limit: int, directory: Path):
+        """Hold at most `limit` bytes in memory and the rest in files of `directory`."""
+        self.limit = limit
+        self.directory = directory
+        self.in_memory: dict[int, Tensor] = {}
+
+    def put(self, index: int, hidden: Tensor) -> None:
+        """Keep the states of a batch in the place of what was kept of it."""
+        hidden = hidden.cpu()
+        self.in_memory.pop(index, None)
+        used = sum(part.nbytes for part in self.in_memory.values())
+        if used + hidden.nbytes <= self.limit:
+            self.in_memory[index] = hidden
+        else:
+            save_file({"hidden": hidden.contiguous()}, self.directory / str(index))
+
+    def get(self, index: int) -> Tensor:
+        """What was put last."""
+        if index in self.in_memory:
+            return self.in_memory[index]
+        return load_file(self.directory / str(index))["hidden"]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a batch of edits: what stands between their shared beginning and the subject's
+    last token, that one included."""
+
+    edits: Tensor
+    """Which edits these are (b)."""
+    padded: Padded
+    """b plain rows, then the prefixed rows edit by edit."""
+    last: Tensor
+    """Column of the subject's last token (rows)."""
+    kind: Tensor
+    """Which shared beginning stands before a row: 0 for plain, then one for each prefix (rows)."""
+
+
+class Walk:
+    """Holds what enters the present block for every row of every edit."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        edits: Sequence[EditRows],
+        top: int,
+        token_budget: int,
+        held: HeldStates,
+    ):
+        """Stand in front of block 0 with the rows of `edits`; residuals are measured at the output
+        of block `top`."""
+        self.lm = lm
+        self.top = top
+        self.held = held
+        self.block = 0
+        """The block that the held states enter; for block 0 that is the tokens themselves."""
+        self.resumes = can_resume(lm)
+        shared = _shared_beginnings(edits) if self.resumes else [()] * len(_kinds(edits[0]))
+        self.lengths = torch.tensor([len(ids) for ids in shared], device=lm.device)
+        self.shared = pad([ids or (0,) for ids in shared], lm.device)
+        self.shared_states: Tensor | None = None
+        self.batches = _batches(lm, edits, shared, token_budget)
+
+    @torch.no_grad()
+    def advance(self, block: int) -> None:
+        """Go on to the input of `block`, through the blocks as they now are."""
+        if block == self.block:
+            return
+        if self.resumes:
+            shared, before = self._run_shared(block - 1)
+            for index in range(len(self.batches)):
+                self.held.put(index, self._run(index, block - 1, before))
+            self.shared_states = shared
+        self.block = block
+
+    @torch.no_grad()
+    def read(self, key_average: str) -> tuple[Tensor, Tensor]:
+        """Averaged keys of the present block (f × n), and h_i at block L (d × n), float64."""
+        _, before = self._run_shared(self.top)
+        keys, hidden = [], []
+        for index, rows in enumerate(self.batches):
+            with reading_keys(self.lm, [self.block]) as found:
+                output = self._run(index, self.block, before)
+            at_subject = _flat_places(rows).to(found[self.block].device)
+            keys.append(_averaged(found[self.block][at_subject], len(rows.edits), key_average))
+            hidden.append(self._hidden(rows, output, before))
+        return self._in_order(keys), self._in_order(hidden)
+
+    @torch.no_grad()
+    def read_hidden(self) -> Tensor:
+        """h_i at block L (d × n, float64)."""
+        _, before = self._run_shared(self.top)
+        hidden = [
+            self._hidden(rows, self._run(index, self.block, before, len(rows.edits)), before)
+            for index, rows in enumerate(self.batches)
+        ]
+        return self._in_order(hidden)
+
+    def _run_shared(self, stop: int) -> tuple[Tensor | None, KeyValues | None]:
+        """The shared beginnings' output of block `stop`, and their keys and values on the way."""
+        if not self.resumes:
+            return None, None
+        recorder = Recorder(self.lm, self.block)
+        output = block_output(
+            self.lm,
+            self.shared,
+            stop,
+            start=self.block,
+            hidden=self.shared_states,
+            recorder=recorder,
+        )
+        return output, recorder.before(self.lengths)
+
+    def _run(
+        self, index: int, stop: int, before: KeyValues | None, count: int | None = None
+    ) -> Tensor:
+        """Output of block `stop` for a batch, or its first `count` rows (rows × tokens × d)."""
+        rows = self.batches[index]
+        padded = rows.padded[:count]
+        if before is None:
+            return block_output(self.lm, padded, stop)
+        hidden = None if self.block == 0 else self.held.get(index)[:count].to(self.lm.device)
+        kept = before.select(rows.kind[:count])
+        return block_output(self.lm, padded, stop, start=self.block, hidden=hidden, before=kept)
+
+    def _hidden(self, rows: _Rows, output: Tensor, before: KeyValues | None) -> Tensor:
+        """h_i of a batch (b × d) from the present block's output, by its plain rows alone."""
+        plain = slice(0, len(rows.edits))
+        last = rows.last[plain]
+        length = int(last.max()) + 1
+        padded = Padded(rows.padded.ids[plain, :length], rows.padded.mask[plain, :length])
+        top = output[plain, :length]
+        if self.block < self.top and before is None:
+            top = block_output(self.lm, padded, self.top)
+        elif self.block < self.top and before is not None:
+            start = self.block + 1
+            kept = before.above(start).select(rows.kind[plain])
+            top = block_output(self.lm, padded, self.top, start=start, hidden=top, before=kept)
+        return top[torch.arange(len(last), device=top.device), last.to(top.device)]
+
+    def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """Columns in the order of the requests (width × n, float64)."""
+        edits = torch.cat([rows.edits for rows in self.batches])
+        whole = torch.cat([part.to(self.lm.device) for part in parts]).double()
+        return whole[edits.argsort().to(whole.device)].T
+
+
+def _kinds(edit: EditRows) -> list[TokenRow]:
+    return [edit.plain, *edit.prefixed]
+
+
+def _shared_beginnings(edits: Sequence[EditRows]) -> list[tuple[int, ...]]:
+    """What the rows of each kind begin with in all edits, without the subject's last token."""
+    by_kind = zip(*(_kinds(edit) for edit in edits), strict=True)
+    return [_common([row.ids[: row.subject_last] for row in rows]) for rows in by_kind]
+
+
+def _common(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The longest beginning of all rows; that of the first and the last in order is one of all."""
+    first, last = min(rows), max(rows)
+    same = (a == b for a, b in zip(first, last, strict=False))
+    return first[: sum(takewhile(bool, same))]
+
+
+def _batches(
+    lm: LanguageModel,
+    edits: Sequence[EditRows],
+    shared: Sequence[tuple[int, ...]],
+    token_budget: int,
+) -> list[_Rows]:
+    order = sorted(range(len(edits)), key=lambda index: _shape(edits[index])[::-1])
+    batches = planned(order, lambda index: _shape(edits[index]), token_budget)
+    return [_rows(lm, edits, indices, shared) for indices in batches]
+
+
+def _shape(edit: EditRows) -> tuple[int, int]:
+    rows = _kinds(edit)
+    return len(rows), max(row.subject_last for row in rows) + 1
+
+
+def _rows(
+    lm: LanguageModel,
+    edits: Sequence[EditRows],
+    indices: Sequence[int],
+    shared: Sequence[tuple[int, ...]],
+) -> _Rows:
+    placed = [(0, edits[index].plain) for index in indices]
+    placed += [pair for index in indices for pair in enumerate(edits[index].prefixed, start=1)]
+    cut = [(kind, len(shared[kind]), row) for kind, row in placed]
+    return _Rows(
+        edits=torch.tensor(indices),
+        padded=pad([row.ids[start : row.subject_last + 1] for _, start, row in cut], lm.device),
+        last=torch.tensor([row.subject_last - start for _, start, row in cut], device=lm.device),
+        kind=torch.tensor([kind for kind, _, _ in cut], device=lm.device),
+    )
+
+
+def _flat_places(rows: _Rows) -> Tensor:
+    count, length = rows.padded.ids.shape
+    return torch.arange(count, device=rows.last.device) * length + rows.last
+
+
+def _averaged(keys: Tensor, count: int, key_average: str) -> Tensor:
+    """One key an edit (count × f) from those of its rows: plain ones first, then the prefixed."""
+    plain = keys[:count].float()
+    prefixed = keys[count:].float().reshape(count, -1, keys.shape[1])
+    if prefixed.shape[1] == 0:
+        return plain
+    if key_average == "uniform":
+        return torch.cat([plain[:, None], prefixed], dim=1).mean(1)
+    return (plain + prefixed.mean(1)) / 2
