@@ -247,6 +247,52 @@ class ReportSection(Section):
     tracking_uri: Text | None = Field(default=None, description="null: mlflow.db in the project")
 
 
+Setting = bool | int | float | str | None
+
+
+class CompareSection(Section):
+    """Which systems are compared, and on what."""
+
+    systems: tuple[Text, ...] = Field(
+        default=("unedited", "ft_w", "rome", "memit"), min_length=1, max_length=100
+    )
+    settings: dict[Text, dict[Text, Setting]] = Field(
+        default={}, description="of systems, where they differ from the presets"
+    )
+    count: int | None = Field(default=None, ge=1, le=10_000_000, description="null: all of them")
+    seed: Seed = 0
+    training_records: int = Field(
+        default=300, ge=0, le=10_000_000, description="set aside for editors that learn"
+    )
+    generation_records: int | None = Field(
+        default=32, ge=0, le=10_000_000, description="whose texts are generated; null: all"
+    )
+    snippets: Text | None = Field(
+        default=None, description="CounterFact's attribute snippets; null: texts of the corpus"
+    )
+
+    @model_validator(mode="after")
+    def _systems_are_a_set(self) -> CompareSection:
+        twice = [name for name in self.systems if self.systems.count(name) > 1]
+        if twice:
+            raise ValueError(f"compare.systems names {twice[0]} twice: remove one.")
+        return self
+
+
+class ScalingSection(Section):
+    """With how many edits the systems of ``compare`` are tried."""
+
+    counts: tuple[Annotated[int, Field(ge=1, le=10_000_000)] | None, ...] = Field(
+        default=(1, 10, 32, 100, 316, None), min_length=1, description="null: all records"
+    )
+    seeds: tuple[Seed, ...] = Field(
+        default=(0,), min_length=1, description="of the samples; several give error bars"
+    )
+    generation_records: int | None = Field(
+        default=16, ge=0, le=10_000_000, description="whose texts are generated; null: all"
+    )
+
+
 class Parameters(Section):
     """Everything that ``params.yaml`` says."""
 
@@ -258,6 +304,8 @@ class Parameters(Section):
     edit: EditSection = EditSection()
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = ReportSection()
+    compare: CompareSection = CompareSection()
+    scaling: ScalingSection = ScalingSection()
 
     def hyperparameters(self, model: str, depth: int) -> Hyperparameters:
         """The preset of a model with ``depth`` blocks, with what ``targets`` and ``edit`` override.

@@ -39,7 +39,7 @@ def statistics(parameters: Parameters) -> None:
     model = open_model(**parameters.model.placement())
     layers = parameters.hyperparameters(model.model.id, model.model.layers).layers
     corpus = collect_corpus(
-        _source(parameters),
+        corpus_source(parameters),
         section.documents,
         section.documents_per_shard,
         section.held_out_documents,
@@ -59,7 +59,8 @@ def statistics(parameters: Parameters) -> None:
     finish_step("statistics", files, given, [corpus.cost, *(shard.cost for shard in shards)])
 
 
-def _source(parameters: Parameters) -> CorpusSource:
+def corpus_source(parameters: Parameters) -> CorpusSource:
+    """Where the section ``statistics`` finds its documents."""
     section = parameters.statistics
     if section.source == "synthetic":
         return CorpusSource(

@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -89,33 +89,53 @@ def log_experiment(experiment: Experiment, uri: str) -> str:
     Raises:
         UnreachableError: the store cannot be reached or does not take the run.
     """
+    with _taking(uri, "python -m flows.report"):
+        return _log_once(
+            uri,
+            experiment.name,
+            experiment.digest,
+            lambda client, experiment_id: _log_run(client, experiment_id, experiment),
+        )
+
+
+@contextmanager
+def _taking(uri: str, command: str) -> Iterator[None]:
+    """Whatever goes wrong at the store is one error, which names what to run again."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     with _one_at_a_time(), _quiet():
         try:
-            return _log(experiment, uri)
+            yield
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UnreachableError(
                 f"MLflow at {redacted(uri)} did not take the run ({redacted(reason)}); the "
-                "results stand, and the next `python -m flows.report` logs them."
+                f"results stand, and the next `{command}` logs them."
             ) from error
 
 
-def _log(experiment: Experiment, uri: str) -> str:
+def _log_once(uri: str, name: str, digest: str, log: Callable[[MlflowClient, str], str]) -> str:
+    """The id of the complete run with this digest, logged if there is none."""
     import mlflow
     from mlflow import MlflowClient
 
     mlflow.set_tracking_uri(uri)
     client = MlflowClient(uri)
-    experiment_id = _experiment_id(client, experiment.name)
+    experiment_id = _experiment_id(client, name)
     for run in client.search_runs(
-        [experiment_id], f"tags.`{DIGEST_TAG}` = '{experiment.digest}'", max_results=100
+        [experiment_id], f"tags.`{DIGEST_TAG}` = '{digest}'", max_results=1_000
     ):
         if run.data.tags.get(COMPLETE_TAG) == "true":
             return run.info.run_id
-        client.delete_run(run.info.run_id)
-    return _log_run(client, experiment_id, experiment)
+        _delete_family(client, experiment_id, run.info.run_id)
+    return log(client, experiment_id)
+
+
+def _delete_family(client: MlflowClient, experiment_id: str, run_id: str) -> None:
+    nested = f"tags.`mlflow.parentRunId` = '{run_id}'"
+    for child in client.search_runs([experiment_id], nested, max_results=1_000):
+        client.delete_run(child.info.run_id)
+    client.delete_run(run_id)
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:
@@ -154,6 +174,71 @@ def _log_run(client: MlflowClient, experiment_id: str, experiment: Experiment) -
     client.log_batch(run_id, tags=[RunTag(COMPLETE_TAG, "true")])
     client.set_terminated(run_id, "FINISHED")
     return run_id
+
+
+@dataclass(frozen=True)
+class Family:
+    """A run with one nested run for each system."""
+
+    experiment: str
+    """The name of the MLflow experiment."""
+    step: str
+    """The step that made the results."""
+    digest: str
+    """Of the step's parameters and results; equal for a repetition."""
+    parameters: Mapping[str, Any]
+    tags: Mapping[str, str]
+    folder: Path
+    """Whose files the parent holds."""
+    systems: Mapping[str, Sequence[tuple[str, float, int]]]
+    """Metric, value and step (number of edits) of each system."""
+
+
+def log_family(family: Family, uri: str) -> str:
+    """Log a parent run and its nested ones unless they are there; gives the parent's id.
+
+    Raises:
+        UnreachableError: the store cannot be reached or does not take the runs.
+    """
+    with _taking(uri, f"python -m flows.{family.step}"):
+        return _log_once(
+            uri,
+            family.experiment,
+            family.digest,
+            lambda client, experiment_id: _log_family(client, experiment_id, family),
+        )
+
+
+def _log_family(client: MlflowClient, experiment_id: str, family: Family) -> str:
+    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+    parent = client.create_run(
+        experiment_id,
+        tags={**family.tags, DIGEST_TAG: family.digest},
+        run_name=f"{family.step}-{family.digest[:6]}",
+    ).info.run_id
+    params = [Param(key, redacted(str(value))) for key, value in _flat(family.parameters)]
+    for batch in _batches(params, 100):
+        client.log_batch(parent, params=batch)
+    for path in sorted(family.folder.iterdir()):
+        if path.is_file():
+            client.log_artifact(parent, str(path), family.folder.name)
+    now = int(time.time() * 1000)
+    for system, points in family.systems.items():
+        child = client.create_run(
+            experiment_id,
+            tags={**family.tags, MLFLOW_PARENT_RUN_ID: parent},
+            run_name=system,
+        ).info.run_id
+        client.log_batch(child, params=[Param("system", system)])
+        metrics = [Metric(key, float(value), now, step) for key, value, step in points]
+        for batch in _batches(metrics, BATCH):
+            client.log_batch(child, metrics=batch)
+        client.set_terminated(child, "FINISHED")
+    client.log_batch(parent, tags=[RunTag(COMPLETE_TAG, "true")])
+    client.set_terminated(parent, "FINISHED")
+    return parent
 
 
 def _points(metrics: Mapping[str, Any], timings: Mapping[str, Cost]) -> list[Metric]:

@@ -1,0 +1,172 @@
+"""All systems on the same model and the same records: the paper's table.
+
+Results: ``comparison/`` with the table (Markdown and CSV), every scored prompt, every generated
+text, and ``metrics.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.command import console, given_parameters, run_flow
+from flows.parameters import Parameters
+
+if __name__ == "__main__":
+    given_parameters()
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+
+from flows.systems import (
+    Bench,
+    Goals,
+    Measured,
+    Sample,
+    beginnings_of,
+    corpus_texts,
+    edit_sample,
+    measure,
+    prepare,
+)
+from memit.errors import UnreachableError
+from memit.requests import read_counterfact
+from tasks.artifacts import keep_only, write_file, write_json, write_text
+from tasks.compare import Comparison, csv_text, markdown, metrics_of, plain, table_rows
+from tasks.paper import published
+from tasks.results import finish_step, flow_runs, upstream
+from tasks.runners import thread_runner
+from tasks.tracking import Family, log_family, origin_tags, tracking_uri
+
+COMPARISON = Path("comparison")
+STATISTICS = COMPARISON / "statistics"
+
+
+@flow(name="compare", validate_parameters=False, task_runner=thread_runner())
+def compare(parameters: Parameters) -> None:
+    """Edit with each system, measure it, and put all of them into one table."""
+    given = upstream("model", "prefixes", "statistics")
+    bench = prepare(parameters, given, STATISTICS)
+    section = parameters.compare
+    sample = bench.draw(section.count, section.seed)
+    measured = dict(_measure_all(bench, sample))
+    comparison = _compare(bench, sample, measured)
+    files = _write(comparison, measured)
+    costs = [cost for each in measured.values() for cost in each.costs]
+    manifest = finish_step("compare", [*files, *sorted(STATISTICS.glob("*"))], given, costs)
+    create_table_artifact(key="comparison", table=table_rows(comparison))
+    try:
+        log_family(
+            Family(
+                experiment=parameters.report.experiment,
+                step="compare",
+                digest=manifest.digest,
+                parameters=parameters.model_dump(),
+                tags=origin_tags(flow_runs({"compare": manifest})),
+                folder=COMPARISON,
+                systems={
+                    name: [(key, value, 0) for key, value in metrics.items()]
+                    for name, metrics in comparison.systems.items()
+                },
+            ),
+            tracking_uri(parameters.report.tracking_uri),
+        )
+    except UnreachableError as error:
+        console.print(f"[yellow]warning:[/] {error}")
+    console.print(markdown(comparison), markup=False, highlight=False)
+
+
+def _measure_all(bench: Bench, sample: Sample) -> Iterator[tuple[str, Measured]]:
+    """Each system's name with what was measured of it."""
+    from memit.evaluation.counterfact import plus_prompts_of, prompts_of
+
+    section = bench.parameters.compare
+    prompts = [*prompts_of(sample.records), *plus_prompts_of(sample.records)]
+    beginnings = beginnings_of(sample.records, section.generation_records)
+    goals = Goals(bench, sample.records if "memit" in section.systems else ())
+    for system in bench.systems:
+        edit = edit_sample(bench, system, sample, goals, section.seed)
+        yield (
+            system.name,
+            measure(bench, edit, prompts, beginnings, seed=section.seed, with_perplexity=True),
+        )
+        console.print(f"[green]✓[/] {system.label:<10} {edit.cost.seconds:9.1f} s of editing")
+
+
+def _compare(bench: Bench, sample: Sample, measured: dict[str, Measured]) -> Comparison:
+    from memit.evaluation.reference import read_snippets, references_from_corpus
+
+    parameters = bench.parameters
+    snippets = parameters.compare.snippets
+    everything = read_counterfact(bench.split.edited.checked())
+    references = (
+        references_from_corpus(everything, corpus_texts(bench))
+        if snippets is None
+        else read_snippets(snippets)
+    )
+    systems: dict[str, dict[str, float]] = {}
+    exact = True
+    for name, each in measured.items():
+        systems[name], exact = metrics_of(each.prompts, each.texts, sample.records, references)
+        if each.perplexity is not None:
+            systems[name]["perplexity"] = round(each.perplexity, 6)
+        systems[name]["seconds"] = each.edit.cost.seconds
+    count = len(sample.records)
+    return Comparison(
+        model=bench.model.model.id,
+        records=count,
+        systems=systems,
+        exact_entropy=exact,
+        published=published(parameters.requests.source, bench.model.model.id, count),
+        notes=_notes(bench, sample),
+    )
+
+
+def _notes(bench: Bench, sample: Sample) -> tuple[str, ...]:
+    split = bench.split
+    section = bench.parameters.compare
+    written = len(dict(beginnings_of(sample.records, section.generation_records)))
+    notes = [
+        f"{len(sample.records)} of {split.count} records that can be edited; {split.dropped} were "
+        f"left out because they contradict others, {split.training_count} were set aside for "
+        f"editors that learn, and {split.prompts_dropped} neighborhood prompts with them.",
+        f"GE and RS are of the texts of {written} records.",
+    ]
+    return (*notes, *(f"{system.label}: {system.editor}" for system in bench.systems))
+
+
+def _write(comparison: Comparison, measured: dict[str, Measured]) -> list[Path]:
+    """Write the results and give their paths."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    def with_system(name: str, table: pyarrow.Table) -> pyarrow.Table:
+        return table.add_column(0, "system", pyarrow.array([name] * len(table), pyarrow.string()))
+
+    tables = {
+        COMPARISON / "prompts.parquet": [
+            with_system(name, each.prompts) for name, each in measured.items()
+        ],
+        COMPARISON / "generations.parquet": [
+            with_system(name, each.texts)
+            for name, each in measured.items()
+            if each.texts is not None
+        ],
+    }
+    files = []
+    for path, parts in tables.items():
+        if parts:
+            whole = pyarrow.concat_tables(parts)
+            write_file(path, lambda partial, whole=whole: parquet.write_table(whole, partial))
+            files.append(path)
+    for name, text in (("table.md", markdown(comparison)), ("table.csv", csv_text(comparison))):
+        write_text(COMPARISON / name, text)
+        files.append(COMPARISON / name)
+    write_json(COMPARISON / "metrics.json", plain(comparison))
+    files.append(COMPARISON / "metrics.json")
+    keep_only(COMPARISON, {path.name for path in files})
+    return files
+
+
+if __name__ == "__main__":
+    run_flow(compare)

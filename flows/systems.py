@@ -1,0 +1,321 @@
+"""What ``compare`` and ``scaling`` share: from systems and records to measured systems."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefect import unmapped
+
+from flows.parameters import Parameters
+from flows.statistics import corpus_source
+from memit.errors import InputError
+from memit.requests import Record, read_counterfact
+from tasks.artifacts import Artifact, describe
+from tasks.corpus import collect_corpus, read_texts
+from tasks.edit import spread_edit
+from tasks.evaluation import ScoredPiece, measure_perplexity, read_table, score_piece
+from tasks.loading import ModelReference, token_budget
+from tasks.measure import Cost, total_cost
+from tasks.model import open_model
+from tasks.prefixes import read_prefixes
+from tasks.progress import gather
+from tasks.requests import choose_requests, locate_records
+from tasks.results import (
+    HELD_OUT_FILE,
+    PREFIXES_FILE,
+    STATISTICS,
+    STATISTICS_FILE,
+    WORLD,
+    Manifest,
+)
+from tasks.statistics import collect_shard, describe_moment, merge_shards
+from tasks.systems import (
+    Split,
+    System,
+    SystemEdit,
+    edit_with,
+    make_systems,
+    select_targets,
+    split_records,
+    write_texts,
+)
+from tasks.targets import TargetsPiece, optimise_targets, target_settings
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from memit.evaluation.counterfact import ScoredPrompt
+    from memit.hyperparameters import Hyperparameters
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Records that are edited together."""
+
+    file: Artifact
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that the systems of one comparison have in common."""
+
+    parameters: Parameters
+    model: ModelReference
+    hyperparameters: Hyperparameters
+    systems: tuple[System, ...]
+    split: Split
+    prefixes: tuple[str, ...]
+    moments: Mapping[int, Artifact]
+    held_out: Artifact | None
+    """Text for the perplexity."""
+
+    def draw(self, count: int | None, seed: int) -> Sample:
+        """Records to edit; ``None`` draws all that there are.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        chosen = choose_requests("counterfact", self.split.edited, count, seed, self.model)
+        return Sample(chosen.records, tuple(read_counterfact(chosen.records.checked())))
+
+
+def prepare(parameters: Parameters, given: Mapping[str, Manifest], folder: Path) -> Bench:
+    """Read the settings and the earlier steps' results, and collect what is missing.
+
+    ``folder`` is where second moments of layers are kept that the step ``statistics`` left out.
+    """
+    model = open_model(**parameters.model.placement())
+    hyperparameters = parameters.hyperparameters(model.model.id, model.model.layers)
+    section = parameters.compare
+    systems = make_systems(
+        section.systems, section.settings, hyperparameters, model.model.id, model.model.layers
+    )
+    for system in systems:
+        _check_layers(system, model)
+    source, file = records_source(parameters)
+    held_out = json.loads(STATISTICS_FILE.read_text(encoding="utf-8"))["held_out_documents"]
+    return Bench(
+        parameters=parameters,
+        model=model,
+        hyperparameters=hyperparameters,
+        systems=tuple(systems),
+        split=split_records(source, file, section.training_records, parameters.requests.seed),
+        prefixes=read_prefixes(PREFIXES_FILE),
+        moments=_moments(parameters, given["statistics"], model, systems, folder),
+        held_out=given["statistics"].file(HELD_OUT_FILE) if held_out else None,
+    )
+
+
+def records_source(parameters: Parameters) -> tuple[str, Artifact]:
+    """The kind and the file of the records that the section ``requests`` names."""
+    section = parameters.requests
+    if section.source == "synthetic":
+        return "counterfact", describe(WORLD / "records.json")
+    return section.source, describe(locate_records(section.path, section.url, section.sha256))
+
+
+def _check_layers(system: System, model: ModelReference) -> None:
+    for layer in system.editor.moment_layers:
+        if layer >= model.model.layers:
+            raise InputError(
+                f"{system.label} is asked to edit layer {layer}, but {model.model.id} has "
+                f"{model.model.layers} blocks: the layers are 0 to {model.model.layers - 1}."
+            )
+
+
+def _moments(
+    parameters: Parameters,
+    statistics: Manifest,
+    model: ModelReference,
+    systems: Sequence[System],
+    folder: Path,
+) -> dict[int, Artifact]:
+    """The second moments of all layers that a system needs."""
+    needed = sorted({layer for system in systems for layer in system.editor.moment_layers})
+    paths = {layer: STATISTICS / f"layer-{layer:02}.parquet" for layer in needed}
+    there = {n: statistics.file(p) for n, p in paths.items() if str(p) in statistics.files}
+    missing = [layer for layer in needed if layer not in there]
+    return there | (_collect(parameters, model, missing, folder) if missing else {})
+
+
+def _collect(
+    parameters: Parameters, model: ModelReference, layers: Sequence[int], folder: Path
+) -> dict[int, Artifact]:
+    section = parameters.statistics
+    corpus = collect_corpus(
+        corpus_source(parameters),
+        section.documents,
+        section.documents_per_shard,
+        section.held_out_documents,
+    )
+    shards = gather(
+        "statistics",
+        "documents",
+        collect_shard.map(
+            [part.texts for part in corpus.ranges],
+            model=unmapped(model),
+            layers=unmapped(tuple(layers)),
+            token_budget=unmapped(token_budget(section.token_budget, model)),
+        ),
+        [part.count for part in corpus.ranges],
+    )
+    paths = {layer: folder / f"layer-{layer:02}.parquet" for layer in layers}
+    for layer, path in paths.items():
+        merge_shards(shards, describe_moment(model, corpus.digest, layer), path)
+    return {layer: describe(path) for layer, path in paths.items()}
+
+
+# --- editing ------------------------------------------------------------------------------------
+
+
+class Goals:
+    """MEMIT's targets of many records, from which each sample takes its own.
+
+    A target depends on nothing but its request, so that samples share them.
+    """
+
+    def __init__(self, bench: Bench, records: Sequence[Record]) -> None:
+        section = bench.parameters.targets
+        size = section.requests_per_piece
+        parts = [records[first : first + size] for first in range(0, len(records), size)]
+        self.bench = bench
+        self.pieces: list[TargetsPiece] = gather(
+            "targets",
+            "edits",
+            optimise_targets.map(
+                [[record.request for record in part] for part in parts],
+                model=unmapped(bench.model),
+                prefixes=unmapped(bench.prefixes),
+                hyperparameters=unmapped(target_settings(bench.hyperparameters)),
+                token_budget=unmapped(token_budget(section.token_budget, bench.model)),
+            ),
+            [len(part) for part in parts],
+        )
+        self.sizes = [len(part) for part in parts]
+        self.place = {
+            record.case_id: (piece, row)
+            for piece, part in enumerate(parts)
+            for row, record in enumerate(part)
+        }
+
+    def edit(self, sample: Sample) -> SystemEdit:
+        """MEMIT's edit of a sample; its seconds are those of its share of the targets, too."""
+        places = [self.place[record.case_id] for record in sample.records]
+        used = sorted({piece for piece, _ in places})
+        targets = select_targets(
+            [self.pieces[piece].targets for piece in used],
+            [(used.index(piece), row) for piece, row in places],
+        )
+        bench = self.bench
+        layers = bench.hyperparameters.layers
+        made = spread_edit(
+            bench.model,
+            sample.file,
+            bench.prefixes,
+            targets,
+            {layer: bench.moments[layer] for layer in layers},
+            bench.hyperparameters,
+            token_budget(bench.parameters.edit.token_budget, bench.model),
+        )
+        shares = [self.pieces[p].cost.seconds / self.sizes[p] for p, _ in places]
+        return SystemEdit(edit=made.delta, cost=total_cost([Cost(seconds=sum(shares)), made.cost]))
+
+
+def edit_sample(
+    bench: Bench, system: System, sample: Sample, goals: Goals, seed: int
+) -> SystemEdit:
+    """One system's edit of a sample."""
+    if system.name == "memit":
+        return goals.edit(sample)
+    return edit_with(
+        system.name,
+        system.editor,
+        system.source,
+        bench.model,
+        sample.file,
+        bench.split.training,
+        bench.prefixes,
+        {layer: bench.moments[layer] for layer in system.editor.moment_layers},
+        token_budget(bench.parameters.targets.token_budget, bench.model),
+        seed,
+    )
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about a system; every number follows from it."""
+
+    prompts: pyarrow.Table
+    """Scored prompts."""
+    texts: pyarrow.Table | None
+    """Generated texts; None where there is nothing to generate."""
+    perplexity: float | None
+    edit: SystemEdit
+    costs: tuple[Cost, ...]
+
+
+def measure(
+    bench: Bench,
+    edit: SystemEdit,
+    prompts: Sequence[ScoredPrompt],
+    beginnings: Sequence[tuple[int, str]],
+    *,
+    seed: int,
+    with_perplexity: bool,
+) -> Measured:
+    """Score prompts, let the model write, and measure its perplexity."""
+    import pyarrow.parquet as parquet
+
+    section = bench.parameters.evaluation
+    budget = token_budget(section.token_budget, bench.model)
+    size = section.prompts_per_piece
+    pieces = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+    scored: list[ScoredPiece] = gather(
+        "evaluation",
+        "prompts",
+        score_piece.map(
+            pieces,
+            model=unmapped(bench.model),
+            edit=unmapped(edit.edit),
+            token_budget=unmapped(budget),
+        ),
+        [len(piece) for piece in pieces],
+    )
+    costs = [piece.cost for piece in scored]
+    texts = perplexity = None
+    if beginnings:
+        written = write_texts(beginnings, bench.model, edit.edit, seed, budget)
+        texts = parquet.read_table(written.table.checked())
+        costs.append(written.cost)
+    if with_perplexity and bench.held_out is not None:
+        measured = measure_perplexity(bench.held_out, bench.model, edit.edit, budget)
+        perplexity = measured.perplexity
+        costs.append(measured.cost)
+    return Measured(read_table(scored), texts, perplexity, edit, (edit.cost, *costs))
+
+
+def beginnings_of(records: Sequence[Record], most: int | None) -> list[tuple[int, str]]:
+    """Generation prompts, each with its case, of the first ``most`` records that have any."""
+    having = [record for record in records if record.generation_prompts]
+    chosen = having if most is None else having[:most]
+    return [(record.case_id, prompt) for record in chosen for prompt in record.generation_prompts]
+
+
+def corpus_texts(bench: Bench) -> list[str]:
+    """All documents of the step ``statistics``."""
+    section = bench.parameters.statistics
+    corpus = collect_corpus(
+        corpus_source(bench.parameters),
+        section.documents,
+        section.documents_per_shard,
+        section.held_out_documents,
+    )
+    return [text for part in corpus.ranges for text in read_texts(part.texts.checked())]

@@ -1,0 +1,208 @@
+"""The step ``compare``: from what each system did to the table of all systems."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memit.requests import Record
+from tasks.paper import Published
+from tasks.systems import LABELS
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from memit.evaluation.reference import References
+
+SUCCESS = (
+    ("score", "S"),
+    ("efficacy", "ES"),
+    ("paraphrase", "PS"),
+    ("neighborhood", "NS"),
+    ("neighborhood_plus", "NS+"),
+    ("entropy", "GE"),
+    ("reference", "RS"),
+    ("perplexity", "perplexity"),
+    ("seconds", "seconds"),
+)
+"""Metric and column of the first table."""
+STRICT = tuple(
+    (f"{name}_{kind}", f"{short} {kind}")
+    for kind in ("accuracy", "magnitude")
+    for name, short in (("efficacy", "E"), ("paraphrase", "P"), ("neighborhood", "N"))
+)
+"""Those of the second."""
+ABSENT = "–"
+DECIMALS = 6
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The numbers of all systems."""
+
+    model: str
+    records: int
+    systems: Mapping[str, Mapping[str, float]]
+    """Metrics of each system by its name; those that the data set does not support are absent."""
+    exact_entropy: bool
+    """Whether words were cut as NLTK's `word_tokenize` does."""
+    published: Mapping[str, Published]
+    """The paper's numbers by system, where it has edited this model with as many such records."""
+    notes: tuple[str, ...]
+    """What a reader of the table must know."""
+
+
+def metrics_of(
+    prompts: pyarrow.Table,
+    texts: pyarrow.Table | None,
+    records: Sequence[Record],
+    references: References,
+) -> tuple[dict[str, float], bool]:
+    """All metrics of a system with 95% bootstrap intervals, and whether its entropies are exact."""
+    from memit.evaluation.counterfact import SCORE_OF, record_means, summarise
+    from memit.evaluation.intervals import bootstrap_intervals
+
+    means = dict(record_means(prompts))
+    exact = True
+    if texts is not None:
+        written, exact = _of_texts(texts, records, references)
+        means |= {name: values for name, values in written.items() if not np.isnan(values).all()}
+    values = {name: float(np.nanmean(of)) for name, of in means.items()} | summarise(prompts)
+    intervals = bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)
+    return {name: round(value, DECIMALS) for name, value in (values | intervals).items()}, exact
+
+
+def _of_texts(
+    texts: pyarrow.Table, records: Sequence[Record], references: References
+) -> tuple[dict[str, np.ndarray], bool]:
+    """Entropy and reference score of each record, in the order of the case ids."""
+    from memit.evaluation.entropy import record_entropies
+    from memit.evaluation.reference import reference_scores
+
+    ordered = sorted(records, key=lambda record: record.case_id)
+    written: dict[int, list[str]] = {record.case_id: [] for record in ordered}
+    for case, text in zip(texts["case_id"].to_pylist(), texts["text"].to_pylist(), strict=True):
+        written[case].append(text)
+    groups = [written[record.case_id] for record in ordered]
+    entropies, exact = record_entropies(groups)
+    scores = reference_scores(ordered, groups, references)
+    return {"entropy": np.array(entropies), "reference": np.array(scores)}, exact
+
+
+def table_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """The first table as rows of texts."""
+    columns = _present(comparison, SUCCESS)
+    return [
+        {"system": LABELS.get(name, name)}
+        | {title: _number(metrics.get(key)) for key, title in columns}
+        for name, metrics in comparison.systems.items()
+    ]
+
+
+def markdown(comparison: Comparison) -> str:
+    """The tables as a Markdown page."""
+    lines = [f"# {comparison.records} edits of {comparison.model}", ""]
+    lines += _table(comparison, SUCCESS)
+    lines += [
+        "",
+        "S: harmonic mean of efficacy ES, paraphrase PS and neighborhood NS success (percent of "
+        "prompts on which the wanted object is preferred). NS+: neighborhood prompts behind the "
+        "edited fact. GE: entropy of generated text"
+        + ("" if comparison.exact_entropy else " (approximate: NLTK's `punkt_tab` is missing)")
+        + ". RS: its similarity to reference texts. In brackets 95% bootstrap intervals over "
+        f"records. {ABSENT}: the records do not support it.",
+        "",
+        "Argmax accuracy (all of the object's tokens, teacher-forced) and magnitude (difference of "
+        "exp(−nll)), in percent:",
+        "",
+    ]
+    lines += _table(comparison, STRICT)
+    lines += ["", *(f"- {note}" for note in comparison.notes)]
+    if comparison.published:
+        lines += ["", *_published_table(comparison)]
+    return "\n".join(lines) + "\n"
+
+
+def csv_text(comparison: Comparison) -> str:
+    """All numbers, a row for each system; empty where a metric is absent."""
+    names = list(dict.fromkeys(name for each in comparison.systems.values() for name in each))
+    target = io.StringIO()
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow(["system", *names])
+    for system, metrics in comparison.systems.items():
+        writer.writerow([system, *(metrics.get(name, "") for name in names)])
+    return target.getvalue()
+
+
+def _table(comparison: Comparison, columns: Sequence[tuple[str, str]]) -> list[str]:
+    shown = _present(comparison, columns)
+    lines = [
+        f"| | {' | '.join(title for _, title in shown)} |",
+        f"|---|{'---:|' * len(shown)}",
+    ]
+    for name, metrics in comparison.systems.items():
+        cells = [_with_interval(metrics, key) for key, _ in shown]
+        lines.append(f"| {LABELS.get(name, name)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _present(comparison: Comparison, columns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Columns that at least one system has; S, ES, PS and NS always."""
+    return [
+        (key, title)
+        for place, (key, title) in enumerate(columns)
+        if (columns is SUCCESS and place < 4)
+        or any(key in metrics for metrics in comparison.systems.values())
+    ]
+
+
+def _with_interval(metrics: Mapping[str, float], key: str) -> str:
+    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+    interval = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
+    return _number(metrics.get(key)) + interval
+
+
+def _number(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.1f}"
+
+
+def _published_table(comparison: Comparison) -> list[str]:
+    """Ours, the paper's and the difference, for the systems that the paper has."""
+    columns = [(key, title) for key, title in SUCCESS if _is_published(comparison, key)]
+    lines = [
+        "## Beside the paper's numbers",
+        "",
+        "Ours / the paper's / difference.",
+        "",
+        f"| | {' | '.join(title for _, title in columns)} |",
+        f"|---|{'---:|' * len(columns)}",
+    ]
+    for name, metrics in comparison.systems.items():
+        if name in comparison.published:
+            paper = comparison.published[name]
+            cells = [_beside(metrics.get(key), getattr(paper, key)) for key, _ in columns]
+            lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
+    return lines
+
+
+def _is_published(comparison: Comparison, key: str) -> bool:
+    return any(getattr(each, key, None) is not None for each in comparison.published.values())
+
+
+def _beside(ours: float | None, theirs: float | None) -> str:
+    if ours is None or theirs is None:
+        return f"{_number(ours)} / {_number(theirs)} / {ABSENT}"
+    return f"{ours:.1f} / {theirs:.1f} / {ours - theirs:+.1f}"
+
+
+def plain(comparison: Comparison) -> dict[str, Any]:
+    """The numbers without what a repetition changes, for ``metrics.json``."""
+    return {
+        name: {key: value for key, value in metrics.items() if key != "seconds"}
+        for name, metrics in comparison.systems.items()
+    }

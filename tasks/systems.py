@@ -1,0 +1,334 @@
+"""The systems that are compared: what they are called, how they edit, how they are measured."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from memit.errors import InputError
+from memit.requests import Record, read_counterfact, write_records
+from tasks.artifacts import Artifact, cache_directory, cached_task, store_piece
+from tasks.edit import StoredMoments
+from tasks.loading import ModelReference, loaded
+from tasks.measure import Cost, Meter
+from tasks.progress import progress_bar
+from tasks.requests import Source, read_source
+
+if TYPE_CHECKING:
+    from memit.editors import Editor
+    from memit.hyperparameters import Hyperparameters
+
+LABELS = {
+    "unedited": "unedited",
+    "ft": "FT",
+    "ft_w": "FT-W",
+    "ft_l": "FT+L",
+    "mend": "MEND",
+    "rome": "ROME",
+    "memit": "MEMIT",
+    "serac": "SERAC",
+}
+"""How tables and figures name the systems; others go by the name that they are registered under."""
+
+CODE = (
+    "memit.editors.fine_tuning",
+    "memit.editors.mend",
+    "memit.editors.rome",
+    "memit.forward",
+    "memit.positions",
+    "memit.spread",
+    "memit.targets",
+)
+
+
+@dataclass(frozen=True)
+class System:
+    """A method with its settings, under the name that it has in the table."""
+
+    name: str
+    editor: Editor
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        return LABELS.get(self.name, self.name)
+
+    @property
+    def source(self) -> str:
+        """SHA-256 of the file that defines its editor."""
+        return hashlib.sha256(Path(inspect.getfile(type(self.editor))).read_bytes()).hexdigest()
+
+
+def make_systems(
+    names: Iterable[str],
+    settings: Mapping[str, Mapping[str, Any]],
+    hyperparameters: Hyperparameters,
+    model: str,
+    depth: int,
+) -> list[System]:
+    """The systems of these names, with the settings that differ from their presets.
+
+    Raises:
+        InputError: there is no such system or setting.
+    """
+    for name in settings:
+        if name not in names:
+            raise InputError(
+                f"compare.settings names {name}, which is not among compare.systems: add it there."
+            )
+    return [
+        System(name, _with_settings(name, _preset(name, hyperparameters, model, depth), settings))
+        for name in names
+    ]
+
+
+def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int) -> Editor:
+    from memit.editors import EDITORS, FineTuning, Memit
+    from memit.editors.fine_tuning import (
+        constrained_fine_tuning,
+        fine_tuning_with_decay,
+        tuned_layer,
+    )
+    from memit.editors.rome import rome_preset
+
+    if name == "memit":
+        return Memit(hyperparameters)
+    if name == "rome":
+        return rome_preset(model, depth)
+    if name == "ft":
+        return FineTuning(tuned_layer(model, depth))
+    if name == "ft_w":
+        return fine_tuning_with_decay(tuned_layer(model, depth))
+    if name == "ft_l":
+        return constrained_fine_tuning()
+    if name not in EDITORS:
+        known = ", ".join(dict.fromkeys([*LABELS, *EDITORS]))
+        raise InputError(f"compare.systems names {name}, which is unknown: there are {known}.")
+    try:
+        return EDITORS[name]()
+    except TypeError as error:
+        raise InputError(
+            f"the editor {name} cannot be made without settings ({error}): give each of them a "
+            "default."
+        ) from None
+
+
+def _with_settings(name: str, editor: Editor, settings: Mapping[str, Mapping[str, Any]]) -> Editor:
+    chosen = settings.get(name, {})
+    if not chosen:
+        return editor
+    assert is_dataclass(editor)
+    known = [
+        field.name
+        for field in fields(editor)
+        if not is_dataclass(getattr(editor, field.name)) and field.name not in {"network", "models"}
+    ]
+    for key in chosen:
+        if key not in known:
+            there_are = f"there are {', '.join(known)}" if known else "it has none of its own"
+            where = " (those of memit stand in targets and edit)" if name == "memit" else ""
+            raise InputError(f"compare.settings.{name} has no {key}: {there_are}{where}.")
+    return replace(editor, **chosen)  # pyright: ignore[reportArgumentType]
+
+
+# --- which records are edited, and from which may be learnt --------------------------------------
+
+
+class Split(BaseModel):
+    """All records without contradictions, in two parts that share no subject."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    edited: Artifact
+    """Those that are sampled for editing."""
+    training: Artifact
+    """Those that editors may learn from."""
+    count: int
+    """How many can be edited."""
+    training_count: int
+    dropped: int
+    """Records left out because they contradict an earlier one."""
+    prompts_dropped: int
+    """Neighbourhood prompts of edited records that ask what training tells."""
+
+
+@cached_task("split", version=1, code=("memit.requests", "memit.editors.training_set"))
+def split_records(source: Source, file: Artifact, training: int, seed: int) -> Split:
+    """Set aside ``training`` records, at most half of all, whole subjects at a time."""
+    records, dropped = read_source(source, file.checked())
+    edited, learnt = split_by_subject(records, training, seed)
+    purged = without_prompts(edited, learnt)
+    before, after = (sum(len(r.neighborhood_prompts) for r in part) for part in (edited, purged))
+
+    def keep(part: Sequence[Record]) -> Artifact:
+        return store_piece("split", ".json", lambda path: write_records(part, path))
+
+    return Split(
+        edited=keep(purged),
+        training=keep(learnt),
+        count=len(purged),
+        training_count=len(learnt),
+        dropped=dropped,
+        prompts_dropped=before - after,
+    )
+
+
+def split_by_subject(
+    records: Sequence[Record], training: int, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Records to edit and records to learn from, which have no subject in common."""
+    counts = Counter(record.request.subject for record in records)
+    subjects = list(counts)
+    Random(seed).shuffle(subjects)
+    learnt: set[str] = set()
+    wanted = min(training, len(records) // 2)
+    while sum(counts[subject] for subject in learnt) < wanted:
+        learnt.add(subjects.pop())
+    return (
+        [record for record in records if record.request.subject not in learnt],
+        [record for record in records if record.request.subject in learnt],
+    )
+
+
+def without_prompts(edited: Sequence[Record], learnt: Sequence[Record]) -> list[Record]:
+    """The edited records without neighbourhood prompts that a record to learn from contains."""
+    told = {
+        prompt for record in learnt for prompt in (record.request.text, *record.paraphrase_prompts)
+    }
+    return [
+        replace(
+            record,
+            neighborhood_prompts=tuple(p for p in record.neighborhood_prompts if p not in told),
+        )
+        for record in edited
+    ]
+
+
+# --- editing ------------------------------------------------------------------------------------
+
+
+class SystemEdit(BaseModel):
+    """What a system made of the requests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    edit: Artifact
+    cost: Cost
+
+
+@cached_task("system", version=1, code=CODE)
+def edit_with(
+    name: str,
+    editor: Editor,
+    source: str,
+    model: ModelReference,
+    records: Artifact,
+    training: Artifact,
+    prefixes: Sequence[str],
+    moments: Mapping[int, Artifact],
+    token_budget: int,
+    seed: int,
+) -> SystemEdit:
+    """Let an editor edit; ``name`` and ``source`` are those of its `System`.
+
+    An editor that goes on where it was killed keeps its unfinished work in ``.cache/editing/``.
+    """
+    del source  # only tells this piece from those of other versions
+    from memit.editors import Resources
+
+    chosen = read_counterfact(records.checked())
+    with (
+        loaded(model) as lm,
+        Meter() as meter,
+        progress_bar(LABELS.get(name, name), len(chosen), "edits") as bar,
+    ):
+        resources = Resources(
+            token_budget=token_budget,
+            prefixes=prefixes,
+            moments=StoredMoments(moments, model.model.digest),
+            training=read_counterfact(training.checked()),
+            seed=seed,
+            checkpoints=cache_directory() / "editing",
+            progress=lambda done: bar.advance(0, done),
+        )
+        edit = editor.edit(lm, [record.request for record in chosen], resources)
+    return SystemEdit(edit=store_piece("system", ".safetensors", edit.save), cost=meter.cost)
+
+
+@cached_task("select_targets", version=1, code=("memit.targets",))
+def select_targets(pieces: Sequence[Artifact], rows: Sequence[tuple[int, int]]) -> Artifact:
+    """Targets of some requests, each given by its piece and its row there, as one file."""
+    from memit.targets import Targets
+
+    parts = [Targets.load(piece.checked()) for piece in pieces]
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + len(part.z))
+    whole = Targets.concatenate(parts)
+    places = [starts[piece] + row for piece, row in rows]
+    chosen = Targets(**{name: part[places] for name, part in whole.__dict__.items()})
+    return store_piece("targets", ".safetensors", chosen.save)
+
+
+# --- texts --------------------------------------------------------------------------------------
+
+
+class WrittenTexts(BaseModel):
+    """Texts that a model wrote (Parquet: case_id, prompt, text)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    table: Artifact
+    cost: Cost
+
+
+TOP_K = 5
+TOTAL_TOKENS = 100
+"""Length of a text with its prompt."""
+
+
+@cached_task("generation", version=1, code=("memit.generation",))
+def write_texts(
+    prompts: Sequence[tuple[int, str]],
+    model: ModelReference,
+    edit: Artifact | None,
+    seed: int,
+    token_budget: int,
+) -> WrittenTexts:
+    """Continue generation prompts, each with the case that it belongs to."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    from memit.generation import generate_texts
+
+    with (
+        loaded(model, edit) as lm,
+        Meter() as meter,
+        progress_bar("generation", len(prompts), "texts") as bar,
+    ):
+        texts = generate_texts(
+            lm,
+            [prompt for _, prompt in prompts],
+            total_tokens=min(TOTAL_TOKENS, lm.context_length),
+            top_k=TOP_K,
+            seed=seed,
+            token_budget=token_budget,
+            progress=lambda done: bar.advance(0, done),
+        )
+    table = pyarrow.table(
+        {
+            "case_id": pyarrow.array([case for case, _ in prompts], pyarrow.int64()),
+            "prompt": [prompt for _, prompt in prompts],
+            "text": texts,
+        }
+    )
+    piece = store_piece("generation", ".parquet", lambda path: parquet.write_table(table, path))
+    return WrittenTexts(table=piece, cost=meter.cost)
