@@ -1,1 +1,60 @@
-"""Edit thousands of facts in a language model: the method, torch in and torch out."""
+"""Edit thousands of facts in a language model: the method, torch in and torch out.
+
+    import memit
+
+    lm = memit.load_model("path/to/a/model")
+    records = memit.read_records("facts.jsonl")
+    delta = memit.edit(lm, records, corpus="corpus.txt")
+    print(memit.ask(lm, "The mother tongue of Danielle Darrieux is"))
+    delta.save("facts.safetensors")
+
+Names are imported when they are used, so that `import memit` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memit.editing import Answer, ask, edit
+    from memit.hyperparameters import Hyperparameters
+    from memit.language_model import LanguageModel, load_model
+    from memit.requests import EditRequest, Record, read_records
+    from memit.weight_delta import WeightDelta, apply, revert
+
+__all__ = [
+    "Answer",
+    "EditRequest",
+    "Hyperparameters",
+    "LanguageModel",
+    "Record",
+    "WeightDelta",
+    "apply",
+    "ask",
+    "edit",
+    "load_model",
+    "read_records",
+    "revert",
+]
+
+_HOMES = {
+    "Answer": "editing",
+    "EditRequest": "requests",
+    "Hyperparameters": "hyperparameters",
+    "LanguageModel": "language_model",
+    "Record": "requests",
+    "WeightDelta": "weight_delta",
+    "apply": "weight_delta",
+    "ask": "editing",
+    "edit": "editing",
+    "load_model": "language_model",
+    "read_records": "requests",
+    "revert": "weight_delta",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'memit' has no attribute '{name}'")
+    return getattr(import_module(f"memit.{_HOMES[name]}"), name)

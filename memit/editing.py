@@ -1,0 +1,93 @@
+"""The method as a library: edit a model with one call, and ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from memit.batches import auto_token_budget
+from memit.corpus import read_documents
+from memit.editors import Memit, Resources
+from memit.errors import InputError
+from memit.hyperparameters import Hyperparameters, preset
+from memit.language_model import LanguageModel
+from memit.prefixes import sample_prefixes
+from memit.requests import Record, check_conflicts
+from memit.second_moment import collect_second_moments
+from memit.weight_delta import WeightDelta
+
+
+def edit(
+    lm: LanguageModel,
+    records: Sequence[Record],
+    corpus: str | Path | Iterable[str],
+    *,
+    documents: int = 100_000,
+    hyperparameters: Hyperparameters | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> WeightDelta:
+    """Put the records' facts into the model and return what that added to its weights.
+
+    `corpus` is a text, JSONL or Parquet file, the name of a data set on the hub, or texts; the
+    first `documents` of it give the second moments. Without `hyperparameters` the preset of the
+    model is used. `delta.revert(lm)` takes the edit back. Raises `ConflictError` for records that
+    contradict each other, `InputError` for layers or texts that do not fit the model.
+    """
+    hp = hyperparameters or preset(lm.name, lm.depth)
+    if not records:
+        raise InputError("there is nothing to edit: give at least one record.")
+    lm.check_layers(hp.layers)
+    check_conflicts(records)
+    texts = read_documents(corpus) if isinstance(corpus, str | Path) else corpus
+    moments = collect_second_moments(
+        lm,
+        list(islice(texts, documents)),
+        hp.layers,
+        token_budget=auto_token_budget(lm),
+    )
+    trained = lm.depth - 1 - hp.layers[-1]
+    resources = Resources(
+        token_budget=auto_token_budget(lm, trained_blocks=trained),
+        prefixes=sample_prefixes(lm, seed),
+        moments=moments,
+        seed=seed,
+        progress=progress,
+    )
+    delta = Memit(hp).edit(lm, [record.request for record in records], resources)
+    delta.apply(lm)
+    return delta
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A next token and how likely the model holds it."""
+
+    text: str
+    """The token's text."""
+    probability: float
+    """From 0 to 1."""
+
+
+@torch.inference_mode()
+def ask(lm: LanguageModel, prompt: str, top: int = 5) -> list[Answer]:
+    """The most likely next tokens after a prompt, most likely first.
+
+    Raises `InputError` for a prompt that is empty or longer than the model's context.
+    """
+    ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"].to(lm.device)
+    if not 0 < ids.shape[1] <= lm.context_length:
+        raise InputError(
+            f"the prompt has {ids.shape[1]} tokens where the model has room for 1 to "
+            f"{lm.context_length}."
+        )
+    logits = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
+    best = logits.softmax(-1).topk(min(top, len(logits)))
+    return [
+        Answer(str(lm.tokenizer.decode([token])), probability)
+        for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]

@@ -1,0 +1,62 @@
+"""The five lines of the README, on a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import memit
+from memit.errors import ConflictError, InputError
+from tests.families import CITIES, DOCUMENTS, SUBJECTS
+from tests.reference import HYPERPARAMETERS, build
+
+
+def _facts(path: Path, *, target: str) -> Path:
+    rows = [
+        {"subject": name, "prompt": "{} was born in", "target": target} for name in SUBJECTS[:3]
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_five_lines(tmp_path: Path) -> None:
+    build("gpt2").model.save_pretrained(tmp_path / "model")
+    build("gpt2").tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "corpus.txt").write_text("\n".join([*DOCUMENTS] * 20), encoding="utf-8")
+    facts = _facts(tmp_path / "facts.jsonl", target=CITIES[0])
+
+    lm = memit.load_model(str(tmp_path / "model"))
+    prompt = f"{SUBJECTS[0]} was born in"
+    before = memit.ask(lm, prompt)
+    records = memit.read_records(facts)
+    delta = memit.edit(
+        lm, records, corpus=tmp_path / "corpus.txt", hyperparameters=HYPERPARAMETERS
+    )
+    after = memit.ask(lm, prompt)
+    delta.save(tmp_path / "facts.safetensors")
+
+    assert before != after
+    assert [a.probability for a in after] == sorted((a.probability for a in after), reverse=True)
+    delta.revert(lm)
+    assert memit.ask(lm, prompt) == before
+    memit.WeightDelta.load(tmp_path / "facts.safetensors").apply(lm)
+    assert memit.ask(lm, prompt) == after
+
+
+def test_contradicting_facts_are_refused_before_any_work(tmp_path: Path) -> None:
+    lm = build("gpt2")
+    records = [
+        memit.Record(number, memit.EditRequest(SUBJECTS[0], "{} was born in", city))
+        for number, city in enumerate(CITIES[:2])
+    ]
+    with pytest.raises(ConflictError):
+        memit.edit(lm, records, corpus=[], hyperparameters=HYPERPARAMETERS)
+    with pytest.raises(InputError, match="nothing to edit"):
+        memit.edit(lm, [], corpus=[], hyperparameters=HYPERPARAMETERS)
+
+
+def test_prompt_that_is_too_long() -> None:
+    with pytest.raises(InputError, match="room for"):
+        memit.ask(build("gpt2"), "word " * 5000)
