@@ -111,7 +111,7 @@ class ModelSection(Section):
         default=None, description="hub: a commit; of a branch or tag the commit is recorded"
     )
     path: Text | None = Field(default=None, description="local: a model directory")
-    dtype: Precision = "float32"
+    dtype: Precision | Literal["tf32"] = "float32"
     device: str = Field(default="cpu", pattern=r"^(auto|cpu|mps|sharded|cuda(:\d+)?)$")
     threads: int = Field(
         default=2, ge=1, le=1_024, description="CPU threads; other counts, other last bits"

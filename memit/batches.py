@@ -64,13 +64,13 @@ def in_batches(
                     "device, or spread the model over several."
                 ) from error
             budget = max(1, _cost(batch, shape) // 2)
-            result = None
-        if result is None:
-            torch.cuda.empty_cache()
-            logger.warning("out of memory: going on with %d tokens at a time", budget)
+        else:
+            yield batch, result
+            start = stop
             continue
-        yield batch, result
-        start = stop
+        # Only here has the failed batch let go of its memory.
+        torch.cuda.empty_cache()
+        logger.warning("out of memory: going on with %d tokens at a time", budget)
 
 
 def planned(

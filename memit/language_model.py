@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from memit.routing import Router
     from memit.weight_delta import AppliedDelta
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""Numbers that a forward pass runs in; tf32 is float32 with TF32 products on the GPU."""
 
 
 class LanguageModel:
@@ -176,7 +182,7 @@ def load_model(
 ) -> LanguageModel:
     """Load a model and its tokenizer from the hub or from a directory.
 
-    `dtype` is float32, bfloat16 or float16, never the checkpoint's own choice. `device` is a torch
+    `dtype` is one of `DTYPES`, never the checkpoint's own choice. `device` is a torch
     device, `auto` (a GPU if there is one) or `sharded` (spread over devices by accelerate).
     Only safetensors weights are read and no code from the repository is run. Raises `InputError`,
     `IntegrityError` or `UnreachableError`.
@@ -202,6 +208,7 @@ def load_model(
                 f"the weights in {source} are damaged ({error}); fetch or export them again."
             ) from error
         raise
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     if device != "sharded":
         model.to(_device(device))  # type: ignore[arg-type]
     commit = getattr(model.config, "_commit_hash", None) or revision

@@ -90,9 +90,8 @@ def collect_second_moments(
         for layer in layers
     }
 
-    def run(rows: Sequence[list[int]]) -> bool:
+    def run(rows: Sequence[list[int]]) -> None:
         _add_keys(lm, rows, fitters)
-        return True
 
     # bf16 and fp16 keys are exact in TF32, so that its products lose nothing.
     before = torch.backends.cuda.matmul.allow_tf32
@@ -187,7 +186,8 @@ def read_moment(path: Path) -> tuple[SecondMoment, dict[str, Any]]:
 def import_published(path: Path, width: int) -> SecondMoment:
     """Read a `.npz` of the published code: `mom2.mom2` (sum, f × f) and `mom2.count`.
 
-    Raises `IntegrityError` unless it is a symmetric, positive definite `width` × `width` matrix.
+    Raises `IntegrityError` unless it is a symmetric `width` × `width` matrix, `NumericsError`
+    unless it is positive definite.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
