@@ -66,8 +66,14 @@ class _Stem:
     """How many questions are finished with this stem."""
 
     @property
-    def has_long_answers(self) -> bool:
-        return any(len(answer) > 1 for answer in self.answers)
+    def lead(self) -> Tokens:
+        """The longest answer, which is run in one row with the stem."""
+        return max(self.answers, key=len)
+
+    @property
+    def row(self) -> Tokens:
+        """The tokens that are run; the last one of an answer is never an input."""
+        return self.ids + self.lead[:-1]
 
 
 @torch.no_grad()
@@ -104,17 +110,18 @@ def _own_scores(
 ) -> list[list[Score]]:
     """What this very model makes of the answers."""
     stems = _stems(lm, questions)
-    resumes = any(stem.has_long_answers for stem in stems) and can_resume(lm)
+    stems.sort(key=lambda stem: len(stem.ids))
+    resumes = any(len(a) > 1 for stem in stems for a in stem.answers) and can_resume(lm)
     row_cost = _head_cost(lm, token_budget)
 
     def shape(stem: _Stem) -> tuple[int, int]:
-        return 1, max(len(stem.ids), ceil(row_cost))
+        return 1, max(len(stem.row), ceil(row_cost * len(stem.lead)))
 
     def measure(batch: Sequence[_Stem]) -> list[Score]:
         return _measure(lm, batch, token_budget, resumes)
 
     found: dict[Place, Score] = {}
-    for band in _bands(stems, lambda stem: len(stem.ids), token_budget // 4):
+    for band in _bands(stems, lambda stem: len(stem.row), token_budget // 4):
         for batch, scores in in_batches(band, shape, token_budget, measure):
             places = [places for stem in batch for places in stem.answers.values()]
             for owners, score in zip(places, scores, strict=True):
@@ -184,18 +191,24 @@ def _measure(
 ) -> list[Score]:
     """Scores of all answers of some stems, stem by stem."""
     answers = [(row, answer) for row, stem in enumerate(stems) for answer in stem.answers]
-    long = [index for index, (_, answer) in enumerate(answers) if len(answer) > 1]
-    recorder = Recorder(lm, 0) if long and resumes else None
+    places = {answer: index for index, answer in enumerate(answers)}
+    leads = [places[row, stem.lead] for row, stem in enumerate(stems)]
+    others = sorted({i for i, (_, answer) in enumerate(answers) if len(answer) > 1} - {*leads})
+    recorder = Recorder(lm, 0) if others and resumes else None
     lengths = torch.tensor([len(stem.ids) for stem in stems])
+    tails = _Tails.after(lengths.tolist(), [stem.lead for stem in stems])
     logits = logits_at(
         lm,
-        pad([stem.ids for stem in stems], lm.device),
-        torch.arange(len(stems)),
-        lengths - 1,
+        pad([stem.row for stem in stems], lm.device),
+        torch.cat([torch.arange(len(stems)), tails.rows]),
+        torch.cat([lengths - 1, tails.columns]),
         recorder=recorder,
     )
     rows, firsts = zip(*((row, answer[0]) for row, answer in answers), strict=True)
-    nll, right = _token_scores(logits, torch.tensor(rows), torch.tensor(firsts))
+    sums = torch.stack(
+        _token_scores(logits[: len(stems)], torch.tensor(rows), torch.tensor(firsts))
+    )
+    sums[:, leads] += tails.sums(logits[len(stems) :])
     before = recorder.before(lengths) if recorder is not None else None
     head_cost = _head_cost(lm, token_budget)
 
@@ -204,57 +217,80 @@ def _measure(
         tail = len(answer) - 1
         return 1, max(len(stems[row].ids) + tail, ceil(head_cost * tail))
 
-    def tails(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        chosen = [answers[index] for index in indices]
-        return _tail_scores(lm, stems, chosen, before)
+    def read_on(indices: Sequence[int]) -> Tensor:
+        return _read_on(lm, stems, [answers[index] for index in indices], before)
 
-    for band in _bands(long, lambda index: len(answers[index][1]) - 1, token_budget // 16):
-        for indices, (more_nll, more_right) in in_batches(band, shape, token_budget, tails):
-            places = torch.tensor(indices, device=nll.device)
-            nll[places] += more_nll
-            right[places] += more_right
+    for band in _bands(others, lambda index: len(answers[index][1]) - 1, token_budget // 16):
+        for indices, more in in_batches(band, shape, token_budget, read_on):
+            sums[:, indices] += more
     return [
-        Score(total / len(answer), count, len(answer))
-        for total, count, (_, answer) in zip(nll.tolist(), right.tolist(), answers, strict=True)
+        Score(nll / len(answer), int(right), len(answer))
+        for nll, right, (_, answer) in zip(*sums.tolist(), answers, strict=True)
     ]
 
 
-def _tail_scores(
+def _read_on(
     lm: LanguageModel,
     stems: Sequence[_Stem],
     answers: Sequence[tuple[int, Tokens]],
     before: KeyValues | None,
-) -> tuple[Tensor, Tensor]:
-    """Sums over each answer's tokens after its first; whole rows are run where `before` is None."""
-    rows, columns, wanted = [], [], []
-    for index, (stem, answer) in enumerate(answers):
-        start = 0 if before is not None else len(stems[stem].ids)
-        rows += [index] * (len(answer) - 1)
-        columns += range(start, start + len(answer) - 1)
-        wanted += answer[1:]
-    heads = [() if before is not None else stems[stem].ids for stem, _ in answers]
+) -> Tensor:
+    """Sums over each answer's tokens after its first (2 × answers), read against the keys and
+    values before it; whole rows are run where there are none."""
+    heads = [stems[row].ids if before is None else () for row, _ in answers]
     tokens = [head + answer[:-1] for head, (_, answer) in zip(heads, answers, strict=True)]
-    chosen = torch.tensor([stem for stem, _ in answers])
+    tails = _Tails.after([len(head) for head in heads], [answer for _, answer in answers])
+    chosen = torch.tensor([row for row, _ in answers])
     logits = logits_at(
         lm,
         pad(tokens, lm.device),
-        torch.tensor(rows),
-        torch.tensor(columns),
+        tails.rows,
+        tails.columns,
         before=None if before is None else before.select(chosen),
     )
-    nll, right = _token_scores(logits, torch.arange(len(wanted)), torch.tensor(wanted))
-    return _sums(nll, rows, columns, len(answers)), _sums(right, rows, columns, len(answers))
+    return tails.sums(logits)
+
+
+@dataclass(frozen=True)
+class _Tails:
+    """The tokens of some answers after their first, k in all."""
+
+    rows: Tensor
+    """Which answer each belongs to (k)."""
+    steps: Tensor
+    """Which of the answer's tokens it is, from 0 for the second (k)."""
+    columns: Tensor
+    """The column whose logits it is due at (k)."""
+    tokens: Tensor
+    """Its id (k)."""
+    shape: tuple[int, int]
+    """Number of answers, and of tokens after the first in the longest."""
+
+    @staticmethod
+    def after(starts: Sequence[int], answers: Sequence[Tokens]) -> _Tails:
+        """Those of answers whose first tokens stand in the columns `starts`."""
+        places = [
+            (row, step, start + step, token)
+            for row, (start, answer) in enumerate(zip(starts, answers, strict=True))
+            for step, token in enumerate(answer[1:])
+        ]
+        table = torch.tensor(places, dtype=torch.long).reshape(-1, 4)
+        rows, steps, columns, tokens = table.unbind(1)
+        shape = len(answers), max(map(len, answers)) - 1
+        return _Tails(rows, steps, columns, tokens, shape)
+
+    def sums(self, logits: Tensor) -> Tensor:
+        """Sums over each answer's tokens of −log p and of argmax hits (2 × answers), out of the
+        logits at their columns (k × vocabulary)."""
+        scores = torch.stack(_token_scores(logits, torch.arange(len(self.tokens)), self.tokens))
+        # Not index_add, whose order of additions changes from run to run on a GPU.
+        table = scores.new_zeros(2, *self.shape)
+        table[:, self.rows, self.steps] = scores
+        return table.sum(2)
 
 
 def _token_scores(logits: Tensor, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """−log p of each token (k), and 1 where it is the most probable one (k)."""
+    """−log p of tokens at rows of the logits (k), and 1 where one is the most probable (k)."""
     rows, tokens = rows.to(logits.device), tokens.to(logits.device)
     nll = logits.logsumexp(-1)[rows] - logits[rows, tokens]
-    return nll, (logits.argmax(-1)[rows] == tokens).long()
-
-
-def _sums(values: Tensor, rows: Sequence[int], columns: Sequence[int], count: int) -> Tensor:
-    """Sum of each row's values, in an order that does not change from run to run."""
-    table = values.new_zeros(count, max(columns) + 1)
-    table[torch.tensor(rows), torch.tensor(columns)] = values
-    return table.sum(1)
+    return nll, (logits.argmax(-1)[rows] == tokens).to(nll.dtype)
