@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memit.hyperparameters import Hyperparameters
@@ -62,6 +64,18 @@ def build(family: str) -> LanguageModel:
     """A fresh model of a family, wrapped; the same weights every time."""
     model, tokenizer = families()[family]()
     return LanguageModel(model, tokenizer, name=family)
+
+
+@contextmanager
+def short_of_memory(block: nn.Module, *, rows: int) -> Iterator[None]:
+    """Pretend that the device cannot hold more than `rows` rows in one of the blocks."""
+
+    def check(_module: nn.Module, _args: tuple, output: object) -> None:
+        if len(oracle.hidden_of(output)) > rows:
+            raise torch.OutOfMemoryError("pretended")
+
+    with oracle.hooked(block, check):
+        yield
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -22,9 +22,6 @@ from tests import oracle
 from tests.families import PREFIXES
 from tests.reference import FAMILIES, build
 
-RESUMABLE = tuple(family for family in FAMILIES if family != "opt_projected")
-"""OPT with projected embeddings cannot take hidden states in the place of embeddings."""
-
 
 def _rows(lm: LanguageModel) -> list[list[int]]:
     texts = (*PREFIXES, PREFIXES[0] + PREFIXES[2], "Paris")
@@ -122,7 +119,7 @@ def test_changed_output_reaches_later_positions_only(family):
     assert torch.equal(logits_at(lm, padded, first, every), before)
 
 
-@pytest.mark.parametrize("family", RESUMABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("start", [1, 3])
 @torch.no_grad()
 def test_resumed_rows_give_the_logits_of_whole_ones(family, start):
@@ -161,7 +158,7 @@ def test_gradients_reach_the_hidden_states_that_enter():
     assert gradient[0, 5:].norm() == 0
 
 
-@pytest.mark.parametrize("family", RESUMABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_only_the_wanted_blocks_run(family):
     """Blocks that must not run are poisoned."""
@@ -201,8 +198,19 @@ def test_model_is_left_as_it_was_even_after_an_error():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_can_be_resumed_is_known(family):
-    assert can_resume(build(family)) is (family in RESUMABLE)
+def test_every_family_can_be_resumed(family):
+    assert can_resume(build(family))
+
+
+def test_model_that_cannot_be_resumed_is_found_out():
+    """A block that looks at the whole row, whatever its positions are."""
+    lm = build("gpt2")
+
+    def blend(module, args, output):
+        return output + output.mean(1, keepdim=True)
+
+    with oracle.hooked(lm.blocks[3], blend):
+        assert not can_resume(lm)
 
 
 def test_padding_is_masked_on_the_right():

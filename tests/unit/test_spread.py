@@ -11,13 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memit import spread as spread_module
+from memit import walk
 from memit.errors import NumericsError, ResourceError
 from memit.second_moment import SecondMoment
 from memit.spread import Spread, solve, spread
 from memit.weight_delta import Dense, LowRank
 from tests import oracle
 from tests.families import LAYERS, PREFIXES
-from tests.reference import FAMILIES, HYPERPARAMETERS, REQUESTS, build, reference, relative
+from tests.reference import (
+    FAMILIES,
+    HYPERPARAMETERS,
+    REQUESTS,
+    build,
+    reference,
+    relative,
+    short_of_memory,
+)
 
 TOLERANCE = 1e-4
 LARGE = 1 << 20
@@ -115,6 +124,36 @@ def test_states_that_wait_on_disk_give_the_same():
             assert torch.equal(_delta(lm, result, layer), _delta(lm, results[0], layer))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "opt_projected", "bloom"])
+def test_whole_rows_give_the_same(family, monkeypatch):
+    """The way of a family that cannot be resumed."""
+    monkeypatch.setattr(walk, "can_resume", lambda lm: False)
+    lm = build(family)
+    _agrees(lm, _spread(lm, family, token_budget=700), reference(family).updates)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "bloom"])
+@pytest.mark.parametrize(
+    "requests",
+    [
+        REQUESTS[1:2],
+        (REQUESTS[0], replace(REQUESTS[0], target_new="Rome")),
+        (REQUESTS[1], replace(REQUESTS[1], subject="北京")),
+    ],
+    ids=["one", "same subject", "one subject begins the other"],
+)
+def test_requests_that_begin_alike(family, requests):
+    lm = build(family)
+    z = reference(family).z[: len(requests)]
+    moments = _moments(family)
+    covariances = reference(family).covariances
+    updates = oracle.spread(
+        lm.model, lm.tokenizer, requests, PREFIXES, z, covariances, HYPERPARAMETERS
+    )
+    result = spread(lm, requests, PREFIXES, z, moments, HYPERPARAMETERS, token_budget=LARGE)
+    _agrees(lm, result, updates)
+
+
 def test_order_of_requests_does_not_matter():
     lm, expected = build("qwen2"), reference("qwen2")
     result = spread(
@@ -176,29 +215,20 @@ def test_model_is_given_back_after_an_error():
     assert torch.equal(lm.weight(2), before[1])
 
 
-def test_memory_that_runs_out_starts_over_with_less(monkeypatch, caplog):
-    original = spread_module.block_output
-
-    def short_of_memory(lm, padded, *args, **kwargs):
-        if len(padded.ids) > 12:
-            raise torch.OutOfMemoryError("pretended")
-        return original(lm, padded, *args, **kwargs)
-
-    monkeypatch.setattr(spread_module, "block_output", short_of_memory)
+def test_memory_that_runs_out_starts_over_with_less(caplog):
     lm = build("llama")
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING), short_of_memory(lm.blocks[2], rows=12):
         result = _spread(lm, "llama", token_budget=4096)
     _agrees(lm, result, reference("llama").updates)
     assert "out of memory" in caplog.text
 
 
-def test_edit_that_never_fits_is_an_error(monkeypatch):
-    def out_of_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("pretended")
-
-    monkeypatch.setattr(spread_module, "block_output", out_of_memory)
-    with pytest.raises(ResourceError, match="memory"):
-        _spread(build("llama"), "llama")
+def test_edit_that_never_fits_is_an_error():
+    lm = build("llama")
+    before = lm.weight(1).clone()
+    with short_of_memory(lm.blocks[2], rows=0), pytest.raises(ResourceError, match="memory"):
+        _spread(lm, "llama")
+    assert torch.equal(lm.weight(1), before)
 
 
 def test_bfloat16_weights_are_given_back_to_the_bit():

@@ -20,6 +20,7 @@ from tests.reference import (
     build,
     reference,
     relative,
+    short_of_memory,
 )
 
 TOLERANCE = 1e-4
@@ -145,27 +146,17 @@ def test_model_is_not_changed():
     assert all(parameter.grad is None for parameter in lm.model.parameters())
 
 
-def test_memory_that_runs_out_halves_the_budget(monkeypatch):
-    original = targets_module.logits_at
-
-    def short_of_memory(lm, padded, *args, **kwargs):
-        if len(padded.ids) > 14:
-            raise torch.OutOfMemoryError("pretended")
-        return original(lm, padded, *args, **kwargs)
-
-    monkeypatch.setattr(targets_module, "logits_at", short_of_memory)
+def test_memory_that_runs_out_halves_the_budget():
     lm = build("llama")
-    found = compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    with short_of_memory(lm.blocks[3], rows=14):
+        found = compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
     _agrees(found, reference("llama").targets)
 
 
-def test_edit_that_never_fits_is_an_error(monkeypatch):
-    def out_of_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("pretended")
-
-    monkeypatch.setattr(targets_module, "logits_at", out_of_memory)
-    with pytest.raises(ResourceError, match="memory"):
-        compute_targets(build("llama"), REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+def test_edit_that_never_fits_is_an_error():
+    lm = build("llama")
+    with short_of_memory(lm.blocks[3], rows=0), pytest.raises(ResourceError, match="memory"):
+        compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
 
 
 def test_edit_whose_loss_is_not_finite_is_marked_and_leaves_the_others_alone():
