@@ -224,7 +224,7 @@ def cholesky(matrix: Tensor, where: str) -> Tensor:
     if int(info) != 0:
         raise NumericsError(
             f"the second moment of {where} is not positive definite (minor {int(info)} of "
-            f"{len(matrix)}); collect it over more text: at least twice as many tokens as it has "
-            "rows."
+            f"{len(matrix)}); collect it over more text, at least twice as many tokens as it has "
+            "rows, or leave the layer out if some of its units are never active."
         )
     return factor
