@@ -1,0 +1,69 @@
+"""Three floors, arrows down only; and what a plain PyTorch image must be able to import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ABOVE = {
+    "memit": {"tasks", "flows", "benchmarks", "prefect", "dvc", "mlflow", "pydantic", "cyclopts"},
+    "tasks": {"flows", "benchmarks"},
+    "flows": {"benchmarks"},
+}
+NOT_ON_A_PLAIN_IMAGE = ("prefect", "dvc", "mlflow", "pydantic", "datasets", "sklearn", "nltk")
+
+
+def imported_packages(source: str) -> Iterator[str]:
+    """Top-level packages that a module imports anywhere."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("floor", ABOVE)
+def test_a_floor_imports_nothing_from_above(floor: str) -> None:
+    modules = sorted((ROOT / floor).rglob("*.py"))
+    assert modules
+    wrong = {
+        str(path.relative_to(ROOT)): found
+        for path in modules
+        if (found := ABOVE[floor] & set(imported_packages(path.read_text(encoding="utf-8"))))
+    }
+    assert not wrong
+
+
+def test_mlflow_is_imported_in_one_module_only() -> None:
+    modules = (path for floor in ABOVE for path in (ROOT / floor).rglob("*.py"))
+    talking = [p for p in modules if "mlflow" in imported_packages(p.read_text(encoding="utf-8"))]
+    assert [path.name for path in talking] == ["tracking.py"]
+
+
+def test_the_method_and_the_benchmark_run_on_a_plain_image() -> None:
+    """pydantic and its like are absent there; a module that is None in sys.modules is too."""
+    hide = "".join(f"sys.modules[{name!r}] = None\n" for name in NOT_ON_A_PLAIN_IMAGE)
+    program = (
+        f"import sys\n{hide}"
+        "import benchmarks.__main__, memit.editing, memit.spread, memit.second_moment\n"
+        "import memit.evaluation.counterfact\n"
+        "print('imported')"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.stdout.strip() == "imported", ran.stderr
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    program = "import sys, memit, memit.errors; print('torch' in sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "False"
