@@ -248,15 +248,16 @@ class ReportSection(Section):
 
 
 Setting = bool | int | float | str | None
+SystemName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
 class CompareSection(Section):
     """Which systems are compared, and on what."""
 
-    systems: tuple[Text, ...] = Field(
+    systems: tuple[SystemName, ...] = Field(
         default=("unedited", "ft_w", "rome", "memit"), min_length=1, max_length=100
     )
-    settings: dict[Text, dict[Text, Setting]] = Field(
+    settings: dict[SystemName, dict[Text, Setting]] = Field(
         default={}, description="of systems, where they differ from the presets"
     )
     count: int | None = Field(default=None, ge=1, le=10_000_000, description="null: all of them")

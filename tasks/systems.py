@@ -248,7 +248,7 @@ def edit_with(
     with (
         loaded(model) as lm,
         Meter() as meter,
-        progress_bar(LABELS.get(name, name), len(chosen), "edits") as bar,
+        progress_bar(name, len(chosen), "edits") as bar,
     ):
         resources = Resources(
             token_budget=token_budget,
