@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +18,8 @@ BAD_INPUT = 2
 """Exit status when the user can put it right."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
+TERMINATED = 143
+"""Exit status after SIGTERM."""
 
 Result = TypeVar("Result")
 
@@ -41,8 +45,19 @@ def reporting(work: Callable[[], Result]) -> Result:
     except MemitError as error:
         fail(error)
     except KeyboardInterrupt:
-        console.print("[yellow]stopped:[/] finished pieces are kept; run it again to go on.")
-        sys.exit(INTERRUPTED)
+        _stop(INTERRUPTED)
+    except BaseException as error:
+        # Prefect turns SIGTERM into an exception of its own, which is not worth its import here.
+        if type(error).__name__ == "TerminationSignal":
+            _stop(TERMINATED)
+        raise
+
+
+def _stop(status: int) -> NoReturn:
+    """Exit at once: pieces in the making are lost whole, and their threads are not waited for."""
+    console.print("[yellow]stopped:[/] finished pieces are kept; run it again to go on.")
+    atexit._run_exitfuncs()  # a temporary Prefect server is stopped here
+    os._exit(status)
 
 
 def fail(error: MemitError) -> NoReturn:

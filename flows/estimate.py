@@ -16,13 +16,12 @@ from memit.errors import MemitError
 from memit.hyperparameters import Hyperparameters
 from memit.requests import Record, conflict_groups, read_records
 from tasks.artifacts import project_root
-from tasks.loading import ModelFiles, ModelReference
+from tasks.loading import BYTES, ModelFiles, ModelReference
 from tasks.model import open_model
 from tasks.results import MODEL_FILE
 
 PREFIXED_ROWS = 6
 """Rows of an edit: the plain prompt and five with prefixes."""
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)

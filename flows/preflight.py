@@ -8,7 +8,7 @@ from pathlib import Path
 from flows.parameters import Parameters
 from memit.errors import InputError, ResourceError
 from tasks.artifacts import project_root
-from tasks.loading import ModelFiles
+from tasks.loading import BYTES, ModelFiles
 from tasks.model import describe_model, fetch_description, resolve_commit
 from tasks.requests import locate_records, read_source, sample
 
@@ -19,12 +19,31 @@ def check_inputs(parameters: Parameters) -> None:
     Raises:
         MemitError: the first thing that would stop the experiment later.
     """
+    _check_device(parameters.model.device)
     _check_requests(parameters)
     _check_corpus(parameters)
     described = _describe_model(parameters)
     if described is not None:
         parameters.hyperparameters(described.id, described.layers)
         _check_disk(parameters, described)
+        _check_memory(parameters, described)
+
+
+def _check_device(device: str) -> None:
+    if device in ("cpu", "auto"):
+        return
+    import torch
+
+    if device == "mps":
+        present = torch.backends.mps.is_available()
+    else:
+        number = int(device.partition(":")[2] or 0)
+        present = torch.cuda.is_available() and number < torch.cuda.device_count()
+    if not present:
+        raise InputError(
+            f"model.device is {device!r}, which torch does not find on this machine: use cpu, or "
+            "install torch for the device (make TORCH_INDEX=...)."
+        )
 
 
 def _check_requests(parameters: Parameters) -> None:
@@ -78,3 +97,32 @@ def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
             f"the statistics of {layers} layers in {shards} shards and the edit take "
             f"{needed / 1e9:.1f} GB, and {project_root()} has {free / 1e9:.1f} GB free: {advice}."
         )
+
+
+def _check_memory(parameters: Parameters, model: ModelFiles) -> None:
+    """Compare the weights and one layer's equations with the memory of the device."""
+    section = parameters.model
+    weights = model.parameters * BYTES[section.dtype]
+    solve = 3 * 8 * model.inner_width**2
+    room, where = _memory(section.device)
+    if weights + solve > room:
+        raise ResourceError(
+            f"{model.id} takes {weights / 1e9:.1f} GB in {section.dtype} and a layer's equations "
+            f"{solve / 1e9:.1f} GB, and {where} has {room / 1e9:.1f} GB: use a smaller dtype, or "
+            "model.device: sharded over several devices."
+        )
+
+
+def _memory(device: str) -> tuple[int, str]:
+    """Bytes that the weights may take, and the name of what has them."""
+    import psutil
+    import torch
+
+    main = psutil.virtual_memory().available
+    cards = range(torch.cuda.device_count()) if device in ("auto", "sharded", "cuda") else ()
+    sizes = [torch.cuda.get_device_properties(card).total_memory for card in cards]
+    if device == "sharded":
+        return sum(sizes) + main, "all devices together"
+    if device.startswith("cuda:") and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory, device
+    return (sizes[0], "the GPU") if sizes else (main, "this machine's memory")

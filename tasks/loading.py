@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from memit.language_model import LanguageModel
 
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Size of a number."""
+CPU_TOKEN_BUDGET = 4_096
+"""More gains nothing on a CPU."""
+HELD_FOR_A_TOKEN = 40
+"""Numbers that a block holds for a token and a unit of width when gradients are wanted."""
+
+
 class ModelFiles(BaseModel):
     """``model.json``: which model it is, to the last bit."""
 
@@ -114,8 +122,23 @@ def loaded(reference: ModelReference, edit: Artifact | None = None) -> Iterator[
 
 
 def token_budget(setting: int | str, reference: ModelReference) -> int:
-    """Padded tokens in a batch: as set, or for ``auto`` what the model's device has room for."""
-    return setting if isinstance(setting, int) else 4_096
+    """Padded tokens in a batch: as set, or for ``auto`` what the model's device has room for.
+
+    A power of two, so that a little more or less room does not change the results' last bits.
+    """
+    if isinstance(setting, int):
+        return setting
+    if reference.device == "cpu":
+        return CPU_TOKEN_BUDGET
+    import torch
+
+    if not torch.cuda.is_available():
+        return CPU_TOKEN_BUDGET
+    model = reference.model
+    size = BYTES[reference.dtype]
+    room = torch.cuda.get_device_properties(0).total_memory * 0.8 - model.parameters * size
+    tokens = room / (HELD_FOR_A_TOKEN * model.layers * model.width * size)
+    return 2 ** max(9, min(17, int(tokens).bit_length() - 1))
 
 
 def directory_digests(directory: Path) -> dict[str, str]:

@@ -1,0 +1,145 @@
+"""All systems on ever more edits: the paper's scaling curves.
+
+Results: ``scaling/`` with the table (Markdown and CSV), the figure, and ``metrics.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.command import console, given_parameters, run_flow
+from flows.parameters import Parameters
+
+if __name__ == "__main__":
+    given_parameters()
+
+from prefect import flow
+
+from flows.systems import (
+    Bench,
+    Goals,
+    Sample,
+    beginnings_of,
+    edit_sample,
+    measure,
+    prepare,
+)
+from memit.errors import UnreachableError
+from memit.requests import Record
+from tasks.artifacts import keep_only, write_file, write_json, write_text
+from tasks.compare import metrics_of
+from tasks.measure import Cost
+from tasks.results import finish_step, flow_runs, upstream
+from tasks.runners import thread_runner
+from tasks.scaling import PANELS, Point, csv_text, curve, draw_scaling, markdown, plain, systems_of
+from tasks.tracking import Family, log_family, origin_tags, tracking_uri
+
+SCALING = Path("scaling")
+STATISTICS = SCALING / "statistics"
+
+
+@flow(name="scaling", validate_parameters=False, task_runner=thread_runner())
+def scaling(parameters: Parameters) -> None:
+    """Edit samples of every size with each system, measure it, and draw the curves."""
+    given = upstream("model", "prefixes", "statistics")
+    bench = prepare(parameters, given, STATISTICS)
+    samples = _draw(bench)
+    costs: list[Cost] = []
+    points = list(_points(bench, samples, costs))
+    files = _write(bench, points)
+    manifest = finish_step("scaling", [*files, *sorted(STATISTICS.glob("*"))], given, costs)
+    try:
+        log_family(
+            Family(
+                experiment=parameters.report.experiment,
+                step="scaling",
+                digest=manifest.digest,
+                parameters=parameters.model_dump(),
+                tags=origin_tags(flow_runs({"scaling": manifest})),
+                folder=SCALING,
+                systems={system: _logged(points, system) for system in systems_of(points)},
+            ),
+            tracking_uri(parameters.report.tracking_uri),
+        )
+    except UnreachableError as error:
+        console.print(f"[yellow]warning:[/] {error}")
+    console.print(f"\n  [bold]{SCALING}/table.md[/], scaling.png and table.csv beside it")
+
+
+def _draw(bench: Bench) -> list[tuple[int, Sample]]:
+    """Each sample with its seed. All sizes are drawn before the first is edited, so that one that
+    asks for too many is refused at once; all records are drawn for one seed only."""
+    section = bench.parameters.scaling
+    samples = []
+    for count in section.counts:
+        for seed in section.seeds:
+            sample = bench.draw(count, seed)
+            if seed == section.seeds[0] or len(sample.records) < bench.split.count:
+                samples.append((seed, sample))
+    return samples
+
+
+def _points(bench: Bench, samples: list[tuple[int, Sample]], costs: list[Cost]) -> Iterator[Point]:
+    from memit.evaluation.counterfact import prompts_of
+
+    most = bench.parameters.scaling.generation_records
+    goals = Goals(bench, _union(samples) if "memit" in bench.parameters.compare.systems else [])
+    for seed, sample in samples:
+        for system in bench.systems:
+            edit = edit_sample(bench, system, sample, goals, seed)
+            measured = measure(
+                bench,
+                edit,
+                prompts_of(sample.records),
+                beginnings_of(sample.records, most),
+                seed=seed,
+                with_perplexity=False,
+            )
+            costs += measured.costs
+            metrics, _ = metrics_of(measured.prompts, measured.texts, sample.records, {})
+            count = len(sample.records)
+            yield Point(system.name, count, seed, metrics | {"seconds": edit.cost.seconds})
+            console.print(
+                f"[green]✓[/] {count:>6} edits  {system.label:<10} "
+                f"S {metrics.get('score', float('nan')):5.1f}  {edit.cost.seconds:9.1f} s"
+            )
+
+
+def _union(samples: list[tuple[int, Sample]]) -> list[Record]:
+    """All records of all samples once, in the order of their cases."""
+    found = {record.case_id: record for _, sample in samples for record in sample.records}
+    return [found[case] for case in sorted(found)]
+
+
+def _logged(points: list[Point], system: str) -> list[tuple[str, float, int]]:
+    return [
+        (metric, mean.value, mean.edits)
+        for metric, _ in PANELS
+        for mean in curve(points, system, metric)
+    ]
+
+
+def _write(bench: Bench, points: list[Point]) -> list[Path]:
+    """Write the results and give their paths."""
+    section = bench.parameters.scaling
+    notes = [
+        f"samples with seeds {', '.join(map(str, section.seeds))} of {bench.split.count} records; "
+        f"{bench.split.training_count} more were set aside for editors that learn",
+        f"GE is of the texts of at most {section.generation_records} records"
+        if section.generation_records is not None
+        else "GE is of the texts of all records",
+        *(f"{system.label}: {system.editor}" for system in bench.systems),
+    ]
+    names = ("table.md", "table.csv", "scaling.png", "metrics.json")
+    files = [SCALING / name for name in names]
+    write_text(files[0], markdown(points, notes))
+    write_text(files[1], csv_text(points))
+    write_file(files[2], lambda path: draw_scaling(points, path))
+    write_json(files[3], plain(points))
+    keep_only(SCALING, set(names))
+    return files
+
+
+if __name__ == "__main__":
+    run_flow(scaling)

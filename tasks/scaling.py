@@ -1,0 +1,192 @@
+"""The step ``scaling``: how each system fares as edits become more."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from tasks.compare import ABSENT, DECIMALS
+from tasks.systems import LABELS
+
+PANELS = (
+    ("score", "Score S"),
+    ("efficacy", "Efficacy success ES"),
+    ("paraphrase", "Paraphrase success PS"),
+    ("neighborhood", "Neighborhood success NS"),
+    ("entropy", "Generation entropy GE"),
+    ("seconds", "Seconds of editing"),
+)
+"""Metrics of the table and panels of the figure."""
+COLORS = {
+    "unedited": "#8a94a0",
+    "ft": "#d9a441",
+    "ft_w": "#c98b2b",
+    "ft_l": "#8c6d1f",
+    "mend": "#7d5ba6",
+    "rome": "#c2571a",
+    "memit": "#2f6f9f",
+    "serac": "#3f8f5f",
+}
+OTHER_COLORS = ("#b03a6f", "#4a4a8a", "#607d3b", "#8a4b3c")
+MARKERS = "osD^vPX*<>"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One system after one number of edits of one sample."""
+
+    system: str
+    edits: int
+    seed: int
+    metrics: Mapping[str, float]
+    """Those that the records support; seconds are those of editing."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """What the samples of one size gave."""
+
+    edits: int
+    value: float
+    deviation: float
+    """Standard deviation over the samples; 0 for a single one."""
+
+
+def curve(points: Iterable[Point], system: str, metric: str) -> list[Mean]:
+    """Means of a metric over the seeds, by number of edits; only where it was measured."""
+    values: dict[int, list[float]] = {}
+    for point in points:
+        if point.system == system and metric in point.metrics:
+            values.setdefault(point.edits, []).append(point.metrics[metric])
+    return [
+        Mean(edits, float(np.mean(found)), float(np.std(found, ddof=1)) if found[1:] else 0.0)
+        for edits, found in sorted(values.items())
+    ]
+
+
+def systems_of(points: Sequence[Point]) -> list[str]:
+    """The systems in the order in which they were measured."""
+    return list(dict.fromkeys(point.system for point in points))
+
+
+def csv_text(points: Sequence[Point]) -> str:
+    """All numbers, a row for each system, number of edits and seed; empty where absent."""
+    names = list(dict.fromkeys(name for point in points for name in point.metrics))
+    target = io.StringIO()
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow(["system", "edits", "seed", *names])
+    for point in points:
+        values = (point.metrics.get(name, "") for name in names)
+        writer.writerow([point.system, point.edits, point.seed, *values])
+    return target.getvalue()
+
+
+def markdown(points: Sequence[Point], notes: Sequence[str]) -> str:
+    """A table for each metric: systems down, numbers of edits across."""
+    counts = sorted({point.edits for point in points})
+    lines = ["# Scaling", ""]
+    for metric, title in PANELS:
+        lines += [
+            f"**{title}**",
+            "",
+            f"| edits | {' | '.join(f'{count:,}' for count in counts)} |",
+            f"|---|{'---:|' * len(counts)}",
+        ]
+        for system in systems_of(points):
+            found = {mean.edits: mean for mean in curve(points, system, metric)}
+            cells = [_cell(found.get(count)) for count in counts]
+            lines.append(f"| {LABELS.get(system, system)} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["± is the standard deviation over samples.", ""]
+    lines += [f"- {note}" for note in notes]
+    return "\n".join([*lines, "", "![scaling](scaling.png)"]) + "\n"
+
+
+def _cell(mean: Mean | None) -> str:
+    if mean is None:
+        return ABSENT
+    return f"{mean.value:.1f}" + (f" ± {mean.deviation:.1f}" if mean.deviation else "")
+
+
+def plain(points: Sequence[Point]) -> dict[str, dict[str, dict[str, float]]]:
+    """Means by system, number of edits and metric, without seconds, for ``metrics.json``."""
+    return {
+        system: {
+            str(count): {
+                metric: round(mean.value, DECIMALS)
+                for metric, _ in PANELS
+                if metric != "seconds"
+                for mean in curve(points, system, metric)
+                if mean.edits == count
+            }
+            for count in sorted({point.edits for point in points})
+        }
+        for system in systems_of(points)
+    }
+
+
+def draw_scaling(points: Sequence[Point], path: Path) -> None:
+    """Every metric against the number of edits (logarithmic), a line for each system."""
+    shown = [(metric, title) for metric, title in PANELS if _has(points, metric)]
+    rows = -(-len(shown) // 3)
+    figure, grid = pyplot.subplots(
+        rows, 3, figsize=(11.0, 3.1 * rows + 0.5), dpi=140, layout="constrained", squeeze=False
+    )
+    panels = list(grid.flat)
+    for axes, (metric, title) in zip(panels, shown, strict=False):
+        _draw_panel(axes, points, metric, title)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    # No date and no version inside, so that equal figures have equal bytes.
+    figure.savefig(path, format="png", metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _has(points: Sequence[Point], metric: str) -> bool:
+    return any(metric in point.metrics for point in points)
+
+
+def _draw_panel(axes: Axes, points: Sequence[Point], metric: str, title: str) -> None:
+    for place, system in enumerate(systems_of(points)):
+        means = curve(points, system, metric)
+        if metric == "seconds" and system == "unedited":
+            means = []
+        axes.errorbar(
+            [mean.edits for mean in means],
+            [mean.value for mean in means],
+            yerr=[mean.deviation for mean in means],
+            label=LABELS.get(system, system),
+            color=COLORS.get(system, OTHER_COLORS[place % len(OTHER_COLORS)]),
+            marker=MARKERS[place % len(MARKERS)],
+            linestyle="--" if system == "unedited" else "-",
+            linewidth=2.2 if system == "memit" else 1.4,
+            markersize=4,
+            capsize=2,
+            zorder=3 if system == "memit" else 2,
+        )
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xscale("log")
+    counts = sorted({point.edits for point in points})
+    axes.set_xticks(counts, [f"{count:,}" for count in counts], fontsize=8, rotation=45)
+    axes.minorticks_off()
+    axes.set_xlabel("edits", fontsize=9)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.grid(axis="y", color="#e4e7ea", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if metric == "seconds":
+        axes.set_yscale("log")
+    elif metric != "entropy":
+        axes.set_ylim(-3, 103)
