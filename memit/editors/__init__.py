@@ -11,6 +11,8 @@ from memit.editors.fine_tuning import FineTuning
 from memit.editors.memit import Memit
 from memit.editors.mend import Mend
 from memit.editors.rome import Rome
+from memit.editors.saved_edit import load_edit
+from memit.editors.serac import Serac
 from memit.editors.unedited import Unedited
 
 for _module in pkgutil.iter_modules(__path__):
@@ -25,6 +27,8 @@ __all__ = [
     "Mend",
     "Resources",
     "Rome",
+    "Serac",
     "Unedited",
+    "load_edit",
     "register",
 ]

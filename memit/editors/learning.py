@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,11 @@ class Training:
     def checkpoint(self) -> Path | None:
         """Where the state of an unfinished training lies."""
         return self.directory and self.directory / f"{self.name}.safetensors"
+
+
+def content_digest(content: Any) -> str:
+    """sha256 over plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def run_training(

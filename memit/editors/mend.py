@@ -6,14 +6,12 @@ update does to other wordings of those edits and to prompts that have nothing to
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +19,16 @@ from torch import Tensor, nn
 from memit.batches import in_batches
 from memit.download import file_sha256
 from memit.editors.base import Editor, Resources, provenance, register
-from memit.editors.learning import Training, run_training
+from memit.editors.learning import Training, content_digest, run_training
 from memit.editors.mend_network import Factors, Matrix, MendNetwork
+from memit.editors.teacher_forcing import Pair, mean_nll, pair_rows, row_means, target_places
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError
 from memit.forward import logits_at, pad
 from memit.language_model import LanguageModel
-from memit.positions import TokenRow, continuation_rows
+from memit.positions import TokenRow
 from memit.requests import EditRequest, Record
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
-
-Pair = tuple[str, str]
-"""A prompt and the text that follows it after a space."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,7 @@ def gradient_factors(
     with torch.enable_grad(), ExitStack() as stack:
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(watch(name)).remove)
-        loss = _mean_nll(lm, rows).sum()
+        loss = mean_nll(lm, rows).sum()
         gradients = torch.autograd.grad(loss, [seen[name][1] for name in modules])
     return {
         name: _reached(seen[name][0], gradient)
@@ -160,31 +156,6 @@ def _reached(inputs: Tensor, gradients: Tensor) -> Factors:
     delta = gradients.reshape(-1, gradients.shape[-1]).float()
     reached = delta.any(1)
     return Factors(x[reached], delta[reached])
-
-
-def _mean_nll(lm: LanguageModel, rows: Sequence[TokenRow]) -> Tensor:
-    """Mean nll of each row's target tokens (rows)."""
-    owner, columns, wanted = _places(rows)
-    logits = logits_at(lm, pad([row.ids for row in rows], lm.device), owner, columns)
-    return _row_means(_nll(logits, wanted), owner, len(rows))
-
-
-def _places(rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and next token of every position that predicts a target's token."""
-    places = [(i, at - 1, row.ids[at]) for i, row in enumerate(rows) for at in row.target if at]
-    owner, columns, wanted = torch.tensor(places).T
-    return owner, columns, wanted
-
-
-def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
-    wanted = wanted.to(logits.device)[:, None]
-    return -logits.log_softmax(-1).gather(1, wanted)[:, 0]
-
-
-def _row_means(values: Tensor, owner: Tensor, rows: int) -> Tensor:
-    owner = owner.to(values.device)
-    sums = values.new_zeros(rows).index_add(0, owner, values)
-    return sums / owner.bincount(minlength=rows)
 
 
 @contextmanager
@@ -229,7 +200,7 @@ def train_mend(
         "model": lm.name,
         "revision": lm.revision,
         "settings": asdict(settings),
-        "examples": _digest([asdict(example) for example in examples]),
+        "examples": content_digest([asdict(example) for example in examples]),
         "trained_on": sorted({example.key for example in examples if example.key}),
     }
     modules = edited_matrices(lm, settings.blocks)
@@ -243,7 +214,7 @@ def train_mend(
     _take_statistics(lm, modules, network, examples[: settings.examples_for_statistics])
     lesson = _Lesson(lm, modules, network, examples, settings)
     training = Training(
-        f"mend-{_digest(origin)[:16]}", settings.steps, directory, progress=progress
+        f"mend-{content_digest(origin)[:16]}", settings.steps, directory, progress=progress
     )
     losses = run_training(
         training,
@@ -263,7 +234,7 @@ def _take_statistics(
 ) -> None:
     found: dict[str, list[Factors]] = {name: [] for name in modules}
     for start in range(0, len(examples), 16):
-        rows = _rows(lm, [example.edit for example in examples[start : start + 16]])
+        rows = pair_rows(lm, [example.edit for example in examples[start : start + 16]])
         for name, factors in gradient_factors(lm, modules, rows).items():
             found[name].append(factors)
     for name, parts in found.items():
@@ -292,13 +263,15 @@ class _Lesson:
         chosen = random.sample(self.examples, 2 * self.settings.edits_at_once)
         edits, others = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
         factors = gradient_factors(
-            self.lm, self.modules, _rows(self.lm, [example.edit for example in edits])
+            self.lm, self.modules, pair_rows(self.lm, [example.edit for example in edits])
         )
         changes = {name: self.network.update(name, found) for name, found in factors.items()}
         asked = [(random.choice(example.wordings), example.edit[1]) for example in edits]
         kept = [random.choice(e.unrelated) for e in edits if e.unrelated]
         kept += [random.choice((e.edit, *e.unrelated)) for e in others]
-        nll, divergence = self._effects(changes, _rows(self.lm, asked), _rows(self.lm, kept))
+        nll, divergence = self._effects(
+            changes, pair_rows(self.lm, asked), pair_rows(self.lm, kept)
+        )
         return self.settings.edit_weight * nll + divergence
 
     def _effects(
@@ -306,20 +279,15 @@ class _Lesson:
     ) -> tuple[Tensor, Tensor]:
         """Mean nll of `asked` and mean KL(before ‖ after) at the targets of `kept`."""
         lm = self.lm
-        owner, columns, _ = _places(kept)
+        owner, columns, _ = target_places(kept)
         padded = pad([row.ids for row in kept], lm.device)
         with torch.no_grad():
             before = logits_at(lm, padded, owner, columns).log_softmax(-1)
         with _adding(self.modules, changes):
-            nll = _mean_nll(lm, asked).mean()
+            nll = mean_nll(lm, asked).mean()
             after = logits_at(lm, padded, owner, columns).log_softmax(-1)
         divergences = (before.exp() * (before - after)).sum(1)
-        return nll, _row_means(divergences, owner, len(kept)).mean()
-
-
-def _rows(lm: LanguageModel, pairs: Sequence[Pair]) -> list[TokenRow]:
-    prompts, targets = zip(*pairs, strict=True)
-    return continuation_rows(lm.tokenizer, prompts, targets)
+        return nll, row_means(divergences, owner, len(kept)).mean()
 
 
 def _optimizer(network: MendNetwork, settings: MendSettings) -> torch.optim.AdamW:
@@ -329,10 +297,6 @@ def _optimizer(network: MendNetwork, settings: MendSettings) -> torch.optim.Adam
         {"params": [network.log_rates], "lr": settings.rate_learning_rate},
     ]
     return torch.optim.AdamW(groups, weight_decay=0.0)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # --- the editor ----------------------------------------------------------------------------------
@@ -389,7 +353,7 @@ def mend_changes(
     Raises `InputError` if the network was made for other matrices.
     """
     modules = _modules_of(lm, network)
-    rows = _rows(lm, [(request.text, request.target_new) for request in requests])
+    rows = pair_rows(lm, [(request.text, request.target_new) for request in requests])
     sums = {name: _Sum(matrix) for name, matrix in network.matrices.items()}
 
     def run(batch: Sequence[TokenRow]) -> dict[str, Factors]:

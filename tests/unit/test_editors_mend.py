@@ -124,11 +124,11 @@ def test_an_untrained_network_can_learn(lm: LanguageModel) -> None:
 
 
 def test_training_changes_the_update_and_lowers_the_loss(lm: LanguageModel) -> None:
-    settings = replace(SETTINGS, steps=80, learning_rate=3e-3, rate_learning_rate=3e-2)
+    settings = replace(SETTINGS, steps=40, learning_rate=3e-3, rate_learning_rate=3e-2)
     network, losses = train_mend(
         lm, examples_from_records(make_records()), settings, directory=None
     )
-    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     plain = mend_changes(lm, REQUESTS, untrained(lm), token_budget=64)
     trained = mend_changes(lm, REQUESTS, network, token_budget=64)
     for name, change in trained.items():

@@ -1,0 +1,108 @@
+"""SERAC's scope classifier: whether a prompt asks for an edit, by the distance of two embeddings.
+
+Mitchell et al. (2022), section 3.1, the variant that embeds: a memory of n edits costs one encoding
+of each edit when it is written and one of the prompt when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from memit.batches import in_batches
+from memit.errors import UnreachableError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ScopeClassifier(nn.Module):
+    """An encoder, and the logit of "in scope" as a falling function of the distance."""
+
+    def __init__(self, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        """A classifier before its training."""
+        super().__init__()
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        """Logarithm of what a unit of squared distance takes from the logit."""
+        self.bias = nn.Parameter(torch.ones(()))
+        """The logit at no distance."""
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Mean of the encoder's last hidden states over each text's tokens, of unit mean square
+        (texts × hidden size)."""
+        rows = [ids[: self._longest] for ids in self.tokenizer(list(texts))["input_ids"]]
+        width, device = max(map(len, rows)), self.bias.device
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        summed = (hidden * mask[:, :, None]).sum(1)
+        return nn.functional.normalize(summed, dim=1) * hidden.shape[-1] ** 0.5
+
+    def logits(self, prompts: Tensor, edits: Tensor) -> Tensor:
+        """Logit that each prompt is in the scope of each edit (prompts × edits); embeddings in."""
+        squared = torch.cdist(prompts, edits).square()
+        return self.bias - self.log_scale.exp() * squared / prompts.shape[1] ** 0.5
+
+    @torch.no_grad()
+    def embed_all(self, texts: Sequence[str], token_budget: int) -> Tensor:
+        """Embeddings of any number of texts, a batch at a time (texts × hidden size)."""
+
+        def shape(text: str) -> tuple[int, int]:
+            return 1, len(text) // 2 + 1
+
+        parts = [part for _, part in in_batches(list(texts), shape, token_budget, self.embed)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.encoder.config.hidden_size)
+
+    @property
+    def _longest(self) -> int:
+        return int(getattr(self.encoder.config, "max_position_embeddings", None) or 512)
+
+
+def new_encoder(
+    tokenizer: PreTrainedTokenizerBase, *, width: int, layers: int, seed: int
+) -> PreTrainedModel:
+    """An untrained encoder for a tokenizer; the global generator is left as it was."""
+    from transformers import DistilBertConfig, DistilBertModel
+
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        dim=width,
+        hidden_dim=4 * width,
+        n_layers=layers,
+        n_heads=max(1, width // 32),
+        dropout=0.0,
+        attention_dropout=0.0,
+        attn_implementation="eager",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DistilBertModel(config).float()
+
+
+def load_encoder(
+    name: str, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pretrained encoder and its tokenizer from the hub or a directory.
+
+    Raises `UnreachableError` if they cannot be had.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        encoder = AutoModel.from_pretrained(
+            name, revision=revision, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UnreachableError(
+            f"the encoder {name} could not be loaded ({reason}); check its name and the network, "
+            "or leave it out to train one from scratch."
+        ) from error
+    return encoder, tokenizer

@@ -1,0 +1,435 @@
+"""SERAC: a memory of edits, a classifier of what they cover, a small model that answers there.
+
+Mitchell et al. (2022). The edited model's weights do not change: the memory stands in front of it
+as its router (`memit.routing`). A prompt that the classifier finds in the scope of an edit is
+answered by the counterfactual model, which reads the edit and then the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from memit.download import file_sha256
+from memit.editors.base import Editor, Resources, provenance, register
+from memit.editors.learning import Training, content_digest, run_training
+from memit.editors.packed_models import pack, unpack
+from memit.editors.scope_classifier import ScopeClassifier, load_encoder, new_encoder
+from memit.editors.teacher_forcing import mean_nll, pair_rows
+from memit.editors.training_set import check_unseen, fact_key
+from memit.errors import InputError, IntegrityError
+from memit.language_model import LanguageModel, load_model
+from memit.requests import EditRequest, Record, fill
+
+TOKEN_BUDGET = 4_096
+"""Padded tokens that the classifier encodes at a time."""
+
+
+@dataclass(frozen=True)
+class SeracSettings:
+    """The two small models and their training; the defaults are for models of the hub."""
+
+    encoder: str | None = "distilbert/distilbert-base-cased"
+    """The classifier's encoder, from the hub or a directory; None makes a small one."""
+    encoder_revision: str | None = None
+    counterfactual: str | None = "distilbert/distilgpt2"
+    """The counterfactual model, a causal language model; None makes a small one."""
+    counterfactual_revision: str | None = None
+    width: int = 128
+    """Hidden size of models that are made here."""
+    layers: int = 2
+    """Blocks of models that are made here."""
+    classifier_steps: int = 10_000
+    counterfactual_steps: int = 10_000
+    batch_size: int = 32
+    """Edits of a training step."""
+    learning_rate: float = 1e-5
+    """Of both trainings."""
+    warmup_steps: int = 100
+    largest_gradient: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SeracModels:
+    """What is trained, once for all edits."""
+
+    classifier: ScopeClassifier
+    counterfactual: LanguageModel
+    origin: Mapping[str, Any]
+    """Settings, training facts, and the model whose tokens the small ones share."""
+
+    def to(self, device: torch.device) -> SeracModels:
+        """The same models on a device."""
+        self.classifier.to(device)
+        self.counterfactual.model.to(device)  # type: ignore[arg-type]
+        return self
+
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of both models."""
+        classifier, lm = self.classifier, self.counterfactual
+        tensors, metadata = pack("encoder", classifier.encoder, classifier.tokenizer)
+        more, described = pack("counterfactual", lm.model, lm.tokenizer)
+        own = {"log_scale": classifier.log_scale.detach(), "bias": classifier.bias.detach()}
+        origin = json.dumps(self.origin, sort_keys=True)
+        own = {name: value.cpu() for name, value in own.items()}
+        return {**tensors, **more, **own}, {**metadata, **described, "origin": origin}
+
+    def save(self, path: Path) -> None:
+        """Write both models into one safetensors file."""
+        tensors, metadata = self.packed()
+        save_file(tensors, path, metadata)
+
+    @staticmethod
+    def load(path: Path) -> SeracModels:
+        """Read what `save` wrote; raises `IntegrityError` for anything else."""
+        return _unpacked(*_read(path), path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except Exception as error:
+        raise IntegrityError(f"{path} cannot be read ({error}); make or fetch it again.") from error
+
+
+def _unpacked(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
+) -> SeracModels:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    try:
+        classifier = ScopeClassifier(*unpack("encoder", AutoModel, tensors, metadata))
+        with torch.no_grad():
+            classifier.log_scale.copy_(tensors["log_scale"])
+            classifier.bias.copy_(tensors["bias"])
+        model, tokenizer = unpack("counterfactual", AutoModelForCausalLM, tensors, metadata)
+        lm = LanguageModel(model, tokenizer, name="counterfactual model")
+        return SeracModels(classifier.requires_grad_(False), lm, json.loads(metadata["origin"]))
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        raise IntegrityError(
+            f"{path} does not hold the models of SERAC ({error!r}); train or fetch them again."
+        ) from error
+
+
+def statement(request: EditRequest) -> str:
+    """An edit as the memory keeps it and as the counterfactual model reads it."""
+    return f"{request.text} {request.target_new}."
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def train_serac(
+    lm: LanguageModel,
+    records: Sequence[Record],
+    settings: SeracSettings,
+    *,
+    directory: Path | None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[SeracModels, dict[str, list[float]]]:
+    """Train classifier and counterfactual model on records that are not the evaluated ones.
+
+    The edited model lends nothing but its tokenizer, to models that are made here. `directory`
+    keeps checkpoints, from which an interrupted training goes on. Gives the models and the losses
+    of both trainings. Raises `InputError` for too few records, `UnreachableError` for a model that
+    cannot be loaded, `NumericsError` for a training that diverges.
+    """
+    if len(records) < settings.batch_size:
+        raise InputError(
+            f"SERAC has {len(records)} records to learn from and needs {settings.batch_size}: edit "
+            "fewer, so that more are left, or make its batches smaller."
+        )
+    origin = {
+        "settings": asdict(settings),
+        "tokens_of": lm.name,
+        "records": content_digest([asdict(record) for record in records]),
+        "trained_on": sorted({fact_key(record.request) for record in records}),
+    }
+    name = content_digest(origin)[:16]
+    models = SeracModels(_new_classifier(lm, settings), _new_counterfactual(lm, settings), origin)
+    models.to(lm.device)
+    scope = Training(
+        f"serac-classifier-{name}",
+        settings.classifier_steps,
+        directory,
+        settings.warmup_steps,
+        progress,
+    )
+    answers = Training(
+        f"serac-counterfactual-{name}",
+        settings.counterfactual_steps,
+        directory,
+        settings.warmup_steps,
+        progress,
+    )
+    losses = {
+        "classifier": _train_classifier(models.classifier, records, settings, scope),
+        "counterfactual": _train_counterfactual(models.counterfactual, records, settings, answers),
+    }
+    return models, losses
+
+
+def _new_classifier(lm: LanguageModel, settings: SeracSettings) -> ScopeClassifier:
+    if settings.encoder is not None:
+        return ScopeClassifier(*load_encoder(settings.encoder, settings.encoder_revision))
+    encoder = new_encoder(
+        lm.tokenizer, width=settings.width, layers=settings.layers, seed=settings.seed
+    )
+    return ScopeClassifier(encoder, lm.tokenizer)
+
+
+def _new_counterfactual(lm: LanguageModel, settings: SeracSettings) -> LanguageModel:
+    if settings.counterfactual is not None:
+        return load_model(
+            settings.counterfactual,
+            revision=settings.counterfactual_revision,
+            device=str(lm.device),
+        )
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=len(lm.tokenizer),
+        n_positions=max(256, lm.context_length),
+        n_embd=settings.width,
+        n_layer=settings.layers,
+        n_head=max(1, settings.width // 32),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=cast(int | None, lm.tokenizer.bos_token_id),
+        eos_token_id=cast(int | None, lm.tokenizer.eos_token_id),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = GPT2LMHeadModel(config).float()
+    return LanguageModel(model, lm.tokenizer, name="counterfactual model")
+
+
+def _train_classifier(
+    classifier: ScopeClassifier,
+    records: Sequence[Record],
+    settings: SeracSettings,
+    training: Training,
+) -> list[float]:
+    same: dict[str, list[Record]] = {}
+    for record in records:
+        same.setdefault(record.request.subject, []).append(record)
+    classifier.train().requires_grad_()
+    optimizer = torch.optim.AdamW(
+        classifier.parameters(), lr=settings.learning_rate, weight_decay=0.0
+    )
+
+    def loss(step: int) -> Tensor:
+        random = Random(f"scope {settings.seed} {step}")
+        return scope_loss(classifier, _with_siblings(records, same, settings, random), random)
+
+    losses = run_training(
+        training, classifier, optimizer, loss, largest_gradient=settings.largest_gradient
+    )
+    classifier.eval().requires_grad_(False)
+    return losses
+
+
+def _with_siblings(
+    records: Sequence[Record],
+    same: Mapping[str, Sequence[Record]],
+    settings: SeracSettings,
+    random: Random,
+) -> list[Record]:
+    """A batch, up to half of which are other facts about the subjects of the rest: edits whose
+    prompts have almost the same words and are out of each other's scope."""
+    chosen = random.sample(records, settings.batch_size)
+    half = chosen[: (settings.batch_size + 1) // 2]
+    siblings = [random.choice(same[record.request.subject]) for record in half]
+    batch = {record.case_id: record for record in (*half, *siblings, *chosen)}
+    return list(batch.values())[: settings.batch_size]
+
+
+def scope_loss(classifier: ScopeClassifier, records: Sequence[Record], random: Random) -> Tensor:
+    """Cross-entropy of "in scope" for all pairs of a prompt and an edit: the sum over edits, mean
+    over prompts. Each edit has a prompt in its scope, and one outside if it has neighbours."""
+    inside = [random.choice((r.request.text, *r.paraphrase_prompts)) for r in records]
+    near = [(r, random.choice(r.neighborhood_prompts)) for r in records if r.neighborhood_prompts]
+    prompts = classifier.embed([*inside, *(prompt for _, prompt in near)])
+    logits = classifier.logits(prompts, classifier.embed([statement(r.request) for r in records]))
+    labels = torch.cat([torch.eye(len(records)), torch.zeros(len(near), len(records))])
+    # A neighbour may be the subject of another edit of the batch, and so be in its scope.
+    known = [[not _asks_for(prompt, owner, other) for other in records] for owner, prompt in near]
+    counted = torch.ones(labels.shape)
+    counted[len(records) :] = torch.tensor(known).reshape(len(near), len(records))
+    labels, counted = labels.to(logits.device), counted.to(logits.device)
+    entropy = softplus(logits) - labels * logits
+    return (entropy * counted).sum(1).mean()
+
+
+def _asks_for(prompt: str, owner: Record, other: Record) -> bool:
+    """Whether a neighbourhood prompt of `owner` is about the subject and relation of `other`."""
+    return other.request.subject in prompt and _relation(owner) == _relation(other)
+
+
+def _relation(record: Record) -> str:
+    return record.request.relation_id or record.request.prompt
+
+
+def _train_counterfactual(
+    lm: LanguageModel,
+    records: Sequence[Record],
+    settings: SeracSettings,
+    training: Training,
+) -> list[float]:
+    objects = _objects(records)
+    lm.model.train().requires_grad_()
+    optimizer = torch.optim.AdamW(
+        lm.model.parameters(), lr=settings.learning_rate, weight_decay=0.0
+    )
+
+    def loss(step: int) -> Tensor:
+        random = Random(f"counterfactual {settings.seed} {step}")
+        chosen = random.sample(records, settings.batch_size)
+        pairs = [_lesson(record, objects, random) for record in chosen]
+        return mean_nll(lm, pair_rows(lm, pairs)).mean()
+
+    losses = run_training(
+        training, lm.model, optimizer, loss, largest_gradient=settings.largest_gradient
+    )
+    lm.model.eval().requires_grad_(False)
+    return losses
+
+
+def _objects(records: Sequence[Record]) -> dict[str | None, list[str]]:
+    """All objects that the records name for each relation."""
+    found: dict[str | None, dict[str, None]] = {}
+    for record in records:
+        request = record.request
+        for target in (request.target_new, request.target_true):
+            if target is not None:
+                found.setdefault(request.relation_id, {})[target] = None
+    return {relation: list(targets) for relation, targets in found.items()}
+
+
+def _lesson(
+    record: Record, objects: Mapping[str | None, list[str]], random: Random
+) -> tuple[str, str]:
+    """An edit and a prompt in its scope, with any object of the relation, which must come next:
+    what is to be learned is reading the edit, not the record's own object."""
+    request = record.request
+    target = random.choice(objects[request.relation_id])
+    prompt = random.choice((request.text, *record.paraphrase_prompts))
+    return f"{fill(request.prompt, request.subject)} {target}. {prompt}", target
+
+
+# --- the edit ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SeracEdit:
+    """A memory of edits, to be put in front of a model."""
+
+    models: SeracModels
+    requests: tuple[EditRequest, ...]
+    memory: Tensor
+    """Embeddings of the edits (n × hidden size)."""
+    provenance: Mapping[str, Any]
+
+    @property
+    def substitute(self) -> LanguageModel:
+        """The counterfactual model."""
+        return self.models.counterfactual
+
+    def introductions(self, prompts: Sequence[str]) -> list[str | None]:
+        """For each prompt the edit that it asks for, or None where no edit's probability of being
+        asked for exceeds one half."""
+        if not self.requests:
+            return [None] * len(prompts)
+        classifier = self.models.classifier
+        unique = list(dict.fromkeys(prompts))
+        embeddings = classifier.embed_all(unique, TOKEN_BUDGET)
+        best = classifier.logits(embeddings, self.memory).max(1)
+        chosen = {
+            prompt: statement(self.requests[place]) if logit > 0 else None
+            for prompt, logit, place in zip(
+                unique, best.values.tolist(), best.indices.tolist(), strict=True
+            )
+        }
+        return [chosen[prompt] for prompt in prompts]
+
+    def apply(self, lm: LanguageModel) -> None:
+        """Stand in front of the model; raises `InputError` if another memory does."""
+        if lm.router is not None:
+            raise InputError("another memory stands in front of the model; revert that one first.")
+        self.models.to(lm.device)
+        lm.router = self
+
+    def revert(self, lm: LanguageModel) -> None:
+        """Step aside; raises `InputError` unless this memory stands in front of the model."""
+        if lm.router is not self:
+            raise InputError("this memory does not stand in front of the model.")
+        lm.router = None
+
+    def save(self, path: Path) -> None:
+        """Write memory and models into one safetensors file that needs nothing else."""
+        tensors, metadata = self.models.packed()
+        requests = json.dumps([asdict(request) for request in self.requests], ensure_ascii=False)
+        described = {"requests": requests, "provenance": json.dumps(self.provenance)}
+        memory = {"memory": self.memory.cpu().contiguous()}
+        save_file({**tensors, **memory}, path, {**metadata, **described})
+
+    @staticmethod
+    def load(path: Path) -> SeracEdit:
+        """Read what `save` wrote; raises `IntegrityError` for anything else."""
+        tensors, metadata = _read(path)
+        models = _unpacked(tensors, metadata, path)
+        try:
+            requests = tuple(EditRequest(**row) for row in json.loads(metadata["requests"]))
+            origin = json.loads(metadata["provenance"])
+            return SeracEdit(models, requests, tensors["memory"], origin)
+        except (KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(
+                f"{path} does not hold a memory of SERAC ({error!r}); make or fetch it again."
+            ) from error
+
+
+@register("serac")
+@dataclass(frozen=True)
+class Serac(Editor):
+    """Semi-parametric editing with a retrieval-augmented counterfactual model."""
+
+    settings: SeracSettings = field(default_factory=SeracSettings)
+    models: Path | None = None
+    """Trained models; None trains some on the resources' records."""
+
+    def edit(
+        self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
+    ) -> SeracEdit:
+        """Write all requests into a memory.
+
+        Raises `InputError` if the models were trained on a request.
+        """
+        models = self._trained(lm, resources).to(lm.device)
+        check_unseen(requests, frozenset(models.origin["trained_on"]), "SERAC's classifier")
+        statements = [statement(request) for request in requests]
+        memory = models.classifier.embed_all(statements, resources.token_budget)
+        if resources.progress is not None:
+            resources.progress(len(requests))
+        origin = provenance(self, lm, requests)
+        origin["settings"] = asdict(self.settings)
+        origin["models"] = self.models and file_sha256(self.models)
+        return SeracEdit(models, tuple(requests), memory, origin)
+
+    def _trained(self, lm: LanguageModel, resources: Resources) -> SeracModels:
+        if self.models is not None:
+            return SeracModels.load(self.models)
+        return train_serac(lm, resources.training, self.settings, directory=None)[0]

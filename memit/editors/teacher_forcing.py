@@ -1,0 +1,47 @@
+"""Losses of a model under teacher forcing, with gradients, for editors that learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memit.forward import logits_at, pad
+from memit.language_model import LanguageModel
+from memit.positions import TokenRow, continuation_rows
+
+Pair = tuple[str, str]
+"""A prompt and the text that follows it after a space."""
+
+
+def pair_rows(lm: LanguageModel, pairs: Sequence[Pair]) -> list[TokenRow]:
+    """Token rows of prompts and what follows them."""
+    prompts, targets = zip(*pairs, strict=True)
+    return continuation_rows(lm.tokenizer, prompts, targets)
+
+
+def mean_nll(lm: LanguageModel, rows: Sequence[TokenRow]) -> Tensor:
+    """Mean nll of each row's target tokens (rows)."""
+    owner, columns, wanted = target_places(rows)
+    logits = logits_at(lm, pad([row.ids for row in rows], lm.device), owner, columns)
+    return row_means(_nll(logits, wanted), owner, len(rows))
+
+
+def target_places(rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and next token of every position that predicts a target's token."""
+    places = [(i, at - 1, row.ids[at]) for i, row in enumerate(rows) for at in row.target if at]
+    owner, columns, wanted = torch.tensor(places).T
+    return owner, columns, wanted
+
+
+def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
+    wanted = wanted.to(logits.device)[:, None]
+    return -logits.log_softmax(-1).gather(1, wanted)[:, 0]
+
+
+def row_means(values: Tensor, owner: Tensor, rows: int) -> Tensor:
+    """Mean of each row's values, given the row of each value."""
+    owner = owner.to(values.device)
+    sums = values.new_zeros(rows).index_add(0, owner, values)
+    return sums / owner.bincount(minlength=rows)
