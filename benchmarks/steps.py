@@ -220,9 +220,7 @@ def oracle_covariance(bench: Bench, tokens: int, layers: Sequence[int]) -> float
 
     def run() -> None:
         for layer in layers:
-            oracle.covariance(
-                model, tokenizer, documents, layer, dtype=torch.float32, batch=batch
-            )
+            oracle.covariance(model, tokenizer, documents, layer, dtype=torch.float32, batch=batch)
 
     run()
     return timed(run, bench.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -65,7 +66,7 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 def make_model(shape: Shape, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model with random weights, made on its device in its dtype, as the library has it."""
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "n_layer": shape.depth,
         "n_embd": shape.width,
         "n_head": shape.heads,
@@ -74,7 +75,7 @@ def make_model(shape: Shape, device: str, dtype: torch.dtype) -> PreTrainedModel
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    dropout: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

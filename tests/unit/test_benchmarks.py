@@ -1,0 +1,62 @@
+"""The benchmark runs, and what it calls a floor is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import steps
+from benchmarks.floor import Machine, Work, covariance_work, spread_work
+from benchmarks.steps import Bench
+from benchmarks.workload import SMALL, make_model, make_tokenizer
+from memit.language_model import LanguageModel
+from tests import oracle
+
+TINY = replace(SMALL, depth=3, width=32, vocabulary=64, layers=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    tokenizer = make_tokenizer(TINY.vocabulary)
+    lm = LanguageModel(make_model(TINY, "cpu", torch.float32), tokenizer, name="tiny")
+    literal = make_model(TINY, "cpu", torch.float32)
+    return Bench(TINY, lm, "cpu", Machine(1e12, 1e12, 1e12), 2048, literal)
+
+
+def test_every_step_is_timed_beside_the_oracle(bench: Bench) -> None:
+    for row in (
+        steps.targets(bench, 2, repeats=1),
+        steps.spread_step(bench, 2, repeats=1),
+        steps.covariance(bench, 300, [0, 1], repeats=1),
+        steps.evaluation(bench, 2, repeats=1),
+    ):
+        assert 0 < row["floor_seconds"] < row["seconds"]
+    assert steps.oracle_targets(bench, 1) > 0
+    assert steps.oracle_spread(bench, 2) > 0
+    assert steps.oracle_covariance(bench, 300, [0, 1]) > 0
+    assert steps.oracle_evaluation(bench, 1, oracle.evaluate) > 0
+
+
+def test_ours_and_the_oracle_do_the_same_work(bench: Bench) -> None:
+    requests = steps.make_requests(TINY, 2)
+    prefixes, hp = steps.make_prefixes(TINY), bench.hyperparameters
+    ours = steps.run_targets(bench, requests)
+    for z, request in zip(ours, requests, strict=True):
+        literal = oracle.target(bench.literal, bench.lm.tokenizer, request, prefixes, hp).z
+        assert (z - literal).norm() < 2e-2 * literal.norm()  # flat losses, near random weights
+
+
+def test_floor_is_the_larger_of_arithmetic_and_traffic() -> None:
+    machine = Machine(flops=10.0, flops64=5.0, bytes=2.0)
+    assert Work(flops=20.0, flops64=10.0, bytes=2.0).seconds(machine) == 4.0
+    assert Work(flops=20.0, bytes=10.0).seconds(machine) == 5.0
+
+
+def test_counted_work_grows_as_the_method_does() -> None:
+    half = covariance_work(SMALL, 1000, 4, 3, 64.0).flops
+    assert covariance_work(SMALL, 2000, 4, 3, 64.0).flops == pytest.approx(2 * half)
+    few, many = spread_work(SMALL, 10, 14, 6), spread_work(SMALL, 20, 14, 6)
+    assert many.flops == pytest.approx(2 * few.flops)
+    assert few.flops64 < many.flops64 < 2 * few.flops64
