@@ -39,9 +39,9 @@ def run() -> None:
     next run goes on from the pieces that are finished.
     """
     given_parameters()
-    from flows.experiment import experiment
+    from flows.experiment import check_inputs, experiment
 
-    run_flow(experiment)
+    run_flow(experiment, check_inputs)
 
 
 @app.command

@@ -32,9 +32,16 @@ def given_parameters() -> Parameters:
     return reporting(read_parameters)
 
 
-def run_flow(flow: Callable[[Parameters], object]) -> None:
-    """Run a flow with ``params.yaml``; what the user can put right ends in one sentence."""
+def run_flow(
+    flow: Callable[[Parameters], object], check: Callable[[Parameters], object] | None = None
+) -> None:
+    """Run a flow with ``params.yaml``; what the user can put right ends in one sentence.
+
+    What ``check`` finds is told before Prefect's server is started.
+    """
     parameters = given_parameters()
+    if check is not None:
+        reporting(lambda: check(parameters))
     reporting(lambda: flow(parameters))
 
 

@@ -86,4 +86,4 @@ def show_results(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    run_flow(experiment)
+    run_flow(experiment, check_inputs)

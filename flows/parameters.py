@@ -286,8 +286,10 @@ class ScalingSection(Section):
     counts: tuple[Annotated[int, Field(ge=1, le=10_000_000)] | None, ...] = Field(
         default=(1, 10, 32, 100, 316, None), min_length=1, description="null: all records"
     )
-    seeds: tuple[Seed, ...] = Field(
-        default=(0,), min_length=1, description="of the samples; several give error bars"
+    seed: Seed = Field(default=0, description="of the first sample; the next ones count up")
+    samples: int = Field(default=1, ge=1, le=1_000, description="of each size; for error bars")
+    least_records: int = Field(
+        default=10, ge=1, le=100_000, description="few edits are repeated until so many are made"
     )
     generation_records: int | None = Field(
         default=16, ge=0, le=10_000_000, description="whose texts are generated; null: all"

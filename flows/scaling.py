@@ -69,15 +69,21 @@ def scaling(parameters: Parameters) -> None:
 
 def _draw(bench: Bench) -> list[tuple[int, Sample]]:
     """Each sample with its seed. All sizes are drawn before the first is edited, so that one that
-    asks for too many is refused at once; all records are drawn for one seed only."""
+    asks for too many is refused at once."""
     section = bench.parameters.scaling
-    samples = []
-    for count in section.counts:
-        for seed in section.seeds:
-            sample = bench.draw(count, seed)
-            if seed == section.seeds[0] or len(sample.records) < bench.split.count:
-                samples.append((seed, sample))
-    return samples
+    return [
+        (seed, bench.draw(count, seed))
+        for count in section.counts
+        for seed in range(section.seed, section.seed + _samples(bench, count))
+    ]
+
+
+def _samples(bench: Bench, count: int | None) -> int:
+    """How many samples of a size are drawn: all records only once, few edits more often."""
+    section = bench.parameters.scaling
+    if count is None or count >= bench.split.count:
+        return 1
+    return max(section.samples, -(-section.least_records // count))
 
 
 def _points(bench: Bench, samples: list[tuple[int, Sample]], costs: list[Cost]) -> Iterator[Point]:
@@ -124,8 +130,9 @@ def _write(bench: Bench, points: list[Point]) -> list[Path]:
     """Write the results and give their paths."""
     section = bench.parameters.scaling
     notes = [
-        f"samples with seeds {', '.join(map(str, section.seeds))} of {bench.split.count} records; "
-        f"{bench.split.training_count} more were set aside for editors that learn",
+        f"{section.samples} samples of each size, more where these have fewer than "
+        f"{section.least_records} records, of {bench.split.count} records; "
+        f"{bench.split.training_count} others were set aside for editors that learn",
         f"GE is of the texts of at most {section.generation_records} records"
         if section.generation_records is not None
         else "GE is of the texts of all records",
