@@ -1,7 +1,7 @@
 """Texts that a model writes: seeded top-k sampling, a batch at a time.
 
-What is drawn for a text depends on the seed, its prompt, and how often that prompt came before in
-the same call, never on the other texts of its batch: each text has its own noise, and picks the
+What is drawn for a text depends on the seed, its prompt, and which repetition of that prompt it is,
+never on the other texts of its batch: each text has its own noise, and picks the
 best of the top k by its logit plus that noise (the Gumbel trick), which is sampling from their
 softmax. Batches can only matter through the last bits of the logits.
 """
@@ -44,25 +44,26 @@ def generate_texts(
     top_k: int,
     seed: int,
     token_budget: int,
+    repetitions: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Continue each prompt, by `new_tokens` or until it has `total_tokens`, prompt included.
 
     Returns whole texts without special tokens; an end-of-text token does not end one. Only the
-    arguments decide how tokens are drawn, nothing of the checkpoint's own settings. `token_budget`
-    bounds texts × tokens at a time; `progress` is told how many texts are newly written. Raises
+    arguments decide how tokens are drawn, nothing of the checkpoint's own settings. `repetitions`
+    numbers the texts of one prompt; if not given, they are counted in the order of the call.
+    `token_budget` bounds texts × tokens at a time; `progress` is told how many texts are newly written. Raises
     `InputError` if not exactly one of the lengths is given, or one is beyond the model's context.
     """
     if (new_tokens is None) == (total_tokens is None):
         raise InputError("give either new_tokens or total_tokens: one of them sets the length.")
     texts = []
-    earlier: Counter[str] = Counter()
-    for index, prompt in enumerate(prompts):
+    numbers = repetitions if repetitions is not None else count_repetitions(prompts)
+    for index, (prompt, number) in enumerate(zip(prompts, numbers, strict=True)):
         ids = list(lm.tokenizer(prompt)["input_ids"])
         more = new_tokens if new_tokens is not None else max(0, (total_tokens or 0) - len(ids))
         _check_length(lm, prompt, len(ids), more)
-        texts.append(_Text(index, ids, more, _text_seed(seed, earlier[prompt], prompt)))
-        earlier[prompt] += 1
+        texts.append(_Text(index, ids, more, _text_seed(seed, number, prompt)))
     written = _write_all(lm, texts, top_k, token_budget, progress)
     introduced = taken_over(lm, prompts)
     if lm.router is not None and introduced:
@@ -75,6 +76,16 @@ def generate_texts(
         for index, text in _write_all(substitute, others, top_k, token_budget, None).items():
             written[index] = text.removeprefix(introduced[index]).lstrip()
     return [written[index] for index in range(len(prompts))]
+
+
+def count_repetitions(prompts: Sequence[str]) -> list[int]:
+    """How often each prompt came before."""
+    earlier: Counter[str] = Counter()
+    numbers = []
+    for prompt in prompts:
+        numbers.append(earlier[prompt])
+        earlier[prompt] += 1
+    return numbers
 
 
 def _write_all(
@@ -106,8 +117,8 @@ def _check_length(lm: LanguageModel, prompt: str, length: int, more: int) -> Non
         )
 
 
-def _text_seed(seed: int, earlier: int, prompt: str) -> int:
-    digest = hashlib.sha256(f"{seed}\n{earlier}\n{prompt}".encode()).digest()
+def _text_seed(seed: int, repetition: int, prompt: str) -> int:
+    digest = hashlib.sha256(f"{seed}\n{repetition}\n{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
 

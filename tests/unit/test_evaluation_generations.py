@@ -9,18 +9,26 @@ from pathlib import Path
 
 import nltk
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from memit.errors import InputError
-from memit.evaluation import entropy
+from memit.evaluation import entropy, generations
 from memit.evaluation.entropy import record_entropies, text_entropy, word_tokenizer
+from memit.evaluation.generations import (
+    generation_record_means,
+    summarise_generations,
+    write_about,
+)
 from memit.evaluation.reference import (
     read_snippets,
     reference_scores,
     references_from_corpus,
     references_of,
 )
+from memit.language_model import LanguageModel
 from memit.requests import EditRequest, Record
+from tests.families import families
 
 
 class TestEntropy:
@@ -159,3 +167,51 @@ class TestReferenceScore:
             ("P1", "violin"): [documents[4]],
         }
         assert references_from_corpus(known, documents, most=1)["P1", "chess"] == documents[:1]
+
+
+class TestGenerations:
+    @staticmethod
+    def records() -> list[Record]:
+        twice = ("Paul Smith lives in", "Paul Smith lives in")
+        prompts = (twice, (), ("The city of Paris", "Paul Smith lives in"))
+        requests = [EditRequest(f"s{i}", "{} plays", "chess", None, "P1") for i in range(3)]
+        return [
+            Record(case, request, generation_prompts=texts)
+            for case, (request, texts) in enumerate(zip(requests, prompts, strict=True))
+        ]
+
+    def test_texts_of_a_record_do_not_depend_on_the_others(self):
+        network, tokenizer = families()["gpt2"]()
+        lm = LanguageModel(network, tokenizer, name="gpt2")
+        records = self.records()
+        finished: list[int] = []
+        table = write_about(
+            lm, records, seed=1, token_budget=500, total_tokens=30, progress=finished.append
+        )
+        assert table["case_id"].to_pylist() == [0, 0, 2, 2]
+        assert sum(finished) == 4
+        first, second, *last = table.to_pylist()
+        assert first["text"].startswith(first["prompt"])
+        assert first["text"] != second["text"]
+        alone = write_about(lm, records[2:], seed=1, token_budget=500, total_tokens=30)
+        assert alone.to_pylist() == last
+        assert len(write_about(lm, records[1:2], seed=1, token_budget=500)) == 0
+
+    def test_means_over_records_of_what_there_is(self):
+        rows = [
+            {"case_id": 0, "prompt": "Ann", "text": "Ann plays chess and chess and chess."},
+            {"case_id": 0, "prompt": "Ann", "text": "Ann plays golf."},
+            {"case_id": 2, "prompt": "Bo", "text": "Bo wins at chess."},
+        ]
+        table = pa.Table.from_pylist(rows, schema=generations.SCHEMA)
+        records = self.records()
+        means = generation_record_means(table, records, REFERENCES)
+        texts = [[rows[0]["text"], rows[1]["text"]], [], [rows[2]["text"]]]
+        np.testing.assert_array_equal(means["entropy"], record_entropies(texts)[0])
+        np.testing.assert_array_equal(
+            means["reference_score"], reference_scores(records, texts, REFERENCES)
+        )
+        summary = summarise_generations(table, records, REFERENCES)
+        assert summary["entropy"] == pytest.approx((means["entropy"][0] + means["entropy"][2]) / 2)
+        assert set(summarise_generations(table, records, {})) == {"entropy"}
+        assert summarise_generations(table.slice(3), records, REFERENCES) == {}

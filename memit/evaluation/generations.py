@@ -1,0 +1,83 @@
+"""What a model writes when asked about edited subjects: kept as texts, measured afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from memit.evaluation.entropy import record_entropies
+from memit.evaluation.reference import References, reference_scores
+from memit.generation import count_repetitions, generate_texts
+from memit.language_model import LanguageModel
+from memit.requests import Record
+
+TOTAL_TOKENS = 100
+"""Length of a text in tokens, prompt included (paper, section 5.2)."""
+TOP_K = 5
+
+SCHEMA = pa.schema(
+    [
+        pa.field("case_id", pa.int64(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
+"""Columns of the table of generated texts; a text holds its prompt."""
+
+
+def write_about(
+    lm: LanguageModel,
+    records: Sequence[Record],
+    *,
+    seed: int,
+    token_budget: int,
+    total_tokens: int = TOTAL_TOKENS,
+    progress: Callable[[int], None] | None = None,
+) -> pa.Table:
+    """Continue the generation prompts of each record; a table of `SCHEMA`, empty if there are none.
+
+    What is written for a record does not depend on the others. `progress` is told how many texts
+    are newly written.
+    """
+    prompts = [(record.case_id, text) for record in records for text in record.generation_prompts]
+    texts = generate_texts(
+        lm,
+        [prompt for _, prompt in prompts],
+        total_tokens=total_tokens,
+        top_k=TOP_K,
+        seed=seed,
+        repetitions=[n for r in records for n in count_repetitions(r.generation_prompts)],
+        token_budget=token_budget,
+        progress=progress,
+    )
+    rows = [
+        {"case_id": case, "prompt": prompt, "text": text}
+        for (case, prompt), text in zip(prompts, texts, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def generation_record_means(
+    table: pa.Table, records: Sequence[Record], references: References
+) -> dict[str, np.ndarray]:
+    """`entropy` and `reference_score` of each record in the order of `records`, NaN where it has
+    none; a metric that no record has is left out."""
+    texts: dict[int, list[str]] = {}
+    for row in table.to_pylist():
+        texts.setdefault(row["case_id"], []).append(row["text"])
+    written = [texts.get(record.case_id, []) for record in records]
+    means = {
+        "entropy": np.array(record_entropies(written)[0]),
+        "reference_score": np.array(reference_scores(records, written, references)),
+    }
+    return {name: values for name, values in means.items() if not np.isnan(values).all()}
+
+
+def summarise_generations(
+    table: pa.Table, records: Sequence[Record], references: References
+) -> dict[str, float]:
+    """Means over records of what `generation_record_means` gives."""
+    means = generation_record_means(table, records, references)
+    return {name: float(np.nanmean(values)) for name, values in means.items()}
