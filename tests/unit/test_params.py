@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,13 @@ def test_parameters_are_checked_before_anything_slow_is_imported(tmp_path: Path)
         imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
         assert not imported & {"torch", "prefect", "transformers", "mlflow"}
         assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_defaults_are_those_of_the_method() -> None:
+    """The tree repeats the world's and the training's defaults, so that they can be seen and set."""
+    from memit.world.people import WorldParameters
+    from memit.world.small_model import TrainingParameters
+
+    model = Parameters().model
+    assert {"seed": model.seed, **model.world.model_dump()} == asdict(WorldParameters())
+    assert {"seed": model.seed, **model.training.model_dump()} == asdict(TrainingParameters())
