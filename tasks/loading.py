@@ -21,6 +21,7 @@ from memit.errors import IntegrityError
 from tasks.artifacts import Artifact
 
 if TYPE_CHECKING:
+    from memit.editors import Edit
     from memit.language_model import LanguageModel
 
 
@@ -97,11 +98,12 @@ class _Slot:
     reference: ModelReference | None = None
     model: LanguageModel | None = None
     edit: str | None = None
+    applied: Edit | None = None
 
 
 @contextmanager
 def loaded(reference: ModelReference, edit: Artifact | None = None) -> Iterator[LanguageModel]:
-    """The model, unedited or with the delta in the file ``edit``, for this thread alone.
+    """The model, unedited or with the edit in the file ``edit``, for this thread alone.
 
     Raises:
         IntegrityError: a file of the model or the delta is not what it was.
@@ -155,7 +157,7 @@ def directory_digests(directory: Path) -> dict[str, str]:
 
 
 def _release() -> None:
-    _Slot.reference = _Slot.model = _Slot.edit = None
+    _Slot.reference = _Slot.model = _Slot.edit = _Slot.applied = None
 
 
 def load_reference(reference: ModelReference) -> LanguageModel:
@@ -194,11 +196,12 @@ def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
 
 
 def _change_edit(lm: LanguageModel, edit: Artifact | None) -> None:
-    from memit.weight_delta import WeightDelta, apply, revert
+    from memit.editors.saved_edit import load_edit
 
-    if _Slot.edit is not None:
-        revert(lm)
-        _Slot.edit = None
+    if _Slot.applied is not None:
+        _Slot.applied.revert(lm)
+        _Slot.edit = _Slot.applied = None
     if edit is not None:
-        apply(lm, WeightDelta.load(edit.checked()))
-        _Slot.edit = edit.sha256
+        wanted = load_edit(edit.checked())
+        wanted.apply(lm)
+        _Slot.edit, _Slot.applied = edit.sha256, wanted

@@ -16,6 +16,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from memit.evaluation.counterfact import SCORE_OF, harmonic_mean
 from tasks.compare import ABSENT, DECIMALS
 from tasks.systems import LABELS
 
@@ -64,15 +65,29 @@ class Mean:
 
 
 def curve(points: Iterable[Point], system: str, metric: str) -> list[Mean]:
-    """Means of a metric over the seeds, by number of edits; only where it was measured."""
-    values: dict[int, list[float]] = {}
+    """A metric over the samples of each size, where it was measured.
+
+    Means over samples of equal size are means over all of their records; S is the harmonic mean
+    of such means, since that of a single record is mostly 0.
+    """
+    samples: dict[int, list[Mapping[str, float]]] = {}
     for point in points:
         if point.system == system and metric in point.metrics:
-            values.setdefault(point.edits, []).append(point.metrics[metric])
+            samples.setdefault(point.edits, []).append(point.metrics)
     return [
-        Mean(edits, float(np.mean(found)), float(np.std(found, ddof=1)) if found[1:] else 0.0)
-        for edits, found in sorted(values.items())
+        Mean(
+            edits,
+            _pooled(found, metric),
+            float(np.std([each[metric] for each in found], ddof=1)) if found[1:] else 0.0,
+        )
+        for edits, found in sorted(samples.items())
     ]
+
+
+def _pooled(samples: Sequence[Mapping[str, float]], metric: str) -> float:
+    if metric == "score":
+        return harmonic_mean([_pooled(samples, part) for part in SCORE_OF])
+    return float(np.mean([each[metric] for each in samples]))
 
 
 def systems_of(points: Sequence[Point]) -> list[str]:
