@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run repro test lint format golden ui clean
+.PHONY: help install run repro compare scale test lint format golden ui clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,12 @@ run: $(STAMP) ## the experiment that params.yaml describes; what is done already
 repro: $(STAMP) ## the same through DVC, with one Prefect server for all stages
 	@$(BIN)/python -m flows.reproduce
 
+compare: $(STAMP) ## all systems on the same records: the table in comparison/
+	@$(BIN)/python -m flows.reproduce systems/dvc.yaml:compare
+
+scale: $(STAMP) ## all systems on ever more edits: table and figure in scaling/
+	@$(BIN)/python -m flows.reproduce systems/dvc.yaml:scaling
+
 test: $(STAMP) ## the whole test suite
 	@$(BIN)/python -m pytest
 
@@ -57,5 +63,5 @@ ui: $(STAMP) ## MLflow in the browser (PREFECT=1: Prefect's server too)
 	@PREFECT="$(PREFECT)" $(BIN)/python -m flows.ui
 
 clean: ## delete caches and results, keep .venv, MLflow's store and DVC's cache
-	rm -rf .cache artifacts evaluation report metrics.json timings.json
+	rm -rf .cache artifacts comparison evaluation report scaling metrics.json timings.json
 	rm -rf .pytest_cache .ruff_cache .hypothesis
