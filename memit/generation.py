@@ -52,8 +52,9 @@ def generate_texts(
     Returns whole texts without special tokens; an end-of-text token does not end one. Only the
     arguments decide how tokens are drawn, nothing of the checkpoint's own settings. `repetitions`
     numbers the texts of one prompt; if not given, they are counted in the order of the call.
-    `token_budget` bounds texts × tokens at a time; `progress` is told how many texts are newly written. Raises
-    `InputError` if not exactly one of the lengths is given, or one is beyond the model's context.
+    `token_budget` bounds texts × tokens at a time; `progress` is told how many texts are newly
+    written. Raises `InputError` if not exactly one of the lengths is given, or one is beyond the
+    model's context.
     """
     if (new_tokens is None) == (total_tokens is None):
         raise InputError("give either new_tokens or total_tokens: one of them sets the length.")
