@@ -247,6 +247,42 @@ class ReportSection(Section):
     tracking_uri: Text | None = Field(default=None, description="null: mlflow.db in the project")
 
 
+class MendSection(Section):
+    """How MEND's network is trained, see `memit.editors.mend.MendSettings`. Null: the preset."""
+
+    learn_from: Literal["records", "texts"] = Field(
+        default="records", description="those set aside, or texts that go on as the model samples"
+    )
+    texts: int = Field(default=1_000, ge=1, le=10_000_000, description="how many texts")
+    continuation_tokens: int = Field(default=10, ge=1, le=1_000, description="sampled for each")
+    blocks: int | None = Field(default=None, ge=1, le=1_000, description="the last so many")
+    rank: int | None = Field(default=None, ge=1, le=1_000_000, description="of the network")
+    edits_at_once: int | None = Field(default=None, ge=1, le=10_000)
+    steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    rate_learning_rate: float | None = Field(default=None, gt=0, le=10)
+    edit_learning_rate: float | None = Field(default=None, gt=0, le=1_000)
+    seed: Seed = 0
+
+
+class SeracSection(Section):
+    """SERAC's two models, see `memit.editors.serac.SeracSettings`. Null: the preset."""
+
+    encoder: Text | None = Field(
+        default=None, description="of the hub, a directory, or scratch: made here"
+    )
+    encoder_revision: Text | None = None
+    counterfactual: Text | None = Field(default=None, description="the same; answers in scope")
+    counterfactual_revision: Text | None = None
+    width: int | None = Field(default=None, ge=8, le=16_384, description="of models made here")
+    layers: int | None = Field(default=None, ge=1, le=128)
+    classifier_steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    counterfactual_steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    batch_size: int | None = Field(default=None, ge=1, le=100_000)
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    seed: Seed = 0
+
+
 Setting = bool | int | float | str | None
 SystemName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
@@ -260,7 +296,7 @@ class CompareSection(Section):
     settings: dict[SystemName, dict[Text, Setting]] = Field(
         default={}, description="of systems, where they differ from the presets"
     )
-    count: int | None = Field(default=None, ge=1, le=10_000_000, description="null: all of them")
+    count: int | None = Field(default=256, ge=1, le=10_000_000, description="null: all of them")
     seed: Seed = 0
     training_records: int = Field(
         default=300, ge=0, le=10_000_000, description="set aside for editors that learn"
@@ -307,6 +343,8 @@ class Parameters(Section):
     edit: EditSection = EditSection()
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = ReportSection()
+    mend: MendSection = MendSection()
+    serac: SeracSection = SeracSection()
     compare: CompareSection = CompareSection()
     scaling: ScalingSection = ScalingSection()
 

@@ -49,7 +49,7 @@ class Project:
             shutil.copytree(ROOT / name, place / name, ignore=_not_ours)
         for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
             shutil.copy(ROOT / name, place / name)
-        parameters = Parameters().model_dump()
+        parameters = Parameters().model_dump(mode="json")
         for section, values in TINY.items():
             _update(parameters[section], values)
         (place / "params.yaml").write_text(yaml.safe_dump(parameters, sort_keys=False))

@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_file_of_the_project_states_every_default() -> None:
     path = ROOT / "params.yaml"
     assert read_parameters(path) == Parameters()
-    assert yaml.safe_load(path.read_text()) == Parameters().model_dump()
+    assert yaml.safe_load(path.read_text()) == Parameters().model_dump(mode="json")
 
 
 def test_null_takes_the_preset_and_a_value_overrides_it() -> None:
@@ -181,7 +181,7 @@ def test_parameters_are_checked_before_anything_slow_is_imported(tmp_path: Path)
 
 
 def test_defaults_are_those_of_the_method() -> None:
-    """The tree repeats the world's and the training's defaults, so that they can be seen and set."""
+    """The tree repeats the world's and the training's defaults, so that they can be set."""
     from memit.world.people import WorldParameters
     from memit.world.small_model import TrainingParameters
 
