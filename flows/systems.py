@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefect import unmapped
 
@@ -20,6 +20,7 @@ from tasks.edit import spread_edit
 from tasks.evaluation import ScoredPiece, measure_perplexity, read_table, score_piece
 from tasks.loading import ModelReference, token_budget
 from tasks.measure import Cost, total_cost
+from tasks.mend import train_mend_network
 from tasks.model import open_model
 from tasks.prefixes import read_prefixes
 from tasks.progress import gather
@@ -32,6 +33,7 @@ from tasks.results import (
     WORLD,
     Manifest,
 )
+from tasks.serac import train_serac_models
 from tasks.statistics import collect_shard, describe_moment, merge_shards
 from tasks.systems import (
     Split,
@@ -97,17 +99,24 @@ def prepare(parameters: Parameters, given: Mapping[str, Manifest], folder: Path)
     )
     for system in systems:
         _check_layers(system, model)
-    source, file = records_source(parameters)
     held_out = json.loads(STATISTICS_FILE.read_text(encoding="utf-8"))["held_out_documents"]
     return Bench(
         parameters=parameters,
         model=model,
         hyperparameters=hyperparameters,
         systems=tuple(systems),
-        split=split_records(source, file, section.training_records, parameters.requests.seed),
+        split=split(parameters),
         prefixes=read_prefixes(PREFIXES_FILE),
         moments=_moments(parameters, given["statistics"], model, systems, folder),
         held_out=given["statistics"].file(HELD_OUT_FILE) if held_out else None,
+    )
+
+
+def split(parameters: Parameters) -> Split:
+    """The records to edit and those to learn from."""
+    source, file = records_source(parameters)
+    return split_records(
+        source, file, parameters.compare.training_records, parameters.requests.seed
     )
 
 
@@ -226,6 +235,16 @@ class Goals:
         return SystemEdit(edit=made.delta, cost=total_cost([Cost(seconds=sum(shares)), made.cost]))
 
 
+def _trained(bench: Bench, system: System) -> Artifact | None:
+    """The file of a system that learns before it edits; equal for all samples."""
+    settings: Any = getattr(system.editor, "settings", None)
+    if system.name == "mend":
+        return train_mend_network(bench.model, bench.split.training, settings).file
+    if system.name == "serac":
+        return train_serac_models(bench.model, bench.split.training, settings).file
+    return None
+
+
 def edit_sample(
     bench: Bench, system: System, sample: Sample, goals: Goals, seed: int
 ) -> SystemEdit:
@@ -239,6 +258,7 @@ def edit_sample(
         bench.model,
         sample.file,
         bench.split.training,
+        _trained(bench, system),
         bench.prefixes,
         {layer: bench.moments[layer] for layer in system.editor.moment_layers},
         token_budget(bench.parameters.targets.token_budget, bench.model),

@@ -41,7 +41,9 @@ LABELS = {
 CODE = (
     "memit.editors.fine_tuning",
     "memit.editors.mend",
+    "memit.editors.mend_network",
     "memit.editors.rome",
+    "memit.editors.serac",
     "memit.forward",
     "memit.positions",
     "memit.spread",
@@ -97,10 +99,16 @@ def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int)
         fine_tuning_with_decay,
         tuned_layer,
     )
+    from memit.editors.mend import Mend, mend_preset
     from memit.editors.rome import rome_preset
+    from memit.editors.serac import Serac, serac_preset
 
     if name == "memit":
         return Memit(hyperparameters)
+    if name == "mend":
+        return Mend(mend_preset(model))
+    if name == "serac":
+        return Serac(serac_preset(model))
     if name == "rome":
         return rome_preset(model, depth)
     if name == "ft":
@@ -125,18 +133,17 @@ def _with_settings(name: str, editor: Editor, settings: Mapping[str, Mapping[str
     chosen = settings.get(name, {})
     if not chosen:
         return editor
-    assert is_dataclass(editor)
-    known = [
-        field.name
-        for field in fields(editor)
-        if not is_dataclass(getattr(editor, field.name)) and field.name not in {"network", "models"}
-    ]
+    learnt = getattr(editor, "settings", None)
+    own = editor if learnt is None else learnt
+    assert is_dataclass(own)
+    known = [field.name for field in fields(own) if not is_dataclass(getattr(own, field.name))]
     for key in chosen:
         if key not in known:
             there_are = f"there are {', '.join(known)}" if known else "it has none of its own"
             where = " (those of memit stand in targets and edit)" if name == "memit" else ""
             raise InputError(f"compare.settings.{name} has no {key}: {there_are}{where}.")
-    return replace(editor, **chosen)  # pyright: ignore[reportArgumentType]
+    changed = replace(own, **chosen)  # pyright: ignore[reportArgumentType]
+    return changed if own is editor else replace(editor, settings=changed)  # type: ignore[return-value]
 
 
 # --- which records are edited, and from which may be learnt --------------------------------------
@@ -232,12 +239,14 @@ def edit_with(
     model: ModelReference,
     records: Artifact,
     training: Artifact,
+    trained: Artifact | None,
     prefixes: Sequence[str],
     moments: Mapping[int, Artifact],
     token_budget: int,
     seed: int,
 ) -> SystemEdit:
-    """Let an editor edit; ``name`` and ``source`` are those of its `System`.
+    """Let an editor edit; ``name`` and ``source`` are those of its `System`, and ``trained`` is the
+    file of one that has learnt.
 
     An editor that goes on where it was killed keeps its unfinished work in ``.cache/editing/``.
     """
@@ -245,6 +254,8 @@ def edit_with(
     from memit.editors import Resources
 
     chosen = read_counterfact(records.checked())
+    if trained is not None:
+        editor = replace(editor, trained=trained.checked())  # type: ignore[type-var]
     with (
         loaded(model) as lm,
         Meter() as meter,
