@@ -50,6 +50,10 @@ FACTS_FILE = Path("evaluation/facts.csv")
 METRICS_FILE = Path("metrics.json")
 TIMINGS_FILE = Path("timings.json")
 REPORT = Path("report")
+MEND = Path("artifacts/mend")
+MEND_NETWORK_FILE = MEND / "network.safetensors"
+SERAC = Path("artifacts/serac")
+SERAC_MODELS_FILE = SERAC / "models.safetensors"
 MANIFESTS = Path("artifacts/manifests")
 TIMINGS = Path("artifacts/timings")
 

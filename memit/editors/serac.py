@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -58,6 +58,22 @@ class SeracSettings:
     warmup_steps: int = 100
     largest_gradient: float = 1.0
     seed: int = 0
+
+
+def serac_preset(model_name: str) -> SeracSettings:
+    """Settings for a model: small models made here for the synthetic one, the hub's for others, a
+    counterfactual model with the edited model's own tokenizer where one is known."""
+    if model_name == "synthetic":
+        return SeracSettings(
+            encoder=None,
+            counterfactual=None,
+            classifier_steps=300,
+            counterfactual_steps=300,
+            learning_rate=1e-3,
+        )
+    if "neox" in model_name.lower() or "pythia" in model_name.lower():
+        return SeracSettings(counterfactual="EleutherAI/pythia-160m")
+    return SeracSettings()
 
 
 @dataclass(frozen=True)
@@ -408,8 +424,8 @@ class Serac(Editor):
     """Semi-parametric editing with a retrieval-augmented counterfactual model."""
 
     settings: SeracSettings = field(default_factory=SeracSettings)
-    models: Path | None = None
-    """Trained models; None trains some on the resources' records."""
+    trained: Path | None = None
+    """The trained models' file; None trains some on the resources' records."""
 
     def edit(
         self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
@@ -418,18 +434,18 @@ class Serac(Editor):
 
         Raises `InputError` if the models were trained on a request.
         """
-        models = self._trained(lm, resources).to(lm.device)
+        models = self._models(lm, resources).to(lm.device)
         check_unseen(requests, frozenset(models.origin["trained_on"]), "SERAC's classifier")
         statements = [statement(request) for request in requests]
         memory = models.classifier.embed_all(statements, resources.token_budget)
         if resources.progress is not None:
             resources.progress(len(requests))
-        origin = provenance(self, lm, requests)
-        origin["settings"] = asdict(self.settings)
-        origin["models"] = self.models and file_sha256(self.models)
+        origin = provenance(replace(self, trained=None), lm, requests)
+        origin["models"] = self.trained and file_sha256(self.trained)
         return SeracEdit(models, tuple(requests), memory, origin)
 
-    def _trained(self, lm: LanguageModel, resources: Resources) -> SeracModels:
-        if self.models is not None:
-            return SeracModels.load(self.models)
-        return train_serac(lm, resources.training, self.settings, directory=None)[0]
+    def _models(self, lm: LanguageModel, resources: Resources) -> SeracModels:
+        if self.trained is not None:
+            return SeracModels.load(self.trained)
+        directory = resources.checkpoints
+        return train_serac(lm, resources.training, self.settings, directory=directory)[0]

@@ -1,0 +1,59 @@
+"""What MEND learns before it edits: a network that turns gradients into updates.
+
+Results: ``artifacts/mend/`` with the network and the loss of each training step.
+"""
+
+from __future__ import annotations
+
+from flows.command import given_parameters, run_flow
+from flows.parameters import Parameters
+
+if __name__ == "__main__":
+    given_parameters()
+
+from prefect import flow
+
+from flows.statistics import corpus_source
+from flows.training import settings_from, training_records
+from tasks.artifacts import Artifact, copy_file
+from tasks.corpus import collect_corpus
+from tasks.mend import Continuations, Trained, train_mend_network
+from tasks.model import open_model
+from tasks.results import MEND, MEND_NETWORK_FILE, finish_step, upstream
+
+
+@flow(name="mend", validate_parameters=False)
+def mend(parameters: Parameters) -> None:
+    """Train the network on records that are not edited, or find the one that was."""
+    given = upstream("model")
+    trained = trained_mend(parameters)
+    losses = MEND / "losses.json"
+    copy_file(trained.file.checked(), MEND_NETWORK_FILE)
+    copy_file(trained.losses.checked(), losses)
+    finish_step("mend", [MEND_NETWORK_FILE, losses], given, [trained.cost])
+
+
+def trained_mend(parameters: Parameters) -> Trained:
+    """The network for the model and the records that ``params.yaml`` names."""
+    from memit.editors.mend import mend_preset
+
+    model = open_model(**parameters.model.placement())
+    settings = settings_from(parameters.mend, mend_preset(model.model.id))
+    return train_mend_network(model, _learnt_from(parameters), settings)
+
+
+def _learnt_from(parameters: Parameters) -> Artifact | Continuations:
+    section = parameters.mend
+    if section.learn_from == "records":
+        return training_records(parameters)
+    statistics = parameters.statistics
+    corpus = collect_corpus(
+        corpus_source(parameters), section.texts, section.texts, statistics.held_out_documents
+    )
+    return Continuations(
+        corpus.ranges[0].texts, section.texts, section.continuation_tokens, section.seed
+    )
+
+
+if __name__ == "__main__":
+    run_flow(mend)

@@ -1,0 +1,45 @@
+"""What SERAC learns before it edits: a scope classifier and a counterfactual model.
+
+Results: ``artifacts/serac/`` with both models and the losses of both trainings.
+"""
+
+from __future__ import annotations
+
+from flows.command import given_parameters, run_flow
+from flows.parameters import Parameters
+
+if __name__ == "__main__":
+    given_parameters()
+
+from prefect import flow
+
+from flows.training import settings_from, training_records
+from tasks.artifacts import copy_file
+from tasks.mend import Trained
+from tasks.model import open_model
+from tasks.results import SERAC, SERAC_MODELS_FILE, finish_step, upstream
+from tasks.serac import train_serac_models
+
+
+@flow(name="serac", validate_parameters=False)
+def serac(parameters: Parameters) -> None:
+    """Train both models on records that are not edited, or find those that were."""
+    given = upstream("model")
+    trained = trained_serac(parameters)
+    losses = SERAC / "losses.json"
+    copy_file(trained.file.checked(), SERAC_MODELS_FILE)
+    copy_file(trained.losses.checked(), losses)
+    finish_step("serac", [SERAC_MODELS_FILE, losses], given, [trained.cost])
+
+
+def trained_serac(parameters: Parameters) -> Trained:
+    """The models for the records that ``params.yaml`` names."""
+    from memit.editors.serac import serac_preset
+
+    model = open_model(**parameters.model.placement())
+    settings = settings_from(parameters.serac, serac_preset(model.model.id))
+    return train_serac_models(model, training_records(parameters), settings)
+
+
+if __name__ == "__main__":
+    run_flow(serac)

@@ -1,0 +1,137 @@
+"""The step ``mend``: train the network that turns gradients into edits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from memit.requests import read_counterfact
+from tasks.artifacts import Artifact, cache_directory, cached_task, content_key, store_piece
+from tasks.corpus import read_texts
+from tasks.loading import ModelReference, loaded
+from tasks.measure import Cost, Meter
+from tasks.progress import progress_bar
+
+if TYPE_CHECKING:
+    from memit.editors.mend import EditExample, MendSettings
+    from memit.language_model import LanguageModel
+
+TOP_K = 50
+"""Of the continuations that are sampled as edits."""
+TOKEN_BUDGET = 4_096
+"""Tokens in a batch while they are sampled."""
+
+
+class Trained(BaseModel):
+    """What was trained, and how that went."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: Artifact
+    """The trained weights (safetensors)."""
+    losses: Artifact
+    """The loss of each step (JSON)."""
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Texts of a corpus whose beginnings are edited to go on as the model sampled."""
+
+    texts: Artifact
+    count: int
+    """How many of them are used."""
+    tokens: int
+    """Length of what is sampled."""
+    seed: int
+
+
+CODE = (
+    "memit.editors.learning",
+    "memit.editors.mend",
+    "memit.editors.mend_network",
+    "memit.editors.teacher_forcing",
+    "memit.editors.training_set",
+    "memit.forward",
+    "memit.positions",
+)
+
+
+@cached_task("mend", version=1, code=CODE)
+def train_mend_network(
+    model: ModelReference, learnt_from: Artifact | Continuations, settings: MendSettings
+) -> Trained:
+    """Train a network on records, or on sampled continuations of texts, going on from the last
+    checkpoint."""
+    from memit.editors.mend import train_mend
+
+    with (
+        loaded(model) as lm,
+        Meter() as meter,
+        progress_bar("mend", settings.steps, "training steps") as bar,
+    ):
+        directory = training_directory("mend", model, learnt_from, settings)
+        network, losses = train_mend(
+            lm,
+            _examples(lm, learnt_from),
+            settings,
+            directory=directory,
+            progress=lambda steps: bar.advance(0, steps),
+        )
+    return finished("mend", network.save, losses, directory, meter.cost)
+
+
+def _examples(lm: LanguageModel, learnt_from: Artifact | Continuations) -> list[EditExample]:
+    from memit.editors.mend import examples_from_records, examples_from_texts
+    from memit.generation import generate_texts
+
+    if isinstance(learnt_from, Artifact):
+        return examples_from_records(read_counterfact(learnt_from.checked()))
+    texts = read_texts(learnt_from.texts.checked())[: learnt_from.count]
+    beginnings = beginnings_of(texts)
+    written = generate_texts(
+        lm,
+        beginnings,
+        new_tokens=learnt_from.tokens,
+        top_k=TOP_K,
+        seed=learnt_from.seed,
+        token_budget=TOKEN_BUDGET,
+    )
+    pairs = [
+        (beginning, text.removeprefix(beginning).strip())
+        for beginning, text in zip(beginnings, written, strict=True)
+    ]
+    kept = [(beginning, ending) for beginning, ending in pairs if ending]
+    return examples_from_texts([one for one, _ in kept], [other for _, other in kept])
+
+
+def beginnings_of(texts: Sequence[str]) -> list[str]:
+    """The first half of each text's words, at most 40; texts of one word are left out."""
+    words = [text.split() for text in texts]
+    return [" ".join(each[: min(40, len(each) // 2)]) for each in words if len(each) > 1]
+
+
+def training_directory(step: str, *inputs: object) -> Path:
+    """Where an unfinished training with these inputs keeps its state."""
+    name = content_key(step, 1, (), {"inputs": inputs})
+    return cache_directory() / "training" / step / name[:32]
+
+
+def finished(
+    step: str, save: Callable[[Path], None], losses: object, directory: Path, cost: Cost
+) -> Trained:
+    """Keep what was trained and forget the checkpoints."""
+    text = json.dumps({"losses": losses}) + "\n"
+    trained = Trained(
+        file=store_piece(step, ".safetensors", save),
+        losses=store_piece(step, ".json", lambda path: path.write_text(text, encoding="utf-8")),
+        cost=cost,
+    )
+    shutil.rmtree(directory, ignore_errors=True)
+    return trained

@@ -1,0 +1,50 @@
+"""The step ``serac``: train the scope classifier and the counterfactual model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memit.requests import read_counterfact
+from tasks.artifacts import Artifact, cached_task
+from tasks.loading import ModelReference, loaded
+from tasks.measure import Meter
+from tasks.mend import Trained, finished, training_directory
+from tasks.progress import progress_bar
+
+if TYPE_CHECKING:
+    from memit.editors.serac import SeracSettings
+
+CODE = (
+    "memit.editors.learning",
+    "memit.editors.packed_models",
+    "memit.editors.scope_classifier",
+    "memit.editors.serac",
+    "memit.editors.teacher_forcing",
+    "memit.editors.training_set",
+    "memit.forward",
+    "memit.positions",
+)
+
+
+@cached_task("serac", version=1, code=CODE)
+def train_serac_models(
+    model: ModelReference, records: Artifact, settings: SeracSettings
+) -> Trained:
+    """Train both models on records, going on from the last checkpoint."""
+    from memit.editors.serac import train_serac
+
+    steps = settings.classifier_steps + settings.counterfactual_steps
+    with (
+        loaded(model) as lm,
+        Meter() as meter,
+        progress_bar("serac", steps, "training steps") as bar,
+    ):
+        directory = training_directory("serac", model, records, settings)
+        models, losses = train_serac(
+            lm,
+            read_counterfact(records.checked()),
+            settings,
+            directory=directory,
+            progress=lambda done: bar.advance(0, done),
+        )
+    return finished("serac", models.save, losses, directory, meter.cost)
