@@ -26,6 +26,7 @@ from flows.systems import (
     beginnings_of,
     corpus_texts,
     edit_sample,
+    learning_steps,
     measure,
     prepare,
 )
@@ -45,7 +46,7 @@ STATISTICS = COMPARISON / "statistics"
 @flow(name="compare", validate_parameters=False, task_runner=thread_runner())
 def compare(parameters: Parameters) -> None:
     """Edit with each system, measure it, and put all of them into one table."""
-    given = upstream("model", "prefixes", "statistics")
+    given = upstream("model", "prefixes", "statistics", *learning_steps(parameters))
     bench = prepare(parameters, given, STATISTICS)
     section = parameters.compare
     sample = bench.draw(section.count, section.seed)

@@ -6,7 +6,7 @@ Results: ``artifacts/mend/`` with the network and the loss of each training step
 from __future__ import annotations
 
 from flows.command import given_parameters, run_flow
-from flows.parameters import Parameters
+from flows.parameters import Parameters, overridden
 
 if __name__ == "__main__":
     given_parameters()
@@ -14,7 +14,7 @@ if __name__ == "__main__":
 from prefect import flow
 
 from flows.statistics import corpus_source
-from flows.training import settings_from, training_records
+from flows.systems import split
 from tasks.artifacts import Artifact, copy_file
 from tasks.corpus import collect_corpus
 from tasks.mend import Continuations, Trained, train_mend_network
@@ -38,14 +38,14 @@ def trained_mend(parameters: Parameters) -> Trained:
     from memit.editors.mend import mend_preset
 
     model = open_model(**parameters.model.placement())
-    settings = settings_from(parameters.mend, mend_preset(model.model.id))
+    settings = overridden(mend_preset(model.model.id), parameters.mend)
     return train_mend_network(model, _learnt_from(parameters), settings)
 
 
 def _learnt_from(parameters: Parameters) -> Artifact | Continuations:
     section = parameters.mend
     if section.learn_from == "records":
-        return training_records(parameters)
+        return split(parameters).training
     statistics = parameters.statistics
     corpus = collect_corpus(
         corpus_source(parameters), section.texts, section.texts, statistics.held_out_documents

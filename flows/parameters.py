@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,6 +26,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 TokenBudget = Annotated[int, Field(ge=16, le=2**26)] | Literal["auto"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
 Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+Settings = TypeVar("Settings")
+SCRATCH = "scratch"
+"""In place of a model of the hub: a small one that is made here."""
 SIZE_LIMIT = 1 << 20
 """Bytes of the largest ``params.yaml`` that is read."""
 
@@ -34,6 +37,17 @@ class Section(BaseModel):
     """Settings that nobody changes after they were read, and in which no unknown key passes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def overridden(preset: Settings, section: Section) -> Settings:
+    """A dataclass of settings with what a section sets; null keeps the preset's value."""
+    known = {field.name for field in fields(preset)}  # pyright: ignore[reportArgumentType]
+    chosen: dict[str, Any] = {
+        name: None if value == SCRATCH else value
+        for name, value in section.model_dump().items()
+        if value is not None and name in known
+    }
+    return replace(preset, **chosen)  # pyright: ignore[reportArgumentType]
 
 
 def _needs(

@@ -22,6 +22,7 @@ from flows.systems import (
     Sample,
     beginnings_of,
     edit_sample,
+    learning_steps,
     measure,
     prepare,
 )
@@ -42,7 +43,7 @@ STATISTICS = SCALING / "statistics"
 @flow(name="scaling", validate_parameters=False, task_runner=thread_runner())
 def scaling(parameters: Parameters) -> None:
     """Edit samples of every size with each system, measure it, and draw the curves."""
-    given = upstream("model", "prefixes", "statistics")
+    given = upstream("model", "prefixes", "statistics", *learning_steps(parameters))
     bench = prepare(parameters, given, STATISTICS)
     samples = _draw(bench)
     costs: list[Cost] = []

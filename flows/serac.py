@@ -6,14 +6,14 @@ Results: ``artifacts/serac/`` with both models and the losses of both trainings.
 from __future__ import annotations
 
 from flows.command import given_parameters, run_flow
-from flows.parameters import Parameters
+from flows.parameters import Parameters, overridden
 
 if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow
 
-from flows.training import settings_from, training_records
+from flows.systems import split
 from tasks.artifacts import copy_file
 from tasks.mend import Trained
 from tasks.model import open_model
@@ -37,8 +37,8 @@ def trained_serac(parameters: Parameters) -> Trained:
     from memit.editors.serac import serac_preset
 
     model = open_model(**parameters.model.placement())
-    settings = settings_from(parameters.serac, serac_preset(model.model.id))
-    return train_serac_models(model, training_records(parameters), settings)
+    settings = overridden(serac_preset(model.model.id), parameters.serac)
+    return train_serac_models(model, split(parameters).training, settings)
 
 
 if __name__ == "__main__":

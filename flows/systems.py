@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prefect import unmapped
 
@@ -20,20 +20,20 @@ from tasks.edit import spread_edit
 from tasks.evaluation import ScoredPiece, measure_perplexity, read_table, score_piece
 from tasks.loading import ModelReference, token_budget
 from tasks.measure import Cost, total_cost
-from tasks.mend import train_mend_network
 from tasks.model import open_model
 from tasks.prefixes import read_prefixes
 from tasks.progress import gather
 from tasks.requests import choose_requests, locate_records
 from tasks.results import (
     HELD_OUT_FILE,
+    MEND_NETWORK_FILE,
     PREFIXES_FILE,
+    SERAC_MODELS_FILE,
     STATISTICS,
     STATISTICS_FILE,
     WORLD,
     Manifest,
 )
-from tasks.serac import train_serac_models
 from tasks.statistics import collect_shard, describe_moment, merge_shards
 from tasks.systems import (
     Split,
@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 
     from memit.evaluation.counterfact import ScoredPrompt
     from memit.hyperparameters import Hyperparameters
+
+
+LEARNT = {"mend": MEND_NETWORK_FILE, "serac": SERAC_MODELS_FILE}
+"""Systems that learn before they edit, in a step of their own, and what that leaves."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Bench:
     split: Split
     prefixes: tuple[str, ...]
     moments: Mapping[int, Artifact]
+    trained: Mapping[str, Artifact]
+    """What systems have learnt before they edit, by their names."""
     held_out: Artifact | None
     """Text for the perplexity."""
 
@@ -108,8 +114,14 @@ def prepare(parameters: Parameters, given: Mapping[str, Manifest], folder: Path)
         split=split(parameters),
         prefixes=read_prefixes(PREFIXES_FILE),
         moments=_moments(parameters, given["statistics"], model, systems, folder),
+        trained={step: given[step].file(LEARNT[step]) for step in learning_steps(parameters)},
         held_out=given["statistics"].file(HELD_OUT_FILE) if held_out else None,
     )
+
+
+def learning_steps(parameters: Parameters) -> list[str]:
+    """The steps in which systems of the comparison learn."""
+    return [step for step in LEARNT if step in parameters.compare.systems]
 
 
 def split(parameters: Parameters) -> Split:
@@ -235,16 +247,6 @@ class Goals:
         return SystemEdit(edit=made.delta, cost=total_cost([Cost(seconds=sum(shares)), made.cost]))
 
 
-def _trained(bench: Bench, system: System) -> Artifact | None:
-    """The file of a system that learns before it edits; equal for all samples."""
-    settings: Any = getattr(system.editor, "settings", None)
-    if system.name == "mend":
-        return train_mend_network(bench.model, bench.split.training, settings).file
-    if system.name == "serac":
-        return train_serac_models(bench.model, bench.split.training, settings).file
-    return None
-
-
 def edit_sample(
     bench: Bench, system: System, sample: Sample, goals: Goals, seed: int
 ) -> SystemEdit:
@@ -258,7 +260,7 @@ def edit_sample(
         bench.model,
         sample.file,
         bench.split.training,
-        _trained(bench, system),
+        bench.trained.get(system.name),
         bench.prefixes,
         {layer: bench.moments[layer] for layer in system.editor.moment_layers},
         token_budget(bench.parameters.targets.token_budget, bench.model),

@@ -59,6 +59,7 @@ CODE = (
     "memit.editors.teacher_forcing",
     "memit.editors.training_set",
     "memit.forward",
+    "memit.generation",
     "memit.positions",
 )
 

@@ -38,6 +38,9 @@ LABELS = {
 }
 """How tables and figures name the systems; others go by the name that they are registered under."""
 
+SECTIONS = {"memit": "the sections targets and edit", "mend": "mend", "serac": "serac"}
+"""Where settings stand that are not in ``compare.settings``."""
+
 CODE = (
     "memit.editors.fine_tuning",
     "memit.editors.mend",
@@ -99,16 +102,10 @@ def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int)
         fine_tuning_with_decay,
         tuned_layer,
     )
-    from memit.editors.mend import Mend, mend_preset
     from memit.editors.rome import rome_preset
-    from memit.editors.serac import Serac, serac_preset
 
     if name == "memit":
         return Memit(hyperparameters)
-    if name == "mend":
-        return Mend(mend_preset(model))
-    if name == "serac":
-        return Serac(serac_preset(model))
     if name == "rome":
         return rome_preset(model, depth)
     if name == "ft":
@@ -133,17 +130,14 @@ def _with_settings(name: str, editor: Editor, settings: Mapping[str, Mapping[str
     chosen = settings.get(name, {})
     if not chosen:
         return editor
-    learnt = getattr(editor, "settings", None)
-    own = editor if learnt is None else learnt
-    assert is_dataclass(own)
-    known = [field.name for field in fields(own) if not is_dataclass(getattr(own, field.name))]
+    assert is_dataclass(editor)
+    known = [field.name for field in fields(editor) if field.name not in {"settings", "trained"}]
     for key in chosen:
-        if key not in known:
+        if key not in known or name in SECTIONS:
             there_are = f"there are {', '.join(known)}" if known else "it has none of its own"
-            where = " (those of memit stand in targets and edit)" if name == "memit" else ""
+            where = f" (those of {name} stand in {SECTIONS[name]})" if name in SECTIONS else ""
             raise InputError(f"compare.settings.{name} has no {key}: {there_are}{where}.")
-    changed = replace(own, **chosen)  # pyright: ignore[reportArgumentType]
-    return changed if own is editor else replace(editor, settings=changed)  # type: ignore[return-value]
+    return replace(editor, **chosen)  # pyright: ignore[reportArgumentType]
 
 
 # --- which records are edited, and from which may be learnt --------------------------------------
