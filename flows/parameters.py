@@ -305,7 +305,7 @@ class CompareSection(Section):
     """Which systems are compared, and on what."""
 
     systems: tuple[SystemName, ...] = Field(
-        default=("unedited", "ft_w", "rome", "memit"), min_length=1, max_length=100
+        default=("unedited", "ft_w", "mend", "rome", "memit", "serac"), min_length=1, max_length=100
     )
     settings: dict[SystemName, dict[Text, Setting]] = Field(
         default={}, description="of systems, where they differ from the presets"
