@@ -240,13 +240,15 @@ def _read_on(
     heads = [stems[row].ids if before is None else () for row, _ in answers]
     tokens = [head + answer[:-1] for head, (_, answer) in zip(heads, answers, strict=True)]
     tails = _Tails.after([len(head) for head in heads], [answer for _, answer in answers])
-    chosen = torch.tensor([row for row, _ in answers])
+    rows = [row for row, _ in answers]
+    if before is not None and rows != list(range(len(stems))):
+        before = before.select(torch.tensor(rows))
     logits = logits_at(
         lm,
         pad(tokens, lm.device),
         tails.rows,
         tails.columns,
-        before=None if before is None else before.select(chosen),
+        before=before,
     )
     return tails.sums(logits)
 
