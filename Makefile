@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run repro compare scale test lint format golden ui clean
+.PHONY: help install run repro compare scale test lint format golden bench ui clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,9 @@ format: $(STAMP) ## put the code into its format
 golden: $(STAMP) ## DIR=...: compare with a recorded run of the published method
 	@test -n "$(DIR)" || { echo "say which: make golden DIR=path/to/golden"; exit 2; }
 	@$(BIN)/python -m tests.acceptance.golden "$(DIR)"
+
+bench: $(STAMP) ## time every step against the oracle and the machine's limits
+	@$(BIN)/python -m benchmarks
 
 ui: $(STAMP) ## MLflow in the browser (PREFECT=1: Prefect's server too)
 	@PREFECT="$(PREFECT)" $(BIN)/python -m flows.ui
