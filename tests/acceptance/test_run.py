@@ -42,13 +42,13 @@ TINY: dict[str, dict[str, Any]] = {
 class Project:
     """A checkout of the project with small parameters, and its commands."""
 
-    def __init__(self, place: Path, api: str) -> None:
+    def __init__(self, place: Path, api: str, source: Path = ROOT) -> None:
         self.place = place
         place.mkdir()
         for name in ("flows", "tasks", "memit", ".dvc"):
-            shutil.copytree(ROOT / name, place / name, ignore=_not_ours)
+            shutil.copytree(source / name, place / name, ignore=_not_ours)
         for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-            shutil.copy(ROOT / name, place / name)
+            shutil.copy(source / name, place / name)
         parameters = Parameters().model_dump(mode="json")
         for section, values in TINY.items():
             _update(parameters[section], values)
@@ -195,7 +195,7 @@ def test_a_repetition_comes_from_caches_and_changes_no_byte(finished: Project) -
 def test_killed_in_every_step_it_ends_with_the_same_bytes(
     finished: Project, tmp_path: Path, api: str
 ) -> None:
-    project = Project(tmp_path / "project", api)
+    project = Project(tmp_path / "project", api, finished.place)
     for step in ("model", "statistics", "targets", "evaluation"):
         process = project.start()
         while not project.pieces(step):
@@ -231,7 +231,7 @@ def test_damaged_pieces_and_results_are_made_anew(finished: Project) -> None:
 
 
 def test_interrupted_it_says_how_to_go_on(finished: Project, tmp_path: Path, api: str) -> None:
-    project = Project(tmp_path / "project", api)
+    project = Project(tmp_path / "project", api, finished.place)
     shutil.copytree(finished.place / ".cache" / "training", project.place / ".cache" / "training")
     process = project.start()
     while not project.pieces("statistics"):
