@@ -79,17 +79,20 @@ def compare(parameters: Parameters) -> None:
 
 def _measure_all(bench: Bench, sample: Sample) -> Iterator[tuple[str, Measured]]:
     """Each system's name with what was measured of it."""
-    from memit.evaluation.counterfact import plus_prompts_of, prompts_of
-
     section = bench.parameters.compare
-    prompts = [*prompts_of(sample.records), *plus_prompts_of(sample.records)]
-    beginnings = beginnings_of(sample.records, section.generation_records)
     goals = Goals(bench, sample.records if "memit" in section.systems else ())
     for system in bench.systems:
         edit = edit_sample(bench, system, sample, goals, section.seed)
         yield (
             system.name,
-            measure(bench, edit, prompts, beginnings, seed=section.seed, with_perplexity=True),
+            measure(
+                bench,
+                edit,
+                sample,
+                texts_of=section.generation_records,
+                seed=section.seed,
+                thorough=True,
+            ),
         )
         console.print(f"[green]✓[/] {system.label:<10} {edit.cost.seconds:9.1f} s of editing")
 
@@ -99,7 +102,8 @@ def _compare(bench: Bench, sample: Sample, measured: dict[str, Measured]) -> Com
 
     parameters = bench.parameters
     snippets = parameters.compare.snippets
-    everything = read_counterfact(bench.split.edited.checked())
+    parts = (bench.split.edited, bench.split.training)
+    everything = [record for part in parts for record in read_counterfact(part.checked())]
     references = (
         references_from_corpus(everything, corpus_texts(bench))
         if snippets is None
@@ -118,9 +122,13 @@ def _compare(bench: Bench, sample: Sample, measured: dict[str, Measured]) -> Com
         records=count,
         systems=systems,
         exact_entropy=exact,
-        published=published(parameters.requests.source, bench.model.model.id, count),
+        published=published(_data_set(bench), bench.model.model.id, count),
         notes=_notes(bench, sample),
     )
+
+
+def _data_set(bench: Bench) -> str:
+    return bench.parameters.requests.source if bench.questions is None else "zsre"
 
 
 def _notes(bench: Bench, sample: Sample) -> tuple[str, ...]:
@@ -131,8 +139,14 @@ def _notes(bench: Bench, sample: Sample) -> tuple[str, ...]:
         f"{len(sample.records)} of {split.count} records that can be edited; {split.dropped} were "
         f"left out because they contradict others, {split.training_count} were set aside for "
         f"editors that learn, and {split.prompts_dropped} neighborhood prompts with them.",
-        f"GE and RS are of the texts of {written} records.",
     ]
+    if bench.questions is not None:
+        notes.append(
+            "zsRE: ES, PS and NS are the share of the answer's tokens that the model would choose, "
+            "for the edited question, its paraphrase, and a question about something else."
+        )
+    if written:
+        notes.append(f"GE and RS are of the texts of {written} records.")
     return (*notes, *(f"{system.label}: {system.editor}" for system in bench.systems))
 
 

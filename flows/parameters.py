@@ -318,6 +318,9 @@ class CompareSection(Section):
     generation_records: int | None = Field(
         default=32, ge=0, le=10_000_000, description="whose texts are generated; null: all"
     )
+    zsre: Text | None = Field(
+        default=None, description="zsRE's questions, to be edited instead of the section requests"
+    )
     snippets: Text | None = Field(
         default=None, description="CounterFact's attribute snippets; null: texts of the corpus"
     )

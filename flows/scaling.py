@@ -20,7 +20,6 @@ from flows.systems import (
     Bench,
     Goals,
     Sample,
-    beginnings_of,
     edit_sample,
     learning_steps,
     measure,
@@ -69,27 +68,32 @@ def scaling(parameters: Parameters) -> None:
 
 
 def _draw(bench: Bench) -> list[tuple[int, Sample]]:
-    """Each sample with its seed. All sizes are drawn before the first is edited, so that one that
-    asks for too many is refused at once."""
+    """Each sample with its seed, as far as the records go."""
     section = bench.parameters.scaling
+    there_are = bench.split.count
+    for count in section.counts:
+        if count is not None and count > there_are:
+            console.print(
+                f"[yellow]warning:[/] scaling.counts names {count} edits, and {there_are} records "
+                "can be edited: this size is left out."
+            )
+    sizes = {count or there_are for count in section.counts}
     return [
         (seed, bench.draw(count, seed))
-        for count in section.counts
+        for count in sorted(size for size in sizes if size <= there_are)
         for seed in range(section.seed, section.seed + _samples(bench, count))
     ]
 
 
-def _samples(bench: Bench, count: int | None) -> int:
+def _samples(bench: Bench, count: int) -> int:
     """How many samples of a size are drawn: all records only once, few edits more often."""
     section = bench.parameters.scaling
-    if count is None or count >= bench.split.count:
+    if count == bench.split.count:
         return 1
     return max(section.samples, -(-section.least_records // count))
 
 
 def _points(bench: Bench, samples: list[tuple[int, Sample]], costs: list[Cost]) -> Iterator[Point]:
-    from memit.evaluation.counterfact import prompts_of
-
     most = bench.parameters.scaling.generation_records
     goals = Goals(bench, _union(samples) if "memit" in bench.parameters.compare.systems else [])
     for seed, sample in samples:
@@ -98,10 +102,10 @@ def _points(bench: Bench, samples: list[tuple[int, Sample]], costs: list[Cost]) 
             measured = measure(
                 bench,
                 edit,
-                prompts_of(sample.records),
-                beginnings_of(sample.records, most),
+                sample,
+                texts_of=most,
                 seed=seed,
-                with_perplexity=False,
+                thorough=False,
             )
             costs += measured.costs
             metrics, _ = metrics_of(measured.prompts, measured.texts, sample.records, {})

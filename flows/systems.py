@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefect import unmapped
 
@@ -39,8 +39,10 @@ from tasks.systems import (
     Split,
     System,
     SystemEdit,
+    answer_piece,
     edit_with,
     make_systems,
+    sample_questions,
     select_targets,
     split_records,
     write_texts,
@@ -50,7 +52,7 @@ from tasks.targets import TargetsPiece, optimise_targets, target_settings
 if TYPE_CHECKING:
     import pyarrow
 
-    from memit.evaluation.counterfact import ScoredPrompt
+    from memit.evaluation.zsre import ZsreRecord
     from memit.hyperparameters import Hyperparameters
 
 
@@ -81,6 +83,8 @@ class Bench:
     """What systems have learnt before they edit, by their names."""
     held_out: Artifact | None
     """Text for the perplexity."""
+    questions: Mapping[int, ZsreRecord] | None
+    """What zsRE asks of each case; None for records in CounterFact's manner."""
 
     def draw(self, count: int | None, seed: int) -> Sample:
         """Records to edit; ``None`` draws all that there are.
@@ -88,8 +92,12 @@ class Bench:
         Raises:
             InputError: there are fewer.
         """
-        chosen = choose_requests("counterfact", self.split.edited, count, seed, self.model)
-        return Sample(chosen.records, tuple(read_counterfact(chosen.records.checked())))
+        if self.questions is not None:
+            file = sample_questions(self.split.edited, count, seed)
+        else:
+            chosen = choose_requests("counterfact", self.split.edited, count, seed, self.model)
+            file = chosen.records
+        return Sample(file, tuple(read_counterfact(file.checked())))
 
 
 def prepare(parameters: Parameters, given: Mapping[str, Manifest], folder: Path) -> Bench:
@@ -116,7 +124,14 @@ def prepare(parameters: Parameters, given: Mapping[str, Manifest], folder: Path)
         moments=_moments(parameters, given["statistics"], model, systems, folder),
         trained={step: given[step].file(LEARNT[step]) for step in learning_steps(parameters)},
         held_out=given["statistics"].file(HELD_OUT_FILE) if held_out else None,
+        questions=_questions(section.zsre),
     )
+
+
+def _questions(path: str | None) -> dict[int, ZsreRecord] | None:
+    from memit.evaluation.zsre import read_zsre
+
+    return None if path is None else {record.case_id: record for record in read_zsre(path)}
 
 
 def learning_steps(parameters: Parameters) -> list[str]:
@@ -133,8 +148,10 @@ def split(parameters: Parameters) -> Split:
 
 
 def records_source(parameters: Parameters) -> tuple[str, Artifact]:
-    """The kind and the file of the records that the section ``requests`` names."""
+    """The kind and the file of the records: zsRE's, or those that ``requests`` names."""
     section = parameters.requests
+    if parameters.compare.zsre is not None:
+        return "zsre", describe(locate_records(parameters.compare.zsre, None, None))
     if section.source == "synthetic":
         return "counterfact", describe(WORLD / "records.json")
     return section.source, describe(locate_records(section.path, section.url, section.sha256))
@@ -287,41 +304,59 @@ class Measured:
 def measure(
     bench: Bench,
     edit: SystemEdit,
-    prompts: Sequence[ScoredPrompt],
-    beginnings: Sequence[tuple[int, str]],
+    sample: Sample,
     *,
+    texts_of: int | None,
     seed: int,
-    with_perplexity: bool,
+    thorough: bool,
 ) -> Measured:
-    """Score prompts, let the model write, and measure its perplexity."""
+    """Score the sample's prompts, and let the model write about ``texts_of`` of its records.
+
+    A thorough measurement takes the perplexity, and asks the neighbourhood prompts behind the
+    edited fact, too (CounterFact+).
+    """
     import pyarrow.parquet as parquet
 
-    section = bench.parameters.evaluation
-    budget = token_budget(section.token_budget, bench.model)
-    size = section.prompts_per_piece
-    pieces = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-    scored: list[ScoredPiece] = gather(
-        "evaluation",
-        "prompts",
-        score_piece.map(
-            pieces,
-            model=unmapped(bench.model),
-            edit=unmapped(edit.edit),
-            token_budget=unmapped(budget),
-        ),
-        [len(piece) for piece in pieces],
-    )
+    scored = _score(bench, edit, sample, thorough)
     costs = [piece.cost for piece in scored]
+    budget = token_budget(bench.parameters.evaluation.token_budget, bench.model)
+    beginnings = beginnings_of(sample.records, texts_of)
     texts = perplexity = None
     if beginnings:
         written = write_texts(beginnings, bench.model, edit.edit, seed, budget)
         texts = parquet.read_table(written.table.checked())
         costs.append(written.cost)
-    if with_perplexity and bench.held_out is not None:
+    if thorough and bench.held_out is not None:
         measured = measure_perplexity(bench.held_out, bench.model, edit.edit, budget)
         perplexity = measured.perplexity
         costs.append(measured.cost)
     return Measured(read_table(scored), texts, perplexity, edit, (edit.cost, *costs))
+
+
+def _score(bench: Bench, edit: SystemEdit, sample: Sample, thorough: bool) -> list[ScoredPiece]:
+    """Tables of all prompts or questions, in pieces."""
+    from memit.evaluation.counterfact import plus_prompts_of, prompts_of
+
+    section = bench.parameters.evaluation
+    items: list[Any]
+    if bench.questions is not None:
+        score, items = answer_piece, [bench.questions[r.case_id] for r in sample.records]
+    else:
+        score, items = score_piece, prompts_of(sample.records)
+        items += plus_prompts_of(sample.records) if thorough else []
+    size = section.prompts_per_piece
+    pieces = [items[first : first + size] for first in range(0, len(items), size)]
+    return gather(
+        "evaluation",
+        "prompts",
+        score.map(
+            pieces,
+            model=unmapped(bench.model),
+            edit=unmapped(edit.edit),
+            token_budget=unmapped(token_budget(section.token_budget, bench.model)),
+        ),
+        [len(piece) for piece in pieces],
+    )
 
 
 def beginnings_of(records: Sequence[Record], most: int | None) -> list[tuple[int, str]]:

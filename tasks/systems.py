@@ -9,21 +9,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from memit.errors import InputError
-from memit.requests import Record, read_counterfact, write_records
+from memit.requests import (
+    Record,
+    drop_conflicts,
+    read_counterfact,
+    sample_records,
+    write_records,
+)
 from tasks.artifacts import Artifact, cache_directory, cached_task, store_piece
 from tasks.edit import StoredMoments
+from tasks.evaluation import ScoredPiece
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
-from tasks.progress import progress_bar
+from tasks.progress import piece_progress, progress_bar
 from tasks.requests import Source, read_source
 
 if TYPE_CHECKING:
     from memit.editors import Editor
+    from memit.evaluation.zsre import ZsreRecord
     from memit.hyperparameters import Hyperparameters
 
 LABELS = {
@@ -162,9 +170,11 @@ class Split(BaseModel):
 
 
 @cached_task("split", version=1, code=("memit.requests", "memit.editors.training_set"))
-def split_records(source: Source, file: Artifact, training: int, seed: int) -> Split:
+def split_records(
+    source: Source | Literal["zsre"], file: Artifact, training: int, seed: int
+) -> Split:
     """Set aside ``training`` records, at most half of all, whole subjects at a time."""
-    records, dropped = read_source(source, file.checked())
+    records, dropped = _read(source, file.checked())
     edited, learnt = split_by_subject(records, training, seed)
     purged = without_prompts(edited, learnt)
     before, after = (sum(len(r.neighborhood_prompts) for r in part) for part in (edited, purged))
@@ -180,6 +190,14 @@ def split_records(source: Source, file: Artifact, training: int, seed: int) -> S
         dropped=dropped,
         prompts_dropped=before - after,
     )
+
+
+def _read(source: Source | Literal["zsre"], path: Path) -> tuple[list[Record], int]:
+    if source != "zsre":
+        return read_source(source, path)
+    from memit.evaluation.zsre import as_records, read_zsre
+
+    return drop_conflicts(as_records(read_zsre(path)))
 
 
 def split_by_subject(
@@ -211,6 +229,18 @@ def without_prompts(edited: Sequence[Record], learnt: Sequence[Record]) -> list[
         )
         for record in edited
     ]
+
+
+@cached_task("questions", version=1, code=("memit.requests",))
+def sample_questions(edited: Artifact, count: int | None, seed: int) -> Artifact:
+    """Some of zsRE's records, or all of them.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    records = read_counterfact(edited.checked())
+    chosen = records if count is None else sample_records(records, count, seed)
+    return store_piece("questions", ".json", lambda path: write_records(chosen, path))
 
 
 # --- editing ------------------------------------------------------------------------------------
@@ -281,6 +311,27 @@ def select_targets(pieces: Sequence[Artifact], rows: Sequence[tuple[int, int]]) 
     places = [starts[piece] + row for piece, row in rows]
     chosen = Targets(**{name: part[places] for name, part in whole.__dict__.items()})
     return store_piece("targets", ".safetensors", chosen.save)
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+@cached_task("zsre", version=1, code=("memit.evaluation.continuations", "memit.evaluation.zsre"))
+def answer_piece(
+    questions: Sequence[ZsreRecord],
+    model: ModelReference,
+    edit: Artifact | None,
+    token_budget: int,
+) -> ScoredPiece:
+    """Answer some of zsRE's questions under teacher forcing."""
+    import pyarrow.parquet as parquet
+
+    from memit.evaluation.zsre import score_zsre
+
+    with loaded(model, edit) as lm, Meter() as meter, piece_progress("evaluation") as progress:
+        table = score_zsre(lm, questions, token_budget=token_budget, progress=progress)
+    piece = store_piece("evaluation", ".parquet", lambda path: parquet.write_table(table, path))
+    return ScoredPiece(table=piece, cost=meter.cost)
 
 
 # --- texts --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 
 from memit.editors import FineTuning, Memit, Rome
 from memit.errors import InputError
+from memit.evaluation import zsre
 from memit.evaluation.counterfact import SCHEMA, harmonic_mean
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record
@@ -148,6 +149,21 @@ def test_texts_are_measured_for_the_records_that_have_them():
     assert metrics["entropy"] == pytest.approx(100 * (2 / 3 * a + 4 / 3 * b) / 2 / 2, abs=1e-3)
     assert 0 < metrics["reference"] < 100
     assert "reference" not in metrics_of(table, TEXTS, records, {})[0]
+
+
+def test_zsre_has_its_own_metrics_under_the_same_names():
+    kinds = ("efficacy", "paraphrase", "specificity")
+    rows = [
+        {"case_id": case, "kind": kind, "prompt": "?", "answer": "a b"}
+        | {"nll": 1.0, "right": 2 if kind == "efficacy" else 1, "tokens": 2}
+        for case in range(3)
+        for kind in kinds
+    ]
+    answers = pa.Table.from_pylist(rows, schema=zsre.SCHEMA)
+    metrics, _ = metrics_of(answers, None, RECORDS[:3], {})
+    assert metrics["score"] == pytest.approx(harmonic_mean([100.0, 50.0, 50.0]))
+    assert [metrics[name] for name in ("efficacy", "paraphrase", "neighborhood")] == [100, 50, 50]
+    assert metrics["neighborhood_low"] == metrics["neighborhood_high"] == 50.0
 
 
 def _comparison(**others) -> Comparison:
