@@ -12,10 +12,11 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 
 DIGEST_TAG = "memit.experiment"
 COMPLETE_TAG = "memit.complete"
+LOCK_SECONDS = 10.0
+"""How long another process may hold the store."""
 BATCH = 1_000
 """Metrics in one request, the most that MLflow takes."""
 
@@ -101,17 +104,30 @@ def log_experiment(experiment: Experiment, uri: str) -> str:
 @contextmanager
 def _taking(uri: str, command: str) -> Iterator[None]:
     """Whatever goes wrong at the store is one error, which names what to run again."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     with _one_at_a_time(), _quiet():
         try:
+            _probe(uri)
             yield
-        except Exception as error:
+        except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UnreachableError(
                 f"MLflow at {redacted(uri)} did not take the run ({redacted(reason)}); the "
                 f"results stand, and the next `{command}` logs them."
             ) from error
+
+
+def _probe(uri: str) -> None:
+    """Fail within seconds where MLflow would try for minutes: a file that is locked or no store."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and path.exists():
+        with closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as store:
+            store.execute("begin immediate")
+            store.rollback()
 
 
 def _log_once(uri: str, name: str, digest: str, log: Callable[[MlflowClient, str], str]) -> str:
@@ -171,8 +187,8 @@ def _log_run(client: MlflowClient, experiment_id: str, experiment: Experiment) -
     edited = _edited_model(experiment_id, run_id, experiment, metrics)
     client.log_inputs(run_id, datasets=_datasets(), models=[LoggedModelInput(base)])
     client.log_outputs(run_id, [LoggedModelOutput(edited, 0)])
-    client.log_batch(run_id, tags=[RunTag(COMPLETE_TAG, "true")])
     client.set_terminated(run_id, "FINISHED")
+    client.log_batch(run_id, tags=[RunTag(COMPLETE_TAG, "true")])
     return run_id
 
 
@@ -236,8 +252,8 @@ def _log_family(client: MlflowClient, experiment_id: str, family: Family) -> str
         for batch in _batches(metrics, BATCH):
             client.log_batch(child, metrics=batch)
         client.set_terminated(child, "FINISHED")
-    client.log_batch(parent, tags=[RunTag(COMPLETE_TAG, "true")])
     client.set_terminated(parent, "FINISHED")
+    client.log_batch(parent, tags=[RunTag(COMPLETE_TAG, "true")])
     return parent
 
 
