@@ -1,0 +1,81 @@
+"""MLflow only observes: a store that cannot be had costs seconds and no result."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from memit.errors import UnreachableError
+from tasks import tracking
+from tasks.tracking import Experiment, log_experiment, redacted
+
+EXPERIMENT = Experiment(name="x", parameters={"a": 1}, manifests={}, timings={}, tags={})
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(tracking, "LOCK_SECONDS", 0.2)
+    return tmp_path
+
+
+def refused(uri: str) -> str:
+    """What is said of a store that does not take the run."""
+    started = time.monotonic()
+    with pytest.raises(UnreachableError) as caught:
+        log_experiment(EXPERIMENT, uri)
+    assert time.monotonic() - started < 60
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "results stand" in message
+    return message
+
+
+def test_a_store_that_is_no_file(project: Path) -> None:
+    (project / "mlflow.db").mkdir()
+    assert "unable to open" in refused(f"sqlite:///{project / 'mlflow.db'}")
+
+
+def test_a_store_that_is_locked(project: Path) -> None:
+    path = project / "mlflow.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as store:
+        store.execute("create table t (x)")
+        store.execute("begin exclusive")
+        assert "locked" in refused(f"sqlite:///{path}")
+
+
+def test_a_store_that_is_damaged(project: Path) -> None:
+    path = project / "mlflow.db"
+    path.write_bytes(b"no data base at all" * 100)
+    assert "not a database" in refused(f"sqlite:///{path}")
+    assert path.read_bytes() == b"no data base at all" * 100
+
+
+def test_a_server_that_does_not_answer_and_its_password() -> None:
+    said = refused("http://me:secret@127.0.0.1:9")
+    assert "secret" not in said
+    assert "http://***@127.0.0.1:9" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:pw@host/x", "https://***@host/x"),
+        ("https://host/x?token=abc&y=1", "https://host/x?***"),
+        ("no address? none", "no address? none"),
+        ("a" * 9000, "a" * 6000),
+    ],
+)
+def test_secrets_in_addresses_are_not_told(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+
+
+def test_an_experiment_is_known_by_what_it_is() -> None:
+    same = Experiment(name="y", parameters={"a": 1}, manifests={}, timings={}, tags={"t": "1"})
+    other = Experiment(name="x", parameters={"a": 2}, manifests={}, timings={}, tags={})
+    told = Experiment(name="x", parameters={"a": 1, "report": 3}, manifests={}, timings={}, tags={})
+    assert EXPERIMENT.digest == same.digest == told.digest != other.digest
