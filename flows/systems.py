@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import unmapped
 
-from flows.parameters import Parameters
+from flows.parameters import Parameters, overridden
 from flows.statistics import corpus_source
 from memit.errors import InputError
 from memit.requests import Record, read_counterfact
@@ -111,6 +111,7 @@ def prepare(parameters: Parameters, given: Mapping[str, Manifest], folder: Path)
     systems = make_systems(
         section.systems, section.settings, hyperparameters, model.model.id, model.model.layers
     )
+    systems = [_with_section(system, parameters, model.model.id) for system in systems]
     for system in systems:
         _check_layers(system, model)
     held_out = json.loads(STATISTICS_FILE.read_text(encoding="utf-8"))["held_out_documents"]
@@ -132,6 +133,19 @@ def _questions(path: str | None) -> dict[int, ZsreRecord] | None:
     from memit.evaluation.zsre import read_zsre
 
     return None if path is None else {record.case_id: record for record in read_zsre(path)}
+
+
+def _with_section(system: System, parameters: Parameters, model: str) -> System:
+    """A system that learns, with the settings of its section."""
+    from memit.editors import Mend, Serac
+    from memit.editors.mend import mend_preset
+    from memit.editors.serac import serac_preset
+
+    if system.name == "mend":
+        return replace(system, editor=Mend(overridden(mend_preset(model), parameters.mend)))
+    if system.name == "serac":
+        return replace(system, editor=Serac(overridden(serac_preset(model), parameters.serac)))
+    return system
 
 
 def learning_steps(parameters: Parameters) -> list[str]:
