@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -313,3 +314,15 @@ class TestDigest:
         assert records_digest([one, other]) == records_digest([measured, other])
         assert records_digest([one, other]) != records_digest([other, one])
         assert records_digest([one]) != records_digest([asking(0, "Rom")])
+
+
+def test_sample_takes_every_subject_before_any_twice():
+    records = [
+        Record(number, EditRequest(f"person {number % 5}", "{} likes", f"thing {number}"))
+        for number in range(20)
+    ]
+    for seed in range(5):
+        assert len({r.request.subject for r in sample_records(records, 5, seed)}) == 5
+        assert len({r.request.subject for r in sample_records(records, 3, seed)}) == 3
+        twice = Counter(r.request.subject for r in sample_records(records, 10, seed))
+        assert set(twice.values()) == {2}
