@@ -78,7 +78,6 @@ def new_encoder(
         n_heads=max(1, width // 32),
         dropout=0.0,
         attention_dropout=0.0,
-        attn_implementation="eager",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
