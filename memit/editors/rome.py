@@ -32,7 +32,7 @@ from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED_LAYERS = {"gpt2-xl": 17, "gpt-j-6b": 5, "gpt-neox-20b": 15, "synthetic": 1}
+PUBLISHED_LAYERS = {"gpt2-xl": 17, "gpt-j-6b": 5, "gpt-neox-20b": 15, "synthetic": 0}
 """The edited layer by the last part of the model's name, and that of the embedded default."""
 EDITS_BETWEEN_CHECKPOINTS = 50
 PREFIX_LENGTHS = (5, 10)
