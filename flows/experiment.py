@@ -76,12 +76,12 @@ def show_results(seconds: float) -> None:
     console.print(table)
     console.print(
         "\nWhere to look next:\n"
-        "  [bold]report/results.md[/], figures beside it; evaluation/facts.csv says what became of "
-        "each fact\n"
-        "  [bold]make ui[/]               all experiments in MLflow, in the browser\n"
-        "  [bold]dvc metrics diff[/]      against the last commit; "
-        "[bold]dvc exp run -S requests.count=128[/] tries another\n"
-        '  [bold]memit ask "..."[/]       the unedited and the edited model side by side\n'
+        "  [bold]report/results.md[/]     with figures; evaluation/facts.csv: what became of each "
+        "fact\n"
+        "  [bold]make ui[/]               every experiment in MLflow, in the browser\n"
+        "  [bold]dvc metrics diff[/]      what changed since the last commit\n"
+        'Ask both models: [bold]memit ask "..."[/]\n'
+        "Try another:     [bold]dvc exp run -S requests.count=128[/]\n"
     )
 
 

@@ -14,13 +14,13 @@ from tasks.measure import Cost
 from tasks.results import EDIT_FILE, METRICS_FILE, REPORT, TARGETS_FILE, TIMINGS_FILE
 
 ROWS = (
-    ("score", "Score S", "harmonic mean of the three below"),
-    ("efficacy", "Efficacy ES", "the edited prompts prefer the new object"),
+    ("score", "Score S", "harmonic mean of the next three"),
+    ("efficacy", "Efficacy ES", "edited prompts prefer the new object"),
     ("paraphrase", "Paraphrase PS", "so do their paraphrases"),
-    ("neighborhood", "Neighborhood NS", "prompts about others keep the true object"),
+    ("neighborhood", "Neighborhood NS", "others keep their true object"),
     ("efficacy_accuracy", "Efficacy, argmax", "the model would say the new object"),
     ("paraphrase_accuracy", "Paraphrase, argmax", "also to paraphrases"),
-    ("neighborhood_accuracy", "Neighborhood, argmax", "and the true one about others"),
+    ("neighborhood_accuracy", "Neighborhood, argmax", "and the true one of others"),
     ("perplexity", "Perplexity", "of held-out text"),
 )
 """Metric, its name in tables, and what it says."""
