@@ -28,7 +28,7 @@ def report(parameters: Parameters) -> None:
     write_report(timings)
     experiment = Experiment(
         name=parameters.report.experiment,
-        parameters=parameters.model_dump(),
+        parameters=parameters.model_dump(include=set(STEPS)),
         manifests=given,
         timings=timings,
         tags=origin_tags(flow_runs(given)),
