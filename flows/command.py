@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -13,13 +12,10 @@ from rich.console import Console
 
 from flows.parameters import Parameters, read_parameters
 from memit.errors import MemitError
+from tasks.stopping import INTERRUPTED, TERMINATED, leave
 
 BAD_INPUT = 2
 """Exit status when the user can put it right."""
-INTERRUPTED = 130
-"""Exit status after Ctrl-C."""
-TERMINATED = 143
-"""Exit status after SIGTERM."""
 
 Result = TypeVar("Result")
 
@@ -40,6 +36,8 @@ def run_flow(
     What ``check`` finds is told before Prefect's server is started.
     """
     parameters = given_parameters()
+    # Prefect marks its run as crashed and then calls whoever listened before it.
+    signal.signal(signal.SIGTERM, lambda *_: leave(TERMINATED))
     if check is not None:
         reporting(lambda: check(parameters))
     reporting(lambda: flow(parameters))
@@ -52,19 +50,7 @@ def reporting(work: Callable[[], Result]) -> Result:
     except MemitError as error:
         fail(error)
     except KeyboardInterrupt:
-        _stop(INTERRUPTED)
-    except BaseException as error:
-        # Prefect turns SIGTERM into an exception of its own, which is not worth its import here.
-        if type(error).__name__ == "TerminationSignal":
-            _stop(TERMINATED)
-        raise
-
-
-def _stop(status: int) -> NoReturn:
-    """Exit at once: pieces in the making are lost whole, and their threads are not waited for."""
-    console.print("[yellow]stopped:[/] finished pieces are kept; run it again to go on.")
-    atexit._run_exitfuncs()  # a temporary Prefect server is stopped here
-    os._exit(status)
+        leave(INTERRUPTED)
 
 
 def fail(error: MemitError) -> NoReturn:

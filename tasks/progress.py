@@ -11,6 +11,7 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext
+from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture, as_completed
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +22,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from tasks.stopping import INTERRUPTED, TERMINATED, leave_soon
 
 console = Console(stderr=True)
 """Where all output for people goes; results go to standard output."""
@@ -121,7 +124,11 @@ def gather(
     """
     size = {future.task_run_id: units for future, units in zip(futures, sizes, strict=True)}
     with progress_bar(name, sum(sizes), unit) as bar:
-        for future in as_completed(list(futures)):
-            future.result()
-            bar.finish_piece(size[future.task_run_id])
+        try:
+            for future in as_completed(list(futures)):
+                future.result()
+                bar.finish_piece(size[future.task_run_id])
+        except (KeyboardInterrupt, TerminationSignal) as asked:
+            leave_soon(INTERRUPTED if isinstance(asked, KeyboardInterrupt) else TERMINATED)
+            raise
     return [future.result() for future in futures]

@@ -230,16 +230,19 @@ def test_damaged_pieces_and_results_are_made_anew(finished: Project) -> None:
     assert finished.results() == before
 
 
-def test_interrupted_it_says_how_to_go_on(finished: Project, tmp_path: Path, api: str) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_says_how_to_go_on(
+    finished: Project, tmp_path: Path, api: str, sent: signal.Signals, status: int
+) -> None:
     project = Project(tmp_path / "project", api, finished.place)
     shutil.copytree(finished.place / ".cache" / "training", project.place / ".cache" / "training")
     process = project.start()
     while not project.pieces("statistics"):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    assert process.returncode == status, said
     assert "run it again to go on" in said
     assert "Traceback" not in said
 
