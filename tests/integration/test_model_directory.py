@@ -22,7 +22,7 @@ FAMILIES = ("gpt2", "llama", "gptj", "gpt_neox")
 
 def build(place: Path, family: str = "gpt2", dtype: torch.dtype = torch.float32) -> Path:
     model, tokenizer = families()[family]()
-    model.to(dtype).save_pretrained(place, max_shard_size="60KB")
+    model.to(dtype).save_pretrained(place, max_shard_size="60KB")  # pyright: ignore[reportArgumentType]
     tokenizer.save_pretrained(place)
     return place
 

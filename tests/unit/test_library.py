@@ -31,9 +31,7 @@ def test_five_lines(tmp_path: Path) -> None:
     prompt = f"{SUBJECTS[0]} was born in"
     before = memit.ask(lm, prompt)
     records = memit.read_records(facts)
-    delta = memit.edit(
-        lm, records, corpus=tmp_path / "corpus.txt", hyperparameters=HYPERPARAMETERS
-    )
+    delta = memit.edit(lm, records, corpus=tmp_path / "corpus.txt", hyperparameters=HYPERPARAMETERS)
     after = memit.ask(lm, prompt)
     delta.save(tmp_path / "facts.safetensors")
 
