@@ -167,8 +167,7 @@ def spread_step(bench: Bench, count: int, repeats: int = 3) -> dict:
 
     with PeakMemory(bench.device) as peak:
         seconds = median_time(run, bench.device, repeats)
-    tokens = SUBJECT_TOKENS + PREFIX_TOKENS
-    work = spread_work(bench.shape, count, tokens, ROWS)
+    work = spread_work(bench.shape, count, SUBJECT_TOKENS, ROWS)  # the prefixes are shared
     return _row(bench, seconds, work, peak, count=count)
 
 
