@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.command import console, given_parameters, run_flow
+from flows.evaluation import references
 from flows.parameters import Parameters
 
 if __name__ == "__main__":
@@ -23,17 +24,16 @@ from flows.systems import (
     Goals,
     Measured,
     Sample,
-    beginnings_of,
-    corpus_texts,
     edit_sample,
     learning_steps,
     measure,
     prepare,
 )
 from memit.errors import UnreachableError
-from memit.requests import read_counterfact
 from tasks.artifacts import keep_only, write_file, write_json, write_text
-from tasks.compare import Comparison, csv_text, markdown, metrics_of, plain, table_rows
+from tasks.compare import Comparison, csv_text, markdown, plain, table_rows
+from tasks.evaluation import DECIMALS, metrics_of
+from tasks.generation import having_prompts
 from tasks.paper import published
 from tasks.results import finish_step, flow_runs, upstream
 from tasks.runners import thread_runner
@@ -98,30 +98,22 @@ def _measure_all(bench: Bench, sample: Sample) -> Iterator[tuple[str, Measured]]
 
 
 def _compare(bench: Bench, sample: Sample, measured: dict[str, Measured]) -> Comparison:
-    from memit.evaluation.reference import read_snippets, references_from_corpus
+    from memit.evaluation.entropy import word_tokenizer
 
     parameters = bench.parameters
-    snippets = parameters.compare.snippets
-    parts = (bench.split.edited, bench.split.training)
-    everything = [record for part in parts for record in read_counterfact(part.checked())]
-    references = (
-        references_from_corpus(everything, corpus_texts(bench))
-        if snippets is None
-        else read_snippets(snippets)
-    )
+    wanted = references(parameters) if bench.questions is None else {}
     systems: dict[str, dict[str, float]] = {}
-    exact = True
     for name, each in measured.items():
-        systems[name], exact = metrics_of(each.prompts, each.texts, sample.records, references)
+        systems[name] = metrics_of(each.prompts, each.texts, sample.records, wanted)
         if each.perplexity is not None:
-            systems[name]["perplexity"] = round(each.perplexity, 6)
+            systems[name]["perplexity"] = round(each.perplexity, DECIMALS)
         systems[name]["seconds"] = each.edit.cost.seconds
     count = len(sample.records)
     return Comparison(
         model=bench.model.model.id,
         records=count,
         systems=systems,
-        exact_entropy=exact,
+        exact_entropy=word_tokenizer()[1],
         published=published(_data_set(bench), bench.model.model.id, count),
         notes=_notes(bench, sample),
     )
@@ -134,7 +126,7 @@ def _data_set(bench: Bench) -> str:
 def _notes(bench: Bench, sample: Sample) -> tuple[str, ...]:
     split = bench.split
     section = bench.parameters.compare
-    written = len(dict(beginnings_of(sample.records, section.generation_records)))
+    written = len(having_prompts(sample.records, section.generation_records))
     notes = [
         f"{len(sample.records)} of {split.count} records that can be edited; {split.dropped} were "
         f"left out because they contradict others, {split.training_count} were set aside for "

@@ -1,11 +1,16 @@
 """Step 7: what the edit did. Every prompt is scored before and after; all else follows from that.
 
-Results: ``evaluation/prompts.parquet``, ``evaluation/facts.csv`` and ``metrics.json``.
+Results: ``evaluation/prompts.parquet``, ``evaluation/generations.parquet``,
+``evaluation/facts.csv`` and ``metrics.json``.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.command import given_parameters, run_flow
 from flows.parameters import Parameters
@@ -13,27 +18,58 @@ from flows.parameters import Parameters
 if __name__ == "__main__":
     given_parameters()
 
-from prefect import flow, unmapped
+from prefect import flow
 
-from memit.requests import read_counterfact
-from tasks.artifacts import write_file, write_json
-from tasks.evaluation import make_metrics, measure_perplexity, read_table, score_piece
-from tasks.loading import token_budget
+from flows.requests import records_source
+from flows.statistics import corpus_of
+from memit.requests import Record, read_counterfact
+from tasks.artifacts import Artifact, keep_only, write_file, write_json
+from tasks.evaluation import (
+    DECIMALS,
+    described_edit,
+    measure_perplexity,
+    metrics_of,
+    read_table,
+    score_in_pieces,
+    score_piece,
+)
+from tasks.generation import collect_references, having_prompts, read_references, write_texts
+from tasks.loading import ModelReference, token_budget
+from tasks.measure import Cost
 from tasks.model import open_model
-from tasks.progress import gather
 from tasks.results import (
     DELTA_FILE,
     EDIT_FILE,
+    EVALUATION,
     FACTS_FILE,
+    GENERATIONS_FILE,
     HELD_OUT_FILE,
     METRICS_FILE,
     PROMPTS_FILE,
     REQUESTS_FILE,
     STATISTICS_FILE,
+    Manifest,
     finish_step,
     upstream,
 )
 from tasks.runners import thread_runner
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from memit.evaluation.reference import References
+
+
+@dataclass(frozen=True)
+class State:
+    """What was found out about the model before or after the edit."""
+
+    prompts: pyarrow.Table
+    texts: pyarrow.Table | None
+    """None where no record has generation prompts."""
+    perplexity: float | None
+    """None where there is no held-out text."""
+    costs: tuple[Cost, ...]
 
 
 @flow(
@@ -42,44 +78,93 @@ from tasks.runners import thread_runner
     task_runner=thread_runner(),
 )
 def evaluation(parameters: Parameters) -> None:
-    """Score the prompts that are missing, on both models, and sum up."""
-    import pyarrow.csv
-    import pyarrow.parquet
-
-    from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
-
+    """Score the prompts and write the texts that are missing, on both models, and sum up."""
     given = upstream("model", "requests", "statistics", "edit")
     section = parameters.evaluation
+    records = read_counterfact(REQUESTS_FILE)
     model = open_model(**parameters.model.placement()).model_copy(
         update={"served_in": section.dtype}
     )
-    delta = given["edit"].file(DELTA_FILE)
+    before, after = (
+        _measure(parameters, given, model, edit, records)
+        for edit in (None, given["edit"].file(DELTA_FILE))
+    )
+    wanted = references(parameters) if before.texts is not None else {}
+    metrics = {
+        "before": _metrics(before, records, wanted),
+        "after": _metrics(after, records, wanted),
+        "edit": described_edit(json.loads(EDIT_FILE.read_text(encoding="utf-8"))),
+    }
+    files = _write_tables(before, after)
+    write_json(METRICS_FILE, metrics)
+    finish_step("evaluation", [*files, METRICS_FILE], given, [*before.costs, *after.costs])
+
+
+def references(parameters: Parameters) -> References:
+    """Texts that generated ones are compared with: the published snippets, or the texts of the
+    corpus that tell what the records know."""
+    from memit.evaluation.reference import read_snippets
+
+    snippets = parameters.evaluation.snippets
+    if snippets is not None:
+        return read_snippets(snippets)
+    return read_references(collect_references(*records_source(parameters), corpus_of(parameters)))
+
+
+def _measure(
+    parameters: Parameters,
+    given: Mapping[str, Manifest],
+    model: ModelReference,
+    edit: Artifact | None,
+    records: Sequence[Record],
+) -> State:
+    from memit.evaluation.counterfact import prompts_of
+
+    section = parameters.evaluation
     budget = token_budget(section.token_budget, model)
-    prompts = prompts_of(read_counterfact(REQUESTS_FILE))
-    size = section.prompts_per_piece
-    pieces = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-    futures = [
-        future
-        for state in (None, delta)
-        for future in score_piece.map(
-            pieces, model=unmapped(model), edit=unmapped(state), token_budget=unmapped(budget)
-        )
-    ]
-    scored = gather("evaluation", "prompts", futures, [len(piece) for piece in pieces] * 2)
-    before, after = read_table(scored[: len(pieces)]), read_table(scored[len(pieces) :])
+    scored = score_in_pieces(
+        score_piece, prompts_of(records), section.prompts_per_piece, model, edit, budget
+    )
     costs = [piece.cost for piece in scored]
-    perplexities = None
-    if json.loads(STATISTICS_FILE.read_text())["held_out_documents"]:
+    texts = perplexity = None
+    described = having_prompts(records, section.generation_records)
+    if described:
+        texts, writing = write_texts(described, model, edit, section.seed, budget)
+        costs += writing
+    if json.loads(STATISTICS_FILE.read_text(encoding="utf-8"))["held_out_documents"]:
         held_out = given["statistics"].file(HELD_OUT_FILE)
-        measured = [measure_perplexity(held_out, model, s, budget) for s in (None, delta)]
-        perplexities = (measured[0].perplexity, measured[1].perplexity)
-        costs += [one.cost for one in measured]
-    joined, facts = before_and_after(before, after), facts_table(before, after)
+        measured = measure_perplexity(held_out, model, edit, budget)
+        perplexity = measured.perplexity
+        costs.append(measured.cost)
+    return State(read_table(scored), texts, perplexity, tuple(costs))
+
+
+def _metrics(state: State, records: Sequence[Record], wanted: References) -> dict[str, float]:
+    metrics = metrics_of(state.prompts, state.texts, records, wanted)
+    if state.perplexity is not None:
+        metrics["perplexity"] = round(state.perplexity, DECIMALS)
+    return metrics
+
+
+def _write_tables(before: State, after: State) -> list[Path]:
+    """Write the results and give their paths."""
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    from memit.evaluation.counterfact import before_and_after, facts_table
+    from memit.evaluation.generations import side_by_side
+
+    joined = before_and_after(before.prompts, after.prompts)
+    facts = facts_table(before.prompts, after.prompts)
     write_file(PROMPTS_FILE, lambda path: pyarrow.parquet.write_table(joined, path))
     write_file(FACTS_FILE, lambda path: pyarrow.csv.write_csv(facts, path))
-    summary = json.loads(EDIT_FILE.read_text(encoding="utf-8"))
-    write_json(METRICS_FILE, make_metrics(before, after, perplexities, summary))
-    finish_step("evaluation", [PROMPTS_FILE, FACTS_FILE, METRICS_FILE], given, costs)
+    files = [PROMPTS_FILE, FACTS_FILE]
+    if before.texts is not None and after.texts is not None:
+        texts = side_by_side(before.texts, after.texts)
+        write_file(GENERATIONS_FILE, lambda path: pyarrow.parquet.write_table(texts, path))
+        files.append(GENERATIONS_FILE)
+    keep_only(EVALUATION, {path.name for path in files})
+    return files
 
 
 if __name__ == "__main__":

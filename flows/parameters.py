@@ -251,6 +251,13 @@ class EvaluationSection(Section):
         default=None, description="null: that of the model; else as served"
     )
     prompts_per_piece: int = Field(default=512, ge=1, le=10_000_000)
+    generation_records: int | None = Field(
+        default=32, ge=0, le=10_000_000, description="whose texts are generated; null: all"
+    )
+    snippets: Text | None = Field(
+        default=None, description="CounterFact's attribute snippets; null: texts of the corpus"
+    )
+    seed: Seed = Field(default=0, description="of the generated texts")
     token_budget: TokenBudget = 4_096
 
 
@@ -320,9 +327,6 @@ class CompareSection(Section):
     )
     zsre: Text | None = Field(
         default=None, description="zsRE's questions, to be edited instead of the section requests"
-    )
-    snippets: Text | None = Field(
-        default=None, description="CounterFact's attribute snippets; null: texts of the corpus"
     )
 
     @model_validator(mode="after")

@@ -13,9 +13,9 @@ if __name__ == "__main__":
 
 from prefect import flow
 
-from tasks.artifacts import copy_file, describe
+from tasks.artifacts import Artifact, copy_file, describe
 from tasks.model import open_model
-from tasks.requests import choose_requests, locate_records
+from tasks.requests import Source, choose_requests, locate_records
 from tasks.results import REQUESTS_FILE, WORLD, finish_step, upstream
 
 
@@ -24,19 +24,22 @@ def requests(parameters: Parameters) -> None:
     """Choose the records of the experiment and check that each can be edited."""
     given = upstream("model")
     section = parameters.requests
-    if section.source == "synthetic":
-        file = WORLD / "records.json"
-    else:
-        file = locate_records(section.path, section.url, section.sha256)
     chosen = choose_requests(
-        "counterfact" if section.source == "synthetic" else section.source,
-        describe(file),
+        *records_source(parameters),
         section.count,
         section.seed,
         open_model(**parameters.model.placement()),
     )
     copy_file(chosen.records.checked(), REQUESTS_FILE)
     finish_step("requests", [REQUESTS_FILE], given, [chosen.cost])
+
+
+def records_source(parameters: Parameters) -> tuple[Source, Artifact]:
+    """The kind and the file of the records that the section ``requests`` names."""
+    section = parameters.requests
+    if section.source == "synthetic":
+        return "counterfact", describe(WORLD / "records.json")
+    return section.source, describe(locate_records(section.path, section.url, section.sha256))
 
 
 if __name__ == "__main__":

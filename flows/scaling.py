@@ -28,7 +28,7 @@ from flows.systems import (
 from memit.errors import UnreachableError
 from memit.requests import Record
 from tasks.artifacts import keep_only, write_file, write_json, write_text
-from tasks.compare import metrics_of
+from tasks.evaluation import metrics_of
 from tasks.measure import Cost
 from tasks.results import finish_step, flow_runs, upstream
 from tasks.runners import thread_runner
@@ -108,7 +108,7 @@ def _points(bench: Bench, samples: list[tuple[int, Sample]], costs: list[Cost]) 
                 thorough=False,
             )
             costs += measured.costs
-            metrics, _ = metrics_of(measured.prompts, measured.texts, sample.records, {})
+            metrics = metrics_of(measured.prompts, measured.texts, sample.records, {})
             count = len(sample.records)
             yield Point(system.name, count, seed, metrics | {"seconds": edit.cost.seconds})
             console.print(

@@ -38,12 +38,7 @@ def statistics(parameters: Parameters) -> None:
     section = parameters.statistics
     model = open_model(**parameters.model.placement())
     layers = parameters.hyperparameters(model.model.id, model.model.layers).layers
-    corpus = collect_corpus(
-        corpus_source(parameters),
-        section.documents,
-        section.documents_per_shard,
-        section.held_out_documents,
-    )
+    corpus = corpus_of(parameters)
     shards = gather(
         "statistics",
         "documents",
@@ -57,6 +52,17 @@ def statistics(parameters: Parameters) -> None:
     )
     files = _merge(corpus, shards, model, layers)
     finish_step("statistics", files, given, [corpus.cost, *(shard.cost for shard in shards)])
+
+
+def corpus_of(parameters: Parameters) -> Corpus:
+    """The documents that the section ``statistics`` names, written down once."""
+    section = parameters.statistics
+    return collect_corpus(
+        corpus_source(parameters),
+        section.documents,
+        section.documents_per_shard,
+        section.held_out_documents,
+    )
 
 
 def corpus_source(parameters: Parameters) -> CorpusSource:

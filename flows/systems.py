@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING, Any
 from prefect import unmapped
 
 from flows.parameters import Parameters, overridden
-from flows.statistics import corpus_source
+from flows.requests import records_source
+from flows.statistics import corpus_of
 from memit.errors import InputError
 from memit.requests import Record, read_counterfact
 from tasks.artifacts import Artifact, describe
-from tasks.corpus import collect_corpus, read_texts
 from tasks.edit import spread_edit
-from tasks.evaluation import ScoredPiece, measure_perplexity, read_table, score_piece
+from tasks.evaluation import (
+    ScoredPiece,
+    measure_perplexity,
+    read_table,
+    score_in_pieces,
+    score_piece,
+)
+from tasks.generation import having_prompts, write_texts
 from tasks.loading import ModelReference, token_budget
 from tasks.measure import Cost, total_cost
 from tasks.model import open_model
@@ -31,7 +38,6 @@ from tasks.results import (
     SERAC_MODELS_FILE,
     STATISTICS,
     STATISTICS_FILE,
-    WORLD,
     Manifest,
 )
 from tasks.statistics import collect_shard, describe_moment, merge_shards
@@ -45,7 +51,6 @@ from tasks.systems import (
     sample_questions,
     select_targets,
     split_records,
-    write_texts,
 )
 from tasks.targets import TargetsPiece, optimise_targets, target_settings
 
@@ -154,21 +159,13 @@ def learning_steps(parameters: Parameters) -> list[str]:
 
 
 def split(parameters: Parameters) -> Split:
-    """The records to edit and those to learn from."""
-    source, file = records_source(parameters)
-    return split_records(
-        source, file, parameters.compare.training_records, parameters.requests.seed
-    )
-
-
-def records_source(parameters: Parameters) -> tuple[str, Artifact]:
-    """The kind and the file of the records: zsRE's, or those that ``requests`` names."""
-    section = parameters.requests
-    if parameters.compare.zsre is not None:
-        return "zsre", describe(locate_records(parameters.compare.zsre, None, None))
-    if section.source == "synthetic":
-        return "counterfact", describe(WORLD / "records.json")
-    return section.source, describe(locate_records(section.path, section.url, section.sha256))
+    """The records to edit and those to learn from: zsRE's, or those that ``requests`` names."""
+    section = parameters.compare
+    if section.zsre is None:
+        source, file = records_source(parameters)
+    else:
+        source, file = "zsre", describe(locate_records(section.zsre, None, None))
+    return split_records(source, file, section.training_records, parameters.requests.seed)
 
 
 def _check_layers(system: System, model: ModelReference) -> None:
@@ -198,13 +195,7 @@ def _moments(
 def _collect(
     parameters: Parameters, model: ModelReference, layers: Sequence[int], folder: Path
 ) -> dict[int, Artifact]:
-    section = parameters.statistics
-    corpus = collect_corpus(
-        corpus_source(parameters),
-        section.documents,
-        section.documents_per_shard,
-        section.held_out_documents,
-    )
+    corpus = corpus_of(parameters)
     shards = gather(
         "statistics",
         "documents",
@@ -212,7 +203,7 @@ def _collect(
             [part.texts for part in corpus.ranges],
             model=unmapped(model),
             layers=unmapped(tuple(layers)),
-            token_budget=unmapped(token_budget(section.token_budget, model)),
+            token_budget=unmapped(token_budget(parameters.statistics.token_budget, model)),
         ),
         [part.count for part in corpus.ranges],
     )
@@ -329,17 +320,14 @@ def measure(
     A thorough measurement takes the perplexity, and asks the neighbourhood prompts behind the
     edited fact, too (CounterFact+).
     """
-    import pyarrow.parquet as parquet
-
     scored = _score(bench, edit, sample, thorough)
     costs = [piece.cost for piece in scored]
     budget = token_budget(bench.parameters.evaluation.token_budget, bench.model)
-    beginnings = beginnings_of(sample.records, texts_of)
+    described = having_prompts(sample.records, texts_of)
     texts = perplexity = None
-    if beginnings:
-        written = write_texts(beginnings, bench.model, edit.edit, seed, budget)
-        texts = parquet.read_table(written.table.checked())
-        costs.append(written.cost)
+    if described:
+        texts, writing = write_texts(described, bench.model, edit.edit, seed, budget)
+        costs += writing
     if thorough and bench.held_out is not None:
         measured = measure_perplexity(bench.held_out, bench.model, edit.edit, budget)
         perplexity = measured.perplexity
@@ -351,42 +339,12 @@ def _score(bench: Bench, edit: SystemEdit, sample: Sample, thorough: bool) -> li
     """Tables of all prompts or questions, in pieces."""
     from memit.evaluation.counterfact import plus_prompts_of, prompts_of
 
-    section = bench.parameters.evaluation
     items: list[Any]
     if bench.questions is not None:
         score, items = answer_piece, [bench.questions[r.case_id] for r in sample.records]
     else:
         score, items = score_piece, prompts_of(sample.records)
         items += plus_prompts_of(sample.records) if thorough else []
-    size = section.prompts_per_piece
-    pieces = [items[first : first + size] for first in range(0, len(items), size)]
-    return gather(
-        "evaluation",
-        "prompts",
-        score.map(
-            pieces,
-            model=unmapped(bench.model),
-            edit=unmapped(edit.edit),
-            token_budget=unmapped(token_budget(section.token_budget, bench.model)),
-        ),
-        [len(piece) for piece in pieces],
-    )
-
-
-def beginnings_of(records: Sequence[Record], most: int | None) -> list[tuple[int, str]]:
-    """Generation prompts, each with its case, of the first ``most`` records that have any."""
-    having = [record for record in records if record.generation_prompts]
-    chosen = having if most is None else having[:most]
-    return [(record.case_id, prompt) for record in chosen for prompt in record.generation_prompts]
-
-
-def corpus_texts(bench: Bench) -> list[str]:
-    """All documents of the step ``statistics``."""
-    section = bench.parameters.statistics
-    corpus = collect_corpus(
-        corpus_source(bench.parameters),
-        section.documents,
-        section.documents_per_shard,
-        section.held_out_documents,
-    )
-    return [text for part in corpus.ranges for text in read_texts(part.texts.checked())]
+    section = bench.parameters.evaluation
+    budget = token_budget(section.token_budget, bench.model)
+    return score_in_pieces(score, items, section.prompts_per_piece, bench.model, edit.edit, budget)

@@ -6,18 +6,10 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from memit.requests import Record
 from tasks.paper import Published
 from tasks.systems import LABELS
-
-if TYPE_CHECKING:
-    import pyarrow
-
-    from memit.evaluation.reference import References
 
 SUCCESS = (
     ("score", "S"),
@@ -38,7 +30,6 @@ STRICT = tuple(
 )
 """Those of the second."""
 ABSENT = "–"
-DECIMALS = 6
 
 
 @dataclass(frozen=True)
@@ -55,59 +46,6 @@ class Comparison:
     """The paper's numbers by system, where it has edited this model with as many such records."""
     notes: tuple[str, ...]
     """What a reader of the table must know."""
-
-
-def metrics_of(
-    prompts: pyarrow.Table,
-    texts: pyarrow.Table | None,
-    records: Sequence[Record],
-    references: References,
-) -> tuple[dict[str, float], bool]:
-    """All metrics of a system with 95% bootstrap intervals, and whether its entropies are exact."""
-    from memit.evaluation.counterfact import SCORE_OF, record_means, summarise
-    from memit.evaluation.intervals import bootstrap_intervals
-
-    if "answer" in prompts.column_names:
-        return _of_answers(prompts), True
-    means = dict(record_means(prompts))
-    exact = True
-    if texts is not None:
-        written, exact = _of_texts(texts, records, references)
-        means |= {name: values for name, values in written.items() if not np.isnan(values).all()}
-    values = {name: float(np.nanmean(of)) for name, of in means.items()} | summarise(prompts)
-    intervals = bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)
-    return {name: round(value, DECIMALS) for name, value in (values | intervals).items()}, exact
-
-
-def _of_answers(answers: pyarrow.Table) -> dict[str, float]:
-    """zsRE's metrics under the names that they have in all tables; NS is its specificity."""
-    from memit.evaluation.counterfact import SCORE_OF, harmonic_mean
-    from memit.evaluation.intervals import bootstrap_intervals
-    from memit.evaluation.zsre import KINDS, zsre_record_means
-
-    found = zsre_record_means(answers)
-    means = {name: found[f"zsre_{kind}"] for name, kind in zip(SCORE_OF, KINDS, strict=True)}
-    values = {name: float(of.mean()) for name, of in means.items()}
-    values = {"score": harmonic_mean(list(values.values()))} | values
-    intervals = bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)
-    return {name: round(value, DECIMALS) for name, value in (values | intervals).items()}
-
-
-def _of_texts(
-    texts: pyarrow.Table, records: Sequence[Record], references: References
-) -> tuple[dict[str, np.ndarray], bool]:
-    """Entropy and reference score of each record, in the order of the case ids."""
-    from memit.evaluation.entropy import record_entropies
-    from memit.evaluation.reference import reference_scores
-
-    ordered = sorted(records, key=lambda record: record.case_id)
-    written: dict[int, list[str]] = {record.case_id: [] for record in ordered}
-    for case, text in zip(texts["case_id"].to_pylist(), texts["text"].to_pylist(), strict=True):
-        written[case].append(text)
-    groups = [written[record.case_id] for record in ordered]
-    entropies, exact = record_entropies(groups)
-    scores = reference_scores(ordered, groups, references)
-    return {"entropy": np.array(entropies), "reference": np.array(scores)}, exact
 
 
 def table_rows(comparison: Comparison) -> list[dict[str, str]]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from prefect import Task, unmapped
 from pydantic import BaseModel, ConfigDict
 
 from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.corpus import read_texts
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
-from tasks.progress import piece_progress
+from tasks.progress import gather, piece_progress
 
 if TYPE_CHECKING:
     import pyarrow
 
     from memit.evaluation.counterfact import ScoredPrompt
+    from memit.evaluation.reference import References
+    from memit.requests import Record
 
 DECIMALS = 6
 """Places after the point in ``metrics.json``."""
@@ -62,6 +66,29 @@ def score_piece(
     return ScoredPiece(table=piece, cost=meter.cost)
 
 
+def score_in_pieces(
+    score: Task[..., Any],
+    items: Sequence[Any],
+    size: int,
+    model: ModelReference,
+    edit: Artifact | None,
+    token_budget: int,
+) -> list[ScoredPiece]:
+    """Map ``score`` over ``items``, ``size`` of them at a time, and give the pieces in order."""
+    pieces = [items[first : first + size] for first in range(0, len(items), size)]
+    return gather(
+        "evaluation",
+        "prompts",
+        score.map(
+            pieces,
+            model=unmapped(model),
+            edit=unmapped(edit),
+            token_budget=unmapped(token_budget),
+        ),
+        [len(piece) for piece in pieces],
+    )
+
+
 @cached_task("perplexity", version=1, code=("memit.evaluation.perplexity", "memit.forward"))
 def measure_perplexity(
     held_out: Artifact, model: ModelReference, edit: Artifact | None, token_budget: int
@@ -83,29 +110,46 @@ def read_table(pieces: Sequence[ScoredPiece]) -> pyarrow.Table:
     return pyarrow.concat_tables([parquet.read_table(piece.table.checked()) for piece in pieces])
 
 
-def make_metrics(
-    before: pyarrow.Table,
-    after: pyarrow.Table,
-    perplexities: tuple[float, float] | None,
-    edit: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The content of ``metrics.json``: what was measured, and nothing that a repetition changes."""
+def metrics_of(
+    prompts: pyarrow.Table,
+    texts: pyarrow.Table | None,
+    records: Sequence[Record],
+    references: References,
+) -> dict[str, float]:
+    """All metrics that tables of prompts (or zsRE's answers) and of generated texts support, each
+    with its 95% bootstrap interval over records, and the number of records."""
     from memit.evaluation.counterfact import SCORE_OF, record_means, summarise
+    from memit.evaluation.generations import generation_record_means
     from memit.evaluation.intervals import bootstrap_intervals
 
-    def measured(table: pyarrow.Table, state: int) -> dict[str, float]:
-        means = {name: of for name, of in record_means(table).items() if name in SCORE_OF}
-        intervals = bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)
-        text = {} if perplexities is None else {"perplexity": perplexities[state]}
-        values = {**summarise(table), **intervals, **text}
-        return {name: _rounded(value) for name, value in values.items()}
+    if "answer" in prompts.column_names:
+        means, summary = _of_answers(prompts)
+    else:
+        means, summary = dict(record_means(prompts)), summarise(prompts)
+    if texts is not None:
+        ordered = sorted(records, key=lambda record: record.case_id)
+        written = generation_record_means(texts, ordered, references)
+        means |= written
+        summary |= {name: float(np.nanmean(values)) for name, values in written.items()}
+    intervals = bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)
+    return {name: _rounded(value) for name, value in (summary | intervals).items()}
 
+
+def _of_answers(answers: pyarrow.Table) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """zsRE's metrics under the names that they have in all tables; NS is its specificity."""
+    from memit.evaluation.counterfact import SCORE_OF, harmonic_mean
+    from memit.evaluation.zsre import KINDS, zsre_record_means
+
+    found = zsre_record_means(answers)
+    means = {name: found[f"zsre_{kind}"] for name, kind in zip(SCORE_OF, KINDS, strict=True)}
+    values = {name: float(of.mean()) for name, of in means.items()}
+    return means, {"score": harmonic_mean(list(values.values()))} | values
+
+
+def described_edit(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``metrics.json`` says of an edit, out of ``edit.json``."""
     described = ("count", "layers", "target_shift", "residual_left", "update_ratio")
-    return {
-        "before": measured(before, 0),
-        "after": measured(after, 1),
-        "edit": {name: edit[name] for name in described},
-    }
+    return {name: summary[name] for name in described}
 
 
 def _rounded(value: float) -> float:

@@ -21,6 +21,8 @@ ROWS = (
     ("efficacy_accuracy", "Efficacy, argmax", "the model would say the new object"),
     ("paraphrase_accuracy", "Paraphrase, argmax", "also to paraphrases"),
     ("neighborhood_accuracy", "Neighborhood, argmax", "and the true one of others"),
+    ("entropy", "Fluency GE", "entropy of texts that it writes"),
+    ("reference", "Consistency RS", "their likeness to the new object's"),
     ("perplexity", "Perplexity", "of held-out text"),
 )
 """Metric, its name in tables, and what it says."""

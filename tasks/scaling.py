@@ -17,7 +17,8 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from memit.evaluation.counterfact import SCORE_OF, harmonic_mean
-from tasks.compare import ABSENT, DECIMALS
+from tasks.compare import ABSENT
+from tasks.evaluation import DECIMALS
 from tasks.systems import LABELS
 
 PANELS = (

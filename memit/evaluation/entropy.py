@@ -35,12 +35,11 @@ def text_entropy(text: str, words: Callable[[str], list[str]]) -> float:
     return 100.0 * sum(weighted) / len(weighted)
 
 
-def record_entropies(texts: Sequence[Sequence[str]]) -> tuple[list[float], bool]:
-    """Mean entropy of each record's generated texts, NaN where it has none, and whether the words
-    are exactly NLTK's (see `word_tokenizer`)."""
-    words, exact = word_tokenizer()
+def record_entropies(texts: Sequence[Sequence[str]]) -> list[float]:
+    """Mean entropy of each record's generated texts, NaN where it has none."""
+    words, _ = word_tokenizer()
     entropies = [[text_entropy(text, words) for text in record] for record in texts]
-    return [sum(each) / len(each) if each else float("nan") for each in entropies], exact
+    return [sum(each) / len(each) if each else float("nan") for each in entropies]
 
 
 def _entropy(tokens: Sequence[str], n: int) -> float:

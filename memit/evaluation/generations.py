@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 
+from memit.errors import InputError
 from memit.evaluation.entropy import record_entropies
 from memit.evaluation.reference import References, reference_scores
 from memit.generation import count_repetitions, generate_texts
@@ -59,18 +60,29 @@ def write_about(
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
+def side_by_side(before: pa.Table, after: pa.Table) -> pa.Table:
+    """One row for each prompt with what was written before and after the edit.
+
+    Raises `InputError` if the two tables are not about the same prompts.
+    """
+    if not before.select(["case_id", "prompt"]).equals(after.select(["case_id", "prompt"])):
+        raise InputError("the two tables hold different prompts: write about the same in both.")
+    joined = before.rename_columns(["case_id", "prompt", "text_before"])
+    return joined.append_column("text_after", after["text"])
+
+
 def generation_record_means(
     table: pa.Table, records: Sequence[Record], references: References
 ) -> dict[str, np.ndarray]:
-    """`entropy` and `reference_score` of each record in the order of `records`, NaN where it has
+    """`entropy` and `reference` of each record in the order of `records`, NaN where it has
     none; a metric that no record has is left out."""
     texts: dict[int, list[str]] = {}
     for row in table.to_pylist():
         texts.setdefault(row["case_id"], []).append(row["text"])
     written = [texts.get(record.case_id, []) for record in records]
     means = {
-        "entropy": np.array(record_entropies(written)[0]),
-        "reference_score": np.array(reference_scores(records, written, references)),
+        "entropy": np.array(record_entropies(written)),
+        "reference": np.array(reference_scores(records, written, references)),
     }
     return {name: values for name, values in means.items() if not np.isnan(values).all()}
 

@@ -17,7 +17,8 @@ from memit.evaluation.counterfact import SCHEMA, harmonic_mean
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record
 from tasks import compare, scaling
-from tasks.compare import ABSENT, Comparison, metrics_of
+from tasks.compare import ABSENT, Comparison
+from tasks.evaluation import metrics_of
 from tasks.paper import published
 from tasks.scaling import Point, curve
 from tasks.systems import make_systems, split_by_subject, without_prompts
@@ -133,7 +134,7 @@ TEXTS = pa.table({"case_id": [1, 0], "prompt": ["a", "b"], "text": ["a red fox d
 
 def test_metrics_have_intervals_and_are_absent_where_the_records_lack_them():
     records = RECORDS[:4]
-    metrics, _ = metrics_of(_table(("rewrite", "paraphrase"), records), None, records, {})
+    metrics = metrics_of(_table(("rewrite", "paraphrase"), records), None, records, {})
     assert metrics["efficacy"] == 50.0
     assert metrics["efficacy_low"] < 50.0 < metrics["efficacy_high"]
     missing = {"score", "neighborhood", "neighborhood_plus", "entropy", "reference"}
@@ -144,11 +145,11 @@ def test_texts_are_measured_for_the_records_that_have_them():
     records = RECORDS[:4]
     references = {("P1", "Rome"): ["red fox", "in town"], ("P1", "Oslo"): ["blue ox"]}
     table = _table(("rewrite",), records)
-    metrics, _ = metrics_of(table, TEXTS, records, references)
+    metrics = metrics_of(table, TEXTS, records, references)
     a, b = (-sum(p * np.log2(p) for p in np.full(n, 1 / n)) for n in (3, 2))
     assert metrics["entropy"] == pytest.approx(100 * (2 / 3 * a + 4 / 3 * b) / 2 / 2, abs=1e-3)
     assert 0 < metrics["reference"] < 100
-    assert "reference" not in metrics_of(table, TEXTS, records, {})[0]
+    assert "reference" not in metrics_of(table, TEXTS, records, {})
 
 
 def test_zsre_has_its_own_metrics_under_the_same_names():
@@ -160,7 +161,7 @@ def test_zsre_has_its_own_metrics_under_the_same_names():
         for kind in kinds
     ]
     answers = pa.Table.from_pylist(rows, schema=zsre.SCHEMA)
-    metrics, _ = metrics_of(answers, None, RECORDS[:3], {})
+    metrics = metrics_of(answers, None, RECORDS[:3], {})
     assert metrics["score"] == pytest.approx(harmonic_mean([100.0, 50.0, 50.0]))
     assert [metrics[name] for name in ("efficacy", "paraphrase", "neighborhood")] == [100, 50, 50]
     assert metrics["neighborhood_low"] == metrics["neighborhood_high"] == 50.0

@@ -61,10 +61,9 @@ class TestEntropy:
         )
 
     def test_a_record_has_the_mean_of_its_texts(self):
-        words, exact = word_tokenizer()
+        words, _ = word_tokenizer()
         texts = ["Ann lives in Rome. Ann likes it.", "Bo went to Oslo, then to Rome."]
-        found, is_exact = record_entropies([texts, [], texts[:1]])
-        assert is_exact == exact
+        found = record_entropies([texts, [], texts[:1]])
         assert found[0] == pytest.approx(sum(text_entropy(text, words) for text in texts) / 2)
         assert math.isnan(found[1])
         assert found[2] == pytest.approx(text_entropy(texts[0], words))
@@ -207,9 +206,9 @@ class TestGenerations:
         records = self.records()
         means = generation_record_means(table, records, REFERENCES)
         texts = [[rows[0]["text"], rows[1]["text"]], [], [rows[2]["text"]]]
-        np.testing.assert_array_equal(means["entropy"], record_entropies(texts)[0])
+        np.testing.assert_array_equal(means["entropy"], record_entropies(texts))
         np.testing.assert_array_equal(
-            means["reference_score"], reference_scores(records, texts, REFERENCES)
+            means["reference"], reference_scores(records, texts, REFERENCES)
         )
         summary = summarise_generations(table, records, REFERENCES)
         assert summary["entropy"] == pytest.approx((means["entropy"][0] + means["entropy"][2]) / 2)

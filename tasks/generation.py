@@ -1,0 +1,116 @@
+"""Texts that the model writes about edited subjects, and the texts that they are compared with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prefect import unmapped
+from pydantic import BaseModel, ConfigDict
+
+from memit.requests import Record
+from tasks.artifacts import Artifact, cached_task, store_piece
+from tasks.corpus import Corpus, read_texts
+from tasks.loading import ModelReference, loaded
+from tasks.measure import Cost, Meter
+from tasks.progress import gather, piece_progress
+from tasks.requests import Source, read_source
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from memit.evaluation.reference import References
+
+RECORDS_PER_PIECE = 16
+"""A text takes a hundred steps, so that a few records are work enough for a piece."""
+
+
+class WrittenPiece(BaseModel):
+    """Texts about consecutive records (Parquet)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    table: Artifact
+    cost: Cost
+
+
+@cached_task("generation", version=2, code=("memit.evaluation.generations", "memit.generation"))
+def write_piece(
+    records: Sequence[Record],
+    model: ModelReference,
+    edit: Artifact | None,
+    seed: int,
+    token_budget: int,
+) -> WrittenPiece:
+    """Continue the generation prompts of some records."""
+    import pyarrow.parquet as parquet
+
+    from memit.evaluation.generations import TOTAL_TOKENS, write_about
+
+    with loaded(model, edit) as lm, Meter() as meter, piece_progress("generation") as progress:
+        table = write_about(
+            lm,
+            records,
+            seed=seed,
+            token_budget=token_budget,
+            total_tokens=min(TOTAL_TOKENS, lm.context_length),
+            progress=progress,
+        )
+    piece = store_piece("generation", ".parquet", lambda path: parquet.write_table(table, path))
+    return WrittenPiece(table=piece, cost=meter.cost)
+
+
+def having_prompts(records: Sequence[Record], most: int | None) -> list[Record]:
+    """The first ``most`` records that have generation prompts; None takes all of them."""
+    return [record for record in records if record.generation_prompts][:most]
+
+
+def write_texts(
+    records: Sequence[Record],
+    model: ModelReference,
+    edit: Artifact | None,
+    seed: int,
+    token_budget: int,
+) -> tuple[pyarrow.Table, list[Cost]]:
+    """The texts about all of some records, in order, and what each piece cost."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    size = RECORDS_PER_PIECE
+    pieces = [records[first : first + size] for first in range(0, len(records), size)]
+    written: list[WrittenPiece] = gather(
+        "generation",
+        "texts",
+        write_piece.map(
+            pieces,
+            model=unmapped(model),
+            edit=unmapped(edit),
+            seed=unmapped(seed),
+            token_budget=unmapped(token_budget),
+        ),
+        [sum(len(record.generation_prompts) for record in piece) for piece in pieces],
+    )
+    tables = [parquet.read_table(piece.table.checked()) for piece in written]
+    return pyarrow.concat_tables(tables), [piece.cost for piece in written]
+
+
+@cached_task("references", version=1, code=("memit.evaluation.reference", "memit.requests"))
+def collect_references(source: Source, file: Artifact, corpus: Corpus) -> Artifact:
+    """Texts of a corpus about each relation and object, as the records in ``file`` know it (JSON).
+
+    Give all records of a data set, not only those that are edited.
+    """
+    from memit.evaluation.reference import references_from_corpus
+
+    known, _ = read_source(source, file.checked())
+    documents = (text for part in corpus.ranges for text in read_texts(part.texts.checked()))
+    found = references_from_corpus(known, documents)
+    rows = json.dumps([[*key, list(texts)] for key, texts in found.items()])
+    return store_piece("references", ".json", lambda path: path.write_text(rows))
+
+
+def read_references(file: Artifact) -> References:
+    """What `collect_references` found."""
+    rows = json.loads(file.checked().read_text(encoding="utf-8"))
+    return {(relation, target): texts for relation, target, texts in rows}
