@@ -3,155 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import sqlite3
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from flows.parameters import Parameters
 from tasks.artifacts import PARTIAL
 from tasks.results import STEPS
+from tests.acceptance.project import Project
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
-
-ROOT = Path(__file__).parents[2]
-TINY: dict[str, dict[str, Any]] = {
-    "model": {
-        "threads": 1,
-        "world": {"people": 24, "relations": 3, "objects": 6, "biographies": 12}
-        | {"held_out_biographies": 1},
-        "training": {"layers": 3, "width": 32, "heads": 2, "vocabulary": 400, "steps": 80}
-        | {"warmup_steps": 10, "checkpoint_every": 10},
-    },
-    "requests": {"count": 8},
-    "statistics": {"documents": 200, "documents_per_shard": 20},
-    "targets": {"requests_per_piece": 1},
-    "evaluation": {"prompts_per_piece": 16},
-}
-
-
-class Project:
-    """A checkout of the project with small parameters, and its commands."""
-
-    def __init__(self, place: Path, api: str, source: Path = ROOT) -> None:
-        self.place = place
-        place.mkdir()
-        for name in ("flows", "tasks", "memit", ".dvc"):
-            shutil.copytree(source / name, place / name, ignore=_not_ours)
-        for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-            shutil.copy(source / name, place / name)
-        parameters = Parameters().model_dump(mode="json")
-        for section, values in TINY.items():
-            _update(parameters[section], values)
-        (place / "params.yaml").write_text(yaml.safe_dump(parameters, sort_keys=False))
-        self.environment = {
-            **{key: value for key, value in os.environ.items() if key != "DVC_ROOT"},
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PREFECT_API_URL": api,
-            "PYTHONPATH": "",
-        }
-        self.do("git", "init", "-q")
-        self.do("git", "config", "user.name", "a tester")
-        self.do("git", "config", "user.email", "tester@example.org")
-        self.do("git", "add", "-A")
-        self.do("git", "commit", "-q", "-m", "start")
-
-    def do(self, *words: str) -> str:
-        """Run a command that must succeed; gives what it printed."""
-        result = subprocess.run(
-            words, cwd=self.place, env=self.environment, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout + result.stderr
-
-    def run(self) -> str:
-        """`memit run`."""
-        return self.do(sys.executable, "-m", "flows.experiment")
-
-    def start(self) -> subprocess.Popen[str]:
-        """The same, not waited for."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "flows.experiment"],
-            cwd=self.place,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def results(self) -> dict[str, bytes]:
-        """Everything that a repetition must reproduce to the byte."""
-        files = [
-            path for name in ("artifacts", "evaluation") for path in self.place.glob(f"{name}/**/*")
-        ]
-        files.append(self.place / "metrics.json")
-        found = {str(path.relative_to(self.place)): path for path in files if path.is_file()}
-        return {name: p.read_bytes() for name, p in found.items() if "timings" not in name}
-
-    def pieces(self, step: str) -> int:
-        """How many finished pieces of a step there are."""
-        folder = self.place / ".cache" / ("training" if step == "model" else f"pieces/{step}")
-        return sum(not path.name.endswith(PARTIAL) for path in folder.rglob("*.*"))
-
-
-def _not_ours(folder: str, names: list[str]) -> set[str]:
-    skipped = {"__pycache__", "cache", "tmp", "config.local"}
-    return skipped if Path(folder).name == ".dvc" else {"__pycache__"}
-
-
-def _update(tree: dict[str, Any], values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            _update(tree[name], value)
-        else:
-            assert name in tree
-            tree[name] = value
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One Prefect server for all runs of this file."""
-    from flows.server import prefect_server
-
-    kept = {name: os.environ.get(name) for name in ("PREFECT_HOME", "PREFECT_API_URL")}
-    os.environ["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
-    os.environ.pop("PREFECT_API_URL", None)
-    try:
-        with prefect_server() as address:
-            yield address
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, api: str) -> Project:
-    """A project in which the experiment has run once, undisturbed."""
-    project = Project(tmp_path_factory.mktemp("finished") / "project", api)
-    said = project.run()
-    assert "Score S" in said
-    assert "Where to look next" in said
-    assert "Traceback" not in said
-    assert "warning" not in said
-    return project
-
-
-def runs(project: Project) -> list[tuple[str, str]]:
-    """Status and life of every MLflow run."""
-    with sqlite3.connect(project.place / "mlflow.db") as store:
-        return store.execute("select status, lifecycle_stage from runs").fetchall()
 
 
 def test_it_leaves_results_that_belong_together(finished: Project) -> None:
@@ -163,6 +28,7 @@ def test_it_leaves_results_that_belong_together(finished: Project) -> None:
             for kind in ("", "_accuracy", "_magnitude"):
                 assert -100 <= metrics[state][name + kind] <= 100
         assert metrics[state]["perplexity"] > 1
+        assert metrics[state]["entropy_low"] <= metrics[state]["entropy"]
     assert metrics["edit"]["count"] == 8
     timings = json.loads((finished.place / "timings.json").read_text())
     assert set(timings) == set(STEPS) - {"report"}
@@ -189,7 +55,7 @@ def test_a_repetition_comes_from_caches_and_changes_no_byte(finished: Project) -
     assert finished.results() == before
     assert {step: finished.pieces(step) for step in STEPS} == pieces
     assert (finished.place / "timings.json").read_bytes() == timings
-    assert runs(finished) == [("FINISHED", "active")]
+    assert finished.mlflow_runs() == [("FINISHED", "active")]
 
 
 def test_killed_in_every_step_it_ends_with_the_same_bytes(
@@ -206,7 +72,7 @@ def test_killed_in_every_step_it_ends_with_the_same_bytes(
         assert not (project.place / "metrics.json").exists() or step == "evaluation"
     project.run()
     assert project.results() == finished.results()
-    assert runs(project) == [("FINISHED", "active")]
+    assert project.mlflow_runs() == [("FINISHED", "active")]
     leftovers = [p for p in project.place.rglob(f"*{PARTIAL}") if ".prefect" not in p.parts]
     assert leftovers == []
     assert "up to date" in project.do("dvc", "status")
@@ -256,7 +122,7 @@ def test_an_unreachable_store_does_not_cost_the_results(finished: Project) -> No
     (finished.place / "mlflow.db").rmdir()
     shutil.move(finished.place / "mlflow.aside", finished.place / "mlflow.db")
     finished.do(sys.executable, "-m", "flows.report")
-    assert runs(finished) == [("FINISHED", "active")]
+    assert finished.mlflow_runs() == [("FINISHED", "active")]
 
 
 def test_bad_input_is_told_before_anything_is_touched(finished: Project) -> None:

@@ -1,0 +1,112 @@
+"""Comparison and scaling as a user runs them, through DVC."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import sqlite3
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from memit.evaluation.counterfact import harmonic_mean
+from tests.acceptance.project import Project
+
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
+
+SYSTEMS = ("unedited", "ft_w", "mend", "rome", "memit", "serac")
+LABELS = ("unedited", "FT-W", "MEND", "ROME", "MEMIT", "SERAC")
+
+
+@pytest.fixture(scope="module")
+def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A finished experiment, to which the stages of the comparison were added."""
+    project = finished.copy(tmp_path_factory.mktemp("compare") / "project")
+    shutil.copy(project.place / "systems/stages.yaml", project.place / "systems/dvc.yaml")
+    return project
+
+
+@pytest.fixture(scope="module")
+def compared(project: Project) -> Path:
+    """The comparison's results."""
+    said = project.do(sys.executable, "-m", "flows.reproduce", "systems/dvc.yaml:compare")
+    assert "Traceback" not in said
+    return project.place / "comparison"
+
+
+def _success(rows: list[dict], kind: str, wanted: str, other: str) -> float:
+    """Mean over records of the share of prompts that prefer the wanted object, in percent."""
+    cases: dict[int, list[bool]] = {}
+    for row in rows:
+        if row["kind"] == kind:
+            cases.setdefault(row["case_id"], []).append(row[f"nll_{wanted}"] < row[f"nll_{other}"])
+    return 100 * float(np.mean([np.mean(hits) for hits in cases.values()]))
+
+
+def test_the_table_follows_from_the_stored_prompts(compared: Path) -> None:
+    metrics = json.loads((compared / "metrics.json").read_text())
+    assert tuple(metrics) == tuple(sorted(SYSTEMS))
+    rows = parquet.read_table(compared / "prompts.parquet").to_pylist()
+    for system in SYSTEMS:
+        own = [row for row in rows if row["system"] == system]
+        parts = [
+            _success(own, "rewrite", "new", "true"),
+            _success(own, "paraphrase", "new", "true"),
+            _success(own, "neighborhood", "true", "new"),
+        ]
+        found = metrics[system]
+        names = ("efficacy", "paraphrase", "neighborhood")
+        assert [found[name] for name in names] == pytest.approx(parts, abs=1e-5)
+        assert found["score"] == pytest.approx(harmonic_mean(parts), abs=1e-5)
+        for name in (*names, "neighborhood_plus", "entropy"):
+            assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+    page = (compared / "table.md").read_text()
+    assert all(f"| {label} |" in page for label in LABELS)
+    with open(compared / "table.csv", newline="") as file:
+        assert [row["system"] for row in csv.DictReader(file)] == list(SYSTEMS)
+    texts = parquet.read_table(compared / "generations.parquet").to_pylist()
+    assert {text["system"] for text in texts} == set(SYSTEMS)
+
+
+def test_it_is_one_run_with_a_nested_one_for_each_system(project: Project, compared: Path) -> None:
+    with sqlite3.connect(project.place / "mlflow.db") as store:
+        names = "select run_uuid, value from tags where key = 'mlflow.parentRunId'"
+        nested = store.execute(names).fetchall()
+        status = store.execute("select run_uuid, status from runs").fetchall()
+    assert len(nested) == len(SYSTEMS)
+    assert len({parent for _, parent in nested}) == 1
+    assert {state for _, state in status} == {"FINISHED"}
+    assert len(status) == len(SYSTEMS) + 1
+
+
+def test_a_repetition_has_nothing_to_do(project: Project, compared: Path) -> None:
+    before = {path.name: path.read_bytes() for path in compared.iterdir()}
+    said = project.do("dvc", "repro", "systems/dvc.yaml:compare")
+    assert "Running stage" not in said
+    assert {path.name: path.read_bytes() for path in compared.iterdir()} == before
+
+
+def test_scaling_goes_on_where_it_was_killed(project: Project, compared: Path) -> None:
+    edits = project.pieces("system")
+    process = project.start("flows.scaling")
+    while project.pieces("system") == edits:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    said = project.do(sys.executable, "-m", "flows.scaling")
+    assert "table.md" in said
+    folder = project.place / "scaling"
+    with open(folder / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["system"], row["edits"]) for row in rows} == {
+        (system, count) for system in SYSTEMS for count in ("1", "6")
+    }
+    assert all(float(row["efficacy"]) >= 0 for row in rows)
+    assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
