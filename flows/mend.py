@@ -20,6 +20,7 @@ from tasks.corpus import collect_corpus
 from tasks.mend import Continuations, Trained, train_mend_network
 from tasks.model import open_model
 from tasks.results import MEND, MEND_NETWORK_FILE, finish_step, upstream
+from tasks.unfinished import forget_work
 
 
 @flow(name="mend", validate_parameters=False)
@@ -39,7 +40,10 @@ def trained_mend(parameters: Parameters) -> Trained:
 
     model = open_model(**parameters.model.placement())
     settings = overridden(mend_preset(model.model.id), parameters.mend)
-    return train_mend_network(model, _learnt_from(parameters), settings)
+    learnt_from = _learnt_from(parameters)
+    trained = train_mend_network(model, learnt_from, settings)
+    forget_work("mend", model, learnt_from, settings)
+    return trained
 
 
 def _learnt_from(parameters: Parameters) -> Artifact | Continuations:

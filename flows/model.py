@@ -26,6 +26,7 @@ from tasks.model import (
     train_small_model,
 )
 from tasks.results import MODEL_FILE, WEIGHTS, WORLD, finish_step
+from tasks.unfinished import forget_work
 
 RECALL_TOKEN_BUDGET = 4_096
 """Tokens in a batch while the facts of a model made here are asked for."""
@@ -45,11 +46,13 @@ def model(parameters: Parameters) -> None:
 
 def _make_small_model(parameters: Parameters) -> tuple[ModelFiles, list[Path], list[Cost]]:
     section = parameters.model
-    made = train_small_model(
+    given = (
         {"seed": section.seed, **section.world.model_dump()},
         {"seed": section.seed, **section.training.model_dump()},
         section.threads,
     )
+    made = train_small_model(*given)
+    forget_work("model", *given)
     files: list[Path] = []
     for folder, artifacts in ((WEIGHTS, made.weights), (WORLD, made.world)):
         for name, artifact in artifacts.items():

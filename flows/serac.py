@@ -19,6 +19,7 @@ from tasks.mend import Trained
 from tasks.model import open_model
 from tasks.results import SERAC, SERAC_MODELS_FILE, finish_step, upstream
 from tasks.serac import train_serac_models
+from tasks.unfinished import forget_work
 
 
 @flow(name="serac", validate_parameters=False)
@@ -38,7 +39,10 @@ def trained_serac(parameters: Parameters) -> Trained:
 
     model = open_model(**parameters.model.placement())
     settings = overridden(serac_preset(model.model.id), parameters.serac)
-    return train_serac_models(model, split(parameters).training, settings)
+    records = split(parameters).training
+    trained = train_serac_models(model, records, settings)
+    forget_work("serac", model, records, settings)
+    return trained
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from tasks.systems import (
     split_records,
 )
 from tasks.targets import TargetsPiece, optimise_targets, target_settings
+from tasks.unfinished import forget_work
 
 if TYPE_CHECKING:
     import pyarrow
@@ -275,7 +276,7 @@ def edit_sample(
     """One system's edit of a sample."""
     if system.name == "memit":
         return goals.edit(sample)
-    return edit_with(
+    edit = edit_with(
         system.name,
         system.editor,
         system.source,
@@ -288,6 +289,8 @@ def edit_sample(
         token_budget(bench.parameters.targets.token_budget, bench.model),
         seed,
     )
+    forget_work("system", system.editor, bench.model, sample.file, seed)
+    return edit
 
 
 # --- measuring ----------------------------------------------------------------------------------

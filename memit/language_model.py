@@ -169,7 +169,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """sha256 over dtype, shape and bytes."""
     flat = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)}\n".encode())
-    digest.update(flat.view(torch.uint8).numpy().data)
+    digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -163,13 +163,13 @@ def write_moment(moment: SecondMoment, path: Path, provenance: Mapping[str, Any]
     column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
     metadata = {"count": str(moment.count), "provenance": json.dumps(provenance, sort_keys=True)}
     table = pa.table({"sum": column}).replace_schema_metadata(metadata)
-    pq.write_table(table, path, compression="none")
+    pq.write_table(table, path, compression="none", write_page_checksum=True)
 
 
 def read_moment(path: Path) -> tuple[SecondMoment, dict[str, Any]]:
     """Read what `write_moment` wrote, and its provenance; raises `IntegrityError` otherwise."""
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
         metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
         column = table.column("sum").combine_chunks()
         matrix = column.values.to_numpy().reshape(len(column), -1)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from memit.batches import in_batches
@@ -35,6 +34,7 @@ from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, locate, mark
 from memit.requests import EditRequest
+from memit.tensor_files import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +69,13 @@ class Targets:
 
     def save(self, path: Path) -> None:
         """Write them as safetensors."""
-        save_file({name: part.contiguous() for name, part in self.__dict__.items()}, path)
+        save_tensors(self.__dict__, path, {})
 
     @staticmethod
     def load(path: Path) -> Targets:
         """Read what `save` wrote; raises `IntegrityError` for anything else."""
         try:
-            return Targets(**load_file(path))
+            return Targets(**load_tensors(path)[0])
         except Exception as error:
             raise IntegrityError(
                 f"{path} does not hold target vectors ({error}); delete it and run `targets` again."

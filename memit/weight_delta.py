@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.language_model import LanguageModel, tensor_digest
+from memit.tensor_files import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -74,20 +73,18 @@ class WeightDelta:
     def save(self, path: Path) -> None:
         """Write factors and provenance as safetensors; equal deltas give equal bytes."""
         tensors = {
-            f"{name}:{part}": tensor.cpu().contiguous()
+            f"{name}:{part}": tensor
             for name, change in self.changes.items()
             for part, tensor in change.__dict__.items()
         }
-        save_file(tensors, path, {"provenance": json.dumps(self.provenance, sort_keys=True)})
+        save_tensors(tensors, path, {"provenance": json.dumps(self.provenance, sort_keys=True)})
 
     @staticmethod
     def load(path: Path) -> WeightDelta:
         """Read what `save` wrote; raises `IntegrityError` for anything else."""
         try:
-            with safe_open(path, framework="pt") as file:
-                provenance = json.loads(file.metadata()["provenance"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return WeightDelta(_grouped(tensors), provenance)
+            tensors, metadata = load_tensors(path)
+            return WeightDelta(_grouped(tensors), json.loads(metadata["provenance"]))
         except Exception as error:
             raise IntegrityError(
                 f"{path} does not hold a weight delta ({error}); make or fetch it again."

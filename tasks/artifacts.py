@@ -28,10 +28,8 @@ from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportU
 from pydantic import BaseModel, ConfigDict
 
 from memit.download import file_sha256
-from memit.errors import IntegrityError, ResourceError
-
-PARTIAL = ".partial"
-"""Ending of a file that is still being written."""
+from memit.errors import IntegrityError
+from memit.whole_files import PARTIAL, write_whole
 
 
 def project_root() -> Path:
@@ -96,29 +94,20 @@ def describe(path: Path) -> Artifact:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> Artifact:
-    """Let ``write`` fill a temporary neighbour of ``path``, flush it to the disk and rename it.
-
-    Whoever reads ``path`` sees the old content or the new, at any moment, also after a power cut.
+    """Write a file whole or not at all, and say what it contains.
 
     Raises:
         ResourceError: the disk is full or cannot be written.
     """
     path = path.resolve()
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    described: list[Artifact] = []
+
+    def fill(partial: Path) -> None:
         write(partial)
-        _flush(partial)
-        artifact = describe(partial).model_copy(update={"path": str(path)})
-        os.replace(partial, path)
-        _flush(path.parent)
-    except OSError as error:
-        raise ResourceError(
-            f"{path} cannot be written ({error.strerror or error}): make room or use another disk."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return artifact
+        described.append(describe(partial))
+
+    write_whole(path, fill)
+    return described[0].model_copy(update={"path": str(path)})
 
 
 def write_text(path: Path, text: str) -> Artifact:
@@ -186,14 +175,6 @@ def _alive(process: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- the cache of finished pieces ---------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from memit.requests import read_counterfact
-from tasks.artifacts import Artifact, cache_directory, cached_task, content_key, store_piece
+from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.corpus import read_texts
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
 from tasks.progress import progress_bar
+from tasks.unfinished import work_directory
 
 if TYPE_CHECKING:
     from memit.editors.mend import EditExample, MendSettings
@@ -77,15 +77,14 @@ def train_mend_network(
         Meter() as meter,
         progress_bar("mend", settings.steps, "training steps") as bar,
     ):
-        directory = training_directory("mend", model, learnt_from, settings)
         network, losses = train_mend(
             lm,
             _examples(lm, learnt_from),
             settings,
-            directory=directory,
+            directory=work_directory("mend", model, learnt_from, settings),
             progress=lambda steps: bar.advance(0, steps),
         )
-    return finished("mend", network.save, losses, directory, meter.cost)
+    return finished("mend", network.save, losses, meter.cost)
 
 
 def _examples(lm: LanguageModel, learnt_from: Artifact | Continuations) -> list[EditExample]:
@@ -118,21 +117,11 @@ def beginnings_of(texts: Sequence[str]) -> list[str]:
     return [" ".join(each[: min(40, len(each) // 2)]) for each in words if len(each) > 1]
 
 
-def training_directory(step: str, *inputs: object) -> Path:
-    """Where an unfinished training with these inputs keeps its state."""
-    name = content_key(step, 1, (), {"inputs": inputs})
-    return cache_directory() / "training" / step / name[:32]
-
-
-def finished(
-    step: str, save: Callable[[Path], None], losses: object, directory: Path, cost: Cost
-) -> Trained:
-    """Keep what was trained and forget the checkpoints."""
+def finished(step: str, save: Callable[[Path], None], losses: object, cost: Cost) -> Trained:
+    """Keep what was trained."""
     text = json.dumps({"losses": losses}) + "\n"
-    trained = Trained(
+    return Trained(
         file=store_piece(step, ".safetensors", save),
         losses=store_piece(step, ".json", lambda path: path.write_text(text, encoding="utf-8")),
         cost=cost,
     )
-    shutil.rmtree(directory, ignore_errors=True)
-    return trained

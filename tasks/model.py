@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from memit.errors import InputError, ResourceError, UnreachableError
-from tasks.artifacts import (
-    Artifact,
-    cache_directory,
-    cached_task,
-    describe,
-    store_piece,
-    write_json,
-)
+from tasks.artifacts import Artifact, cached_task, describe, store_piece
 from tasks.loading import ModelFiles, ModelReference, directory_digests, loaded
 from tasks.measure import Cost, Meter
 from tasks.progress import progress_bar
 from tasks.results import MODEL_FILE, WEIGHTS
+from tasks.unfinished import work_directory
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 DESCRIPTION_PATTERNS = ["*.json", "*.txt", "*.model"]
@@ -79,18 +72,13 @@ def train_small_model(
     torch.set_num_threads(threads)
     made = make_world(WorldParameters(**world))
     parameters = TrainingParameters(**training)
-    folder = cache_directory() / "training"
     with Meter() as meter, progress_bar("model", parameters.steps, "training steps") as bar:
-
-        def train_once() -> Path:
-            return train(
-                made,
-                parameters,
-                checkpoint_dir=folder / f"threads-{threads}",
-                progress=lambda steps: bar.advance(0, steps),
-            )
-
-        directory = _undamaged(train_once)
+        directory = train(
+            made,
+            parameters,
+            checkpoint_dir=work_directory("model", world, training, threads),
+            progress=lambda steps: bar.advance(0, steps),
+        )
     return SmallModel(
         weights={path.name: _keep(path) for path in sorted(directory.iterdir())},
         world={
@@ -121,19 +109,6 @@ def measure_recall(model: ModelReference, records: Artifact, token_budget: int) 
         )
     hits = table["hit_true"].to_pylist()
     return Recall(percent=round(100 * sum(hits) / len(hits), 4), cost=meter.cost)
-
-
-def _undamaged(train_once: Callable[[], Path]) -> Path:
-    """The finished training's directory, trained again if its files are not what they were."""
-    directory = train_once()
-    note = directory.with_name(directory.name + ".json")
-    digests = directory_digests(directory)
-    if note.exists() and json.loads(note.read_text()) != digests:
-        shutil.rmtree(directory)
-        directory = train_once()
-        digests = directory_digests(directory)
-    write_json(note, digests)
-    return directory
 
 
 def _keep(path: Path) -> Artifact:

@@ -8,8 +8,9 @@ from memit.requests import read_counterfact
 from tasks.artifacts import Artifact, cached_task
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Meter
-from tasks.mend import Trained, finished, training_directory
+from tasks.mend import Trained, finished
 from tasks.progress import progress_bar
+from tasks.unfinished import work_directory
 
 if TYPE_CHECKING:
     from memit.editors.serac import SeracSettings
@@ -39,12 +40,11 @@ def train_serac_models(
         Meter() as meter,
         progress_bar("serac", steps, "training steps") as bar,
     ):
-        directory = training_directory("serac", model, records, settings)
         models, losses = train_serac(
             lm,
             read_counterfact(records.checked()),
             settings,
-            directory=directory,
+            directory=work_directory("serac", model, records, settings),
             progress=lambda done: bar.advance(0, done),
         )
-    return finished("serac", models.save, losses, directory, meter.cost)
+    return finished("serac", models.save, losses, meter.cost)

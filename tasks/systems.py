@@ -21,13 +21,14 @@ from memit.requests import (
     sample_records,
     write_records,
 )
-from tasks.artifacts import Artifact, cache_directory, cached_task, store_piece
+from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.edit import StoredMoments
 from tasks.evaluation import ScoredPiece
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
 from tasks.progress import piece_progress, progress_bar
 from tasks.requests import Source, read_source
+from tasks.unfinished import work_directory
 
 if TYPE_CHECKING:
     from memit.editors import Editor
@@ -272,12 +273,13 @@ def edit_with(
     """Let an editor edit; ``name`` and ``source`` are those of its `System`, and ``trained`` is the
     file of one that has learnt.
 
-    An editor that goes on where it was killed keeps its unfinished work in ``.cache/editing/``.
+    An editor that goes on where it was killed keeps its unfinished work in `work_directory`.
     """
     del source  # only tells this piece from those of other versions
     from memit.editors import Resources
 
     chosen = read_counterfact(records.checked())
+    checkpoints = work_directory("system", editor, model, records, seed)
     if trained is not None:
         editor = replace(editor, trained=trained.checked())  # type: ignore[type-var]
     with (
@@ -291,7 +293,7 @@ def edit_with(
             moments=StoredMoments(moments, model.model.digest),
             training=read_counterfact(training.checked()),
             seed=seed,
-            checkpoints=cache_directory() / "editing",
+            checkpoints=checkpoints,
             progress=lambda done: bar.advance(0, done),
         )
         edit = editor.edit(lm, [record.request for record in chosen], resources)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from memit.errors import NumericsError
-from memit.world.checkpoint import load_checkpoint, save_checkpoint
+from memit.whole_files import write_whole
+from memit.world.checkpoint import resume, save_checkpoint
 
 WINDOW = 50
 """Steps over which a loss is averaged before it is judged."""
@@ -29,7 +30,7 @@ class Training:
     """How long a network is trained, and where its state is kept meanwhile."""
 
     name: str
-    """Of what is trained, for messages and file names."""
+    """Of what is trained, with a digest of what it depends on: for messages and file names."""
     steps: int
     directory: Path | None
     """For checkpoints and the loss curve of a training that diverged; None keeps nothing."""
@@ -40,7 +41,7 @@ class Training:
 
     @property
     def checkpoint(self) -> Path | None:
-        """Where the state of an unfinished training lies."""
+        """Where the state of the training lies."""
         return self.directory and self.directory / f"{self.name}.safetensors"
 
 
@@ -61,7 +62,7 @@ def run_training(
 
     `loss_at` must depend on the step and the network alone, so that an interrupted training ends
     with the same weights. Raises `NumericsError` if the loss is no longer finite or has grown
-    tenfold, with the loss curve saved; `IntegrityError` for a damaged checkpoint.
+    tenfold, with the loss curve saved; `ResourceError` if the disk is full.
     """
     losses = _resume(training, network, optimizer)
     if training.progress is not None and losses:
@@ -79,8 +80,9 @@ def run_training(
         for group, height in zip(optimizer.param_groups, heights, strict=True):
             group["lr"] = height * min(1.0, (step + 1) / max(1, training.warmup_steps))
         optimizer.step()
-        if training.checkpoint and (step + 1) % CHECKPOINT_EVERY == 0:
-            save_checkpoint(training.checkpoint, network, optimizer, step + 1, losses)
+        due = (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == training.steps
+        if training.checkpoint and due:
+            save_checkpoint(training.checkpoint, network, optimizer, losses, training.name)
         if training.progress is not None:
             training.progress(1)
     return losses
@@ -89,10 +91,7 @@ def run_training(
 def _resume(training: Training, network: nn.Module, optimizer: torch.optim.AdamW) -> list[float]:
     if training.checkpoint is None:
         return []
-    training.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    if not training.checkpoint.exists():
-        return []
-    return load_checkpoint(training.checkpoint, network, optimizer)[1]
+    return resume(training.checkpoint, network, optimizer, training.name)
 
 
 def _fill_gradients(parameters: list[nn.Parameter]) -> None:
@@ -110,7 +109,8 @@ def _check(training: Training, losses: list[float]) -> None:
     kept = ""
     if training.directory is not None:
         path = training.directory / f"{training.name}-diverged.json"
-        path.write_text(json.dumps({"losses": [_number(x) for x in losses]}), encoding="utf-8")
+        curve = json.dumps({"losses": [_number(x) for x in losses]})
+        write_whole(path, lambda partial: partial.write_text(curve, encoding="utf-8"))
         kept = f" (its losses are in {path})"
     raise NumericsError(
         f"the training of {training.name} diverges: its loss is {losses[-1]:.3g} at step "

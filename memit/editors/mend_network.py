@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from memit.errors import IntegrityError
+from memit.tensor_files import load_tensors, save_tensors
 from memit.weight_delta import LowRank
 
 SMALLEST_DEVIATION = 1e-7
@@ -114,16 +113,14 @@ class MendNetwork(nn.Module):
             "rank": self.rank,
             "origin": self.origin,
         }
-        tensors = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, path, {"mend": json.dumps(described, sort_keys=True)})
+        save_tensors(self.state_dict(), path, {"mend": json.dumps(described, sort_keys=True)})
 
     @staticmethod
     def load(path: Path) -> MendNetwork:
         """Read what `save` wrote; raises `IntegrityError` for anything else."""
         try:
-            with safe_open(path, framework="pt") as file:
-                described = json.loads(file.metadata()["mend"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors, metadata = load_tensors(path)
+            described = json.loads(metadata["mend"])
             network = MendNetwork(
                 {name: Matrix(*sizes) for name, sizes in described["matrices"].items()},
                 rank=described["rank"],

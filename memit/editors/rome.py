@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from memit.editors.base import Editor, Resources, provenance, register
-from memit.errors import InputError, NumericsError
+from memit.errors import InputError, IntegrityError, NumericsError
 from memit.forward import block_output, pad, reading_keys
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
@@ -29,6 +29,7 @@ from memit.requests import EditRequest
 from memit.second_moment import cholesky
 from memit.targets import MlpOutput, compute_targets, edit_rows
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
+from memit.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +117,12 @@ class Rome(Editor):
                 f"no edit of {len(requests)} has a finite update; run the model in float32 or "
                 "bfloat16."
             )
+        done.keep()
         change = joined(done.updates)
-        delta = WeightDelta(
+        return WeightDelta(
             {name: change.transposed() if lm.is_transposed(self.layer) else change},
             {**origin, "left_out": done.left_out},
         )
-        done.forget()
-        return delta
 
     def _update(
         self,
@@ -161,8 +161,10 @@ def rome_preset(model_name: str, depth: int) -> Rome:
 class _Done:
     """The updates so far, in a file from time to time."""
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, origin: str):
         self.path = path
+        self.origin = origin
+        """A digest of everything that the updates depend on."""
         self.count = 0
         """Requests that were dealt with."""
         self.updates: list[LowRank] = []
@@ -171,13 +173,18 @@ class _Done:
 
     @staticmethod
     def resumed(directory: Path | None, origin: Mapping[str, Any]) -> _Done:
-        """What an earlier process with the same model, requests and settings had done."""
+        """What an earlier process with the same model, requests and settings had done; nothing if
+        its file is damaged."""
         digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
-        done = _Done(directory and directory / f"rome-{digest[:32]}.safetensors")
-        if done.path is not None and done.path.exists():
+        done = _Done(directory and directory / f"rome-{digest[:32]}.safetensors", digest)
+        if done.path is None or not done.path.exists():
+            return done
+        try:
             kept = WeightDelta.load(done.path)
-            whole = kept.changes["updates"]
-            assert isinstance(whole, LowRank)
+        except IntegrityError:
+            return done
+        whole = kept.changes.get("updates")
+        if isinstance(whole, LowRank) and kept.provenance.get("origin") == digest:
             columns = zip(whole.left.T, whole.right.T, strict=True)
             done.updates = [LowRank(left[:, None], right[:, None]) for left, right in columns]
             done.left_out = list(kept.provenance["left_out"])
@@ -193,27 +200,23 @@ class _Done:
             self.left_out.append(self.count)
             logger.warning("edit %d has no finite update and is left out", self.count + 1)
         self.count += 1
-        if self.path is not None and self.count % EDITS_BETWEEN_CHECKPOINTS == 0 and self.updates:
-            self._keep(self.path)
+        if self.count % EDITS_BETWEEN_CHECKPOINTS == 0:
+            self.keep()
         return finite
 
-    def _keep(self, path: Path) -> None:
+    def keep(self) -> None:
+        """Write the updates down."""
+        if self.path is None or not self.updates:
+            return
         left = torch.cat([update.left for update in self.updates], 1)
         right = torch.cat([update.right for update in self.updates], 1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        WeightDelta({"updates": LowRank(left, right)}, {"left_out": self.left_out}).save(partial)
-        partial.replace(path)
+        described = {"left_out": self.left_out, "origin": self.origin}
+        write_whole(self.path, WeightDelta({"updates": LowRank(left, right)}, described).save)
 
     def tell(self, progress: Callable[[int], None] | None, count: int) -> None:
         """Report newly finished edits."""
         if progress is not None and count:
             progress(count)
-
-    def forget(self) -> None:
-        """Remove the file."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
 
 
 def joined(updates: Sequence[LowRank]) -> LowRank | Dense:

@@ -15,8 +15,6 @@ from random import Random
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -30,6 +28,7 @@ from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError, IntegrityError
 from memit.language_model import LanguageModel, load_model
 from memit.requests import EditRequest, Record, fill
+from memit.tensor_files import load_tensors, save_tensors
 
 TOKEN_BUDGET = 4_096
 """Padded tokens that the classifier encodes at a time."""
@@ -96,29 +95,19 @@ class SeracModels:
         classifier, lm = self.classifier, self.counterfactual
         tensors, metadata = pack("encoder", classifier.encoder, classifier.tokenizer)
         more, described = pack("counterfactual", lm.model, lm.tokenizer)
-        own = {"log_scale": classifier.log_scale.detach(), "bias": classifier.bias.detach()}
+        own = {"log_scale": classifier.log_scale, "bias": classifier.bias}
         origin = json.dumps(self.origin, sort_keys=True)
-        own = {name: value.cpu() for name, value in own.items()}
         return {**tensors, **more, **own}, {**metadata, **described, "origin": origin}
 
     def save(self, path: Path) -> None:
         """Write both models into one safetensors file."""
         tensors, metadata = self.packed()
-        save_file(tensors, path, metadata)
+        save_tensors(tensors, path, metadata)
 
     @staticmethod
     def load(path: Path) -> SeracModels:
         """Read what `save` wrote; raises `IntegrityError` for anything else."""
-        return _unpacked(*_read(path), path)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
-    except Exception as error:
-        raise IntegrityError(f"{path} cannot be read ({error}); make or fetch it again.") from error
+        return _unpacked(*load_tensors(path), path)
 
 
 def _unpacked(
@@ -400,13 +389,13 @@ class SeracEdit:
         tensors, metadata = self.models.packed()
         requests = json.dumps([asdict(request) for request in self.requests], ensure_ascii=False)
         described = {"requests": requests, "provenance": json.dumps(self.provenance)}
-        memory = {"memory": self.memory.cpu().contiguous()}
-        save_file({**tensors, **memory}, path, {**metadata, **described})
+        memory = {"memory": self.memory}
+        save_tensors({**tensors, **memory}, path, {**metadata, **described})
 
     @staticmethod
     def load(path: Path) -> SeracEdit:
         """Read what `save` wrote; raises `IntegrityError` for anything else."""
-        tensors, metadata = _read(path)
+        tensors, metadata = load_tensors(path)
         models = _unpacked(tensors, metadata, path)
         try:
             requests = tuple(EditRequest(**row) for row in json.loads(metadata["requests"]))

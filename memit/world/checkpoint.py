@@ -3,79 +3,70 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from memit.errors import IntegrityError
+from memit.tensor_files import load_tensors, save_tensors
+from memit.whole_files import write_whole
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.AdamW, step: int, losses: list[float]
+    path: Path, model: nn.Module, optimizer: torch.optim.AdamW, losses: list[float], origin: str
 ) -> None:
-    """Writes weights, AdamW's moments, the number of finished steps and their losses.
+    """Write weights, AdamW's moments and the loss of each finished step.
 
-    The file is written under another name, flushed to the disk and only then renamed: a process
-    that is killed at any moment leaves the former checkpoint or the new one.
+    A process that is killed at any moment leaves the former checkpoint or the new one. `origin` is
+    a digest of everything that the training depends on. Raises `ResourceError` if the disk is full.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
-        tensors[f"weight/{name}"] = parameter.detach()
+        tensors[f"weight/{name}"] = parameter
         tensors[f"first/{name}"] = state["exp_avg"]
         tensors[f"second/{name}"] = state["exp_avg_sq"]
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"step": str(step), "losses": json.dumps(losses)})
-    _flush(partial)
-    os.replace(partial, path)
-    _flush(path.parent)
+    metadata = {"losses": json.dumps(losses), "origin": origin}
+    write_whole(path, lambda partial: save_tensors(tensors, partial, metadata))
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.AdamW
-) -> tuple[int, list[float]]:
-    """Puts the stored state into `model` and `optimizer`.
+def resume(path: Path, model: nn.Module, optimizer: torch.optim.AdamW, origin: str) -> list[float]:
+    """Put the stored state into `model` and `optimizer`; gives the loss of each finished step.
 
-    Returns:
-        Finished steps and the loss of each.
-
-    Raises:
-        IntegrityError: the file is damaged, or is of another model.
+    Without a checkpoint there are none. One that is damaged, or of another training, is deleted:
+    then the training starts anew.
     """
+    if not path.exists():
+        return []
     try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata()
-            step, losses = int(metadata["step"]), json.loads(metadata["losses"])
-            for name, parameter in model.named_parameters():
-                _copy_into(parameter, stored.get_tensor(f"weight/{name}"))
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": stored.get_tensor(f"first/{name}"),
-                    "exp_avg_sq": stored.get_tensor(f"second/{name}"),
-                }
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as cause:
-        raise IntegrityError(
-            f"The training checkpoint {path} cannot be read ({cause}): "
-            "delete it, and training starts from the beginning."
-        ) from cause
-    return step, losses
+        tensors, metadata = load_tensors(path)
+        state = _state(model, tensors)
+    except IntegrityError:
+        state = None
+    if state is None or metadata.get("origin") != origin:
+        path.unlink()
+        return []
+    losses = json.loads(metadata["losses"])
+    for parameter, (weight, first, second) in state.items():
+        with torch.no_grad():
+            parameter.copy_(weight)
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(len(losses))),
+            "exp_avg": first.to(parameter.device),
+            "exp_avg_sq": second.to(parameter.device),
+        }
+    return losses
 
 
-@torch.no_grad()
-def _copy_into(parameter: Tensor, value: Tensor) -> None:
-    if parameter.shape != value.shape:
-        raise ValueError(f"shape {tuple(value.shape)} instead of {tuple(parameter.shape)}")
-    parameter.copy_(value)
-
-
-def _flush(path: Path) -> None:
-    """Asks the system to have a file or a folder's entries on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _state(
+    model: nn.Module, tensors: dict[str, Tensor]
+) -> dict[nn.Parameter, tuple[Tensor, Tensor, Tensor]] | None:
+    """Weight and moments of each parameter, or None if they are not those of this model."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = [tensors.get(f"{kind}/{name}") for kind in ("weight", "first", "second")]
+        if any(part is None or part.shape != parameter.shape for part in parts):
+            return None
+        found[parameter] = tuple(parts)
+    return found

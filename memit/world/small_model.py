@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +12,13 @@ from pathlib import Path
 from random import Random
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from memit.errors import InputError, NumericsError
-from memit.world.checkpoint import load_checkpoint, save_checkpoint
+from memit.errors import InputError, NumericsError, ResourceError
+from memit.world.checkpoint import resume, save_checkpoint
 from memit.world.people import World
 from memit.world.tokenizer import train_tokenizer
 
@@ -83,8 +83,8 @@ def train(
     Args:
         world: its documents are the training text.
         parameters: shape and schedule.
-        checkpoint_dir: where checkpoints and the finished model are kept, under names made of a
-            digest of text and parameters, so that trainings never meet.
+        checkpoint_dir: where the training's state and the finished model are kept, under names
+            made of a digest of text and parameters, so that trainings never meet.
         progress: called with the number of steps that were finished since the last call.
 
     Returns:
@@ -93,24 +93,16 @@ def train(
 
     Raises:
         NumericsError: the loss is no longer finite.
-        IntegrityError: the checkpoint is damaged.
+        ResourceError: the disk is full.
     """
     progress = progress or (lambda steps: None)
     digest = _digest(world.documents, parameters)
-    finished = checkpoint_dir / f"model-{digest}"
-    if finished.is_dir():
-        progress(parameters.steps)
-        return finished
-    checkpoint_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = checkpoint_dir / f"checkpoint-{digest}.safetensors"
     tokenizer = train_tokenizer(world.documents, parameters.vocabulary)
     model = make_model(len(tokenizer), parameters)
-    losses = _run_steps(
-        model, _encode(tokenizer, world.documents), parameters, checkpoint, progress
-    )
-    _save_model(finished, model, tokenizer, losses)
-    checkpoint.unlink(missing_ok=True)
-    return finished
+    documents = _encode(tokenizer, world.documents)
+    losses = _run_steps(model, documents, parameters, checkpoint, digest, progress)
+    return _save_model(checkpoint_dir / f"model-{digest}", model, tokenizer, losses)
 
 
 def make_model(vocabulary: int, parameters: TrainingParameters) -> GPT2LMHeadModel:
@@ -170,12 +162,13 @@ def _run_steps(
     documents: list[list[int]],
     parameters: TrainingParameters,
     checkpoint: Path,
+    digest: str,
     progress: Callable[[int], None],
 ) -> list[float]:
     optimizer = _make_optimizer(model, parameters)
-    done, losses = 0, []
-    if checkpoint.exists():
-        done, losses = load_checkpoint(checkpoint, model, optimizer)
+    losses = resume(checkpoint, model, optimizer, digest)
+    done = len(losses)
+    if done:
         progress(done)
     batches = _batches(documents, parameters)
     for _ in range(done):
@@ -188,8 +181,8 @@ def _run_steps(
                 f"The small model's loss is {losses[-1]} at step {step + 1}: "
                 "lower its learning_rate or lengthen warmup_steps."
             )
-        if (step + 1) % parameters.checkpoint_every == 0 and step + 1 < parameters.steps:
-            save_checkpoint(checkpoint, model, optimizer, step + 1, losses)
+        if (step + 1) % parameters.checkpoint_every == 0 or step + 1 == parameters.steps:
+            save_checkpoint(checkpoint, model, optimizer, losses, digest)
         progress(1)
     return losses
 
@@ -237,15 +230,20 @@ def _save_model(
     model: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerFast,
     losses: list[float],
-) -> None:
-    """Writes under another name and renames, so that the directory is whole or absent."""
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+) -> Path:
+    """Writes the directory anew: what an earlier process left there may be half of it."""
+    shutil.rmtree(directory, ignore_errors=True)
     model.eval()
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "training.json").write_text(json.dumps({"losses": losses}) + "\n", encoding="utf-8")
-    os.replace(partial, directory)
+    try:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        content = json.dumps({"losses": losses}) + "\n"
+        (directory / "training.json").write_text(content, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(
+            f"{directory} cannot be written ({error}): make room or use another disk."
+        ) from error
+    return directory
 
 
 def _digest(documents: Sequence[str], parameters: TrainingParameters) -> str:

@@ -109,8 +109,8 @@ class Project:
             return store.execute("select status, lifecycle_stage from runs").fetchall()
 
     def pieces(self, step: str) -> int:
-        """How many finished pieces of a step there are."""
-        folder = self.place / ".cache" / ("training" if step == "model" else f"pieces/{step}")
+        """How many finished pieces of a step there are; of the model, checkpoints."""
+        folder = self.place / ".cache" / ("unfinished" if step == "model" else f"pieces/{step}")
         return sum(not path.name.endswith(PARTIAL) for path in folder.rglob("*.*"))
 
 

@@ -101,7 +101,8 @@ def test_interrupted_it_says_how_to_go_on(
     finished: Project, tmp_path: Path, api: str, sent: signal.Signals, status: int
 ) -> None:
     project = Project(tmp_path / "project", api, finished.place)
-    shutil.copytree(finished.place / ".cache" / "training", project.place / ".cache" / "training")
+    for name in ("records", "pieces/model"):
+        shutil.copytree(finished.place / ".cache" / name, project.place / ".cache" / name)
     process = project.start()
     while not project.pieces("statistics"):
         assert process.poll() is None, process.communicate()[0]

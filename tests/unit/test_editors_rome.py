@@ -292,7 +292,20 @@ def test_an_interrupted_edit_goes_on_where_it_was(tmp_path, monkeypatch):
     resumed = EDITOR.edit(lm, REQUESTS, resources)
     assert told_again == [2, 1, 1]
     assert torch.equal(resumed.changes[name].dense(), whole)
-    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_updates_are_computed_again(tmp_path):
+    lm = build("gpt2")
+    name = lm.weight_name(LAYER)
+    whole = EDITOR.edit(lm, REQUESTS, _resources(lm, checkpoints=tmp_path)).changes[name].dense()
+    (kept,) = tmp_path.iterdir()
+    content = bytearray(kept.read_bytes())
+    content[-5] ^= 1
+    kept.write_bytes(content)
+    told: list[int] = []
+    again = EDITOR.edit(lm, REQUESTS, _resources(lm, checkpoints=tmp_path, progress=told.append))
+    assert told == [1] * len(REQUESTS)
+    assert torch.equal(again.changes[name].dense(), whole)
 
 
 def test_edits_without_a_finite_update_are_left_out(monkeypatch):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memit.errors import InputError, IntegrityError, NumericsError
+from memit.errors import InputError, NumericsError, ResourceError
 from memit.world.people import WorldParameters, make_world
 from memit.world.small_model import (
     TrainingParameters,
@@ -93,17 +95,51 @@ def test_a_half_written_checkpoint_is_never_read(world, trained, tmp_path):
     with pytest.raises(StoppedError):
         train(world, PARAMETERS, checkpoint_dir=tmp_path, progress=stop_after(7))
     (checkpoint,) = tmp_path.iterdir()
-    checkpoint.with_name(checkpoint.name + ".partial").write_bytes(b"half of it")
+    checkpoint.with_name(f".{checkpoint.name}.1-ab.partial").write_bytes(b"half of it")
+    (tmp_path / checkpoint.stem.replace("checkpoint", "model")).mkdir()
+    (tmp_path / checkpoint.stem.replace("checkpoint", "model") / "config.json").write_text("{")
     assert files(train(world, PARAMETERS, checkpoint_dir=tmp_path)) == files(trained)
 
 
-def test_a_damaged_checkpoint_is_an_error_that_names_it(world, tmp_path):
+def damaged(content: bytes) -> dict[str, bytes]:
+    """A file's content after what can happen to it."""
+    half = len(content) // 2
+    flipped = bytearray(content)
+    flipped[half] ^= 1
+    return {"torn": content[:half], "empty": b"", "bit flipped": bytes(flipped), "foreign": b"x"}
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "bit flipped", "foreign"])
+def test_a_damaged_checkpoint_is_not_used(world, trained, tmp_path, damage):
     with pytest.raises(StoppedError):
         train(world, PARAMETERS, checkpoint_dir=tmp_path, progress=stop_after(7))
     (checkpoint,) = tmp_path.iterdir()
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-8])
-    with pytest.raises(IntegrityError, match=checkpoint.name):
+    checkpoint.write_bytes(damaged(checkpoint.read_bytes())[damage])
+    steps: list[int] = []
+    again = train(world, PARAMETERS, checkpoint_dir=tmp_path, progress=steps.append)
+    assert steps == [1] * 12
+    assert files(again) == files(trained)
+
+
+def test_a_checkpoint_of_another_training_is_not_used(world, trained, tmp_path):
+    for parameters in (replace(PARAMETERS, seed=1), PARAMETERS):
+        with pytest.raises(StoppedError):
+            train(world, parameters, checkpoint_dir=tmp_path, progress=stop_after(7))
+    one, other = sorted(tmp_path.iterdir())
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    assert files(train(world, PARAMETERS, checkpoint_dir=tmp_path)) == files(trained)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told(world, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(ResourceError, match=r"checkpoint.* cannot be written \(No space left"):
         train(world, PARAMETERS, checkpoint_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_parameters_do_not_meet_a_stored_checkpoint(world, tmp_path):
@@ -120,7 +156,6 @@ def test_nothing_is_pickled(world, tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
     saved = train(world, PARAMETERS, checkpoint_dir=tmp_path)
     assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
-    assert [path.name for path in tmp_path.iterdir()] == [saved.name]
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(world, tmp_path):

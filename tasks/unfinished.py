@@ -1,0 +1,20 @@
+"""Where a task keeps the state of long work, to go on from when its process was killed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tasks.artifacts import CODE, cache_directory, content_key, module_digest
+
+
+def work_directory(task: str, *inputs: object) -> Path:
+    """The directory for the unfinished work of a cached task on these inputs."""
+    code = [module_digest(module) for module in CODE[task]]
+    return cache_directory() / "unfinished" / task / content_key(task, 1, code, {"": inputs})[:32]
+
+
+def forget_work(task: str, *inputs: object) -> None:
+    """Delete it. To be called when the task has given its result, which is stored by then: a
+    process that is killed between the two has lost nothing."""
+    shutil.rmtree(work_directory(task, *inputs), ignore_errors=True)
