@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,14 +16,15 @@ from torch import Tensor
 from memit.errors import IntegrityError
 from memit.language_model import tensor_digest
 
-CHECKSUM = "sha256"
-"""Where the metadata holds the checksum."""
+ENTRY = "memit"
+"""The one entry of the file's metadata, JSON: of several the format would not keep the order."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write tensors and what is said of them; equal content gives equal bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path, {**metadata, CHECKSUM: _checksum(plain, metadata)})
+    described = {"metadata": dict(metadata), "sha256": _checksum(plain, metadata)}
+    save_file(plain, path, {ENTRY: json.dumps(described, sort_keys=True, ensure_ascii=False)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -30,17 +33,41 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         IntegrityError: the file is damaged, or was not written by `save_tensors`.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise IntegrityError(f"{path} cannot be read ({error}); make or fetch it again.") from error
-    if metadata.pop(CHECKSUM, None) != _checksum(tensors, metadata):
+    with _opened(path) as file:
+        metadata, checksum = _described(file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if checksum != _checksum(tensors, metadata):
         raise IntegrityError(
             f"{path} is damaged, its checksum is of another content; make or fetch it again."
         )
     return tensors, metadata
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone, which is not compared with the checksum.
+
+    Raises:
+        IntegrityError: the file was not written by `save_tensors`.
+    """
+    with _opened(path) as file:
+        return _described(file)[0]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{path} cannot be read ({error!r}); make or fetch it again."
+        ) from error
+
+
+def _described(file: Any) -> tuple[dict[str, str], str]:
+    """Metadata and checksum; raises KeyError, TypeError or ValueError if there are none."""
+    described = json.loads((file.metadata() or {})[ENTRY])
+    return dict(described["metadata"]), described["sha256"]
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
