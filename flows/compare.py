@@ -19,6 +19,7 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from flows.preflight import check_comparison
 from flows.systems import (
     Bench,
     Goals,
@@ -176,4 +177,4 @@ def _write(comparison: Comparison, measured: dict[str, Measured]) -> list[Path]:
 
 
 if __name__ == "__main__":
-    run_flow(compare)
+    run_flow(compare, check_comparison)

@@ -17,7 +17,7 @@ from memit.hyperparameters import Hyperparameters
 from memit.requests import Record, conflict_groups, read_records
 from tasks.artifacts import project_root
 from tasks.loading import BYTES, ModelFiles, ModelReference
-from tasks.model import open_model
+from tasks.model import load_tokenizer, open_model
 from tasks.results import MODEL_FILE
 
 PREFIXED_ROWS = 6
@@ -78,11 +78,9 @@ def count_tokens(model: ModelReference, records: Sequence[Record]) -> tuple[int,
     Raises:
         InputError: a subject or an object has no tokens.
     """
-    from transformers import AutoTokenizer
-
     from memit.positions import prompt_row
 
-    tokenizer = AutoTokenizer.from_pretrained(model.directory)
+    tokenizer = load_tokenizer(model.directory)
     requests = [record.request for record in records]
     lengths = [
         len(prompt_row(tokenizer, r.prompt, r.subject, target=r.target_new).ids) for r in requests

@@ -19,6 +19,7 @@ from tasks.artifacts import copy_file, describe, keep_only, write_json
 from tasks.loading import ModelFiles, ModelReference
 from tasks.measure import Cost
 from tasks.model import (
+    check_weights,
     describe_model,
     fetch_model,
     measure_recall,
@@ -80,6 +81,7 @@ def _describe(section: ModelSection) -> ModelFiles:
         commit = resolve_commit(name, str(section.revision))
         return describe_model("hub", name, commit, fetch_model(name, commit))
     directory = Path(str(section.path))
+    check_weights(directory)
     return describe_model("local", directory.resolve().name, None, directory)
 
 

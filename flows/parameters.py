@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from memit.errors import InputError
 from memit.hyperparameters import Hyperparameters, preset
+from memit.reading import read_text
+from memit.redaction import holds_secret
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -31,6 +35,10 @@ SCRATCH = "scratch"
 """In place of a model of the hub: a small one that is made here."""
 SIZE_LIMIT = 1 << 20
 """Bytes of the largest ``params.yaml`` that is read."""
+LONGEST_VALUE = 200
+"""Characters of a value that are repeated in a sentence."""
+STORES = ("http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+"""Schemes of addresses where MLflow can keep runs."""
 
 
 class Section(BaseModel):
@@ -170,6 +178,11 @@ class RequestsSection(Section):
                 "requests.url: set one of them."
             )
         _needs(self.url is not None, "requests.url", self.url, self, "requests", ("sha256",))
+        if self.url is not None and not re.match(r"https?://[^/\s]+\S*$", self.url, re.IGNORECASE):
+            raise ValueError(
+                f"requests.url is {self.url!r}: give an http or https address, or set "
+                "requests.path to a file that is here."
+            )
         return self
 
 
@@ -266,6 +279,16 @@ class ReportSection(Section):
 
     experiment: Text = Field(default="memit", description="the experiment's name in MLflow")
     tracking_uri: Text | None = Field(default=None, description="null: mlflow.db in the project")
+
+    @model_validator(mode="after")
+    def _store_is_of_a_known_kind(self) -> ReportSection:
+        scheme = re.match(r"([A-Za-z][\w.-]+)(\+\w+)?:", self.tracking_uri or "")
+        if scheme and scheme[1] not in STORES:
+            raise ValueError(
+                f"report.tracking_uri is {self.tracking_uri!r}, which is no store of MLflow's: "
+                f"write a path or an address that begins with one of {', '.join(STORES)}."
+            )
+        return self
 
 
 class MendSection(Section):
@@ -431,31 +454,49 @@ def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:
     """Check a tree of plain values as if it had been read from the file ``name``."""
     if not isinstance(tree, dict):
         raise InputError(f"{name} must hold sections ({', '.join(Parameters.model_fields)}).")
+    for key, text in _texts(tree):
+        if holds_secret(text):
+            raise InputError(
+                f"{name}: {key} holds a password or a token, which would be kept in git, dvc.lock "
+                "and MLflow: leave it out and put it into the environment (HF_TOKEN, "
+                "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)."
+            )
     try:
         return Parameters.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise InputError(f"{name}: {_sentence(error)}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{name} holds a value of no use ({error}): correct it.") from None
+
+
+def _texts(tree: object, place: str = "") -> Iterator[tuple[str, str]]:
+    """All texts of a tree, each with the keys that lead to it."""
+    if isinstance(tree, str):
+        yield place, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _texts(value, f"{place}.{key}".lstrip("."))
+    elif isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            yield from _texts(value, f"{place}[{number}]")
 
 
 def _read_yaml(path: Path) -> object:
-    try:
-        if path.stat().st_size > SIZE_LIMIT:
-            raise InputError(
-                f"{path} is larger than {SIZE_LIMIT} bytes: that is no parameter file."
-            )
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        for key, line in _repeated_keys(node):
-            raise InputError(f"{path}, line {line}: {key!r} stands there twice: remove one.")
-        return yaml.safe_load(text)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise InputError(
             f"{path} is not here: run this in the project's directory (where dvc.yaml lies)."
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the path.") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
+        )
+    text = read_text(path, "the parameters", SIZE_LIMIT)
+    try:
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken):
+                line = token.start_mark.line + 1
+                raise InputError(
+                    f"{path}, line {line}: *{token.value} repeats another place: write it out."
+                )
+        for key, line in _repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader)):
+            raise InputError(f"{path}, line {line}: {key!r} stands there twice: remove one.")
+        return yaml.safe_load(text)
     except RecursionError:
         raise InputError(f"{path} is nested too deeply: it needs two levels or three.") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -467,7 +508,7 @@ def _repeated_keys(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
-            if key.value in seen:
+            if str(key.value) in seen:
                 yield str(key.value), key.start_mark.line + 1
             seen.add(str(key.value))
             yield from _repeated_keys(value)
@@ -487,6 +528,8 @@ def _sentence(error: ValidationError) -> str:
     key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".")
     value = problem["input"]
     kind = problem["type"]
+    if kind == "json_invalid":
+        return f"it holds a value of no use ({problem['ctx']['error']}): correct it."
     if kind == "extra_forbidden":
         return _unknown_key(key, [str(part) for part in parts])
     if kind == "value_error":
@@ -497,7 +540,10 @@ def _sentence(error: ValidationError) -> str:
         return f"{key} is the text {value!r}, not a number: write {plain}."
     expected = [p["msg"] for p in problems if _key_parts(p["loc"]) == parts]
     demand = "; or ".join(dict.fromkeys(_lower(message) for message in expected))
-    return f"{key} is {json.dumps(value, default=str)}: {demand}."
+    shown = json.dumps(value, default=str)
+    if len(shown) > LONGEST_VALUE:
+        shown = f"{shown[: LONGEST_VALUE - 3]}..."
+    return f"{key} is {shown}: {demand}."
 
 
 def _key_parts(location: tuple[int | str, ...], keep_last: bool = False) -> list[int | str]:

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 from pathlib import Path
 
 from flows.parameters import Parameters
+from memit.corpus import read_documents
 from memit.errors import InputError, ResourceError
+from memit.evaluation.reference import read_snippets
+from memit.evaluation.zsre import as_records, read_zsre
+from memit.reading import check_file
+from memit.requests import Record, drop_conflicts
+from memit.world.people import WorldParameters, make_world
 from tasks.artifacts import project_root
 from tasks.loading import BYTES, ModelFiles
-from tasks.model import describe_model, fetch_description, resolve_commit
+from tasks.model import (
+    check_weights,
+    describe_model,
+    fetch_description,
+    model_without_weights,
+    resolve_commit,
+)
 from tasks.requests import locate_records, read_source, sample
+from tasks.systems import make_systems, split_by_subject
+
+CHECKED_DOCUMENTS = 10_000
+"""Documents of a corpus that are read before the run; the rest of a large one would take long."""
 
 
 def check_inputs(parameters: Parameters) -> None:
@@ -20,13 +38,65 @@ def check_inputs(parameters: Parameters) -> None:
         MemitError: the first thing that would stop the experiment later.
     """
     _check_device(parameters.model.device)
-    _check_requests(parameters)
+    records = _read_requests(parameters)
     _check_corpus(parameters)
+    _check_comparison_files(parameters)
     described = _describe_model(parameters)
+    _check_systems(parameters, described)
     if described is not None:
-        parameters.hyperparameters(described.id, described.layers)
         _check_disk(parameters, described)
         _check_memory(parameters, described)
+        _check_tokens(parameters, described, records)
+
+
+def check_comparison(parameters: Parameters) -> None:
+    """The same for a comparison, which edits records of its own choice.
+
+    Raises:
+        MemitError: the first thing that would stop the comparison later.
+    """
+    check_inputs(parameters)
+    count, there_are = parameters.compare.count, _editable(parameters)
+    if count is not None and count > there_are:
+        raise InputError(
+            f"compare.count is {count}, and {there_are} records can be edited besides those of "
+            "compare.training_records: ask for fewer."
+        )
+
+
+def check_scaling(parameters: Parameters) -> None:
+    """The same for scaling, which leaves out sizes that are too large but needs one.
+
+    Raises:
+        MemitError: the first thing that would stop it later.
+    """
+    check_inputs(parameters)
+    smallest, there_are = min(parameters.scaling.counts, key=_size), _editable(parameters)
+    if smallest is not None and smallest > there_are:
+        raise InputError(
+            f"scaling.counts begins with {smallest}, and {there_are} records can be edited besides "
+            "those of compare.training_records: name a smaller size."
+        )
+
+
+def _size(count: int | None) -> float:
+    return math.inf if count is None else count
+
+
+def _editable(parameters: Parameters) -> int:
+    """How many records a comparison can edit; some must be left to learn from where one learns."""
+    section, records = parameters.compare, _all_records(parameters)
+    edited, learnt = split_by_subject(records, section.training_records, parameters.requests.seed)
+    learning = [name for name in ("mend", "serac") if name in section.systems]
+    if parameters.mend.learn_from == "texts":
+        learning = [name for name in learning if name != "mend"]
+    if learning and not learnt:
+        raise InputError(
+            f"{learning[0]} learns from records, and compare.training_records sets "
+            f"{section.training_records} of {len(records)} aside: set more aside, or leave it out "
+            "of compare.systems."
+        )
+    return len(edited)
 
 
 def _check_device(device: str) -> None:
@@ -46,20 +116,60 @@ def _check_device(device: str) -> None:
         )
 
 
-def _check_requests(parameters: Parameters) -> None:
+def _read_requests(parameters: Parameters) -> list[Record]:
+    """The records that will be edited, as far as they are known before the model is."""
     section = parameters.requests
     if section.source == "synthetic":
-        return
+        return []
     records, _ = read_source(
         section.source, locate_records(section.path, section.url, section.sha256)
     )
-    sample(records, section.count, section.seed)
+    return sample(records, section.count, section.seed)
 
 
 def _check_corpus(parameters: Parameters) -> None:
     section = parameters.statistics
-    if section.source == "file" and not Path(str(section.path)).is_file():
-        raise InputError(f"{section.path} does not exist: correct statistics.path in params.yaml.")
+    if section.source != "file":
+        return
+    path = Path(str(section.path))
+    check_file(path, "the corpus", size_limit=None)
+    wanted = (section.documents or CHECKED_DOCUMENTS) + section.held_out_documents
+    found = read_documents(path, stop=min(wanted, CHECKED_DOCUMENTS), column=section.column)
+    if sum(1 for _ in found) == 0:
+        raise InputError(f"{path} holds no text: give statistics.path a file that does.")
+
+
+def _check_comparison_files(parameters: Parameters) -> None:
+    section = parameters.compare
+    if section.zsre is not None:
+        read_zsre(section.zsre)
+    if section.snippets is not None:
+        read_snippets(section.snippets)
+
+
+def _check_systems(parameters: Parameters, model: ModelFiles | None) -> None:
+    """Make the systems of the comparison, and see that no layer lies beyond the model."""
+    name = "synthetic" if model is None else model.id
+    depth = parameters.model.training.layers if model is None else model.layers
+    section = parameters.compare
+    hyperparameters = parameters.hyperparameters(name, depth)
+    make_systems(section.systems, section.settings, hyperparameters, name, depth)
+    if (parameters.mend.blocks or 0) > depth:
+        raise InputError(
+            f"mend.blocks is {parameters.mend.blocks}, but {name} has {depth} blocks: ask for "
+            "fewer."
+        )
+
+
+def _all_records(parameters: Parameters) -> list[Record]:
+    """The records of a comparison, without contradictions."""
+    section = parameters.requests
+    if parameters.compare.zsre is not None:
+        return drop_conflicts(as_records(read_zsre(parameters.compare.zsre)))[0]
+    if section.source == "synthetic":
+        model = parameters.model
+        return list(make_world(WorldParameters(model.seed, **model.world.model_dump())).records)
+    return read_source(section.source, locate_records(section.path, section.url, section.sha256))[0]
 
 
 def _describe_model(parameters: Parameters) -> ModelFiles | None:
@@ -71,10 +181,23 @@ def _describe_model(parameters: Parameters) -> ModelFiles | None:
         return describe_model("hub", name, commit, fetch_description(name, commit))
     if section.source == "local":
         directory = Path(str(section.path))
-        if not directory.is_dir():
+        if not os.path.isdir(directory):
             raise InputError(f"{directory} is no directory: correct model.path in params.yaml.")
-        return describe_model("local", directory.resolve().name, None, directory)
+        described = describe_model("local", directory.resolve().name, None, directory)
+        check_weights(directory)
+        return described
     return None
+
+
+def _check_tokens(parameters: Parameters, model: ModelFiles, records: list[Record]) -> None:
+    """See that the model's tokenizer has tokens for every subject and object, and room for all."""
+    from memit.targets import edit_rows
+
+    directory = Path(str(parameters.model.path))
+    if model.source == "hub":
+        directory = fetch_description(model.id, str(model.revision))
+    lm = model_without_weights(model.id, model.revision, directory)
+    edit_rows(lm, [record.request for record in records], ())
 
 
 def _check_disk(parameters: Parameters, model: ModelFiles) -> None:

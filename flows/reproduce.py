@@ -10,6 +10,11 @@ import sys
 from collections.abc import Sequence
 
 from flows.command import given_parameters, reporting
+
+if __name__ == "__main__":
+    given_parameters()
+
+from flows.preflight import check_inputs
 from flows.record import dvc_command
 from flows.server import prefect_server
 
@@ -21,5 +26,6 @@ def reproduce(options: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    given_parameters()
+    given = given_parameters()
+    reporting(lambda: check_inputs(given))
     sys.exit(reporting(lambda: reproduce(sys.argv[1:])))

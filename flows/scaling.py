@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.preflight import check_scaling
 from flows.systems import (
     Bench,
     Goals,
@@ -154,4 +155,4 @@ def _write(bench: Bench, points: list[Point]) -> list[Path]:
 
 
 if __name__ == "__main__":
-    run_flow(scaling)
+    run_flow(scaling, check_scaling)

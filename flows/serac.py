@@ -5,6 +5,10 @@ Results: ``artifacts/serac/`` with both models and the losses of both trainings.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from flows.command import given_parameters, run_flow
 from flows.parameters import Parameters, overridden
 
@@ -16,10 +20,13 @@ from prefect import flow
 from flows.systems import split
 from tasks.artifacts import copy_file
 from tasks.mend import Trained
-from tasks.model import open_model
+from tasks.model import open_model, resolve_commit
 from tasks.results import SERAC, SERAC_MODELS_FILE, finish_step, upstream
 from tasks.serac import train_serac_models
 from tasks.unfinished import forget_work
+
+if TYPE_CHECKING:
+    from memit.editors.serac import SeracSettings
 
 
 @flow(name="serac", validate_parameters=False)
@@ -38,11 +45,21 @@ def trained_serac(parameters: Parameters) -> Trained:
     from memit.editors.serac import serac_preset
 
     model = open_model(**parameters.model.placement())
-    settings = overridden(serac_preset(model.model.id), parameters.serac)
+    settings = _pinned(overridden(serac_preset(model.model.id), parameters.serac))
     records = split(parameters).training
     trained = train_serac_models(model, records, settings)
     forget_work("serac", model, records, settings)
     return trained
+
+
+def _pinned(settings: SeracSettings) -> SeracSettings:
+    """The settings with the commits of models from the hub, so that what was learnt names them."""
+    commits = {
+        f"{part}_revision": resolve_commit(name, getattr(settings, f"{part}_revision") or "main")
+        for part in ("encoder", "counterfactual")
+        if (name := getattr(settings, part)) is not None and not Path(name).is_dir()
+    }
+    return replace(settings, **commits)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ if __name__ == "__main__":
 
 from prefect import flow, unmapped
 
-from memit.errors import InputError
+from memit.reading import check_file
 from tasks.artifacts import copy_file, describe, keep_only, write_json
 from tasks.corpus import Corpus, CorpusSource, collect_corpus
 from tasks.loading import ModelReference, token_budget
-from tasks.model import open_model
+from tasks.model import open_model, resolve_commit
 from tasks.progress import gather
 from tasks.results import HELD_OUT_FILE, STATISTICS, STATISTICS_FILE, WORLD, finish_step, upstream
 from tasks.runners import thread_runner
@@ -73,15 +73,15 @@ def corpus_source(parameters: Parameters) -> CorpusSource:
             file=describe(WORLD / "corpus.txt"), held_out=describe(WORLD / "held_out.txt")
         )
     if section.source == "dataset":
+        name = str(section.dataset)
         return CorpusSource(
-            dataset=section.dataset,
+            dataset=name,
             configuration=section.configuration,
-            revision=section.revision,
+            revision=resolve_commit(name, str(section.revision), "dataset"),
             column=section.column,
         )
     path = Path(str(section.path))
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: correct statistics.path in params.yaml.")
+    check_file(path, "the corpus", size_limit=None)
     return CorpusSource(file=describe(path), column=section.column)
 
 

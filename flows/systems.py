@@ -13,7 +13,6 @@ from prefect import unmapped
 from flows.parameters import Parameters, overridden
 from flows.requests import records_source
 from flows.statistics import corpus_of
-from memit.errors import InputError
 from memit.requests import Record, read_counterfact
 from tasks.artifacts import Artifact, describe
 from tasks.edit import spread_edit
@@ -118,8 +117,6 @@ def prepare(parameters: Parameters, given: Mapping[str, Manifest], folder: Path)
         section.systems, section.settings, hyperparameters, model.model.id, model.model.layers
     )
     systems = [_with_section(system, parameters, model.model.id) for system in systems]
-    for system in systems:
-        _check_layers(system, model)
     held_out = json.loads(STATISTICS_FILE.read_text(encoding="utf-8"))["held_out_documents"]
     return Bench(
         parameters=parameters,
@@ -167,15 +164,6 @@ def split(parameters: Parameters) -> Split:
     else:
         source, file = "zsre", describe(locate_records(section.zsre, None, None))
     return split_records(source, file, section.training_records, parameters.requests.seed)
-
-
-def _check_layers(system: System, model: ModelReference) -> None:
-    for layer in system.editor.moment_layers:
-        if layer >= model.model.layers:
-            raise InputError(
-                f"{system.label} is asked to edit layer {layer}, but {model.model.id} has "
-                f"{model.model.layers} blocks: the layers are 0 to {model.model.layers - 1}."
-            )
 
 
 def _moments(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from memit.errors import InputError, UnreachableError
+from memit.reading import check_file
 
 WIKIPEDIA = "wikimedia/wikipedia"
 WIKIPEDIA_CONFIG = "20231101.en"
 """The English dump that is still on the hub; the one that the published code names is gone."""
 
+LONGEST_LINE = 1 << 24
+"""Characters of the longest line that is read."""
+_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 _FILE_KINDS = (".txt", ".jsonl", ".parquet")
 
 
@@ -81,12 +86,14 @@ def _count(start: int, stop: int | None) -> int | None:
 
 
 def _lines(path: Path) -> Iterator[str]:
+    check_file(path, "the corpus", size_limit=None)
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for line in file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), start=1):
+                if len(line) == LONGEST_LINE or "\0" in line:
+                    wrong = "holds a NUL character" if "\0" in line else "has no end"
+                    raise InputError(f"{path} is no text: its line {number} {wrong}; convert it.")
                 yield line.rstrip("\r\n")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: check the path of the corpus.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it.") from None
     except OSError as error:
@@ -103,13 +110,15 @@ def _json_texts(path: Path, start: int, column: str) -> Iterator[str]:
 def _json_text(path: Path, number: int, line: str, column: str) -> str:
     try:
         text = json.loads(line)[column]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
         raise InputError(
             f"{path}, line {number} is no JSON object with a text under {column!r}: "
             "correct the line, or name the column that holds the text."
         )
+    if _HALF_CHARACTER.search(text):
+        raise InputError(f"{path}, line {number} holds half a character: correct it.")
     return text
 
 
@@ -117,28 +126,42 @@ def _parquet(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    check_file(path, "the corpus", size_limit=None)
     try:
         return pq.ParquetFile(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: check the path of the corpus.") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is no whole Parquet file ({error}): fetch it again.") from None
 
 
 def _parquet_rows(path: Path, start: int, stop: int | None, column: str) -> Iterator[str]:
+    import pyarrow as pa
+
     with _parquet(path) as file:
-        names = file.schema_arrow.names
-        if column not in names:
-            raise InputError(f"{path} has no column {column!r}: name one of {', '.join(names)}.")
+        _check_column(path, file.schema_arrow, column)
         skipped = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if skipped + rows > start and (stop is None or skipped < stop):
-                texts = file.read_row_group(group, columns=[column])[column]
-                end = rows if stop is None else min(rows, stop - skipped)
-                for text in texts.slice(max(0, start - skipped), end - max(0, start - skipped)):
-                    yield text.as_py() or ""
-            skipped += rows
+        try:
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if skipped + rows > start and (stop is None or skipped < stop):
+                    texts = file.read_row_group(group, columns=[column])[column]
+                    end = rows if stop is None else min(rows, stop - skipped)
+                    for text in texts.slice(max(0, start - skipped), end - max(0, start - skipped)):
+                        yield text.as_py() or ""
+                skipped += rows
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is damaged ({error}): fetch it again.") from None
+
+
+def _check_column(path: Path, schema: Any, column: str) -> None:
+    import pyarrow.types as types
+
+    fields = [field for field in schema if field.name == column]
+    if len(fields) != 1:
+        has = "several columns" if fields else "no column"
+        raise InputError(f"{path} has {has} {column!r}: name one of {', '.join(schema.names)}.")
+    kind = fields[0].type.value_type if types.is_dictionary(fields[0].type) else fields[0].type
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        raise InputError(f"{path} holds {kind} under {column!r}: name a column of texts.")
 
 
 def _streamed(
@@ -150,6 +173,7 @@ def _streamed(
     revision: str | None,
 ) -> Iterator[str]:
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     try:
         rows = datasets.load_dataset(
@@ -164,6 +188,11 @@ def _streamed(
             yield row[column]
     except InputError:
         raise
+    except DatasetNotFoundError:
+        raise InputError(
+            f"the hub has no data set {name} at revision {revision}: check its name and revision "
+            "(a private one needs a login: hf auth login)."
+        ) from None
     except Exception as error:  # the hub's clients raise errors of many libraries
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UnreachableError(

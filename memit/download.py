@@ -9,12 +9,15 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from memit.errors import InputError, IntegrityError, UnreachableError
 
 _BLOCK = 1 << 20
+_BUSY = (408, 425, 429)
+"""Answers that say "later", unlike others that are no good."""
 
 
 def file_sha256(path: str | Path) -> str:
@@ -46,13 +49,15 @@ def fetch(
 
     A file already there with the right checksum is left as it is. `size_limit` is in bytes,
     `timeout` in seconds without an answer; `progress` is told the bytes newly read. Raises
-    `UnreachableError`, `IntegrityError`, or `InputError` if the URL is none or too large.
+    `UnreachableError`, `IntegrityError`, or `InputError` if the URL is none, is refused by the
+    server, or holds too much.
     """
     target = Path(to)
     if sha256 is not None and target.is_file() and file_sha256(target) == sha256.lower():
         return target
-    if not url.startswith(("http://", "https://")):
+    if not url.lower().startswith(("http://", "https://")):
         raise InputError(f"{url} is no http or https address: give one, or a path to a local file.")
+    new_folders = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
     try:
@@ -64,6 +69,9 @@ def fetch(
         os.replace(name, target)
     finally:
         Path(name).unlink(missing_ok=True)
+        with suppress(OSError):  # they stay if something lies in them
+            for folder in new_folders:
+                folder.rmdir()
     return target
 
 
@@ -87,10 +95,13 @@ def _download(
             announced = int(answer.headers.get("Content-Length") or 0)
             read = _copy(answer, file, max(announced, 0), url, size_limit, progress)
     except urllib.error.HTTPError as error:
-        raise UnreachableError(f"{url} answers {error.code} {error.reason}: {way_out}") from None
+        kind = UnreachableError if error.code >= 500 or error.code in _BUSY else InputError
+        raise kind(f"{url} answers {error.code} {error.reason}: {way_out}") from None
     except http.client.IncompleteRead:
         raise IntegrityError(f"{url} broke off before its end: start again.") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (ValueError, http.client.InvalidURL) as error:
+        raise InputError(f"{url} is no address ({error}): {way_out}") from None
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise UnreachableError(f"{url} cannot be reached ({reason}): {way_out}") from None
     if read < announced:

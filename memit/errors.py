@@ -1,8 +1,16 @@
 """The errors that a user can meet: one sentence each, with the cause and the way out."""
 
+from memit.redaction import one_line, redacted
+
 
 class MemitError(Exception):
-    """Base of every error that this project raises for its user."""
+    """Base of every error that this project raises for its user.
+
+    Whatever a sentence quotes, it stays on one line and tells no password or token.
+    """
+
+    def __init__(self, sentence: str):
+        super().__init__(one_line(redacted(sentence)))
 
 
 class InputError(MemitError):

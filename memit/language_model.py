@@ -196,11 +196,21 @@ def load_model(
         raise InputError(f"{source} is not a directory with a model; give one that holds it.")
     placement = {"device_map": "auto"} if device == "sharded" else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=DTYPES[dtype], use_safetensors=True, **placement
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **placement,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise _load_error(str(source), is_local, error) from error
     except Exception as error:  # safetensors raises a type of its own for a damaged file
         if type(error).__module__.startswith("safetensors"):
@@ -208,6 +218,11 @@ def load_model(
                 f"the weights in {source} are damaged ({error}); fetch or export them again."
             ) from error
         raise
+    if found["missing_keys"]:
+        raise IntegrityError(
+            f"the weights in {source} lack {min(found['missing_keys'])}, which would be filled at "
+            "random: fetch or export them again."
+        )
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     if device != "sharded":
         model.to(_device(device))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from memit.errors import ConflictError, InputError
+from memit.reading import parse_json, read_text
 
+LONGEST_TEXT = 10_000
+"""Characters of the longest text in a record; no model's context holds much more."""
 FACT_COLUMNS = ("subject", "prompt", "target", "target_true", "paraphrases", "neighbors")
 """Columns of a user's own file; the first three are required.
 
@@ -98,7 +102,7 @@ def read_counterfact(path: str | Path) -> list[Record]:
 
     Raises `InputError` naming file and record if something in it cannot be used.
     """
-    rows = _parse_json(Path(path), _read_text(Path(path)))
+    rows = parse_json(read_text(path, "the records"), path)
     if not isinstance(rows, list):
         raise InputError(f"{path} holds no list of records: CounterFact is one JSON list.")
     records = []
@@ -224,34 +228,11 @@ def _relation_key(request: EditRequest) -> tuple[str, str]:
     return request.subject, request.relation_id or request.prompt
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: check the path of the records.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8, or fetch it again."
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the path.") from None
-
-
-def _parse_json(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path} is not whole JSON (line {error.lineno}, column {error.colno}: {error.msg}): "
-            "it may be truncated, fetch or write it again."
-        ) from None
-
-
 def _holds_counterfact(path: Path) -> bool:
-    text = _read_text(path).lstrip()
+    text = read_text(path, "the records").lstrip()
     if not text.startswith("["):
         return False
-    rows = _parse_json(path, text)
+    rows = parse_json(text, path)
     first = rows[0] if rows else None
     if isinstance(first, dict) and {"src", "loc"} <= first.keys():
         raise InputError(f"{path} holds zsRE questions, not edit records: read it with read_zsre.")
@@ -259,9 +240,9 @@ def _holds_counterfact(path: Path) -> bool:
 
 
 def _fact_rows(path: Path) -> list[Any]:
-    text = _read_text(path)
+    text = read_text(path, "the records")
     if text.lstrip().startswith("["):
-        return _parse_json(path, text)
+        return parse_json(text, path)
     if text.lstrip().startswith("{"):
         return _json_lines(path, text)
     return _csv_rows(path, text)
@@ -272,13 +253,7 @@ def _json_lines(path: Path, text: str) -> list[Any]:
     for line_number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {line_number} is not whole JSON (column {error.colno}: "
-                f"{error.msg}): each line must hold one complete object."
-            ) from None
+        rows.append(parse_json(line, f"{path}, line {line_number}"))
     return rows
 
 
@@ -286,6 +261,7 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
+        _check_header(path, [name.strip() for name in reader.fieldnames or ()])
         for row in reader:
             if None in row or None in row.values():
                 raise InputError(
@@ -304,19 +280,32 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in FACT_COLUMNS:
+            raise InputError(
+                f"{path} has the column {name!r}, which is not known: the first line must name "
+                f"columns out of {', '.join(FACT_COLUMNS)}, separated by commas."
+            )
+        if names.count(name) > 1:
+            raise InputError(f"{path} names the column {name!r} twice: remove one.")
+
+
 def _counterfact_record(row: Any, index: int) -> Record:
     _require_object(row, "the record")
     rewrite = _require_object(_required(row, "requested_rewrite"), "'requested_rewrite'")
     case_id = row.get("case_id", index)
-    if not isinstance(case_id, int) or isinstance(case_id, bool):
-        raise InputError(f"'case_id' is {case_id!r} where a whole number is needed.")
+    if not isinstance(case_id, int) or isinstance(case_id, bool) or not 0 <= case_id < 2**63:
+        shown = str(case_id)[:24]
+        raise InputError(f"'case_id' is {shown!r} where a whole number from 0 on is needed.")
     request = EditRequest(
-        subject=_text(_required(rewrite, "subject"), "subject"),
-        prompt=_text(_required(rewrite, "prompt"), "prompt"),
+        subject=check_text(_required(rewrite, "subject"), "subject"),
+        prompt=check_text(_required(rewrite, "prompt"), "prompt"),
         target_new=_object_text(_required(rewrite, "target_new"), "target_new"),
         target_true=_optional(rewrite, "target_true", _object_text),
-        relation_id=_optional(rewrite, "relation_id", _text),
+        relation_id=_optional(rewrite, "relation_id", check_text),
     )
+    _check_objects(request)
     return Record(
         case_id,
         request,
@@ -324,7 +313,7 @@ def _counterfact_record(row: Any, index: int) -> Record:
         neighborhood_prompts=_texts(row, "neighborhood_prompts"),
         generation_prompts=_texts(row, "generation_prompts"),
         attribute_prompts=_texts(row, "attribute_prompts"),
-        target_new_id=_optional(rewrite["target_new"], "id", _text),
+        target_new_id=_optional(rewrite["target_new"], "id", check_text),
     )
 
 
@@ -336,11 +325,12 @@ def _fact_record(row: Any, index: int) -> Record:
             f"the key {unknown[0]!r} is not known: the keys are {', '.join(FACT_COLUMNS)}."
         )
     request = EditRequest(
-        subject=_text(_required(row, "subject"), "subject").strip(),
-        prompt=_text(_required(row, "prompt"), "prompt").strip(),
-        target_new=_text(_required(row, "target"), "target"),
-        target_true=_optional(row, "target_true", _text),
+        subject=check_text(_required(row, "subject"), "subject").strip(),
+        prompt=check_text(_required(row, "prompt"), "prompt").strip(),
+        target_new=check_text(_required(row, "target"), "target"),
+        target_true=_optional(row, "target_true", check_text),
     )
+    _check_objects(request)
     paraphrases = (fill(text.strip(), request.subject) for text in _texts(row, "paraphrases"))
     neighbors = (text.strip() for text in _texts(row, "neighbors"))
     return Record(index, request, tuple(paraphrases), tuple(neighbors))
@@ -396,16 +386,32 @@ def _require_object(value: Any, name: str) -> Mapping[str, Any]:
 
 
 def _object_text(value: Any, key: str) -> str:
-    return _text(_required(_require_object(value, f"{key!r}"), "str"), f"{key}.str")
+    return check_text(_required(_require_object(value, f"{key!r}"), "str"), f"{key}.str")
 
 
-def _text(value: Any, key: str) -> str:
+def _check_objects(request: EditRequest) -> None:
+    if request.target_new == request.target_true:
+        raise InputError(
+            f"the new object {request.target_new!r} is the true one, so nothing would change: give "
+            "another, or leave the record out."
+        )
+
+
+def check_text(value: Any, key: str) -> str:
+    """A text that files and models can take; raises `InputError` naming `key` for anything else."""
     if not isinstance(value, str):
         raise InputError(f"{key!r} is {_kind(value)} where a text is needed.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{key!r} holds half a character ({value!r}): correct it.") from None
+    if len(value) > LONGEST_TEXT:
+        raise InputError(
+            f"{key!r} has {len(value)} characters, more than the {LONGEST_TEXT} that a prompt may "
+            "have: shorten it."
+        )
+    broken = re.search(r"[\ud800-\udfff]", value)
+    if broken:
+        raise InputError(f"{key!r} holds half a character ({broken[0]!a}): correct it.")
+    control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", value)
+    if control:
+        raise InputError(f"{key!r} holds the control character {control[0]!a}: remove it.")
     return value
 
 
@@ -413,7 +419,7 @@ def _texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
     values = row.get(key) or ()
     if not isinstance(values, list | tuple):
         raise InputError(f"{key!r} is {_kind(values)} where a list of texts is needed.")
-    texts = tuple(_text(value, key) for value in values)
+    texts = tuple(check_text(value, key) for value in values)
     if not all(text.strip() for text in texts):
         raise InputError(f"{key!r} holds an empty prompt: fill it in or remove it.")
     return texts
@@ -421,4 +427,4 @@ def _texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return names.get(type(value), "nothing" if value is None else f"the number {value}")
+    return names.get(type(value), "nothing" if value is None else f"the number {str(value)[:24]}")

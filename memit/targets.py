@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memit.batches import in_batches
-from memit.errors import IntegrityError
+from memit.errors import InputError, IntegrityError
 from memit.forward import (
     KeyValues,
     Padded,
@@ -142,7 +142,8 @@ class EditRows:
 def edit_rows(
     lm: LanguageModel, requests: Sequence[EditRequest], prefixes: Sequence[str]
 ) -> list[EditRows]:
-    """Tokenise requests; raises `InputError` for a subject or an object without tokens."""
+    """Tokenise requests; raises `InputError` for a subject or an object without tokens, and for a
+    prompt that the model's context does not hold."""
     marked = [
         marked_text
         for request in requests
@@ -155,6 +156,12 @@ def edit_rows(
         )
     ]
     rows = locate(lm.tokenizer, marked)
+    for text, row in zip(marked, rows, strict=True):
+        if len(row.ids) - 1 > lm.context_length:  # the last token is never an input
+            raise InputError(
+                f"{text.text!r} has {len(row.ids)} tokens, and {lm.name} takes "
+                f"{lm.context_length}: shorten the prompt."
+            )
     count = len(prefixes) + 2
     return [
         EditRows(group[0], tuple(group[1:-1]), _until_subject(group[-1]))

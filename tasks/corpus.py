@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from memit.errors import InputError
 from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.measure import Cost, Meter
+from tasks.retrying import patient
 
 
 class CorpusSource(BaseModel):
@@ -80,16 +81,23 @@ def collect_corpus(
 ) -> Corpus:
     """Write down the first documents of a source, and as held-out text those that follow."""
     with Meter() as meter:
-        texts = source.read()
-        first = texts if documents is None else islice(texts, documents)
-        ranges = []
-        while group := list(islice(first, documents_per_shard)):
-            ranges.append(_keep(group))
-        rest = source.read_held_out() if source.held_out else texts
-        held_out = _keep(list(islice(rest, held_out_documents)))
+        ranges, held_out = _write_down(source, documents, documents_per_shard, held_out_documents)
     if not ranges:
         raise InputError(f"{source.name} holds no documents: give statistics another corpus.")
     return Corpus(ranges=tuple(ranges), held_out=held_out, cost=meter.cost)
+
+
+@patient
+def _write_down(
+    source: CorpusSource, documents: int | None, documents_per_shard: int, held_out_documents: int
+) -> tuple[list[Range], Range]:
+    texts = source.read()
+    first = texts if documents is None else islice(texts, documents)
+    ranges = []
+    while group := list(islice(first, documents_per_shard)):
+        ranges.append(_keep(group))
+    rest = source.read_held_out() if source.held_out else texts
+    return ranges, _keep(list(islice(rest, held_out_documents)))
 
 
 def read_texts(path: Path) -> list[str]:

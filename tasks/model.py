@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from memit.errors import InputError, ResourceError, UnreachableError
+from memit.errors import InputError, IntegrityError, ResourceError, UnreachableError
+from memit.reading import parse_json, read_text
 from tasks.artifacts import Artifact, cached_task, describe, store_piece
 from tasks.loading import ModelFiles, ModelReference, directory_digests, loaded
 from tasks.measure import Cost, Meter
 from tasks.progress import progress_bar
 from tasks.results import MODEL_FILE, WEIGHTS
+from tasks.retrying import patient
 from tasks.unfinished import work_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from memit.language_model import LanguageModel
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 DESCRIPTION_PATTERNS = ["*.json", "*.txt", "*.model"]
+FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Numbers in safetensors files that weights can be read from."""
 
 
 class SmallModel(BaseModel):
@@ -120,7 +130,8 @@ def _keep_lines(lines: tuple[str, ...]) -> Artifact:
     return store_piece("model", ".txt", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def resolve_commit(name: str, revision: str) -> str:
+@patient
+def resolve_commit(name: str, revision: str, kind: Literal["model", "dataset"] = "model") -> str:
     """The commit that a branch, tag or commit of a hub repository stands for.
 
     Raises:
@@ -130,17 +141,10 @@ def resolve_commit(name: str, revision: str) -> str:
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    try:
-        commit = HfApi().model_info(name, revision=revision, timeout=30).sha
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise InputError(
-            f"the hub has no model {name} at revision {revision}: check model.id and "
-            "model.revision (a private model needs a login: hf auth login)."
-        ) from None
-    except Exception as error:
-        raise _unreachable(name, error) from error
+    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+    with _asking_hub(name, revision):
+        commit = ask(name, revision=revision, timeout=30).sha
     if commit is None:
         raise UnreachableError(f"the hub names no commit for {name} at {revision}: give a commit.")
     return commit
@@ -171,6 +175,38 @@ def fetch_model(name: str, commit: str) -> Path:
     return directory
 
 
+def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model directory; no code of the directory's is run."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def model_without_weights(name: str, revision: str | None, directory: Path) -> LanguageModel:
+    """A model directory's structure and tokenizer, with no numbers in the weights.
+
+    Raises:
+        InputError: the directory does not hold a model.
+        ModelStructureError: the method does not fit the model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from memit.language_model import LanguageModel
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = load_tokenizer(directory)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a configuration can be wrong in as many ways as it has keys
+        raise InputError(
+            f"{directory} does not hold a causal language model ({_first_line(error)}): it needs "
+            "config.json, a tokenizer and safetensors weights; code of its own is not run."
+        ) from error
+    return LanguageModel(model, tokenizer, name=name, revision=revision)
+
+
 def describe_model(source: str, name: str, revision: str | None, directory: Path) -> ModelFiles:
     """Read a model directory's structure and digests; the weights are hashed, not loaded.
 
@@ -178,39 +214,59 @@ def describe_model(source: str, name: str, revision: str | None, directory: Path
         InputError: the directory does not hold a model.
         ModelStructureError: the method does not fit the model.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from memit.language_model import LanguageModel
-
-    try:
-        config = AutoConfig.from_pretrained(directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{directory} does not hold a causal language model ({reason}): it needs config.json, "
-            "a tokenizer and safetensors weights."
-        ) from error
-    lm = LanguageModel(model, tokenizer, name=name, revision=revision)
+    lm = model_without_weights(name, revision, directory)
     return ModelFiles(
         source=source,
         id=name,
         revision=revision,
         files=directory_digests(directory),
-        architecture=type(model).__name__,
+        architecture=type(lm.model).__name__,
         layers=lm.depth,
         width=lm.width,
         inner_width=lm.inner_width,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in lm.model.parameters()),
     )
 
 
+def check_weights(directory: Path) -> None:
+    """Look at a model's safetensors files without loading them.
+
+    Raises:
+        InputError: there are none, or they hold whole numbers.
+        IntegrityError: one is damaged or missing.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = {path.name: path for path in sorted(directory.glob("*.safetensors"))}
+    for index in directory.glob("*.safetensors.index.json"):
+        shards = parse_json(read_text(index, "the names of the weights"), index)
+        named = shards.get("weight_map", {}) if isinstance(shards, dict) else {}
+        for name in sorted({str(file) for file in named.values()} - files.keys()):
+            raise IntegrityError(f"{index} names {name}, which is not there: fetch it again.")
+    if not files:
+        raise InputError(
+            f"{directory} has no safetensors weights, and no others are loaded: a pickle "
+            "(pytorch_model.bin) can run code, so convert it with a tool that you trust."
+        )
+    for path in files.values():
+        try:
+            with safe_open(path, framework="pt") as file:
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                kinds = {name: part.get_dtype() for name, part in parts.items()}
+        except (SafetensorError, OSError) as error:
+            raise IntegrityError(f"{path} is damaged ({error}): fetch it again.") from None
+        for name, kind in kinds.items():
+            if name.endswith("weight") and kind not in FLOATS:
+                raise InputError(
+                    f"{path} holds {name} as {kind}: give a model with weights in one of "
+                    f"{', '.join(sorted(FLOATS))}."
+                )
+
+
+@patient
 def _snapshot(name: str, commit: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     def fetch(offline: bool) -> Path:
         return Path(
@@ -219,7 +275,7 @@ def _snapshot(name: str, commit: str, patterns: list[str]) -> Path:
             )
         )
 
-    try:
+    with _asking_hub(name, commit):
         if any(pattern in DESCRIPTION_PATTERNS for pattern in patterns):
             try:
                 found = fetch(offline=True)
@@ -228,9 +284,36 @@ def _snapshot(name: str, commit: str, patterns: list[str]) -> Path:
             except LocalEntryNotFoundError:
                 pass
         return fetch(offline=False)
-    except RepositoryNotFoundError:
-        raise InputError(f"the hub has no model {name} at {commit}: check model.id.") from None
-    except OSError as error:
+
+
+@contextmanager
+def _asking_hub(name: str, revision: str) -> Iterator[None]:
+    """What the hub refuses is the user's to correct; anything else may be better later."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise InputError(
+            f"the hub has no {name} at revision {revision}: check both in params.yaml (a private "
+            "repository needs a login: hf auth login)."
+        ) from None
+    except HFValidationError:
+        raise InputError(f"{name!r} is no name on the hub: write owner/name.") from None
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(name, error) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 503
+        if status >= 500 or status in (408, 425, 429):
+            raise _unreachable(name, error) from error
+        raise InputError(f"the hub refuses {name} ({_first_line(error)}): check it.") from None
+    except Exception as error:  # the clients beneath raise errors of many libraries
         raise _unreachable(name, error) from error
 
 
@@ -238,7 +321,8 @@ def _check_room(name: str, commit: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    info = HfApi().model_info(name, revision=commit, files_metadata=True)
+    with _asking_hub(name, commit):
+        info = HfApi().model_info(name, revision=commit, files_metadata=True)
     needed = sum(f.size or 0 for f in info.siblings or () if f.rfilename.endswith(".safetensors"))
     place = Path(HF_HUB_CACHE)
     while not place.exists():
@@ -252,11 +336,14 @@ def _check_room(name: str, commit: str) -> None:
 
 
 def _unreachable(name: str, error: Exception) -> UnreachableError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UnreachableError(
-        f"the hub cannot be reached for {name} ({reason}): check the network, or download the "
-        "model elsewhere and use model.source: local."
+        f"the hub cannot be reached for {name} ({_first_line(error)}): check the network, or "
+        "download it elsewhere and name a local path."
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def world_files(directory: Path) -> dict[str, Artifact]:
@@ -269,7 +356,10 @@ def open_model(dtype: str, device: str, threads: int, path: str | None) -> Model
 
     ``path`` is the directory of a local model.
     """
-    model = ModelFiles.model_validate_json(MODEL_FILE.read_text(encoding="utf-8"))
+    try:
+        model = ModelFiles.model_validate_json(MODEL_FILE.read_text(encoding="utf-8"))
+    except ValueError:
+        raise IntegrityError(f"{MODEL_FILE} is damaged: run the step model again.") from None
     directory = WEIGHTS
     if model.source == "hub":
         directory = fetch_model(model.id, str(model.revision))

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from memit.download import fetch, verify_sha256
-from memit.errors import InputError
+from memit.reading import SIZE_LIMIT, check_file
 from memit.requests import (
     Record,
     drop_conflicts,
@@ -20,6 +20,7 @@ from memit.requests import (
 from tasks.artifacts import Artifact, cache_directory, cached_task, store_piece
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
+from tasks.retrying import patient
 
 TOKEN_BUDGET = 2_048
 """Tokens in a batch while the model is asked for true objects."""
@@ -45,10 +46,10 @@ def locate_records(path: str | None, url: str | None, sha256: str | None) -> Pat
         InputError, IntegrityError, UnreachableError: it cannot be had as described.
     """
     if url is not None and sha256 is not None:
-        return fetch(url, sha256, cache_directory() / "downloads" / f"{sha256.lower()}.json")
+        place = cache_directory() / "downloads" / f"{sha256.lower()}.json"
+        return patient(fetch)(url, sha256, place, size_limit=SIZE_LIMIT)
     found = Path(path or "")
-    if not found.is_file():
-        raise InputError(f"{found} does not exist: correct requests.path in params.yaml.")
+    check_file(found, "the records")
     if sha256 is not None:
         verify_sha256(found, sha256)
     return found
@@ -71,7 +72,9 @@ def sample(records: list[Record], count: int | None, seed: int) -> list[Record]:
 
 
 @cached_task(
-    "requests", version=1, code=("memit.generation", "memit.requests", "memit.true_objects")
+    "requests",
+    version=1,
+    code=("memit.generation", "memit.reading", "memit.requests", "memit.true_objects"),
 )
 def choose_requests(
     source: Source, file: Artifact, count: int | None, seed: int, model: ModelReference

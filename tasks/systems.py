@@ -91,17 +91,25 @@ def make_systems(
     """The systems of these names, with the settings that differ from their presets.
 
     Raises:
-        InputError: there is no such system or setting.
+        InputError: there is no such system, setting or layer.
     """
     for name in settings:
         if name not in names:
             raise InputError(
                 f"compare.settings names {name}, which is not among compare.systems: add it there."
             )
-    return [
+    systems = [
         System(name, _with_settings(name, _preset(name, hyperparameters, model, depth), settings))
         for name in names
     ]
+    for system in systems:
+        for layer in system.editor.moment_layers:
+            if layer >= depth:
+                raise InputError(
+                    f"{system.label} is asked to edit layer {layer}, but {model} has {depth} "
+                    f"blocks: the layers are 0 to {depth - 1}."
+                )
+    return systems
 
 
 def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int) -> Editor:
@@ -146,7 +154,20 @@ def _with_settings(name: str, editor: Editor, settings: Mapping[str, Mapping[str
             there_are = f"there are {', '.join(known)}" if known else "it has none of its own"
             where = f" (those of {name} stand in {SECTIONS[name]})" if name in SECTIONS else ""
             raise InputError(f"compare.settings.{name} has no {key}: {there_are}{where}.")
+        _check_setting(f"compare.settings.{name}.{key}", chosen[key], getattr(editor, key))
     return replace(editor, **chosen)  # pyright: ignore[reportArgumentType]
+
+
+def _check_setting(name: str, value: Any, preset: Any) -> None:
+    """A value must be of the preset's kind; none of the settings is negative."""
+    kind = float if preset is None else type(preset)
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if fits and isinstance(value, bool) == (kind is bool):
+        if isinstance(value, str) or value >= 0:
+            return
+    elif value is None and preset is None:
+        return
+    raise InputError(f"{name} is {value!r} where the preset is {preset!r}: give a value like it.")
 
 
 # --- which records are edited, and from which may be learnt --------------------------------------
@@ -170,7 +191,7 @@ class Split(BaseModel):
     """Neighbourhood prompts of edited records that ask what training tells."""
 
 
-@cached_task("split", version=1, code=("memit.requests", "memit.editors.training_set"))
+@cached_task("split", version=1, code=("memit.reading", "memit.requests", "memit.editors.training_set"))
 def split_records(
     source: Source | Literal["zsre"], file: Artifact, training: int, seed: int
 ) -> Split:

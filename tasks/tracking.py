@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import sqlite3
 import subprocess
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memit.errors import UnreachableError
+from memit.redaction import redacted
 from tasks import figures
 from tasks.artifacts import FileLocks, cache_directory, project_root
 from tasks.loading import ModelFiles
@@ -47,7 +47,7 @@ from tasks.results import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Param
 
 DIGEST_TAG = "memit.experiment"
 COMPLETE_TAG = "memit.complete"
@@ -55,6 +55,8 @@ LOCK_SECONDS = 10.0
 """How long another process may hold the store."""
 BATCH = 1_000
 """Metrics in one request, the most that MLflow takes."""
+LONGEST = 6_000
+"""Characters of a parameter, the most that MLflow takes."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _taking(uri: str, command: str) -> Iterator[None]:
         except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UnreachableError(
-                f"MLflow at {redacted(uri)} did not take the run ({redacted(reason)}); the "
+                f"MLflow at {uri} did not take the run ({reason}); the "
                 f"results stand, and the next `{command}` logs them."
             ) from error
 
@@ -167,7 +169,7 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
 
 
 def _log_run(client: MlflowClient, experiment_id: str, experiment: Experiment) -> str:
-    from mlflow.entities import LoggedModelInput, LoggedModelOutput, Param, RunTag
+    from mlflow.entities import LoggedModelInput, LoggedModelOutput, RunTag
 
     metrics = read_json(METRICS_FILE)
     model = ModelFiles.model_validate(read_json(MODEL_FILE))
@@ -176,8 +178,7 @@ def _log_run(client: MlflowClient, experiment_id: str, experiment: Experiment) -
         experiment_id, tags={**experiment.tags, DIGEST_TAG: experiment.digest}, run_name=name
     )
     run_id = run.info.run_id
-    params = [Param(key, redacted(str(value))) for key, value in _flat(experiment.parameters)]
-    for batch in _batches(params, 100):
+    for batch in _batches(_parameters(experiment.parameters), 100):
         client.log_batch(run_id, params=batch)
     points = _points(metrics, experiment.timings)
     for batch in _batches(points, BATCH):
@@ -234,8 +235,7 @@ def _log_family(client: MlflowClient, experiment_id: str, family: Family) -> str
         tags={**family.tags, DIGEST_TAG: family.digest},
         run_name=f"{family.step}-{family.digest[:6]}",
     ).info.run_id
-    params = [Param(key, redacted(str(value))) for key, value in _flat(family.parameters)]
-    for batch in _batches(params, 100):
+    for batch in _batches(_parameters(family.parameters), 100):
         client.log_batch(parent, params=batch)
     for path in sorted(family.folder.iterdir()):
         if path.is_file():
@@ -407,10 +407,11 @@ def _lock_digest(path: Path) -> str:
     return hashlib.sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest()
 
 
-def redacted(text: str) -> str:
-    """A text without the passwords and tokens that addresses may carry, cut to MLflow's limit."""
-    plain = re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
-    return re.sub(r"(://[^\s?]*)\?[^\s)]*", r"\1?***", plain)[:6000]
+def _parameters(tree: Mapping[str, Any]) -> list[Param]:
+    """Parameters as MLflow takes them: flat, short, and without secrets."""
+    from mlflow.entities import Param
+
+    return [Param(key, redacted(str(value))[:LONGEST]) for key, value in _flat(tree)]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

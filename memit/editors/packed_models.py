@@ -48,9 +48,9 @@ def unpack(
             if Path(file).name != file:
                 raise ValueError(f"{file!r} is no file name")
             Path(folder, file).write_bytes(base64.b64decode(content))
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = model_class.from_config(config, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.copy_(weights[f"{name}/{key}"])

@@ -94,9 +94,13 @@ def load_encoder(
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         encoder = AutoModel.from_pretrained(
-            name, revision=revision, dtype=torch.float32, use_safetensors=True
+            name,
+            revision=revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]

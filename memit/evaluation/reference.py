@@ -3,7 +3,6 @@ that really have the new attribute (paper, section 5.2)."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from memit.errors import InputError
+from memit.reading import parse_json, read_text
 from memit.requests import Record
 
 References = Mapping[tuple[str, str], Sequence[str]]
@@ -21,13 +21,12 @@ or its name)."""
 def read_snippets(path: str | Path) -> dict[tuple[str, str], list[str]]:
     """Read CounterFact's published attribute snippets; raises `InputError` for anything else."""
     texts: dict[tuple[str, str], list[str]] = {}
+    entries = parse_json(read_text(path, "the snippets"), path)
     try:
-        for entry in json.loads(Path(path).read_text(encoding="utf-8")):
+        for entry in entries:
             found = texts.setdefault((entry["relation_id"], entry["target_id"]), [])
             found += [str(sample["text"]) for sample in entry["samples"]]
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: check the path of the snippets.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(
             f"{path} does not hold attribute snippets ({type(error).__name__}: {error}): "
             "each entry needs relation_id, target_id and samples with a text."

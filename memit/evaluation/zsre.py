@@ -6,7 +6,6 @@ model would choose, a mean within a record and then over records.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from memit.errors import InputError
 from memit.evaluation.continuations import Question, score_continuations
 from memit.evaluation.counterfact import harmonic_mean
 from memit.language_model import LanguageModel
-from memit.requests import EditRequest, Record
+from memit.reading import parse_json, read_text
+from memit.requests import EditRequest, Record, check_text
 
 KINDS = ("efficacy", "paraphrase", "specificity")
 
@@ -53,12 +53,7 @@ def read_zsre(path: str | Path) -> list[ZsreRecord]:
 
     Raises `InputError` naming file and record if something in it cannot be used.
     """
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: check the path of the questions.") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not whole JSON ({error}): fetch it again.") from None
+    rows = parse_json(read_text(path, "the questions"), path)
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} holds no questions: zsRE is one JSON list of records.")
     return [_located(path, index, row) for index, row in enumerate(rows)]
@@ -138,11 +133,12 @@ def _record(index: int, row: Any) -> ZsreRecord:
     answers = row.get("answers")
     if not isinstance(answers, list) or not answers or not isinstance(answers[0], str):
         raise InputError("'answers' is no list of texts: its first is the answer to write.")
+    answer = check_text(answers[0], "answers")
     if subject not in question:
         raise InputError(f"the question {question!r} does not name its subject {subject!r}.")
     return ZsreRecord(
         index,
-        EditRequest(subject, question.replace(subject, "{}", 1), answers[0]),
+        EditRequest(subject, question.replace(subject, "{}", 1), answer),
         _text(row, "rephrase"),
         _text(row, "loc") + "?",
         _text(row, "loc_ans"),
@@ -153,4 +149,4 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"the key {key!r} is missing or no text: add it.")
-    return value
+    return check_text(value, key)

@@ -59,7 +59,7 @@ def test_a_file_that_is_there_is_not_fetched_again(tmp_path: Path):
     [
         ("/facts", "0" * 64, 1 << 20, IntegrityError, "what http.* sent has the sha256"),
         ("/broken", None, 1 << 20, IntegrityError, "start again"),
-        ("/absent", None, 1 << 20, UnreachableError, "answers 404"),
+        ("/absent", None, 1 << 20, InputError, "answers 404"),
         ("/facts", None, 100, InputError, "over the limit of 100"),
     ],
 )
@@ -76,6 +76,9 @@ def test_what_fails_leaves_the_old_file(
 def test_an_address_that_does_not_answer(tmp_path: Path):
     with pytest.raises(UnreachableError, match="cannot be reached"):
         fetch("http://127.0.0.1:1/facts", DIGEST, tmp_path / "facts")
+    with pytest.raises(InputError, match="is no address"):
+        fetch("http://[::1", DIGEST, tmp_path / "new/folder/facts")
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="no http or https address"):
         fetch("ftp://127.0.0.1/facts", DIGEST, tmp_path / "facts")
 

@@ -113,7 +113,13 @@ def test_what_is_wrong_is_named_in_one_sentence(tree: object, sentence: str) -> 
         ("model: !!python/object/apply:os.system ['true']", "is not YAML"),
         ("[" * 5000, "nested too deeply"),
         ("", "must hold sections"),
-        ("# " + "x" * (1 << 20), "larger than"),
+        ("# " + "x" * (1 << 20), "more than the 1048576 that are read"),
+        ("a: &a [x]\nb: *a\n", "line 2: *a repeats another place"),
+        ("? [a]\n: 1\n", "is not YAML"),
+        ("2020-01-01: 1\n", "holds a value of no use"),
+        ("model:\n  seed: 0x" + "f" * 9000, "holds a value of no use"),
+        ('model:\n  id: "\\ud800"', "holds a value of no use"),
+        ("model:\n  seed: " + "9" * 5000, "is not YAML"),
     ],
 )
 def test_a_file_that_is_no_parameters(tmp_path: Path, text: str, sentence: str) -> None:
@@ -128,7 +134,7 @@ def test_a_file_that_is_no_parameters(tmp_path: Path, text: str, sentence: str) 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not here"):
         read_parameters(tmp_path / "params.yaml")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a directory"):
         read_parameters(tmp_path)
     (tmp_path / "params.yaml").write_bytes(b"model: \xff")
     with pytest.raises(InputError, match="not UTF-8"):
