@@ -35,6 +35,8 @@ SCRATCH = "scratch"
 """In place of a model of the hub: a small one that is made here."""
 SIZE_LIMIT = 1 << 20
 """Bytes of the largest ``params.yaml`` that is read."""
+DEEPEST = 20
+"""Brackets in brackets."""
 LONGEST_VALUE = 200
 """Characters of a value that are repeated in a sentence."""
 STORES = ("http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks")
@@ -488,12 +490,7 @@ def _read_yaml(path: Path) -> object:
         )
     text = read_text(path, "the parameters", SIZE_LIMIT)
     try:
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.AliasToken):
-                line = token.start_mark.line + 1
-                raise InputError(
-                    f"{path}, line {line}: *{token.value} repeats another place: write it out."
-                )
+        _check_tokens(path, text)
         for key, line in _repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader)):
             raise InputError(f"{path}, line {line}: {key!r} stands there twice: remove one.")
         return yaml.safe_load(text)
@@ -501,6 +498,21 @@ def _read_yaml(path: Path) -> object:
         raise InputError(f"{path} is nested too deeply: it needs two levels or three.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path} is not YAML: {_first_line(error)}.") from None
+
+
+def _check_tokens(path: Path, text: str) -> None:
+    """Refuse what makes a small file large or slow: places that are repeated, and nesting."""
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            line = token.start_mark.line + 1
+            raise InputError(
+                f"{path}, line {line}: *{token.value} repeats another place: write it out."
+            )
+        depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
+        depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
+        if depth > DEEPEST:
+            raise RecursionError
 
 
 def _repeated_keys(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
@@ -529,7 +541,7 @@ def _sentence(error: ValidationError) -> str:
     value = problem["input"]
     kind = problem["type"]
     if kind == "json_invalid":
-        return f"it holds a value of no use ({problem['ctx']['error']}): correct it."
+        return f"it holds a value of no use ({problem.get('ctx', {})['error']}): correct it."
     if kind == "extra_forbidden":
         return _unknown_key(key, [str(part) for part in parts])
     if kind == "value_error":

@@ -245,6 +245,8 @@ def _fact_rows(path: Path) -> list[Any]:
         return parse_json(text, path)
     if text.lstrip().startswith("{"):
         return _json_lines(path, text)
+    if not text.strip():
+        return []
     return _csv_rows(path, text)
 
 

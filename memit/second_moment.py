@@ -191,13 +191,13 @@ def import_published(path: Path, width: int) -> SecondMoment:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            matrix, count = file["mom2.mom2"], int(file["mom2.count"])
+            matrix, count = torch.from_numpy(file["mom2.mom2"]), int(file["mom2.count"])
     except Exception as error:
         raise IntegrityError(
             f"{path} does not hold published second moments ({error}); it must be a .npz with "
             "'mom2.mom2' and 'mom2.count'."
         ) from error
-    moment = SecondMoment(torch.from_numpy(np.array(matrix)), count)
+    moment = SecondMoment(matrix, count)
     check_moment(moment, str(path), width)
     cholesky(moment.mean, str(path))
     return moment

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -156,17 +157,27 @@ def edit_rows(
         )
     ]
     rows = locate(lm.tokenizer, marked)
-    for text, row in zip(marked, rows, strict=True):
-        if len(row.ids) - 1 > lm.context_length:  # the last token is never an input
-            raise InputError(
-                f"{text.text!r} has {len(row.ids)} tokens, and {lm.name} takes "
-                f"{lm.context_length}: shorten the prompt."
-            )
+    _check_fit(lm, rows, [text.text for text in marked])
     count = len(prefixes) + 2
     return [
         EditRows(group[0], tuple(group[1:-1]), _until_subject(group[-1]))
         for group in (rows[start : start + count] for start in range(0, len(rows), count))
     ]
+
+
+def _check_fit(lm: LanguageModel, rows: Sequence[TokenRow], texts: Sequence[str]) -> None:
+    known = cast(nn.Embedding, lm.model.get_input_embeddings()).num_embeddings
+    for row, text in zip(rows, texts, strict=True):
+        if len(row.ids) - 1 > lm.context_length:  # the last token is never an input
+            raise InputError(
+                f"the prompt {text[:80]!r} has {len(row.ids)} tokens with its object, and "
+                f"{lm.name} takes {lm.context_length}: shorten it."
+            )
+        if max(row.ids) >= known:
+            raise InputError(
+                f"the tokenizer gives {text[:80]!r} the token {max(row.ids)}, and {lm.name} knows "
+                f"{known}: it belongs to another model."
+            )
 
 
 def _until_subject(row: TokenRow) -> TokenRow:

@@ -30,6 +30,8 @@ WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 DESCRIPTION_PATTERNS = ["*.json", "*.txt", "*.model"]
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """Numbers in safetensors files that weights can be read from."""
+MOST_BLOCKS = 1_000
+"""Making the blocks of a model takes time even without weights."""
 
 
 class SmallModel(BaseModel):
@@ -196,6 +198,8 @@ def model_without_weights(name: str, revision: str | None, directory: Path) -> L
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if config.get_text_config().num_hidden_layers > MOST_BLOCKS:
+            raise ValueError(f"config.json asks for more than {MOST_BLOCKS} blocks")
         tokenizer = load_tokenizer(directory)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -191,7 +191,9 @@ class Split(BaseModel):
     """Neighbourhood prompts of edited records that ask what training tells."""
 
 
-@cached_task("split", version=1, code=("memit.reading", "memit.requests", "memit.editors.training_set"))
+@cached_task(
+    "split", version=1, code=("memit.reading", "memit.requests", "memit.editors.training_set")
+)
 def split_records(
     source: Source | Literal["zsre"], file: Artifact, training: int, seed: int
 ) -> Split:

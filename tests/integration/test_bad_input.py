@@ -1,0 +1,150 @@
+"""Bad input ends in one clear sentence, before any model is loaded, and leaves everything alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+
+from flows.parameters import read_parameters
+from flows.preflight import check_comparison, check_inputs
+from memit.errors import MemitError
+from tests.families import families
+from tests.integration.bad_input import FACT, GOOD, KINDS, Kind, digests
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a good experiment in it."""
+    place = tmp_path_factory.mktemp("good")
+    model, tokenizer = families()["gpt2"]()
+    model.save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    (place / "empty").mkdir()
+    (place / "corpus.txt").write_text("Some text.\n" * 9)
+    (place / "facts.jsonl").write_text(json.dumps(FACT) + "\n")
+    (place / "params.yaml").write_text(yaml.safe_dump(GOOD))
+    return place
+
+
+@pytest.fixture
+def place(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to be spoilt; loading a model there fails."""
+    shutil.copytree(good, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "place"))
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", _no_model)
+    return tmp_path / "place"
+
+
+def _no_model(*_: object, **__: object) -> None:
+    raise AssertionError("a model was loaded")
+
+
+def check() -> None:
+    """What `memit run` does before it begins."""
+    check_inputs(read_parameters())
+
+
+def test_the_good_experiment_is_good(place: Path) -> None:
+    before = digests(place)
+    check_comparison(read_parameters())
+    assert digests(place) == before
+
+
+def test_kinds_have_names_of_their_own() -> None:
+    names = [kind.name for kind in KINDS]
+    assert len(set(names)) == len(names) >= 60
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.timeout(30)
+def test_bad_input_ends_in_one_sentence(place: Path, kind: Kind) -> None:
+    kind.spoil()
+    before = digests(place)
+    with pytest.raises(MemitError) as caught:
+        (kind.read or check)()
+    said = str(caught.value)
+    assert kind.sentence in said
+    assert said.isprintable()
+    assert said.endswith((".", "?"))
+    assert "secret" not in said
+    assert digests(place) == before
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a byte order mark", b"\xef\xbb\xbf" + json.dumps(FACT).encode()),
+        ("Windows' line ends", json.dumps(FACT).encode() + b"\r\n\r\n"),
+        ("a list", json.dumps([FACT]).encode()),
+        ("CSV", b"subject,prompt,target\r\nAda,{} lives in,Rome\r\n"),
+        ("CSV of an old Mac", b"subject,prompt,target\rAda,{} lives in,Rome\r"),
+        ("CSV with a mark", "\ufeffsubject,prompt,target\nAda,{} lives in,Rome".encode()),
+        ("CSV with quotes", b'subject,prompt,target\n"Ada, Lady","{} said ""yes"" in",Rome\n'),
+        ("Arabic", json.dumps({**FACT, "subject": "ابن سينا"}, ensure_ascii=False).encode()),
+        ("Hebrew with marks", json.dumps({**FACT, "target": "שָׁלוֹם"}).encode()),
+        ("combining characters", json.dumps({**FACT, "subject": "Zoe\u0308"}).encode()),
+        ("Chinese", json.dumps({**FACT, "subject": "李白"}, ensure_ascii=False).encode()),
+        ("emoji", json.dumps({**FACT, "target": "👩‍👩‍👧"}).encode()),
+        ("a subject with braces", json.dumps({**FACT, "subject": "{x} {}"}).encode()),
+        ("a name that climbs", json.dumps({**FACT, "subject": "../../x"}).encode()),
+        ("markup", json.dumps({**FACT, "subject": "<script>alert(1)</script>"}).encode()),
+        ("a long prompt", json.dumps({**FACT, "prompt": "{} " + "and " * 20}).encode()),
+    ],
+)  # fmt: skip
+def test_unusual_input_that_is_right_passes(place: Path, name: str, content: bytes) -> None:
+    Path("facts.jsonl").write_bytes(content)
+    before = digests(place)
+    check()
+    assert digests(place) == before
+
+
+def _by_name(name: str) -> Kind:
+    return next(kind for kind in KINDS if kind.name == name)
+
+
+MEMIT = ["-c", "from flows.cli import main; main()"]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([*MEMIT, "run"], "a key misspelt"),
+        ([*MEMIT, "run"], "weights in a pickle only"),
+        ([*MEMIT, "check", "facts.jsonl"], "a pipe"),
+        (["-m", "flows.experiment"], "params.yaml: a billion laughs"),
+        (["-m", "flows.reproduce"], "a prompt with two {}"),
+        (["-m", "flows.compare"], "a system that climbs"),
+    ],
+)
+@pytest.mark.slow
+def test_as_a_process(place: Path, words: list[str], name: str) -> None:
+    kind = _by_name(name)
+    kind.spoil()
+    before = digests(place)
+    result = subprocess.run(
+        [sys.executable, *words],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert kind.sentence in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+    assert digests(place) == before
