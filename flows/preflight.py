@@ -40,7 +40,7 @@ def check_inputs(parameters: Parameters) -> None:
     _check_device(parameters.model.device)
     records = _read_requests(parameters)
     _check_corpus(parameters)
-    _check_comparison_files(parameters)
+    _check_evaluation_files(parameters)
     described = _describe_model(parameters)
     _check_systems(parameters, described)
     if described is not None:
@@ -139,12 +139,11 @@ def _check_corpus(parameters: Parameters) -> None:
         raise InputError(f"{path} holds no text: give statistics.path a file that does.")
 
 
-def _check_comparison_files(parameters: Parameters) -> None:
-    section = parameters.compare
-    if section.zsre is not None:
-        read_zsre(section.zsre)
-    if section.snippets is not None:
-        read_snippets(section.snippets)
+def _check_evaluation_files(parameters: Parameters) -> None:
+    if parameters.compare.zsre is not None:
+        read_zsre(parameters.compare.zsre)
+    if parameters.evaluation.snippets is not None:
+        read_snippets(parameters.evaluation.snippets)
 
 
 def _check_systems(parameters: Parameters, model: ModelFiles | None) -> None:

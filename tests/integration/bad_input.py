@@ -186,7 +186,7 @@ def zsre(content: object) -> Spoil:
 def snippets(content: object) -> Spoil:
     """A file of snippets to compare with."""
     text = content if isinstance(content, str) else json.dumps(content)
-    return after(file("snippets.json", text), setting(compare={"snippets": "snippets.json"}))
+    return after(file("snippets.json", text), setting(evaluation={"snippets": "snippets.json"}))
 
 
 def npz(**arrays: Any) -> Spoil:
@@ -561,7 +561,7 @@ COMPARISONS = [
     Kind("zsRE: no answers", zsre([{**QUESTION, "answers": []}]), "'answers' is no list"),
     Kind("zsRE: an empty answer", zsre([{**QUESTION, "answers": [" "]}]), "object is empty"),
     Kind("zsRE: no subject in it", zsre([{**QUESTION, "src": "Who?"}]), "not name its subject"),
-    Kind("snippets: no file", setting(compare={"snippets": "gone.json"}), "gone.json does not"),
+    Kind("snippets: no file", setting(evaluation={"snippets": "gone.json"}), "gone.json does not"),
     Kind("snippets: an object", snippets({"a": 1}), "does not hold attribute snippets"),
     Kind("snippets: a number", snippets(4), "does not hold attribute snippets"),
     Kind("snippets: no samples", snippets([{"relation_id": "a", "target_id": "b"}]), "samples"),
