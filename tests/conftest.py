@@ -18,6 +18,13 @@ settings.register_profile("memit", deadline=None, derandomize=True, max_examples
 settings.load_profile("memit")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share expensive fixtures stay in one process: a file each, and acceptance."""
+    for item in items:
+        whole = "acceptance" in item.path.parts
+        item.add_marker(pytest.mark.xdist_group("acceptance" if whole else str(item.path)))
+
+
 @pytest.fixture(autouse=True)
 def _same_seed() -> None:
     """Every test starts from the same random state, whichever ran before it."""
