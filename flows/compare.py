@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
+from rich.table import Table
 
 from flows.preflight import check_comparison
 from flows.systems import (
@@ -75,7 +76,23 @@ def compare(parameters: Parameters) -> None:
         )
     except UnreachableError as error:
         console.print(f"[yellow]warning:[/] {error}")
-    console.print(markdown(comparison), markup=False, highlight=False)
+    show_results(comparison)
+
+
+def show_results(comparison: Comparison) -> None:
+    """Print the first table without its intervals, and where to look next."""
+    rows = table_rows(comparison)
+    table = Table(title=f"{comparison.records} edits of {comparison.model}", title_justify="left")
+    for title in rows[0]:
+        table.add_column(title, justify="left" if title == "system" else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print()
+    console.print(table)
+    console.print(
+        f"\nWith intervals, more metrics and all settings: [bold]{COMPARISON}/table.md[/]; every "
+        "prompt and every text in the Parquet files beside it.\n"
+    )
 
 
 def _measure_all(bench: Bench, sample: Sample) -> Iterator[tuple[str, Measured]]:

@@ -19,7 +19,7 @@ SUCCESS = (
     ("neighborhood_plus", "NS+"),
     ("entropy", "GE"),
     ("reference", "RS"),
-    ("perplexity", "perplexity"),
+    ("perplexity", "PPL"),
     ("seconds", "seconds"),
 )
 """Metric and column of the first table."""
@@ -66,7 +66,7 @@ def markdown(comparison: Comparison) -> str:
         "",
         "S: harmonic mean of efficacy ES, paraphrase PS and neighborhood NS success (percent of "
         "prompts on which the wanted object is preferred). NS+: neighborhood prompts behind the "
-        "edited fact. GE: entropy of generated text"
+        "edited fact. PPL: perplexity of held-out text. GE: entropy of generated text"
         + ("" if comparison.exact_entropy else " (approximate: NLTK's `punkt_tab` is missing)")
         + ". RS: its similarity to reference texts. In brackets 95% bootstrap intervals over "
         f"records. {ABSENT}: the records do not support it.",
