@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
+from rich.box import SIMPLE
 from rich.table import Table
 
 from flows.preflight import check_comparison
@@ -82,9 +83,10 @@ def compare(parameters: Parameters) -> None:
 def show_results(comparison: Comparison) -> None:
     """Print the first table without its intervals, and where to look next."""
     rows = table_rows(comparison)
-    table = Table(title=f"{comparison.records} edits of {comparison.model}", title_justify="left")
-    for title in rows[0]:
-        table.add_column(title, justify="left" if title == "system" else "right")
+    title = f"{comparison.records} edits of {comparison.model}"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, collapse_padding=True)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "system" else "right")
     for row in rows:
         table.add_row(*row.values())
     console.print()
