@@ -40,7 +40,22 @@ def run_flow(
     signal.signal(signal.SIGTERM, lambda *_: leave(TERMINATED))
     if check is not None:
         reporting(lambda: check(parameters))
-    reporting(lambda: flow(parameters))
+    if parameters.runner.kind == "threads":
+        reporting(lambda: flow(parameters))
+    else:
+        reporting(lambda: _with_server(lambda: flow(parameters)))
+
+
+def _with_server(work: Callable[[], object]) -> object:
+    """Do the work with a server that workers in other processes can reach."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.server import prefect_server
+
+    if PREFECT_API_URL.value():
+        return work()
+    with prefect_server() as address, temporary_settings({PREFECT_API_URL: address}):
+        return work()
 
 
 def reporting(work: Callable[[], Result]) -> Result:

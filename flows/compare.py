@@ -22,6 +22,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from flows.preflight import check_comparison
+from flows.runner import with_runner
 from flows.systems import (
     Bench,
     Goals,
@@ -47,6 +48,7 @@ STATISTICS = COMPARISON / "statistics"
 
 
 @flow(name="compare", validate_parameters=False, task_runner=thread_runner())
+@with_runner
 def compare(parameters: Parameters) -> None:
     """Edit with each system, measure it, and put all of them into one table."""
     given = upstream("model", "prefixes", "statistics", *learning_steps(parameters))

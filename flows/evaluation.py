@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from prefect import flow
 
 from flows.requests import records_source
+from flows.runner import with_runner
 from flows.statistics import corpus_of
 from memit.requests import Record, read_counterfact
 from tasks.artifacts import Artifact, keep_only, write_file, write_json
@@ -77,6 +78,7 @@ class State:
     validate_parameters=False,
     task_runner=thread_runner(),
 )
+@with_runner
 def evaluation(parameters: Parameters) -> None:
     """Score the prompts and write the texts that are missing, on both models, and sum up."""
     given = upstream("model", "requests", "statistics", "edit")

@@ -26,6 +26,7 @@ from flows.preflight import check_inputs
 from flows.record import commit_stages
 from flows.report import report
 from flows.requests import requests
+from flows.runner import with_runner
 from flows.statistics import statistics
 from flows.targets import targets
 from tasks.artifacts import cache_directory, remove_leftovers
@@ -39,6 +40,7 @@ RESULT_FOLDERS = tuple(map(Path, (".", "artifacts", "evaluation", "report")))
 
 
 @flow(name="experiment", validate_parameters=False)
+@with_runner
 def experiment(parameters: Parameters) -> None:
     """Run all steps and show what came out."""
     check_inputs(parameters)

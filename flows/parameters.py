@@ -276,6 +276,29 @@ class EvaluationSection(Section):
     token_budget: TokenBudget = 4_096
 
 
+class RunnerSection(Section):
+    """Where the pieces of steps are computed. No result depends on it, and no stage."""
+
+    kind: Literal["threads", "dask", "ray"] = "threads"
+    address: Text | None = Field(
+        default=None, description="of a running cluster; null: one is started on this machine"
+    )
+    workers: int = Field(
+        default=2, ge=1, le=10_000, description="processes of a cluster that is started here"
+    )
+    store: Text | None = Field(
+        default=None, description="a path or fsspec URL for pieces; null: .cache, seen by all"
+    )
+
+    @model_validator(mode="after")
+    def _address_has_a_kind(self) -> RunnerSection:
+        if self.address is not None and self.kind == "threads":
+            raise ValueError(
+                "runner.address names a cluster, but runner.kind is 'threads': make it dask or ray."
+            )
+        return self
+
+
 class ReportSection(Section):
     """Where the experiment is told of."""
 
@@ -389,6 +412,7 @@ class Parameters(Section):
     edit: EditSection = EditSection()
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = ReportSection()
+    runner: RunnerSection = RunnerSection()
     mend: MendSection = MendSection()
     serac: SeracSection = SeracSection()
     compare: CompareSection = CompareSection()

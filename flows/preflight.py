@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from flows.parameters import Parameters
+from flows.runner import workers_of
 from memit.corpus import read_documents
 from memit.errors import InputError, ResourceError
 from memit.evaluation.reference import read_snippets
@@ -25,6 +26,7 @@ from tasks.model import (
     resolve_commit,
 )
 from tasks.requests import locate_records, read_source, sample
+from tasks.runners import check_workers
 from tasks.systems import make_systems, split_by_subject
 
 CHECKED_DOCUMENTS = 10_000
@@ -37,6 +39,7 @@ def check_inputs(parameters: Parameters) -> None:
     Raises:
         MemitError: the first thing that would stop the experiment later.
     """
+    check_workers(workers_of(parameters))
     _check_device(parameters.model.device)
     records = _read_requests(parameters)
     _check_corpus(parameters)

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 from prefect import flow
 
 from flows.preflight import check_scaling
+from flows.runner import with_runner
 from flows.systems import (
     Bench,
     Goals,
@@ -41,6 +42,7 @@ STATISTICS = SCALING / "statistics"
 
 
 @flow(name="scaling", validate_parameters=False, task_runner=thread_runner())
+@with_runner
 def scaling(parameters: Parameters) -> None:
     """Edit samples of every size with each system, measure it, and draw the curves."""
     given = upstream("model", "prefixes", "statistics", *learning_steps(parameters))

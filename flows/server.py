@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -45,12 +46,14 @@ def prefect_server() -> Iterator[str]:
             start_new_session=True,  # Ctrl-C is for the stages; the server is stopped after them
         )
     os.environ["PREFECT_API_URL"] = address
+    atexit.register(process.kill)  # for those who leave in a hurry
     try:
         _wait(process, address, home / "server.log")
         yield address
     finally:
         del os.environ["PREFECT_API_URL"]
         _stop(process)
+        atexit.unregister(process.kill)
 
 
 def server_options(port: int) -> list[str]:

@@ -14,8 +14,9 @@ from flows.parameters import Parameters
 if __name__ == "__main__":
     given_parameters()
 
-from prefect import flow, unmapped
+from prefect import flow
 
+from flows.runner import with_runner
 from memit.reading import check_file
 from tasks.artifacts import copy_file, describe, keep_only, write_json
 from tasks.corpus import Corpus, CorpusSource, collect_corpus
@@ -23,7 +24,7 @@ from tasks.loading import ModelReference, token_budget
 from tasks.model import open_model, resolve_commit
 from tasks.progress import gather
 from tasks.results import HELD_OUT_FILE, STATISTICS, STATISTICS_FILE, WORLD, finish_step, upstream
-from tasks.runners import thread_runner
+from tasks.runners import scatter, thread_runner
 from tasks.statistics import Shard, collect_shard, describe_moment, merge_shards
 
 
@@ -32,6 +33,7 @@ from tasks.statistics import Shard, collect_shard, describe_moment, merge_shards
     validate_parameters=False,
     task_runner=thread_runner(),
 )
+@with_runner
 def statistics(parameters: Parameters) -> None:
     """Collect the shards that are missing and add all of them up."""
     given = upstream("model")
@@ -42,11 +44,12 @@ def statistics(parameters: Parameters) -> None:
     shards = gather(
         "statistics",
         "documents",
-        collect_shard.map(
+        scatter(
+            collect_shard,
             [part.texts for part in corpus.ranges],
-            model=unmapped(model),
-            layers=unmapped(layers),
-            token_budget=unmapped(token_budget(section.token_budget, model)),
+            model=model,
+            layers=layers,
+            token_budget=token_budget(section.token_budget, model),
         ),
         [part.count for part in corpus.ranges],
     )

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect import unmapped
-
 from flows.parameters import Parameters, overridden
 from flows.requests import records_source
 from flows.statistics import corpus_of
@@ -39,6 +37,7 @@ from tasks.results import (
     STATISTICS_FILE,
     Manifest,
 )
+from tasks.runners import scatter
 from tasks.statistics import collect_shard, describe_moment, merge_shards
 from tasks.systems import (
     Split,
@@ -188,11 +187,12 @@ def _collect(
     shards = gather(
         "statistics",
         "documents",
-        collect_shard.map(
+        scatter(
+            collect_shard,
             [part.texts for part in corpus.ranges],
-            model=unmapped(model),
-            layers=unmapped(tuple(layers)),
-            token_budget=unmapped(token_budget(parameters.statistics.token_budget, model)),
+            model=model,
+            layers=tuple(layers),
+            token_budget=token_budget(parameters.statistics.token_budget, model),
         ),
         [part.count for part in corpus.ranges],
     )
@@ -219,12 +219,13 @@ class Goals:
         self.pieces: list[TargetsPiece] = gather(
             "targets",
             "edits",
-            optimise_targets.map(
+            scatter(
+                optimise_targets,
                 [[record.request for record in part] for part in parts],
-                model=unmapped(bench.model),
-                prefixes=unmapped(bench.prefixes),
-                hyperparameters=unmapped(target_settings(bench.hyperparameters)),
-                token_budget=unmapped(token_budget(section.token_budget, bench.model)),
+                model=bench.model,
+                prefixes=bench.prefixes,
+                hyperparameters=target_settings(bench.hyperparameters),
+                token_budget=token_budget(section.token_budget, bench.model),
             ),
             [len(part) for part in parts],
         )

@@ -11,8 +11,9 @@ from flows.parameters import Parameters
 if __name__ == "__main__":
     given_parameters()
 
-from prefect import flow, unmapped
+from prefect import flow
 
+from flows.runner import with_runner
 from memit.requests import read_counterfact
 from tasks.artifacts import write_file
 from tasks.loading import token_budget
@@ -20,7 +21,7 @@ from tasks.model import open_model
 from tasks.prefixes import read_prefixes
 from tasks.progress import gather
 from tasks.results import PREFIXES_FILE, REQUESTS_FILE, TARGETS_FILE, finish_step, upstream
-from tasks.runners import thread_runner
+from tasks.runners import scatter, thread_runner
 from tasks.targets import optimise_targets, target_settings
 
 
@@ -29,6 +30,7 @@ from tasks.targets import optimise_targets, target_settings
     validate_parameters=False,
     task_runner=thread_runner(),
 )
+@with_runner
 def targets(parameters: Parameters) -> None:
     """Optimise the targets that are missing and put all of them into one file."""
     from memit.targets import Targets
@@ -43,12 +45,13 @@ def targets(parameters: Parameters) -> None:
     finished = gather(
         "targets",
         "edits",
-        optimise_targets.map(
+        scatter(
+            optimise_targets,
             pieces,
-            model=unmapped(model),
-            prefixes=unmapped(read_prefixes(PREFIXES_FILE)),
-            hyperparameters=unmapped(target_settings(hyperparameters)),
-            token_budget=unmapped(token_budget(section.token_budget, model)),
+            model=model,
+            prefixes=read_prefixes(PREFIXES_FILE),
+            hyperparameters=target_settings(hyperparameters),
+            token_budget=token_budget(section.token_budget, model),
         ),
         [len(piece) for piece in pieces],
     )

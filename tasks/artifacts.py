@@ -3,7 +3,8 @@
 Two places, two owners. Named results (``artifacts/``, ``evaluation/``, ``report/``) lie in the
 working directory and belong to DVC. Finished pieces lie in ``.cache/`` under the project's root,
 are named by their content, and belong to Prefect's cache: deleting ``.cache/`` costs time and
-nothing else.
+nothing else. Where machines share a `tasks.store`, pieces and their records lie there, too, and are
+fetched from it when they are wanted.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from prefect import Task, task
+from prefect import Task
 from prefect.cache_policies import CachePolicy
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportUsage]
 from pydantic import BaseModel, ConfigDict
@@ -30,6 +33,7 @@ from pydantic import BaseModel, ConfigDict
 from memit.download import file_sha256
 from memit.errors import IntegrityError
 from memit.whole_files import PARTIAL, write_whole
+from tasks.store import shared_store
 
 
 def project_root() -> Path:
@@ -66,25 +70,38 @@ class Artifact(BaseModel):
         return self.sha256
 
     def intact(self) -> bool:
-        """Whether the file is there with exactly this content."""
-        try:
-            if self.file.stat().st_size != self.size:
-                return False
-            return file_sha256(self.file) == self.sha256
-        except OSError:
-            return False
+        """Whether the file is there with exactly this content, or in the store."""
+        store = shared_store()
+        return self._lies_at(self.file) or (
+            store is not None and store.size(_stored_name(self.sha256)) == self.size
+        )
 
     def checked(self) -> Path:
-        """The file, after its content was compared with the digest.
+        """The file, fetched from the store if it is not here, and compared with the digest.
 
         Raises:
             IntegrityError: it is missing, truncated or changed.
         """
-        if not self.intact():
+        if self._lies_at(self.file):
+            return self.file
+        fetched = fetch_stored(self.sha256)
+        if fetched is None:
             raise IntegrityError(
                 f"{self.file} is missing or is not what was written there: delete it and run again."
             )
-        return self.file
+        return fetched
+
+    def share(self) -> None:
+        """Put the file into the store, if there is one and it lacks it."""
+        store = shared_store()
+        if store is not None and store.size(_stored_name(self.sha256)) != self.size:
+            store.put(self.checked(), _stored_name(self.sha256))
+
+    def _lies_at(self, path: Path) -> bool:
+        try:
+            return path.stat().st_size == self.size and file_sha256(path) == self.sha256
+        except OSError:
+            return False
 
 
 def describe(path: Path) -> Artifact:
@@ -138,7 +155,38 @@ def store_piece(step: str, suffix: str, write: Callable[[Path], object]) -> Arti
     unnamed = write_file(folder / f"{os.getpid()}-{secrets.token_hex(8)}{PARTIAL}", write)
     name = unnamed.sha256[:40] + suffix
     os.replace(unnamed.path, folder / name)
-    return Artifact(path=f"pieces/{step}/{name}", sha256=unnamed.sha256, size=unnamed.size)
+    piece = Artifact(path=f"pieces/{step}/{name}", sha256=unnamed.sha256, size=unnamed.size)
+    piece.share()
+    return piece
+
+
+def fetch_stored(sha256: str) -> Path | None:
+    """A file of the store by the digest of its content, in ``.cache/fetched/``; None without one.
+
+    Raises:
+        IntegrityError: what the store holds under this digest is something else.
+    """
+    path = cache_directory() / "fetched" / sha256
+    if path.exists() and file_sha256(path) == sha256:
+        return path
+    store = shared_store()
+    if store is None or store.size(_stored_name(sha256)) is None:
+        return None
+
+    def fetch(partial: Path) -> None:
+        store.get(_stored_name(sha256), partial)
+        if file_sha256(partial) != sha256:
+            raise IntegrityError(
+                f"{_stored_name(sha256)} in the store {store.address} is damaged: delete it there "
+                "and run again."
+            )
+
+    write_file(path, fetch)
+    return path
+
+
+def _stored_name(sha256: str) -> str:
+    return f"files/{sha256[:2]}/{sha256}"
 
 
 def remove_leftovers(folders: Sequence[Path]) -> None:
@@ -198,14 +246,39 @@ def cached_task(
     ``cache_key``.
     """
     CODE[name] = tuple(code)
-    return task(
-        name=name,
-        persist_result=True,
-        result_storage=_records(),
-        result_serializer="json",
-        cache_policy=content_policy(name, version, code),
-        cache_result_in_memory=False,
-    )
+
+    def decorate(function: Callable[..., Any]) -> Task[..., Any]:
+        return CachedTask(
+            function,
+            name=name,
+            persist_result=True,
+            result_serializer="json",
+            cache_policy=content_policy(name, version, code),
+            cache_result_in_memory=False,
+            on_completion=[_share_record],
+        )
+
+    return decorate
+
+
+class CachedTask(Task[..., Any]):
+    """A task that other processes find by its name, with the code and the cache that they have."""
+
+    @property
+    def result_storage(self) -> Path:
+        """Where this process keeps records."""
+        return _records()
+
+    @result_storage.setter
+    def result_storage(self, _: object) -> None:
+        """What Prefect would set is the same in every process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _find_task, (self.fn.__module__, self.fn.__qualname__)
+
+
+def _find_task(module: str, name: str) -> CachedTask:
+    return getattr(import_module(module), name)
 
 
 def content_policy(name: str, version: int, code: Sequence[str]) -> CachePolicy:
@@ -219,11 +292,12 @@ def content_policy(name: str, version: int, code: Sequence[str]) -> CachePolicy:
     def key(context: TaskRunContext, inputs: dict[str, Any]) -> str:
         del context
         digest = content_key(name, version, [module_digest(module) for module in code], inputs)
+        _fetch_record(digest)
         _drop_broken_record(_records() / digest)
         return digest
 
     return CachePolicy.from_cache_key_fn(key).configure(
-        isolation_level="SERIALIZABLE", lock_manager=FileLocks(cache_directory() / "locks")
+        isolation_level="SERIALIZABLE", lock_manager=FileLocks()
     )
 
 
@@ -267,9 +341,26 @@ def _records() -> Path:
     return cache_directory() / "records"
 
 
+def _fetch_record(key: str) -> None:
+    """Take a record from the store that another machine has put there."""
+    store = shared_store()
+    path = _records() / key
+    if store is not None and not path.exists() and store.size(f"records/{key}") is not None:
+        write_file(path, lambda partial: store.get(f"records/{key}", partial))
+
+
+def _share_record(task: Task[..., Any], run: TaskRun, state: State[Any]) -> None:
+    """Put the record of a finished piece into the store."""
+    del task, run
+    store = shared_store()
+    if store is not None and isinstance(state.data, ResultRecord):
+        key = Path(str(state.data.metadata.storage_key)).name
+        store.put(_records() / key, f"records/{key}")
+
+
 def _drop_broken_record(path: Path) -> None:
     try:
-        artifacts = list(_artifacts(ResultRecord.deserialize(path.read_bytes()).result))
+        artifacts = list(artifacts_in(ResultRecord.deserialize(path.read_bytes()).result))
     except FileNotFoundError:
         return
     except Exception:  # a torn record can fail in as many ways as it has bytes
@@ -279,18 +370,19 @@ def _drop_broken_record(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _artifacts(result: Any) -> Iterator[Artifact]:
-    if isinstance(result, Artifact):
-        yield result
-    elif isinstance(result, BaseModel):
-        for name in type(result).model_fields:
-            yield from _artifacts(getattr(result, name))
-    elif isinstance(result, Mapping):
-        for item in result.values():
-            yield from _artifacts(item)
-    elif isinstance(result, list | tuple):
-        for item in result:
-            yield from _artifacts(item)
+def artifacts_in(value: Any) -> Iterator[Artifact]:
+    """The files that a result or an argument names."""
+    if isinstance(value, Artifact):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from artifacts_in(getattr(value, name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from artifacts_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from artifacts_in(item)
 
 
 class FileLocks:
@@ -300,8 +392,14 @@ class FileLocks:
     would wait for it for ever.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path | None = None) -> None:
+        """Keep the locks in ``directory``; None: in the project's ``.cache/``."""
+        self.given = directory
+
+    @property
+    def directory(self) -> Path:
+        """Where the files of the locks lie."""
+        return self.given or cache_directory() / "locks"
 
     def acquire_lock(
         self,

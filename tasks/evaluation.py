@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from prefect import Task, unmapped
+from prefect import Task
 from pydantic import BaseModel, ConfigDict
 
 from tasks.artifacts import Artifact, cached_task, store_piece
@@ -14,6 +14,7 @@ from tasks.corpus import read_texts
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
 from tasks.progress import gather, piece_progress
+from tasks.runners import scatter
 
 if TYPE_CHECKING:
     import pyarrow
@@ -79,12 +80,7 @@ def score_in_pieces(
     return gather(
         "evaluation",
         "prompts",
-        score.map(
-            pieces,
-            model=unmapped(model),
-            edit=unmapped(edit),
-            token_budget=unmapped(token_budget),
-        ),
+        scatter(score, pieces, model=model, edit=edit, token_budget=token_budget),
         [len(piece) for piece in pieces],
     )
 

@@ -6,9 +6,6 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from prefect import unmapped
-from pydantic import BaseModel, ConfigDict
-
 from memit.requests import Record
 from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.corpus import Corpus, read_texts
@@ -16,6 +13,7 @@ from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
 from tasks.progress import gather, piece_progress
 from tasks.requests import Source, read_source
+from tasks.runners import scatter
 
 if TYPE_CHECKING:
     import pyarrow
@@ -82,13 +80,7 @@ def write_texts(
     written: list[WrittenPiece] = gather(
         "generation",
         "texts",
-        write_piece.map(
-            pieces,
-            model=unmapped(model),
-            edit=unmapped(edit),
-            seed=unmapped(seed),
-            token_budget=unmapped(token_budget),
-        ),
+        scatter(write_piece, pieces, model=model, edit=edit, seed=seed, token_budget=token_budget),
         [sum(len(record.generation_prompts) for record in piece) for piece in pieces],
     )
     tables = [parquet.read_table(piece.table.checked()) for piece in written]

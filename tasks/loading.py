@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict
 
 from memit.download import file_sha256
 from memit.errors import IntegrityError
-from tasks.artifacts import Artifact
+from tasks.artifacts import Artifact, cache_directory, describe, fetch_stored
+from tasks.store import shared_store
 
 if TYPE_CHECKING:
     from memit.editors import Edit
@@ -84,6 +85,11 @@ class ModelReference(BaseModel):
             "threads": self.threads,
             "served_in": self.served_in,
         }
+
+    def share(self) -> None:
+        """Put the model's files into the store, if there is one, for machines that lack them."""
+        for name in self.model.files:
+            describe(Path(self.directory) / name).share()
 
     @property
     def is_rounded(self) -> bool:
@@ -175,7 +181,7 @@ def load_reference(reference: ModelReference) -> LanguageModel:
     torch.set_num_threads(reference.threads)
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
-    directory = Path(reference.directory)
+    directory = _directory(reference)
     for name, digest in reference.model.files.items():
         path = directory / name
         if not path.is_file() or file_sha256(path) != digest:
@@ -186,6 +192,21 @@ def load_reference(reference: ModelReference) -> LanguageModel:
     lm = load_model(directory, dtype=reference.dtype, device=reference.device)
     lm.name, lm.revision = reference.model.id, reference.model.revision
     return lm
+
+
+def _directory(reference: ModelReference) -> Path:
+    """The model's directory, on a machine that lacks it one with what the store has of it."""
+    given = Path(reference.directory)
+    if given.is_dir() or shared_store() is None:
+        return given
+    fetched = cache_directory() / "models" / reference.model.digest
+    fetched.mkdir(parents=True, exist_ok=True)
+    for name, digest in reference.model.files.items():
+        path = fetch_stored(digest)
+        if path is not None and not (fetched / name).is_file():
+            (fetched / name).unlink(missing_ok=True)
+            (fetched / name).symlink_to(path)
+    return fetched
 
 
 def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from memit.errors import UnreachableError
 from memit.redaction import redacted
 from tasks import figures
-from tasks.artifacts import FileLocks, cache_directory, project_root
+from tasks.artifacts import FileLocks, project_root
 from tasks.loading import ModelFiles
 from tasks.measure import Cost
 from tasks.report import read_json, read_losses
@@ -431,7 +431,7 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Two processes must not both find that there is no run yet."""
-    locks = FileLocks(cache_directory() / "locks")
+    locks = FileLocks()
     holder = f"report-{os.getpid()}"
     locks.acquire_lock("report", holder)
     try:
