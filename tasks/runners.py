@@ -153,7 +153,7 @@ def _dask(workers: Workers) -> Iterator[None]:
             raise UnreachableError(
                 f"no Dask scheduler answers at {address} ({error}): correct runner.address."
             ) from error
-        _tell(client, _told(workers))
+        _prepare(client, _told(workers), started=workers.address is None)
         stack.enter_context(_mapped_by(runner))
         yield
 
@@ -177,17 +177,19 @@ def _dask_cluster(count: int) -> Iterator[str]:
             _started.clear()
 
 
-def _tell(client: Client, environment: dict[str, str]) -> None:
+def _prepare(client: Client, environment: dict[str, str], *, started: bool) -> None:
     """Set variables in all workers, also in those that come later."""
     from distributed import WorkerPlugin
 
-    class Environment(WorkerPlugin):
+    class Prepared(WorkerPlugin):
         name = "memit"
 
         def setup(self, worker: object) -> None:
             os.environ.update(environment)
+            if started:  # Ctrl-C is for the flow, which then ends its workers
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    client.register_plugin(Environment())
+    client.register_plugin(Prepared())
 
 
 # --- Ray ----------------------------------------------------------------------------------------
@@ -216,6 +218,7 @@ def _ray(workers: Workers) -> Iterator[None]:
 def _ray_cluster(workers: Workers) -> Iterator[None]:
     """Connect to a cluster, or start one, unless an outer flow has done so."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if ray.is_initialized():

@@ -1,0 +1,210 @@
+"""The mapped steps on clusters of two processes: the bytes that threads give, also when one dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from prefect import flow, task
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.edit import edit
+from flows.evaluation import evaluation
+from flows.model import model
+from flows.parameters import Parameters, check_parameters
+from flows.prefixes import prefixes
+from flows.requests import requests
+from flows.runner import with_runner
+from flows.statistics import statistics
+from flows.targets import targets
+from tasks.artifacts import PARTIAL
+from tasks.loading import ModelReference, loaded
+from tasks.model import open_model
+from tasks.progress import gather
+from tasks.runners import scatter, thread_runner
+
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
+
+EDITS = 8
+TINY: dict[str, Any] = {
+    "model": {
+        "threads": 1,
+        "world": {"people": 12, "relations": 3, "objects": 4, "biographies": 8},
+        "training": {"layers": 3, "width": 32, "heads": 2, "vocabulary": 400, "steps": 30}
+        | {"warmup_steps": 10},
+    },
+    "requests": {"count": EDITS},
+    "statistics": {"documents": 80, "documents_per_shard": 20, "held_out_documents": 10},
+    "targets": {"requests_per_piece": 1, "evaluations": 25, "loss_threshold": 0.0},
+    "evaluation": {"prompts_per_piece": 16},
+}
+MAPPED = ("statistics", "targets", "evaluation")
+
+
+class Project:
+    """The experiment in the working directory."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.cache = place / ".cache"
+
+    def results(self) -> dict[str, bytes]:
+        """What must be the same to the byte."""
+        names = ("artifacts/statistics/*.parquet", "artifacts/*.safetensors", "evaluation/*")
+        files = [path for name in names for path in self.place.glob(name)]
+        return {path.name: path.read_bytes() for path in (*files, self.place / "metrics.json")}
+
+    def forget(self) -> None:
+        """Delete everything that the mapped steps left."""
+        for path in ("records", *(f"pieces/{step}" for step in MAPPED)):
+            shutil.rmtree(self.cache / path, ignore_errors=True)
+        for path in self.results():
+            next(self.place.rglob(path)).unlink()
+
+    def pieces(self, step: str) -> int:
+        """How many finished pieces of a step there are."""
+        found = (self.cache / "pieces" / step).glob("*")
+        return sum(not path.name.endswith(PARTIAL) for path in found)
+
+
+@task
+def mark(number: int, reference: ModelReference) -> tuple[int, int]:
+    """The process that answers, and the first number that its loaded model was marked with."""
+    time.sleep(0.2)  # so that all workers get some
+    with loaded(reference) as lm:
+        lm.__dict__.setdefault("mark", number)
+        return os.getpid(), lm.__dict__["mark"]
+
+
+@dataclass
+class Watched:
+    """What was seen of a run on a cluster."""
+
+    undisturbed: dict[str, bytes]
+    marks: set[tuple[int, int]]
+    killed: int
+    """Finished targets when a worker was killed."""
+    disturbed: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """An experiment that threads have carried out."""
+    place = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch, prefect_test_harness(server_startup_timeout=120):
+        patch.chdir(place)
+        patch.setenv("DVC_ROOT", str(place))
+        given = parameters()
+        for step in (model, requests, prefixes, statistics, targets, edit, evaluation):
+            step(given)
+        yield Project(place)
+
+
+@pytest.fixture(scope="module")
+def by_threads(project: Project) -> dict[str, bytes]:
+    """The results of threads."""
+    return project.results()
+
+
+def parameters(**runner: object) -> Parameters:
+    return check_parameters({**TINY, "runner": runner})
+
+
+@pytest.fixture(scope="module", params=["dask", "ray"])
+def watched(
+    request: pytest.FixtureRequest, project: Project, by_threads: dict[str, bytes]
+) -> Watched:
+    """The mapped steps twice on one cluster: undisturbed, and with the death of a worker."""
+    given = parameters(kind=request.param)
+
+    @flow(task_runner=thread_runner(), validate_parameters=False)
+    @with_runner
+    def both(given: Parameters) -> None:
+        reference = open_model(**given.model.placement())
+        scattered = [scatter(mark, range(4), reference=reference)]
+        seen = gather("mark", "marks", scattered[0], [1] * 4)
+        project.forget()
+        run_mapped(given)
+        undisturbed = project.results()
+        seen += gather("mark", "marks", scatter(mark, range(4, 8), reference=reference), [1] * 4)
+        project.forget()
+        with killing_a_worker(project) as killed:
+            run_mapped(given)
+        found.append(Watched(undisturbed, set(seen), killed[0], project.results()))
+
+    found: list[Watched] = []
+    both(given)
+    return found[0]
+
+
+def run_mapped(given: Parameters) -> None:
+    for step in (statistics, targets, evaluation):
+        step(given)
+
+
+class killing_a_worker:
+    """Kill a process that computes targets as soon as some of them are finished."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.killed: list[int] = []
+        self.thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        deadline = time.monotonic() + 120
+        while self.project.pieces("targets") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        victim = max(workers(), key=lambda process: sum(process.cpu_times()[:2]))
+        victim.kill()
+        self.killed.append(self.project.pieces("targets"))
+
+    def __enter__(self) -> list[int]:
+        self.thread.start()
+        return self.killed
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.join()
+
+
+def workers() -> list[psutil.Process]:
+    """The processes of the clusters that were started here."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        words = " ".join(process.cmdline())
+        if words.startswith("ray::") or "--multiprocessing-fork" in words:
+            found.append(process)
+    return found
+
+
+def test_a_cluster_gives_the_bytes_of_threads(
+    watched: Watched, by_threads: dict[str, bytes]
+) -> None:
+    assert len(by_threads) > 5
+    assert watched.undisturbed == by_threads
+
+
+def test_a_process_loads_the_model_once(watched: Watched) -> None:
+    processes = [process for process, _ in watched.marks]
+    assert len(processes) == len(set(processes)) == 2
+    assert os.getpid() not in processes
+    assert all(first < 4 for _, first in watched.marks)
+
+
+def test_a_killed_worker_changes_nothing(watched: Watched, by_threads: dict[str, bytes]) -> None:
+    assert 2 <= watched.killed < EDITS
+    assert watched.disturbed == by_threads
+
+
+def test_clusters_end_with_their_flow(watched: Watched) -> None:
+    deadline = time.monotonic() + 20
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers() == []
