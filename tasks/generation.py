@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, ConfigDict
+
 from memit.requests import Record
 from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.corpus import Corpus, read_texts

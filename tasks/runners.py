@@ -140,11 +140,11 @@ _started: list[str] = []
 
 @contextmanager
 def _dask(workers: Workers) -> Iterator[None]:
-    from prefect_dask import DaskTaskRunner
+    from prefect_dask.task_runners import DaskTaskRunner
 
     with ExitStack() as stack:
-        address = workers.address or (_started and _started[0])
-        if not address:
+        address = workers.address or next(iter(_started), None)
+        if address is None:
             address = stack.enter_context(_dask_cluster(workers.count))
         runner = stack.enter_context(DaskTaskRunner(address=address))
         try:

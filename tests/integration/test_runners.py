@@ -1,4 +1,4 @@
-"""The mapped steps on clusters of two processes: the bytes that threads give, also when one dies."""
+"""The mapped steps on clusters of two processes: the bytes of threads, also when a worker dies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -76,6 +76,9 @@ BAD: list[tuple[dict[str, Any] | object, str]] = [
     ({"edit": {"covariance_weight": float("inf")}}, "covariance_weight is Infinity"),
     ({"edit": {"key_average": "mean"}}, 'edit.key_average is "mean"'),
     ({"evaluation": {"dtype": "int8"}}, 'evaluation.dtype is "int8"'),
+    ({"runner": {"kind": "spark"}}, 'runner.kind is "spark"'),
+    ({"runner": {"workers": 0}}, "runner.workers is 0"),
+    ({"runner": {"address": "tcp://host:8786"}}, "but runner.kind is 'threads'"),
     ({"report": {"experiment": ""}}, 'report.experiment is ""'),
     (
         {"model": {"source": "local", "path": "m"}},
