@@ -103,7 +103,7 @@ def _editable(parameters: Parameters) -> int:
 
 
 def _check_device(device: str) -> None:
-    if device in ("cpu", "auto"):
+    if device in ("cpu", "auto", "sharded"):
         return
     import torch
 
@@ -227,14 +227,15 @@ def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
 def _check_memory(parameters: Parameters, model: ModelFiles) -> None:
     """Compare the weights and one layer's equations with the memory of the device."""
     section = parameters.model
-    weights = model.parameters * BYTES[section.dtype]
+    is_sharded = section.device == "sharded"  # then weights without room wait on the disk
+    weights = 0 if is_sharded else model.parameters * BYTES[section.dtype]
     solve = 3 * 8 * model.inner_width**2
     room, where = _memory(section.device)
     if weights + solve > room:
         raise ResourceError(
             f"{model.id} takes {weights / 1e9:.1f} GB in {section.dtype} and a layer's equations "
             f"{solve / 1e9:.1f} GB, and {where} has {room / 1e9:.1f} GB: use a smaller dtype, or "
-            "model.device: sharded over several devices."
+            "model.device: sharded, which takes what room there is."
         )
 
 
@@ -246,8 +247,6 @@ def _memory(device: str) -> tuple[int, str]:
     main = psutil.virtual_memory().available
     cards = range(torch.cuda.device_count()) if device in ("auto", "sharded", "cuda") else ()
     sizes = [torch.cuda.get_device_properties(card).total_memory for card in cards]
-    if device == "sharded":
-        return sum(sizes) + main, "all devices together"
     if device.startswith("cuda:") and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).total_memory, device
     return (sizes[0], "the GPU") if sizes else (main, "this machine's memory")

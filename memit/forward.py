@@ -6,13 +6,15 @@ that masks, positions, scales and caps stay the model's own. Rows are padded on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.cache_utils import Cache, DynamicLayer
 
 from memit.language_model import LanguageModel
@@ -112,7 +114,9 @@ class KeyValues:
         lengths = self.lengths[rows]
         longest = int(lengths.max())
         cut = self.positions - longest
-        layers = tuple((k[rows, :, cut:], v[rows, :, cut:]) for k, v in self.layers)
+        layers = tuple(
+            (k[rows.to(k.device), :, cut:], v[rows.to(v.device), :, cut:]) for k, v in self.layers
+        )
         return KeyValues(self.start, layers, lengths)
 
     def above(self, start: int) -> KeyValues:
@@ -206,14 +210,41 @@ def _starting_at(lm: LanguageModel, start: int, hidden: Tensor) -> Iterator[None
             return args, {**kwargs, "hidden_states": hidden}
         return (hidden, *args[1:]), kwargs
 
-    skipped = [(block, block.__dict__.get("forward")) for block in lm.blocks[:start]]
-    for block, _ in skipped:
-        block.forward = _pass_through
+    with (
+        _with_forward(lm.blocks[:start], lambda block: _pass_through),
+        _hook(lm.blocks[start].register_forward_pre_hook(enter, with_kwargs=True)),
+    ):
+        yield
+
+
+@contextmanager
+def recomputing(lm: LanguageModel, start: int) -> Iterator[None]:
+    """Run blocks from `start` on again in the backward pass where weights wait outside the device:
+    otherwise the graph would hold those of all of them at once."""
+    if not lm.is_offloaded:
+        yield
+        return
+
+    def checkpointed(block: nn.Module) -> Callable[..., Any]:
+        return partial(checkpoint, block.forward, use_reentrant=False)
+
+    # The hooks that send weights away again must see the end of each module.
+    with set_checkpoint_early_stop(False), _with_forward(lm.blocks[start:], checkpointed):
+        yield
+
+
+@contextmanager
+def _with_forward(
+    blocks: Iterable[nn.Module], forward: Callable[[nn.Module], Callable[..., Any]]
+) -> Iterator[None]:
+    """Give blocks another forward method for a while."""
+    kept = [(block, block.__dict__.get("forward")) for block in blocks]
+    for block, _ in kept:
+        block.forward = forward(block)
     try:
-        with _hook(lm.blocks[start].register_forward_pre_hook(enter, with_kwargs=True)):
-            yield
+        yield
     finally:
-        for block, own in skipped:
+        for block, own in kept:
             del block.forward
             if own is not None:  # accelerate keeps a forward of its own on the instance
                 block.forward = own
@@ -316,10 +347,14 @@ def _head_at(lm: LanguageModel, rows: Tensor, columns: Tensor) -> Iterator[None]
 def _last_mlp_at(lm: LanguageModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
     """Run the last block's MLP at the chosen positions only: nothing reads the others.
 
-    Where somebody listens inside that block, it runs whole.
+    Where somebody listens inside that block, or it may be run again, it runs whole.
     """
     mlp = lm.last_mlp
-    if mlp is None or any(_is_watched(m) for m in (lm.blocks[-1], *mlp.modules())):
+    if (
+        mlp is None
+        or lm.is_offloaded
+        or any(_is_watched(m) for m in (lm.blocks[-1], *mlp.modules()))
+    ):
         yield
         return
     shape: list[torch.Size] = []
@@ -362,7 +397,8 @@ def _inputs(
     else:
         # Never read, since `hidden` takes their place, but the model wants some of its own width.
         width = cast(nn.Embedding, lm.model.get_input_embeddings()).embedding_dim
-        inputs["inputs_embeds"] = hidden.new_zeros(*padded.ids.shape, width)
+        device = padded.ids.device
+        inputs["inputs_embeds"] = hidden.new_zeros(*padded.ids.shape, width, device=device)
     if before is not None:
         places = torch.arange(padded.ids.shape[1], device=padded.ids.device)
         lengths = before.lengths.to(places.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,7 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from memit.errors import InputError, IntegrityError, ModelStructureError, UnreachableError
+from memit.placement import device_map, device_of, is_offloaded, read_weight, write_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,12 +82,12 @@ class LanguageModel:
     @property
     def inner_width(self) -> int:
         """Input size f of the first block's down-projection."""
-        return self.weight(0).shape[1]
+        return _fan_in(self.down_projection(0))
 
     @property
     def device(self) -> torch.device:
         """Where token ids must be put."""
-        return cast(Tensor, self.model.get_input_embeddings().weight).device
+        return device_of(cast(nn.Module, self.model.get_input_embeddings()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,14 +141,23 @@ class LanguageModel:
         return parent if parent is not block and takes_hidden_alone else None
 
     def weight(self, layer: int) -> Tensor:
-        """W_out as a d × f view, whichever way it is stored."""
-        weight = cast(Tensor, self.down_projection(layer).weight)
+        """W_out as d × f, whichever way it is stored; read it, and write with `set_weight`."""
+        weight = read_weight(self.down_projection(layer), "weight")
         return weight.T if self.is_transposed(layer) else weight
 
     def set_weight(self, layer: int, value: Tensor) -> None:
         """Write a d × f tensor into W_out, rounded to the dtype that the model runs in."""
-        with torch.no_grad():
-            self.weight(layer).copy_(value)
+        kept = value.T if self.is_transposed(layer) else value
+        write_weight(self.down_projection(layer), "weight", kept)
+
+    def block_device(self, layer: int) -> torch.device:
+        """Where block `layer` computes."""
+        return device_of(self.down_projection(layer))
+
+    @cached_property
+    def is_offloaded(self) -> bool:
+        """Whether some weights wait in memory or on disk until their block runs."""
+        return is_offloaded(self.model)
 
     def weight_name(self, layer: int) -> str:
         """The name under which the model keeps W_out of block `layer`."""
@@ -159,10 +170,20 @@ class LanguageModel:
 
     def parameter(self, name: str) -> Tensor:
         """A parameter as it is kept; raises `InputError` if the model has none of that name."""
+        return read_weight(*self._place(name))
+
+    def set_parameter(self, name: str, value: Tensor) -> None:
+        """Write a parameter, rounded to its dtype; raises `InputError` if there is none."""
+        write_weight(*self._place(name), value)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that a parameter belongs to, and its name there."""
+        path, _, part = name.rpartition(".")
         try:
-            return self.model.get_parameter(name)
+            self.model.get_parameter(name)
         except AttributeError as error:
             raise InputError(f"{self.name} has no parameter {name}; use another model.") from error
+        return self.model.get_submodule(path), part
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -179,11 +200,13 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    room: Mapping[int | str, int] | None = None,
 ) -> LanguageModel:
     """Load a model and its tokenizer from the hub or from a directory.
 
     `dtype` is one of `DTYPES`, never the checkpoint's own choice. `device` is a torch
-    device, `auto` (a GPU if there is one) or `sharded` (spread over devices by accelerate).
+    device, `auto` (a GPU if there is one) or `sharded` (spread over devices by accelerate), where
+    `room` limits the bytes of weights on each GPU and on the `cpu`; None measures what is free.
     Only safetensors weights are read and no code from the repository is run. Raises `InputError`,
     `IntegrityError` or `UnreachableError`.
     """
@@ -194,7 +217,7 @@ def load_model(
     is_local = Path(source).is_dir()
     if not is_local and isinstance(source, Path):
         raise InputError(f"{source} is not a directory with a model; give one that holds it.")
-    placement = {"device_map": "auto"} if device == "sharded" else {}
+    placement = device_map(device if device == "sharded" else str(_device(device)), room)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=False
@@ -225,8 +248,6 @@ def load_model(
             "random: fetch or export them again."
         )
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    if device != "sharded":
-        model.to(_device(device))  # type: ignore[arg-type]
     commit = getattr(model.config, "_commit_hash", None) or revision
     return LanguageModel(model, tokenizer, name=str(source), revision=None if is_local else commit)
 

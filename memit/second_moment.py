@@ -86,7 +86,7 @@ def collect_second_moments(
     `InputError` if there is no token, `NumericsError` if a key is not finite.
     """
     fitters = {
-        layer: SecondMomentFitter(lm.weight(layer).shape[1], lm.weight(layer).device)
+        layer: SecondMomentFitter(lm.weight(layer).shape[1], lm.block_device(layer))
         for layer in layers
     }
 

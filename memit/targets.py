@@ -30,6 +30,7 @@ from memit.forward import (
     pad,
     reading_module,
     reading_outputs,
+    recomputing,
 )
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
@@ -260,7 +261,7 @@ class _Batch:
             padded=self.padded[rows],
             edit=new_edit[self.edit[rows]],
             column=self.column[rows],
-            hidden=None if self.hidden is None else self.hidden[rows],
+            hidden=None if self.hidden is None else self.hidden[rows.to(self.hidden.device)],
             before=None if self.before is None else self.before.select(rows),
             target_row=new_row[self.target_row[scored]],
             target_column=self.target_column[scored],
@@ -354,10 +355,11 @@ def _logits(lm: LanguageModel, batch: _Batch, delta: Tensor, site: Site) -> Tens
     hidden, before = batch.hidden, batch.before
     if hidden is not None and site.first > site.layer:
         hidden = add(hidden)
-        return logits_at(
-            lm, batch.padded, rows, columns, start=site.first, hidden=hidden, before=before
-        )
-    with changing_module(site.module(lm), add):
+        with recomputing(lm, site.first):
+            return logits_at(
+                lm, batch.padded, rows, columns, start=site.first, hidden=hidden, before=before
+            )
+    with recomputing(lm, site.layer + 1), changing_module(site.module(lm), add):
         return logits_at(
             lm, batch.padded, rows, columns, start=site.first, hidden=hidden, before=before
         )

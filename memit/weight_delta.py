@@ -133,7 +133,7 @@ def check_base(lm: LanguageModel, delta: WeightDelta) -> None:
         raise IntegrityError(
             "the delta does not say which weights it was made for; make it again with this version."
         )
-    names = dict(lm.model.named_parameters())
+    names = {name for name, _ in lm.model.named_parameters()}
     dtype = getattr(torch, made_for["dtype"])
     for name in delta.changes:
         if name not in names:
@@ -141,7 +141,7 @@ def check_base(lm: LanguageModel, delta: WeightDelta) -> None:
                 f"the delta changes {name}, which {lm.name} does not have; "
                 f"it was made for {delta.provenance.get('model')}."
             )
-        if tensor_digest(names[name].to(dtype)) != made_for["sha256"].get(name):
+        if tensor_digest(lm.parameter(name).to(dtype)) != made_for["sha256"].get(name):
             raise IntegrityError(
                 f"the delta was made for other weights than those of {name} in {lm.name} "
                 f"(it names {delta.provenance.get('model')}); use the same model and revision, and "
@@ -160,8 +160,8 @@ def apply(lm: LanguageModel, delta: WeightDelta) -> None:
     weights = {name: lm.parameter(name) for name in delta.changes}
     base = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
     changed = {name: _added(weight, delta, name) for name, weight in weights.items()}
-    for name, weight in weights.items():
-        weight.copy_(changed[name])
+    for name in weights:
+        lm.set_parameter(name, changed[name])
     digests = {name: tensor_digest(weight) for name, weight in base.items()}
     lm.applied.append(AppliedDelta(delta, base, digests))
 
@@ -188,6 +188,6 @@ def revert(lm: LanguageModel) -> WeightDelta:
         if tensor_digest(weight) != last.digests[name]:
             raise IntegrityError(f"the kept weights of {name} are damaged; load the model again.")
     for name, weight in last.base.items():
-        lm.parameter(name).copy_(weight)
+        lm.set_parameter(name, weight)
     lm.applied.pop()
     return last.delta

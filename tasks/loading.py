@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from memit.download import file_sha256
-from memit.errors import IntegrityError
+from memit.errors import IntegrityError, ResourceError
 from tasks.artifacts import Artifact, cache_directory, describe, fetch_stored
 from tasks.store import shared_store
 
@@ -210,10 +210,16 @@ def _directory(reference: ModelReference) -> Path:
 
 
 def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
+    from torch import nn
+
     from memit.language_model import DTYPES
 
-    dtype = DTYPES[str(reference.served_in)]
-    lm.model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
+    if lm.is_offloaded:
+        raise ResourceError(
+            f"{lm.name} does not fit on its devices, and only weights there are rounded to "
+            "evaluation.dtype: leave it null, or set model.dtype."
+        )
+    nn.Module.to(lm.model, dtype=DTYPES[str(reference.served_in)])
 
 
 def _change_edit(lm: LanguageModel, edit: Artifact | None) -> None:

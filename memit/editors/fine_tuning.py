@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memit.batches import planned
 from memit.editors.base import Editor, Resources, provenance, register
-from memit.errors import NumericsError
+from memit.errors import InputError, NumericsError
 from memit.forward import Padded, block_output, can_resume, logits_at, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, locate, mark
@@ -241,7 +241,15 @@ class _Master:
 
 @contextmanager
 def _trainable(lm: LanguageModel, names: Sequence[str]) -> Iterator[list[_Master]]:
-    """Let some parameters have gradients; they come back as they were."""
+    """Let some parameters have gradients; they come back as they were.
+
+    Raises `InputError` if they wait outside their device, where nothing can be trained.
+    """
+    if any(lm.parameter(name) is not lm.model.get_parameter(name) for name in names):
+        raise InputError(
+            f"fine-tuning needs its block's weights on a device, and {lm.name} does not fit there: "
+            "leave fine-tuning out of the systems, or use a smaller dtype or larger devices."
+        )
     parameters = [lm.parameter(name) for name in names]
     kept = [parameter.detach().clone() for parameter in parameters]
     masters = [

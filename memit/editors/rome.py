@@ -93,7 +93,7 @@ class Rome(Editor):
         lm.check_layers((self.layer,))
         prefixes = sample_rome_prefixes(lm, resources.seed)
         factor = cholesky(
-            resources.moments[self.layer].mean.to(lm.weight(self.layer).device),
+            resources.moments[self.layer].mean.to(lm.block_device(self.layer)),
             f"layer {self.layer}",
         )
         name = lm.weight_name(self.layer)
@@ -259,7 +259,7 @@ def subject_keys(lm: LanguageModel, rows: Sequence[TokenRow], layer: int) -> Ten
 def _said(lm: LanguageModel, layer: int, key: Tensor) -> Tensor:
     """W k + b for one key (d, float32)."""
     module = lm.down_projection(layer)
-    return module(key.to(lm.weight(layer).dtype)[None])[0].float()
+    return module(key.to(lm.dtype)[None])[0].float()
 
 
 @torch.no_grad()
