@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run repro compare scale test lint format golden bench ui clean
+.PHONY: help install run repro compare scale test lint format golden bench chaos ui clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -65,6 +65,11 @@ golden: $(STAMP) ## DIR=...: compare with a recorded run of the published method
 
 bench: $(STAMP) ## time every step against the oracle and the machine's limits
 	@$(BIN)/python -m benchmarks
+
+SEED ?= 0
+KILLS ?= 100
+chaos: $(STAMP) ## kill the experiment at random (SEED=, KILLS=): the tables in docs/reliability.md
+	@$(BIN)/python -m tests.acceptance.chaos --seed $(SEED) --kills $(KILLS) --write
 
 ui: $(STAMP) ## MLflow in the browser (PREFECT=1: Prefect's server too)
 	@PREFECT="$(PREFECT)" $(BIN)/python -m flows.ui

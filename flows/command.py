@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import logging
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from types import TracebackType
 from typing import NoReturn, TypeVar
 
 from rich.console import Console
 
 from flows.parameters import Parameters, read_parameters
-from memit.errors import MemitError
-from tasks.stopping import INTERRUPTED, TERMINATED, leave
+from memit.errors import MemitError, ResourceError, UnreachableError
+from tasks.stopping import INTERRUPTED, TERMINATED, leave, leave_soon
 
 BAD_INPUT = 2
 """Exit status when the user can put it right."""
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Result = TypeVar("Result")
 
@@ -24,8 +32,23 @@ console = Console(stderr=True)
 
 @cache
 def given_parameters() -> Parameters:
-    """``params.yaml`` in the working directory; if it is wrong, say so and exit."""
+    """``params.yaml`` in the working directory; if it is wrong, say so and exit.
+
+    The first thing that a command does: from here on it stops when it is asked to.
+    """
+    # Prefect marks its run as crashed and then calls whoever listened before it.
+    signal.signal(signal.SIGTERM, lambda *_: leave(TERMINATED))
+    sys.excepthook = _without_trace
     return reporting(read_parameters)
+
+
+def _without_trace(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Ctrl-C while modules are imported is no error either."""
+    if issubclass(kind, KeyboardInterrupt):
+        leave(INTERRUPTED)
+    sys.__excepthook__(kind, error, trace)
 
 
 def run_flow(
@@ -36,14 +59,18 @@ def run_flow(
     What ``check`` finds is told before Prefect's server is started.
     """
     parameters = given_parameters()
-    # Prefect marks its run as crashed and then calls whoever listened before it.
-    signal.signal(signal.SIGTERM, lambda *_: leave(TERMINATED))
+    signal.signal(signal.SIGINT, _interrupt)
+    logging.raiseExceptions = False  # a server that has gone is told of once, not for each record
     if check is not None:
         reporting(lambda: check(parameters))
-    if parameters.runner.kind == "threads":
-        reporting(lambda: flow(parameters))
-    else:
-        reporting(lambda: _with_server(lambda: flow(parameters)))
+    reporting(lambda: _run_alone(flow, parameters))
+
+
+def _run_alone(flow: Callable[[Parameters], object], parameters: Parameters) -> object:
+    with _alone():
+        if parameters.runner.kind == "threads":
+            return flow(parameters)
+        return _with_server(lambda: flow(parameters))
 
 
 def _with_server(work: Callable[[], object]) -> object:
@@ -58,6 +85,28 @@ def _with_server(work: Callable[[], object]) -> object:
         return work()
 
 
+def _interrupt(*_: object) -> NoReturn:
+    """Ctrl-C, even if whoever is interrupted goes on as if nothing had been."""
+    leave_soon(INTERRUPTED)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One run at a time writes the named results of a working directory; others wait for it."""
+    from tasks.artifacts import FileLocks, cache_directory
+
+    locks, holder = FileLocks(cache_directory() / "locks"), str(os.getpid())
+    key = "run-" + hashlib.sha256(str(Path.cwd()).encode()).hexdigest()[:32]
+    if not locks.acquire_lock(key, holder, acquire_timeout=0):
+        console.print("another run works in this directory: waiting for its end")
+        locks.acquire_lock(key, holder)
+    try:
+        yield
+    finally:
+        locks.release_lock(key, holder)
+
+
 def reporting(work: Callable[[], Result]) -> Result:
     """Do the work; print the project's own errors as a sentence and exit."""
     try:
@@ -66,6 +115,30 @@ def reporting(work: Callable[[], Result]) -> Result:
         fail(error)
     except KeyboardInterrupt:
         leave(INTERRUPTED)
+    except Exception as error:
+        known = _known(error)
+        if known is None:
+            raise
+        fail(known)
+
+
+def _known(error: BaseException | None) -> MemitError | None:
+    """What an error of the disk, or of Prefect's server, means; the hub's are told elsewhere."""
+    from httpx import TransportError
+
+    while error is not None:
+        if isinstance(error, TransportError):
+            return UnreachableError(
+                f"Prefect's server does not answer any more ({type(error).__name__}): finished "
+                "pieces are kept; run it again to go on."
+            )
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            return ResourceError(
+                f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room or "
+                "use another disk."
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def fail(error: MemitError) -> NoReturn:

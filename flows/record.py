@@ -11,6 +11,14 @@ from pathlib import Path
 
 from flows.command import console
 
+WRITTEN_IN_PLACE = {
+    "unable to read: 'dvc.lock'": Path("dvc.lock"),
+    "dvc.lock' validation failed": Path("dvc.lock"),
+    "RWLock-file": Path(".dvc/tmp/rwlock"),
+}
+"""What DVC says of a file of which it was killed in the middle, and that file. All that it holds is
+written again."""
+
 
 def commit_stages(stages: Sequence[str]) -> None:
     """Enter finished stages into ``dvc.lock`` (``dvc commit``).
@@ -19,18 +27,28 @@ def commit_stages(stages: Sequence[str]) -> None:
     """
     if "DVC_STAGE" in os.environ or not (Path(".dvc").is_dir() and Path("dvc.yaml").exists()):
         return
+    failed = _commit(stages)
+    if torn := [path for name, path in WRITTEN_IN_PLACE.items() if failed and name in failed]:
+        for path in torn:
+            path.unlink(missing_ok=True)
+        failed = _commit(stages)
+    if failed:
+        reason = failed.splitlines()[0]
+        console.print(
+            f"[yellow]warning:[/] DVC did not take the results ({reason}); they stand, and "
+            "`dvc commit -f` enters them."
+        )
+
+
+def _commit(stages: Sequence[str]) -> str:
+    """What DVC says when it fails, nothing when it does not."""
     result = subprocess.run(
         [dvc_command(), "commit", "--quiet", "--force", *stages],
         capture_output=True,
         text=True,
         check=False,
     )
-    if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[0]
-        console.print(
-            f"[yellow]warning:[/] DVC did not take the results ({reason}); they stand, and "
-            "`dvc commit -f` enters them."
-        )
+    return (result.stderr.strip() or "no reason given") if result.returncode != 0 else ""
 
 
 def dvc_command() -> str:

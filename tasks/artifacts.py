@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import secrets
@@ -33,6 +32,7 @@ from pydantic import BaseModel, ConfigDict
 from memit.download import file_sha256
 from memit.errors import IntegrityError
 from memit.whole_files import PARTIAL, write_whole
+from tasks.records import Records, origin_key, read_record
 from tasks.store import shared_store
 
 
@@ -192,7 +192,7 @@ def _stored_name(sha256: str) -> str:
 def remove_leftovers(folders: Sequence[Path]) -> None:
     """Delete half-written files of processes that are gone. Those of living ones stay."""
     for folder in folders:
-        for path in folder.rglob(f"*{PARTIAL}") if folder.is_dir() else ():
+        for path in folder.rglob(f"*{PARTIAL}*") if folder.is_dir() else ():
             if not _alive(_writer(path.name)):
                 path.unlink(missing_ok=True)
 
@@ -206,7 +206,7 @@ def keep_only(folder: Path, names: set[str]) -> None:
 
 def _writer(name: str) -> int:
     """The process id inside a partial file's name, 0 if there is none."""
-    for part in name.removesuffix(PARTIAL).split("."):
+    for part in name.split("."):
         head, _, tail = part.partition("-")
         if head.isdigit() and tail:
             return int(head)
@@ -265,9 +265,9 @@ class CachedTask(Task[..., Any]):
     """A task that other processes find by its name, with the code and the cache that they have."""
 
     @property
-    def result_storage(self) -> Path:
+    def result_storage(self) -> Records:
         """Where this process keeps records."""
-        return _records()
+        return Records(basepath=str(_records()))
 
     @result_storage.setter
     def result_storage(self, _: object) -> None:
@@ -284,31 +284,34 @@ def _find_task(module: str, name: str) -> CachedTask:
 def content_policy(name: str, version: int, code: Sequence[str]) -> CachePolicy:
     """The policy behind `cached_task`.
 
-    A record whose files are missing or changed is dropped before it is looked up, so a damaged
-    piece is computed again. Two processes that want the same piece compute it once: the second
-    waits.
+    A record that is damaged, or whose files are missing or changed, is dropped before it is looked
+    up, so a damaged piece is computed again. Two processes that want the same piece compute it
+    once: the second waits.
     """
+    locks = FileLocks()
 
     def key(context: TaskRunContext, inputs: dict[str, Any]) -> str:
-        del context
-        digest = content_key(name, version, [module_digest(module) for module in code], inputs)
-        _fetch_record(digest)
-        _drop_broken_record(_records() / digest)
+        digests = {module: module_digest(module) for module in code}
+        digest = content_key(name, version, digests, inputs)
+        holder = f"{os.getpid()} {context.task_run.id}"
+        locks.acquire_lock(digest, holder)  # whoever computes it now may be writing the record
+        try:
+            _fetch_record(digest)
+            _drop_broken_record(_records() / digest)
+        finally:
+            locks.release_lock(digest, holder)
         return digest
 
     return CachePolicy.from_cache_key_fn(key).configure(
-        isolation_level="SERIALIZABLE", lock_manager=FileLocks()
+        isolation_level="SERIALIZABLE", lock_manager=locks
     )
 
 
-def content_key(name: str, version: int, code: Sequence[str], inputs: Mapping[str, Any]) -> str:
-    """SHA-256 over a task's name, its version, its code and the content of its inputs."""
-    canonical = json.dumps(
-        {"task": name, "version": version, "code": list(code), "inputs": _plain(dict(inputs))},
-        sort_keys=True,
-        allow_nan=False,
+def content_key(name: str, version: int, code: Mapping[str, str], inputs: Mapping[str, Any]) -> str:
+    """SHA-256 over a task's name, its version, its code's digests and the content of its inputs."""
+    return origin_key(
+        {"task": name, "version": version, "code": dict(code), "inputs": _plain(dict(inputs))}
     )
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 @cache
@@ -360,10 +363,11 @@ def _share_record(task: Task[..., Any], run: TaskRun, state: State[Any]) -> None
 
 def _drop_broken_record(path: Path) -> None:
     try:
-        artifacts = list(artifacts_in(ResultRecord.deserialize(path.read_bytes()).result))
+        stored, _ = read_record(path)
+        artifacts = list(artifacts_in(ResultRecord.deserialize(stored).result))
     except FileNotFoundError:
         return
-    except Exception:  # a torn record can fail in as many ways as it has bytes
+    except Exception:  # damaged, or its result's class is not the one that it was
         path.unlink(missing_ok=True)
         return
     if not all(artifact.intact() for artifact in artifacts):

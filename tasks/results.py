@@ -134,12 +134,20 @@ def upstream(*steps: str) -> dict[str, Manifest]:
 
 
 def read_timings(steps: Iterable[str]) -> dict[str, Cost]:
-    """What each step cost when its pieces were computed, as far as it has run."""
-    return {
-        step: Cost.model_validate_json((TIMINGS / f"{step}.json").read_text())
-        for step in steps
-        if (TIMINGS / f"{step}.json").exists()
-    }
+    """What each step cost when its pieces were computed, as far as it has run.
+
+    Raises:
+        IntegrityError: a file with timings is damaged.
+    """
+    paths = {step: TIMINGS / f"{step}.json" for step in steps}
+    return {step: _read_cost(step, path) for step, path in paths.items() if path.exists()}
+
+
+def _read_cost(step: str, path: Path) -> Cost:
+    try:
+        return Cost.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise IntegrityError(f"{path} is damaged: run the step {step} again.") from None
 
 
 def _read_manifest(step: str) -> Manifest:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import sqlite3
 import subprocess
 import time
@@ -21,8 +22,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memit.errors import UnreachableError
+from memit.errors import ResourceError, UnreachableError
 from memit.redaction import redacted
+from memit.whole_files import write_whole
 from tasks import figures
 from tasks.artifacts import FileLocks, project_root
 from tasks.loading import ModelFiles
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 DIGEST_TAG = "memit.experiment"
 COMPLETE_TAG = "memit.complete"
+WRITER_TAG = "memit.writer"
 LOCK_SECONDS = 10.0
 """How long another process may hold the store."""
 BATCH = 1_000
@@ -113,14 +116,34 @@ def _taking(uri: str, command: str) -> Iterator[None]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     with _one_at_a_time(), _quiet():
         try:
+            _make_store(uri)
             _probe(uri)
             yield
-        except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        except (
+            MlflowException,
+            SQLAlchemyError,
+            sqlite3.Error,
+            OSError,
+            ResourceError,
+        ) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UnreachableError(
                 f"MLflow at {uri} did not take the run ({reason}); the "
                 f"results stand, and the next `{command}` logs them."
             ) from error
+
+
+def _make_store(uri: str) -> None:
+    """Make a store that is a file whole or not at all: half a data base could never be opened."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.exists():
+        return
+    artifacts = (project_root() / "mlartifacts").as_uri()
+    write_whole(
+        path, lambda partial: SqlAlchemyStore(f"sqlite:///{partial}", artifacts).engine.dispose()
+    )
 
 
 def _probe(uri: str) -> None:
@@ -133,27 +156,48 @@ def _probe(uri: str) -> None:
 
 
 def _log_once(uri: str, name: str, digest: str, log: Callable[[MlflowClient, str], str]) -> str:
-    """The id of the complete run with this digest, logged if there is none."""
+    """The id of the complete run with this digest, logged if there is none.
+
+    Runs that killed processes of this project left unfinished are deleted.
+    """
     import mlflow
     from mlflow import MlflowClient
 
     mlflow.set_tracking_uri(uri)
     client = MlflowClient(uri)
     experiment_id = _experiment_id(client, name)
-    for run in client.search_runs(
-        [experiment_id], f"tags.`{DIGEST_TAG}` = '{digest}'", max_results=1_000
-    ):
+    unfinished = f"tags.`{WRITER_TAG}` = '{_writer()}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs([experiment_id], unfinished, max_results=1_000):
+        _delete_family(client, experiment_id, run.info.run_id)
+    same = f"tags.`{DIGEST_TAG}` = '{digest}'"
+    for run in client.search_runs([experiment_id], same, max_results=1_000):
         if run.data.tags.get(COMPLETE_TAG) == "true":
             return run.info.run_id
         _delete_family(client, experiment_id, run.info.run_id)
     return log(client, experiment_id)
 
 
+def _writer() -> str:
+    """This project on this machine: whoever logs for it holds its lock, see `_one_at_a_time`."""
+    place = f"{socket.gethostname()}:{project_root()}"
+    return hashlib.sha256(place.encode()).hexdigest()[:32]
+
+
 def _delete_family(client: MlflowClient, experiment_id: str, run_id: str) -> None:
+    """Delete a run, those nested in it, and the models that it logged."""
+    import mlflow
+
     nested = f"tags.`mlflow.parentRunId` = '{run_id}'"
-    for child in client.search_runs([experiment_id], nested, max_results=1_000):
-        client.delete_run(child.info.run_id)
-    client.delete_run(run_id)
+    children = client.search_runs([experiment_id], nested, max_results=1_000)
+    for run in (*(child.info.run_id for child in children), run_id):
+        client.set_terminated(run, "KILLED")  # a deleted run could be restored
+        client.delete_run(run)
+    for model in mlflow.search_logged_models(
+        experiment_ids=[experiment_id],
+        filter_string=f"source_run_id = '{run_id}'",
+        output_format="list",
+    ):
+        client.delete_logged_model(model.model_id)
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:
@@ -175,7 +219,7 @@ def _log_run(client: MlflowClient, experiment_id: str, experiment: Experiment) -
     model = ModelFiles.model_validate(read_json(MODEL_FILE))
     name = f"{model.id.split('/')[-1]}-{metrics['edit']['count']}-{experiment.digest[:6]}"
     run = client.create_run(
-        experiment_id, tags={**experiment.tags, DIGEST_TAG: experiment.digest}, run_name=name
+        experiment_id, tags=_known_by(experiment.digest, experiment.tags), run_name=name
     )
     run_id = run.info.run_id
     for batch in _batches(_parameters(experiment.parameters), 100):
@@ -191,6 +235,11 @@ def _log_run(client: MlflowClient, experiment_id: str, experiment: Experiment) -
     client.set_terminated(run_id, "FINISHED")
     client.log_batch(run_id, tags=[RunTag(COMPLETE_TAG, "true")])
     return run_id
+
+
+def _known_by(digest: str, tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags of a run that may be found again, complete or not."""
+    return {**tags, DIGEST_TAG: digest, WRITER_TAG: _writer()}
 
 
 @dataclass(frozen=True)
@@ -232,7 +281,7 @@ def _log_family(client: MlflowClient, experiment_id: str, family: Family) -> str
 
     parent = client.create_run(
         experiment_id,
-        tags={**family.tags, DIGEST_TAG: family.digest},
+        tags=_known_by(family.digest, family.tags),
         run_name=f"{family.step}-{family.digest[:6]}",
     ).info.run_id
     for batch in _batches(_parameters(family.parameters), 100):

@@ -10,7 +10,7 @@ from tasks.artifacts import CODE, cache_directory, content_key, module_digest
 
 def work_directory(task: str, *inputs: object) -> Path:
     """The directory for the unfinished work of a cached task on these inputs."""
-    code = [module_digest(module) for module in CODE[task]]
+    code = {module: module_digest(module) for module in CODE[task]}
     return cache_directory() / "unfinished" / task / content_key(task, 1, code, {"": inputs})[:32]
 
 

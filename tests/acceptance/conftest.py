@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
-from tests.acceptance.project import Project
+from tests.acceptance.project import Project, server
 
 
 @pytest.fixture(scope="session")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One Prefect server for all runs of this file."""
-    from flows.server import prefect_server
-
-    kept = {name: os.environ.get(name) for name in ("PREFECT_HOME", "PREFECT_API_URL")}
-    os.environ["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
-    os.environ.pop("PREFECT_API_URL", None)
-    try:
-        with prefect_server() as address:
-            yield address
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with server(tmp_path_factory.mktemp("prefect")) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

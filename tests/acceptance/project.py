@@ -7,6 +7,8 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,13 @@ TINY: dict[str, dict[str, Any]] = {
 class Project:
     """A checkout of the project with small parameters, and its commands."""
 
-    def __init__(self, place: Path, api: str, source: Path = ROOT) -> None:
+    def __init__(
+        self,
+        place: Path,
+        api: str,
+        source: Path = ROOT,
+        changes: Mapping[str, Mapping[str, Any]] = TINY,
+    ) -> None:
         self.place = place
         place.mkdir()
         for name in ("flows", "tasks", "memit", "systems", ".dvc"):
@@ -48,7 +56,7 @@ class Project:
         for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
             shutil.copy(source / name, place / name)
         parameters = Parameters().model_dump(mode="json")
-        for section, values in TINY.items():
+        for section, values in changes.items():
             _update(parameters[section], values)
         (place / "params.yaml").write_text(yaml.safe_dump(parameters, sort_keys=False))
         self.environment = {
@@ -114,12 +122,31 @@ class Project:
         return sum(not path.name.endswith(PARTIAL) for path in folder.rglob("*.*"))
 
 
+@contextmanager
+def server(home: Path) -> Iterator[str]:
+    """One Prefect server for all runs, whatever this process has set; gives its address."""
+    from flows.server import prefect_server
+
+    kept = {name: os.environ.get(name) for name in ("PREFECT_HOME", "PREFECT_API_URL")}
+    os.environ["PREFECT_HOME"] = str(home)
+    os.environ.pop("PREFECT_API_URL", None)
+    try:
+        with prefect_server() as address:
+            yield address
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def _not_ours(folder: str, names: list[str]) -> set[str]:
     skipped = {"__pycache__", "cache", "tmp", "config.local"}
     return skipped if Path(folder).name == ".dvc" else {"__pycache__"}
 
 
-def _update(tree: dict[str, Any], values: dict[str, Any]) -> None:
+def _update(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, dict):
             _update(tree[name], value)

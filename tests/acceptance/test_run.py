@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.artifacts import PARTIAL
 from tasks.results import STEPS
 from tests.acceptance.project import Project
 
@@ -56,44 +55,6 @@ def test_a_repetition_comes_from_caches_and_changes_no_byte(finished: Project) -
     assert {step: finished.pieces(step) for step in STEPS} == pieces
     assert (finished.place / "timings.json").read_bytes() == timings
     assert finished.mlflow_runs() == [("FINISHED", "active")]
-
-
-def test_killed_in_every_step_it_ends_with_the_same_bytes(
-    finished: Project, tmp_path: Path, api: str
-) -> None:
-    project = Project(tmp_path / "project", api, finished.place)
-    for step in ("model", "statistics", "targets", "evaluation"):
-        process = project.start()
-        while not project.pieces(step):
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert not (project.place / "metrics.json").exists() or step == "evaluation"
-    project.run()
-    assert project.results() == finished.results()
-    assert project.mlflow_runs() == [("FINISHED", "active")]
-    leftovers = [p for p in project.place.rglob(f"*{PARTIAL}") if ".prefect" not in p.parts]
-    assert leftovers == []
-    assert "up to date" in project.do("dvc", "status")
-
-
-def test_damaged_pieces_and_results_are_made_anew(finished: Project) -> None:
-    before = finished.results()
-    for step in ("statistics", "targets", "evaluation"):
-        pieces = sorted((finished.place / ".cache" / "pieces" / step).iterdir())
-        content = bytearray(pieces[0].read_bytes())
-        content[len(content) // 2] ^= 1
-        pieces[0].write_bytes(content)
-        pieces[-1].write_bytes(pieces[-1].read_bytes()[:-7])
-    for record in list((finished.place / ".cache" / "records").iterdir())[::3]:
-        record.write_bytes(record.read_bytes()[:-9])
-    # Results are links into DVC's cache: replace them, as whoever damages a copy does.
-    for name in ("artifacts/requests.json", "artifacts/model/weights/model.safetensors"):
-        (finished.place / name).unlink()
-        (finished.place / name).write_text("damaged")
-    finished.run()
-    assert finished.results() == before
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from memit.errors import UnreachableError
 from tasks import tracking
@@ -59,6 +60,33 @@ def test_a_server_that_does_not_answer_and_its_password() -> None:
     said = refused("http://me:secret@127.0.0.1:9")
     assert "secret" not in said
     assert "http://***@127.0.0.1:9" in said
+
+
+def test_what_a_killed_process_left_is_deleted(project: Path) -> None:
+    uri = f"sqlite:///{project / 'mlflow.db'}"
+
+    def begin(client: MlflowClient, experiment: str, digest: str) -> str:
+        return client.create_run(experiment, tags=tracking._known_by(digest, {})).info.run_id
+
+    def die(client: MlflowClient, experiment: str) -> str:
+        begin(client, experiment, "a")
+        raise KeyboardInterrupt
+
+    def finish(client: MlflowClient, experiment: str) -> str:
+        run = begin(client, experiment, "b")
+        client.set_terminated(run)
+        client.set_tag(run, tracking.COMPLETE_TAG, "true")
+        return run
+
+    tracking._make_store(uri)
+    assert [path.name for path in project.iterdir()] == ["mlflow.db"]
+    with pytest.raises(KeyboardInterrupt):
+        tracking._log_once(uri, "x", "a", die)
+    logged = tracking._log_once(uri, "x", "b", finish)
+    assert tracking._log_once(uri, "x", "b", die) == logged
+    with closing(sqlite3.connect(project / "mlflow.db")) as store:
+        runs = store.execute("select status, lifecycle_stage from runs order by status").fetchall()
+    assert runs == [("FINISHED", "active"), ("KILLED", "deleted")]
 
 
 def test_an_experiment_is_known_by_what_it_is() -> None:

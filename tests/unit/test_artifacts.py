@@ -148,7 +148,7 @@ HYPERPARAMETERS = Hyperparameters(layers=(0, 1), covariance_weight=1.0)
 
 
 def key(**inputs: object) -> str:
-    return content_key("task", 1, ["code"], inputs)
+    return content_key("task", 1, {"module": "code"}, inputs)
 
 
 def test_a_key_sees_content_and_not_places() -> None:
@@ -175,9 +175,9 @@ def test_a_key_sees_everything_that_results_depend_on() -> None:
         key(hyperparameters=HYPERPARAMETERS),
         key(hyperparameters=Hyperparameters(layers=(0, 1), covariance_weight=2.0)),
         key(other=HYPERPARAMETERS),
-        content_key("other", 1, ["code"], {"model": REFERENCE}),
-        content_key("task", 2, ["code"], {"model": REFERENCE}),
-        content_key("task", 1, ["changed"], {"model": REFERENCE}),
+        content_key("other", 1, {"module": "code"}, {"model": REFERENCE}),
+        content_key("task", 2, {"module": "code"}, {"model": REFERENCE}),
+        content_key("task", 1, {"module": "changed"}, {"model": REFERENCE}),
         key(first=1, second=2),
         key(first=2, second=1),
         key(value=None),

@@ -1,0 +1,657 @@
+"""Disturb the whole experiment at random and see that nothing is lost: ``make chaos``.
+
+    python -m tests.acceptance.chaos [--kills 100] [--seed 0] [--size default|small] [--write]
+
+An undisturbed run is the reference. Then the experiment is started again and again and killed with
+SIGKILL, its children with it, until it has ended; and the same from the beginning until there were
+so many kills. After that come the other faults. Exits with 1 if anything was not as it must be;
+``--write`` puts the tables into ``docs/reliability.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from flows.server import server_options
+from memit.errors import IntegrityError
+from memit.tensor_files import load_metadata
+from tasks.artifacts import PARTIAL
+from tasks.results import STEPS
+from tasks.runners import WORKERS
+from tests.acceptance.project import ROOT, TINY, Project, server
+
+PHASES = ("start", *STEPS)
+"""What a run is at: Python's start and Prefect's handshake come before the first step."""
+SIZES: dict[str, dict[str, Any]] = {"default": {}, "small": TINY}
+PATIENCE = 1_200.0
+"""Seconds after which a run counts as hanging."""
+STOPPED_WITHIN = 10.0
+"""Seconds that a run may take to stop when it is asked to."""
+TABLES = ROOT / "docs" / "reliability.md"
+MARK = "<!-- written by make chaos -->"
+
+
+# --- a run that is watched ------------------------------------------------------------------------
+
+
+class Attempt:
+    """A run of the experiment with its own process group, and what it has said so far."""
+
+    def __init__(
+        self,
+        project: Project,
+        program: Sequence[str] = ("-m", "flows.experiment"),
+        **environment: str,
+    ) -> None:
+        self.project = project
+        self.said_in = Path(tempfile.mkstemp(suffix=".txt", dir=project.place.parent)[1])
+        self.began = time.time()
+        with open(self.said_in, "wb") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, *program],
+                cwd=project.place,
+                env={**project.environment, **environment},
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+        atexit.register(self.abandon)
+
+    @property
+    def said(self) -> str:
+        """Everything that it has printed."""
+        return self.said_in.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def phase(self) -> str:
+        """What it is at, as far as it has said."""
+        steps = len(re.findall(r"^✓ \d", self.said, re.MULTILINE))
+        locks = self.project.place / ".cache" / "locks"
+        if steps == 0 and not (locks.is_dir() and locks.stat().st_mtime > self.began):
+            return "start"
+        return PHASES[min(steps + 1, len(PHASES) - 1)]
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
+    def wait_for(self, phase: str) -> bool:
+        """Wait until it is at a phase or past it; False if it ended before."""
+        while PHASES.index(self.phase) < PHASES.index(phase):
+            if not self.runs:
+                return False
+            time.sleep(0.02)
+        return self.runs
+
+    def wait_seconds(self, seconds: float) -> bool:
+        """Let it run for some time; False if it ended before."""
+        deadline = time.time() + seconds
+        while time.time() < deadline and self.runs:
+            time.sleep(0.01)
+        return self.runs
+
+    def abandon(self) -> None:
+        """End it with whoever watches it."""
+        if self.runs:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to it and all of its children."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def end(self, patience: float = PATIENCE) -> int:
+        """Wait for its end; gives its exit status, and kills it if it hangs."""
+        try:
+            return self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return -signal.SIGKILL
+
+
+def durations(said: str) -> dict[str, float]:
+    """Seconds of each step, as a run that has ended told them."""
+    return {name: float(s) for name, s in re.findall(r"^✓ \d+/\d+ (\w+) +([\d.]+) s", said, re.M)}
+
+
+# --- what lies in a project -----------------------------------------------------------------------
+
+
+def records(project: Project) -> dict[str, tuple[int, int]]:
+    """Which file each kept piece's record is, by its key: another one means computed again."""
+    folder = project.place / ".cache" / "records"
+    files = [path for path in folder.glob("*") if not path.name.endswith(PARTIAL)]
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
+
+
+def begun(project: Project) -> set[str]:
+    """Keys of the pieces that were in the making when the run was killed: their locks are left.
+
+    The files of the locks are removed, so that the next kill's can be told from them.
+    """
+    left = list((project.place / ".cache" / "locks").glob("*.lock"))
+    for path in left:
+        path.unlink()
+    keys = {path.stem for path in left if re.fullmatch(r"[0-9a-f]{64}", path.stem)}
+    return keys - set(records(project))
+
+
+def trained_steps(project: Project) -> int:
+    """Steps of the small model's training that a checkpoint holds."""
+    for path in (project.place / ".cache" / "unfinished").rglob("checkpoint-*.safetensors"):
+        try:
+            return len(json.loads(load_metadata(path)["losses"]))
+        except IntegrityError:
+            return 0
+    return 0
+
+
+def last_kept(project: Project) -> float:
+    """When something was last kept, a piece or a checkpoint."""
+    kept = [ns / 1e9 for _, ns in records(project).values()]
+    unfinished = (project.place / ".cache" / "unfinished").rglob("checkpoint-*.safetensors")
+    return max([*kept, *(path.stat().st_mtime for path in unfinished)], default=0.0)
+
+
+def strays(project: Project) -> list[str]:
+    """Files that no finished run may leave."""
+    found = [
+        path
+        for pattern in (f"*{PARTIAL}", "*.tmp", ".cache/unfinished/**/*", ".cache/locks/*.lock")
+        for path in project.place.rglob(pattern)
+        if ".prefect" not in path.parts and ".git" not in path.parts
+    ]
+    return sorted(str(path.relative_to(project.place)) for path in found if path.is_file())
+
+
+def empty(project: Project, *, keep_model: bool) -> None:
+    """Take a project back to its beginning; the trained model may stay in the cache."""
+    for name in ("artifacts", "evaluation", "report", "mlartifacts"):
+        shutil.rmtree(project.place / name, ignore_errors=True)
+    for name in ("metrics.json", "timings.json", "dvc.lock", "mlflow.db"):
+        (project.place / name).unlink(missing_ok=True)
+    cache = project.place / ".cache"
+    for folder in (*cache.glob("pieces/*"), cache / "unfinished"):
+        if not (keep_model and folder.name == "model"):
+            shutil.rmtree(folder, ignore_errors=True)
+    for record in cache.glob("records/*"):
+        if not (keep_model and b"held_out.txt" in record.read_bytes()):
+            record.unlink()
+
+
+# --- the chaos ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One SIGKILL."""
+
+    phase: str
+    pieces: int
+    """That were in the making."""
+    seconds: float
+    """Since something was last kept: what is done again, at most."""
+
+
+@dataclass
+class Chaos:
+    """An undisturbed run, a place for disturbed ones, and what was found out."""
+
+    folder: Path
+    api: str
+    changes: Mapping[str, Mapping[str, Any]]
+    """Of the parameters."""
+    random: Random
+    reference: Project
+    expected: dict[str, float]
+    """Seconds of each phase."""
+    kills: list[Kill] = field(default_factory=list)
+    cases: list[tuple[str, str, str]] = field(default_factory=list)
+    """Fault, what was looked at, and the result."""
+    faults: list[str] = field(default_factory=list)
+    """Everything that was not as it must be."""
+
+    def __post_init__(self) -> None:
+        self.results = self.reference.results()
+
+    def project(self, name: str, *, finished: bool) -> Project:
+        """Another project with the same parameters; empty, but for the trained model, unless
+        it shall be finished."""
+        project = Project(self.folder / name, self.api, self.reference.place, self.changes)
+        names = [".cache", *(["artifacts", "evaluation", "report"] if finished else [])]
+        for each in names:
+            shutil.copytree(self.reference.place / each, project.place / each)
+        for each in ("metrics.json", "timings.json", "dvc.lock") if finished else ():
+            shutil.copy(self.reference.place / each, project.place / each)
+        if not finished:
+            empty(project, keep_model=True)
+        return project
+
+    def check(self, project: Project, where: str) -> list[str]:
+        """What a finished run left that it must not have, or lacks."""
+        found = project.results()
+        wrong = [
+            f"{name} differs"
+            for name in sorted(found.keys() | self.results.keys())
+            if found.get(name) != self.results.get(name)
+        ]
+        wrong += [f"{name} is left over" for name in strays(project)]
+        logged = project.mlflow_runs() if (project.place / "mlflow.db").exists() else []
+        if [run for run in logged if run[1] == "active"] != [("FINISHED", "active")]:
+            wrong.append(f"MLflow has the runs {logged}")
+        if any(status == "RUNNING" for status, _ in logged):
+            wrong.append(f"MLflow has a run that is RUNNING: {logged}")
+        status = subprocess.run(
+            ["dvc", "status"],
+            cwd=project.place,
+            env=project.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "up to date" not in status.stdout:
+            wrong.append(f"dvc status says {(status.stdout + status.stderr).strip()!r}")
+        self.faults += [f"{where}: {one}" for one in wrong]
+        return wrong
+
+    # --- kills ------------------------------------------------------------------------------------
+
+    def kill_until_done(self, count: int) -> None:
+        """Rounds from an empty store, until there were so many kills."""
+        project = self.project("killed", finished=False)
+        rounds = 0
+        while len(self.kills) < count:
+            empty(project, keep_model=rounds > 0)
+            rounds += 1
+            self._round(project, rounds, count)
+
+    def _round(self, project: Project, number: int, count: int) -> None:
+        """Kill the run in every phase, until it has ended."""
+        before, steps = records(project), 0
+        for phase in self._plan(first=number == 1)[: count - len(self.kills)]:
+            attempt = Attempt(project)
+            if attempt.wait_for(phase) and attempt.wait_seconds(self._delay(phase)):
+                self._kill(attempt)
+            elif attempt.end() != 0:
+                self.faults.append(f"round {number} ended with {attempt.said[-2000:]}")
+            before, steps = self._compare(project, before, steps)
+        attempt = Attempt(project)
+        if attempt.end() != 0:
+            self.faults.append(f"round {number} ended with {attempt.said[-2000:]}")
+        self._compare(project, before, steps)
+        wrong = self.check(project, f"round {number}")
+        tell(f"round {number}: {len(self.kills)} kills, {wrong or 'as the reference'}")
+
+    def _plan(self, *, first: bool) -> list[str]:
+        """Phases in which to kill, in their order; more often where the run is longer."""
+        weights = [self.expected[phase] ** 0.5 for phase in PHASES]
+        if not first:
+            weights[PHASES.index("model")] = 1.0  # it is trained only once
+        more = self.random.choices(PHASES, weights, k=len(PHASES) // 2)
+        return sorted([*PHASES, *more, *(["model"] * 6 if first else [])], key=PHASES.index)
+
+    def _delay(self, phase: str) -> float:
+        longest = self.expected[phase]
+        return self.random.uniform(0.0, min(longest, 40.0) if phase == "model" else longest)
+
+    def _kill(self, attempt: Attempt) -> None:
+        phase = attempt.phase
+        attempt.kill()
+        lost = begun(attempt.project)
+        since = max(last_kept(attempt.project), attempt.began)
+        self.kills.append(Kill(phase, len(lost), time.time() - since if lost else 0.0))
+        if len(lost) > WORKERS:
+            self.faults.append(f"{len(lost)} pieces were in the making in {phase}")
+        tell(f"kill {len(self.kills)} in {phase}, {len(lost)} pieces in the making")
+
+    def _compare(
+        self, project: Project, before: dict[str, tuple[int, int]], steps: int
+    ) -> tuple[dict[str, tuple[int, int]], int]:
+        """What is kept now; everything that was kept before must still be the very same."""
+        now, trained = records(project), trained_steps(project)
+        again = [key for key, identity in before.items() if now.get(key) != identity]
+        if again:
+            self.faults.append(f"{len(again)} pieces that were kept were computed again")
+        if trained < steps and (project.place / ".cache" / "unfinished" / "model").exists():
+            self.faults.append(f"training went back from step {steps} to {trained}")
+        return now, trained
+
+    # --- other faults -----------------------------------------------------------------------------
+
+    def case(self, fault: str, looked_at: str, work: Callable[[], str]) -> None:
+        """Run a case; what it says is its result, and faults that it adds spoil it."""
+        before = len(self.faults)
+        said = work()
+        wrong = self.faults[before:]
+        self.cases.append((fault, looked_at, f"**{len(wrong)} wrong**" if wrong else said))
+        tell(f"{fault}: {wrong or said}")
+
+    def stop(self, sent: signal.Signals, status: int, count: int) -> str:
+        """Ask runs to stop at random moments."""
+        project = self.project(sent.name, finished=False)
+        longest = 0.0
+        for number in range(count):
+            attempt = Attempt(project)
+            phase = self.random.choice(PHASES)
+            if attempt.wait_for(phase) and attempt.wait_seconds(self._delay(phase)):
+                phase = attempt.phase
+                asked = time.time()
+                attempt.process.send_signal(sent)
+                ended = attempt.end(60.0)
+                longest = max(longest, time.time() - asked)
+                if ended != status or "Traceback" in attempt.said:
+                    self.faults.append(f"{sent.name} in {phase}: {ended}, {attempt.said[-2000:]}")
+            elif attempt.end() != 0:
+                self.faults.append(f"{sent.name} {number}: {attempt.said[-2000:]}")
+        if longest > STOPPED_WITHIN:
+            self.faults.append(f"{sent.name} took {longest:.1f} s")
+        self._go_on(project, sent.name)
+        return f"exit status {status} within {longest:.1f} s, {count} times"
+
+    def fail_writing(self, error: str, count: int) -> str:
+        """Runs on a disk that fails after a random number of writes."""
+        project = self.project(error, finished=False)
+        program = str(ROOT / "tests" / "acceptance" / "failing_disk.py")
+        for _ in range(count):
+            calls = int(10 ** self.random.uniform(0, 2.5))
+            attempt = Attempt(project, (program, error, str(calls)))
+            status = attempt.end()
+            if "Traceback" in attempt.said or (status == 0) != ("error:" not in attempt.said):
+                self.faults.append(f"{error} after {calls}: {status}, {attempt.said[-2000:]}")
+            partial_files = [name for name in strays(project) if name.endswith(PARTIAL)]
+            if error == "ENOSPC" and partial_files:
+                self.faults.append(f"{error} after {calls} left {partial_files}")
+        self._go_on(project, error)
+        return f"one sentence and exit status 2, {count} times; then the same bytes"
+
+    def share_store(self) -> str:
+        """Two runs in two directories that share a cache."""
+        one, two = (self.project(name, finished=False) for name in ("one", "two"))
+        attempts = [Attempt(project, DVC_ROOT=str(one.place)) for project in (one, two)]
+        seen: dict[str, set[tuple[int, int]]] = {}
+        while any(attempt.runs for attempt in attempts):
+            for key, identity in records(one).items():
+                seen.setdefault(key, set()).add(identity)
+            time.sleep(0.05)
+        for attempt in attempts:
+            if attempt.end() != 0:
+                self.faults.append(f"two runs at once: {attempt.said[-2000:]}")
+        twice = [key for key, identities in seen.items() if len(identities) > 1]
+        if twice:
+            self.faults.append(f"two runs at once computed {len(twice)} pieces twice")
+        for project in (one, two):
+            if project.results() != self.results:
+                self.faults.append(f"two runs at once: {project.place.name} differs")
+        if one.mlflow_runs() != [("FINISHED", "active")]:
+            self.faults.append(f"two runs at once logged {one.mlflow_runs()}")
+        return (
+            f"{len(seen)} pieces, each computed once; both end with the same bytes; one MLflow run"
+        )
+
+    def share_directory(self) -> str:
+        """Two runs in the same directory."""
+        project = self.project("both", finished=False)
+        attempts = [Attempt(project), Attempt(project)]
+        for attempt in attempts:
+            if attempt.end() != 0:
+                self.faults.append(f"two runs in a directory: {attempt.said[-2000:]}")
+        self.check(project, "two runs in a directory")
+        return "the second waits for the first and finds everything done"
+
+    def lose_server(self, count: int) -> str:
+        """Kill Prefect's server while runs need it."""
+        project = self.project("server", finished=False)
+        longest = 0.0
+        for number in range(count):
+            home = self.folder / f"server-{number}"
+            with mortal_server(home) as (address, process):
+                attempt = Attempt(project, PREFECT_API_URL=address)
+                phase = self.random.choice(PHASES[1:-1])
+                if attempt.wait_for(phase):
+                    attempt.wait_seconds(self._delay(phase))
+                died = time.time()
+                os.killpg(process.pid, signal.SIGKILL)
+                status = attempt.end(300.0)
+                longest = max(longest, time.time() - died)
+            if status not in (0, 2) or "Traceback" in attempt.said:
+                self.faults.append(f"server lost in {phase}: {status}, {attempt.said[-2000:]}")
+        self._go_on(project, "server lost")
+        return f"one sentence and exit status 2, after {longest:.0f} s at most; then the same bytes"
+
+    def lose_mlflow(self) -> str:
+        """Run with a store that is no store; log when it is back."""
+        project = self.project("mlflow", finished=False)
+        (project.place / "mlflow.db").mkdir()
+        attempt = Attempt(project)
+        status = attempt.end()
+        if status != 0 or "warning: MLflow at" not in attempt.said:
+            self.faults.append(f"MLflow gone: {status}, {attempt.said[-2000:]}")
+        (project.place / "mlflow.db").rmdir()
+        return self._log_again(project, "MLflow gone")
+
+    def lock_mlflow(self) -> str:
+        """Run while another process holds the store; log when it is free."""
+        project = self.project("locked", finished=False)
+        with closing(sqlite3.connect(project.place / "mlflow.db", isolation_level=None)) as store:
+            store.execute("create table held (x)")
+            store.execute("drop table held")
+            store.execute("begin exclusive")
+            attempt = Attempt(project)
+            status = attempt.end()
+        if status != 0 or "locked" not in attempt.said:
+            self.faults.append(f"MLflow locked: {status}, {attempt.said[-2000:]}")
+        return self._log_again(project, "MLflow locked")
+
+    def _log_again(self, project: Project, where: str) -> str:
+        project.do(sys.executable, "-m", "flows.report")
+        project.do("dvc", "commit", "--quiet", "--force", "report")
+        self.check(project, where)
+        return "a warning, exit status 0, the same bytes; the next `report` logs the run"
+
+    def damage(self, times: int, files: int) -> str:
+        """Damage files of the cache and of the results; run again."""
+        project = self.project("damaged", finished=True)
+        done: Counter[str] = Counter()
+        for _ in range(times):
+            for path in self._some_files(project, files):
+                done[damage_file(path, self.random)] += 1
+            for path in (project.place / "dvc.lock", project.place / ".dvc" / "tmp" / "rwlock"):
+                if path.exists():  # DVC writes them in place, so that a kill can tear them
+                    content = path.read_bytes()
+                    path.write_bytes(content[: self.random.randrange(len(content))])
+                    done["torn file of DVC"] += 1
+            attempt = Attempt(project)
+            if attempt.end() != 0:
+                self.faults.append(f"after {dict(done)}: {attempt.said[-2000:]}")
+            self.check(project, f"after damage {dict(done)}")
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.items()))
+        return f"the same bytes after {times} runs with {sum(done.values())} files damaged: {kinds}"
+
+    def _some_files(self, project: Project, count: int) -> list[Path]:
+        found = [
+            path
+            for name in (".cache", "artifacts", "evaluation", "report")
+            for path in sorted((project.place / name).rglob("*"))
+            if path.is_file()
+        ]
+        return self.random.sample(found, count)
+
+    def _go_on(self, project: Project, where: str) -> None:
+        """An undisturbed run must end with the reference's results."""
+        attempt = Attempt(project)
+        if attempt.end() != 0:
+            self.faults.append(f"{where}: going on ended with {attempt.said[-2000:]}")
+        self.check(project, where)
+
+
+def damage_file(path: Path, random: Random) -> str:
+    """Do something bad to a file, as a bad disk or an absent mind would; says what."""
+    kind = random.choice(("bit flipped", "truncated", "emptied", "deleted", "foreign"))
+    content = bytearray(path.read_bytes())
+    if random.random() < 0.5:  # else what it is linked to is damaged, too
+        path.unlink()
+        path.write_bytes(content)
+    if kind == "bit flipped" and content:
+        content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+        path.write_bytes(content)
+    elif kind == "truncated":
+        path.write_bytes(content[: random.randrange(len(content) + 1)])
+    elif kind == "emptied":
+        path.write_bytes(b"")
+    elif kind == "deleted":
+        path.unlink()
+    else:
+        others = [other for other in path.parent.iterdir() if other.is_file() and other != path]
+        path.write_bytes(random.choice(others).read_bytes() if others else b"something else")
+    return kind
+
+
+@contextmanager
+def mortal_server(home: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A Prefect server of its own that may be killed: its address and its process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefect", *server_options(port), "--no-ui"],
+        env={**os.environ, "PREFECT_HOME": str(home)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}/api"
+    try:
+        while process.poll() is None:
+            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+                break
+            time.sleep(0.2)
+        yield address, process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def undisturbed(folder: Path, api: str, size: str) -> tuple[Project, dict[str, float]]:
+    """A finished run, and the seconds of its phases."""
+    project = Project(folder / "reference", api, changes=SIZES[size])
+    attempt = Attempt(project)
+    attempt.wait_for("model")
+    expected = {"start": time.time() - attempt.began}
+    if attempt.end() != 0:
+        raise SystemExit(attempt.said)
+    expected |= durations(attempt.said)
+    tell("reference, seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in expected.items()))
+    return project, expected
+
+
+# --- what is told ---------------------------------------------------------------------------------
+
+
+def tell(text: str) -> None:
+    """A line for whoever watches."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def kill_table(kills: Sequence[Kill]) -> list[str]:
+    """Kills of each phase, and what they cost."""
+    lines = [
+        "| step | kills | pieces in the making, at most | seconds done again, median | at most |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for phase in PHASES:
+        of = [kill for kill in kills if kill.phase == phase]
+        if of:
+            seconds = sorted(kill.seconds for kill in of)
+            lines.append(
+                f"| {phase} | {len(of)} | {max(kill.pieces for kill in of)} "
+                f"| {seconds[len(seconds) // 2]:.1f} | {seconds[-1]:.1f} |"
+            )
+    return lines
+
+
+def case_table(cases: Sequence[tuple[str, str, str]]) -> list[str]:
+    """The other faults."""
+    rows = [f"| {fault} | {looked_at} | {result} |" for fault, looked_at, result in cases]
+    return ["| fault | looked at | result |", "|---|---|---|", *rows]
+
+
+def write_tables(chaos: Chaos, what: str) -> None:
+    """Put what was found out into the document."""
+    head = TABLES.read_text(encoding="utf-8").partition(MARK)[0]
+    verdict = "nothing was wrong" if not chaos.faults else f"{len(chaos.faults)} things were wrong"
+    lines = [
+        f"{len(chaos.kills)} kills, {what}: {verdict}.",
+        "",
+        *kill_table(chaos.kills),
+        "",
+        *case_table(chaos.cases),
+    ]
+    TABLES.write_text(head + MARK + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def disturb(chaos: Chaos, kills: int) -> None:
+    """Everything, one after the other."""
+    chaos.kill_until_done(kills)
+    same = "results, stray files, MLflow, DVC after going on"
+    case = chaos.case
+    case("SIGINT (Ctrl-C)", f"status, seconds; {same}", partial(chaos.stop, signal.SIGINT, 130, 3))
+    case("SIGTERM", f"status, seconds; {same}", partial(chaos.stop, signal.SIGTERM, 143, 3))
+    case("disk full (ENOSPC)", f"what is said; {same}", partial(chaos.fail_writing, "ENOSPC", 3))
+    case("read-only (EROFS)", f"what is said; {same}", partial(chaos.fail_writing, "EROFS", 3))
+    case("two runs, one store", "records, results, MLflow", chaos.share_store)
+    case("two runs, one directory", same, chaos.share_directory)
+    case("Prefect's server dies", f"what is said; {same}", partial(chaos.lose_server, 2))
+    case("MLflow's store is gone", same, chaos.lose_mlflow)
+    case("MLflow's store is locked", same, chaos.lock_mlflow)
+    case("files damaged at random", same, partial(chaos.damage, 4, 20))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run it all; gives the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.acceptance.chaos")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=SIZES, default="default")
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args(arguments)
+    # Where this runs in the background, its children would ignore Ctrl-C like itself.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name:
+        folder = Path(name)
+        with server(folder / "prefect") as api:
+            reference, expected = undisturbed(folder, api, given.size)
+            random = Random(given.seed)
+            chaos = Chaos(folder, api, SIZES[given.size], random, reference, expected)
+            disturb(chaos, given.kills)
+    print("\n".join([*kill_table(chaos.kills), "", *case_table(chaos.cases), "", *chaos.faults]))
+    if given.write:
+        write_tables(chaos, f"seed {given.seed}, the experiment of size `{given.size}`")
+    return 1 if chaos.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
