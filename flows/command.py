@@ -19,7 +19,7 @@ from rich.console import Console
 
 from flows.parameters import Parameters, read_parameters
 from memit.errors import MemitError, ResourceError, UnreachableError
-from tasks.stopping import INTERRUPTED, TERMINATED, leave, leave_soon
+from tasks.stopping import INTERRUPTED, TERMINATED, end_when_asked, leave
 
 BAD_INPUT = 2
 """Exit status when the user can put it right."""
@@ -59,7 +59,7 @@ def run_flow(
     What ``check`` finds is told before Prefect's server is started.
     """
     parameters = given_parameters()
-    signal.signal(signal.SIGINT, _interrupt)
+    end_when_asked()
     logging.raiseExceptions = False  # a server that has gone is told of once, not for each record
     if check is not None:
         reporting(lambda: check(parameters))
@@ -83,12 +83,6 @@ def _with_server(work: Callable[[], object]) -> object:
         return work()
     with prefect_server() as address, temporary_settings({PREFECT_API_URL: address}):
         return work()
-
-
-def _interrupt(*_: object) -> NoReturn:
-    """Ctrl-C, even if whoever is interrupted goes on as if nothing had been."""
-    leave_soon(INTERRUPTED)
-    raise KeyboardInterrupt
 
 
 @contextmanager
