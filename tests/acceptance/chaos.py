@@ -290,7 +290,7 @@ class Chaos:
     def _round(self, project: Project, number: int, count: int) -> None:
         """Kill the run in every phase, until it has ended."""
         before, steps = records(project), 0
-        for phase in self._plan(first=number == 1)[: count - len(self.kills)]:
+        for phase in self._plan(count - len(self.kills), first=number == 1):
             attempt = Attempt(project)
             if attempt.wait_for(phase) and attempt.wait_seconds(self._delay(phase)):
                 self._kill(attempt)
@@ -304,13 +304,14 @@ class Chaos:
         wrong = self.check(project, f"round {number}")
         tell(f"round {number}: {len(self.kills)} kills, {wrong or 'as the reference'}")
 
-    def _plan(self, *, first: bool) -> list[str]:
+    def _plan(self, most: int, *, first: bool) -> list[str]:
         """Phases in which to kill, in their order; more often where the run is longer."""
         weights = [self.expected[phase] ** 0.5 for phase in PHASES]
         if not first:
             weights[PHASES.index("model")] = 1.0  # it is trained only once
         more = self.random.choices(PHASES, weights, k=len(PHASES) // 2)
-        return sorted([*PHASES, *more, *(["model"] * 6 if first else [])], key=PHASES.index)
+        plan = [*PHASES, *more, *(["model"] * 6 if first else [])]
+        return sorted(self.random.sample(plan, min(most, len(plan))), key=PHASES.index)
 
     def _delay(self, phase: str) -> float:
         longest = self.expected[phase]
