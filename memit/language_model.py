@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -275,12 +276,25 @@ def _load_error(source: str, is_local: bool, error: Exception) -> Exception:
 
 
 def _fuse_activations(model: PreTrainedModel) -> None:
-    """Let one kernel compute GPT-2's and GPT-J's activation: the library spells it as eight
-    operations, which cost as much as the matrix products around them."""
+    """Compute GPT-2's and GPT-J's activation at once: the library spells it as eight operations,
+    which cost as much as the matrix products around them."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU("tanh"))
+                setattr(module, name, _TanhGELU())
+
+
+class _TanhGELU(nn.Module):
+    """x · σ(2 √(2/π) (x + 0.044715 x³)), which is GELU in its tanh form."""
+
+    slope = 2 * math.sqrt(2 / math.pi)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One kernel, or on a CPU four that take half its time, which is its tanh's."""
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+            return nn.functional.gelu(x, approximate="tanh")
+        gate = torch.addcmul(x.new_tensor(self.slope), x, x, value=0.044715 * self.slope)
+        return gate.mul_(x).sigmoid_().mul_(x)
 
 
 def _find_head(model: PreTrainedModel) -> nn.Module:

@@ -163,10 +163,12 @@ def _stems(lm: LanguageModel, questions: Sequence[Question]) -> list[_Stem]:
         return []
     prompts, answers = zip(*wanted, strict=True)
     stems: dict[Tokens, _Stem] = {}
+    longest = lm.context_length
     for row, places in zip(
         continuation_rows(lm.tokenizer, prompts, answers), wanted.values(), strict=True
     ):
-        _check(lm, row, questions[places[0][0]])
+        if row.target[0] == 0 or len(row.ids) - 1 > longest:
+            raise _unanswerable(lm, row, questions[places[0][0]])
         ids = row.ids[: row.target[0]]
         stem = stems.setdefault(ids, _Stem(ids))
         stem.answers.setdefault(row.ids[row.target[0] :], []).extend(places)
@@ -174,16 +176,15 @@ def _stems(lm: LanguageModel, questions: Sequence[Question]) -> list[_Stem]:
     return list(stems.values())
 
 
-def _check(lm: LanguageModel, row: TokenRow, question: Question) -> None:
+def _unanswerable(lm: LanguageModel, row: TokenRow, question: Question) -> InputError:
     if row.target[0] == 0:
-        raise InputError(
+        return InputError(
             f"no token stands before the answer to {question.prompt!r}: give a longer prompt."
         )
-    if len(row.ids) - 1 > lm.context_length:
-        raise InputError(
-            f"the prompt {question.prompt[:60]!r}… has {len(row.ids)} tokens with its answer, and "
-            f"{lm.name} takes {lm.context_length}: shorten or remove it."
-        )
+    return InputError(
+        f"the prompt {question.prompt[:60]!r}… has {len(row.ids)} tokens with its answer, and "
+        f"{lm.name} takes {lm.context_length}: shorten or remove it."
+    )
 
 
 def _measure(
