@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -42,6 +43,46 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
     return Padded(ids, (places[None] < lengths[:, None]).long())
 
 
+@dataclass(frozen=True)
+class Branched:
+    """Rows of tokens in which several continuations stand one behind the other, each as if it alone
+    followed what they share."""
+
+    ids: Tensor
+    """Token ids (rows × tokens)."""
+    positions: Tensor
+    """Each token's place in its own text (rows × tokens)."""
+    visible: Tensor
+    """Whether a token (second axis) may look at another (third) (rows × tokens × tokens)."""
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What is added to attention scores (rows × 1 × tokens × keys, see `_AlignedLayer`)."""
+        visible = functional.pad(self.visible, (0, _AlignedLayer.missing(self.ids.shape[1])))
+        zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return zeros.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def branch(
+    stems: Sequence[Sequence[int]], tails: Sequence[Sequence[Sequence[int]]], device: torch.device
+) -> Branched:
+    """Put each stem and its tails into a row of a rectangle."""
+    rows = []
+    for stem, own in zip(stems, tails, strict=True):
+        places = [(token, place, 0) for place, token in enumerate(stem)]
+        places += [
+            (token, place, number)
+            for number, tail in enumerate(own, start=1)
+            for place, token in enumerate(tail, start=len(stem))
+        ]
+        rows.append(places)
+    width = max(len(row) for row in rows)
+    table = torch.tensor([row + [(0, 0, -1)] * (width - len(row)) for row in rows], device=device)
+    ids, positions, branches = table.unbind(2)
+    before = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    of_key, of_query = branches[:, None, :], branches[:, :, None]
+    return Branched(ids, positions, before & ((of_key == 0) | (of_key == of_query)))
+
+
 # --- what stands before the computed positions -----------------------------------------------
 
 
@@ -61,6 +102,22 @@ class _IgnoredLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
         return key_states, value_states
+
+
+class _AlignedLayer(_IgnoredLayer):
+    """A layer whose keys and values are filled up, behind a mask, to a number that processors take
+    in whole steps: attention with a mask is twice as fast then."""
+
+    keys_at_once = 16
+
+    @classmethod
+    def missing(cls, length: int) -> int:
+        """How many are filled up."""
+        return -length % cls.keys_at_once
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
+        more = (0, 0, 0, self.missing(key_states.shape[-2]))
+        return functional.pad(key_states, more), functional.pad(value_states, more)
 
 
 class _FrozenLayer(DynamicLayer):
@@ -119,9 +176,10 @@ class KeyValues:
         )
         return KeyValues(self.start, layers, lengths)
 
-    def above(self, start: int) -> KeyValues:
-        """Those for blocks from `start` on."""
-        return KeyValues(start, self.layers[start - self.start :], self.lengths)
+    def between(self, start: int, stop: int) -> KeyValues:
+        """Those for blocks from `start` to `stop`."""
+        layers = self.layers[start - self.start : stop + 1 - self.start]
+        return KeyValues(start, layers, self.lengths)
 
     def cache(self) -> Cache:
         """A cache that puts them in front of whatever is computed."""
@@ -385,12 +443,20 @@ def _is_watched(module: nn.Module) -> bool:
 
 def _inputs(
     lm: LanguageModel,
-    padded: Padded,
+    padded: Padded | Branched,
     hidden: Tensor | None,
     before: KeyValues | None,
     recorder: Recorder | None,
 ) -> dict[str, Any]:
     """Arguments of the model's forward method."""
+    if isinstance(padded, Branched):
+        return {
+            "input_ids": padded.ids,
+            "position_ids": padded.positions,
+            "attention_mask": padded.mask(lm.dtype),
+            "past_key_values": Cache(layers=[_AlignedLayer() for _ in lm.blocks]),
+            "use_cache": True,
+        }
     inputs: dict[str, Any] = {"attention_mask": padded.mask, "use_cache": False}
     if hidden is None:
         inputs["input_ids"] = padded.ids
@@ -449,7 +515,7 @@ def keys_of(lm: LanguageModel, padded: Padded, layers: Sequence[int]) -> dict[in
 
 def logits_at(
     lm: LanguageModel,
-    padded: Padded,
+    padded: Padded | Branched,
     rows: Tensor,
     columns: Tensor,
     *,
@@ -461,7 +527,7 @@ def logits_at(
     """Float32 logits at chosen positions (k × vocabulary), given by row and column (k each).
 
     With `hidden`, these enter block `start`; with `before`, the rows continue earlier positions;
-    `recorder` keeps the keys and values of this pass.
+    `recorder` keeps the keys and values of this pass. Branched rows are run from the start.
     """
     with ExitStack() as stack:
         if hidden is not None:
@@ -511,5 +577,38 @@ def _try_to_resume(lm: LanguageModel) -> bool:
         )
     except Exception:  # whatever an unknown family raises, the full forward still serves
         return False
+    return _agree(lm, resumed, expected)
+
+
+def can_branch(lm: LanguageModel, length: int) -> bool:
+    """Whether this model gives the same logits when several continuations share a row of `length`
+    tokens: tried on rows of up to about that length, as a model may look back only so far."""
+    known: dict[int, bool] = lm.__dict__.setdefault("_can_branch", {})
+    tried = min(lm.context_length, 1 << max(4, (length - 1).bit_length()))
+    if tried not in known:
+        known[tried] = _try_to_branch(lm, tried)
+    return known[tried]
+
+
+@torch.no_grad()
+def _try_to_branch(lm: LanguageModel, length: int) -> bool:
+    vocabulary = lm.model.config.get_text_config().vocab_size
+    ids = [(7 * place + 3) % vocabulary for place in range(length)]
+    # The first of two tails is long beside its stem, so that a glance at it would show.
+    rows = [(ids[:2], ids[2:10], ids[10:12]), (ids[:-4], ids[-4:-3], ids[-3:])]
+    stems, tails = [stem for stem, _, _ in rows], [own for _, *own in rows]
+    whole = pad([stem + tail for stem, *own in rows for tail in own], lm.device)
+    ends = torch.tensor([len(stem + tail) - 1 for stem, *own in rows for tail in own])
+    places = [len(stem) + end - 1 for stem, a, b in rows for end in (len(a), len(a + b))]
+    try:
+        expected = logits_at(lm, whole, torch.arange(4), ends)
+        owners = torch.tensor([0, 0, 1, 1])
+        found = logits_at(lm, branch(stems, tails, lm.device), owners, torch.tensor(places))
+    except Exception:  # whatever an unknown family raises, rows of their own still serve
+        return False
+    return _agree(lm, found, expected)
+
+
+def _agree(lm: LanguageModel, found: Tensor, expected: Tensor) -> bool:
     tolerance = 1e-4 if lm.dtype == torch.float32 else 0.05
-    return bool((resumed - expected).norm() <= tolerance * expected.norm())
+    return bool((found - expected).norm() <= tolerance * expected.norm())

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -67,6 +67,7 @@ class LanguageModel:
         """Deltas that stand in the weights now, oldest first."""
         self.router: Router | None = None
         """What answers some prompts in its place, if an edit put something there."""
+        self._down_projections: dict[int, nn.Module] = {}
         self.head = _find_head(model)
         """The module that turns final hidden states into logits."""
 
@@ -109,11 +110,15 @@ class LanguageModel:
 
     def down_projection(self, layer: int) -> nn.Module:
         """The linear module W_out of block `layer` (Eqn. 18)."""
+        if layer in self._down_projections:
+            return self._down_projections[layer]
         if not 0 <= layer < self.depth:
             raise InputError(
                 f"layer {layer} does not exist: {self.name} has layers 0 to {self.depth - 1}."
             )
-        return _find_down_projection(self.blocks[layer], self.width, f"layer {layer}")
+        found = _find_down_projection(self.blocks[layer], self.width, f"layer {layer}")
+        self._down_projections[layer] = found
+        return found
 
     def mlp_projections(self, layer: int) -> dict[str, nn.Module]:
         """All linear modules of block `layer`'s MLP by the names of their weights: the one or more

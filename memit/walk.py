@@ -157,7 +157,7 @@ class Walk:
         if before is None:
             return block_output(self.lm, padded, stop)
         hidden = None if self.block == 0 else self.held.get(index)[:count].to(self.lm.device)
-        kept = before.select(rows.kind[:count])
+        kept = before.between(self.block, stop).select(rows.kind[:count])
         return block_output(self.lm, padded, stop, start=self.block, hidden=hidden, before=kept)
 
     def _hidden(self, rows: _Rows, output: Tensor, before: KeyValues | None) -> Tensor:
@@ -171,7 +171,7 @@ class Walk:
             top = block_output(self.lm, padded, self.top)
         elif self.block < self.top and before is not None:
             start = self.block + 1
-            kept = before.above(start).select(rows.kind[plain])
+            kept = before.between(start, self.top).select(rows.kind[plain])
             top = block_output(self.lm, padded, self.top, start=start, hidden=top, before=kept)
         return top[torch.arange(len(last), device=top.device), last.to(top.device)]
 

@@ -2,7 +2,7 @@
 
 A prompt's tokens are run once for all of its answers and for all questions that share it, and the
 head is asked only where an answer's token is due. An answer of one token needs nothing more; longer
-ones are read on against the prompt's keys and values.
+ones stand one behind the other in the prompt's row, where none sees another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memit.batches import in_batches
 from memit.errors import InputError
-from memit.forward import KeyValues, Recorder, can_resume, logits_at, pad
+from memit.forward import branch, can_branch, logits_at, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, continuation_rows
 from memit.routing import taken_over
@@ -66,14 +66,26 @@ class _Stem:
     """How many questions are finished with this stem."""
 
     @property
-    def lead(self) -> Tokens:
-        """The longest answer, which is run in one row with the stem."""
-        return max(self.answers, key=len)
+    def tails(self) -> list[Tokens]:
+        """What is run of the answers; the last token of one is never an input."""
+        return [answer[:-1] for answer in self.answers]
 
     @property
-    def row(self) -> Tokens:
-        """The tokens that are run; the last one of an answer is never an input."""
-        return self.ids + self.lead[:-1]
+    def length(self) -> int:
+        """Tokens that are run."""
+        return len(self.ids) + sum(map(len, self.tails))
+
+    @property
+    def scored(self) -> int:
+        """Positions that the head is asked at."""
+        return 1 + sum(map(len, self.tails))
+
+    def apart(self) -> list[_Stem]:
+        """The same as stems of which none has two answers of several tokens."""
+        long = [answer for answer in self.answers if len(answer) > 1]
+        others = [_Stem(self.ids, {answer: self.answers[answer]}) for answer in long[1:]]
+        kept = {a: places for a, places in self.answers.items() if a not in long[1:]}
+        return [_Stem(self.ids, kept, self.questions), *others]
 
 
 @torch.no_grad()
@@ -110,18 +122,18 @@ def _own_scores(
 ) -> list[list[Score]]:
     """What this very model makes of the answers."""
     stems = _stems(lm, questions)
-    stems.sort(key=lambda stem: len(stem.ids))
-    resumes = any(len(a) > 1 for stem in stems for a in stem.answers) and can_resume(lm)
-    row_cost = _head_cost(lm, token_budget)
+    if not can_branch(lm, max((stem.length for stem in stems), default=0)):
+        stems = [part for stem in stems for part in stem.apart()]
+    head_cost = _head_cost(lm, token_budget)
 
     def shape(stem: _Stem) -> tuple[int, int]:
-        return 1, max(len(stem.row), ceil(row_cost * len(stem.lead)))
+        return 1, max(stem.length, ceil(head_cost * stem.scored))
 
     def measure(batch: Sequence[_Stem]) -> list[Score]:
-        return _measure(lm, batch, token_budget, resumes)
+        return _measure(lm, batch)
 
     found: dict[Place, Score] = {}
-    for band in _bands(stems, lambda stem: len(stem.row), token_budget // 4):
+    for band in _bands(stems, lambda stem: stem.length, token_budget // 4):
         for batch, scores in in_batches(band, shape, token_budget, measure):
             places = [places for stem in batch for places in stem.answers.values()]
             for owners, score in zip(places, scores, strict=True):
@@ -187,109 +199,64 @@ def _unanswerable(lm: LanguageModel, row: TokenRow, question: Question) -> Input
     )
 
 
-def _measure(
-    lm: LanguageModel, stems: Sequence[_Stem], token_budget: int, resumes: bool
-) -> list[Score]:
+def _measure(lm: LanguageModel, stems: Sequence[_Stem]) -> list[Score]:
     """Scores of all answers of some stems, stem by stem."""
-    answers = [(row, answer) for row, stem in enumerate(stems) for answer in stem.answers]
-    places = {answer: index for index, answer in enumerate(answers)}
-    leads = [places[row, stem.lead] for row, stem in enumerate(stems)]
-    others = sorted({i for i, (_, answer) in enumerate(answers) if len(answer) > 1} - {*leads})
-    recorder = Recorder(lm, 0) if others and resumes else None
-    lengths = torch.tensor([len(stem.ids) for stem in stems])
-    tails = _Tails.after(lengths.tolist(), [stem.lead for stem in stems])
-    logits = logits_at(
-        lm,
-        pad([stem.row for stem in stems], lm.device),
-        torch.cat([torch.arange(len(stems)), tails.rows]),
-        torch.cat([lengths - 1, tails.columns]),
-        recorder=recorder,
-    )
-    rows, firsts = zip(*((row, answer[0]) for row, answer in answers), strict=True)
-    sums = torch.stack(
-        _token_scores(logits[: len(stems)], torch.tensor(rows), torch.tensor(firsts))
-    )
-    sums[:, leads] += tails.sums(logits[len(stems) :])
-    before = recorder.before(lengths) if recorder is not None else None
-    head_cost = _head_cost(lm, token_budget)
-
-    def shape(index: int) -> tuple[int, int]:
-        row, answer = answers[index]
-        tail = len(answer) - 1
-        return 1, max(len(stems[row].ids) + tail, ceil(head_cost * tail))
-
-    def read_on(indices: Sequence[int]) -> Tensor:
-        return _read_on(lm, stems, [answers[index] for index in indices], before)
-
-    for band in _bands(others, lambda index: len(answers[index][1]) - 1, token_budget // 16):
-        for indices, more in in_batches(band, shape, token_budget, read_on):
-            sums[:, indices] += more
+    ids, tails = [stem.ids for stem in stems], [stem.tails for stem in stems]
+    if any(sum(map(bool, own)) > 1 for own in tails):
+        rows = branch(ids, tails, lm.device)
+    else:
+        rows = pad([sum(own, stem) for stem, own in zip(ids, tails, strict=True)], lm.device)
+    due = _due(stems)
+    logits = logits_at(lm, rows, due.rows, due.columns)
+    scores = torch.stack(_token_scores(logits, due.asked, due.tokens))
+    # Not index_add, whose order of additions changes from run to run on a GPU.
+    table = scores.new_zeros(2, *due.shape)
+    table[:, due.answers, due.steps] = scores
+    lengths = [len(answer) for stem in stems for answer in stem.answers]
     return [
-        Score(nll / len(answer), int(right), len(answer))
-        for nll, right, (_, answer) in zip(*sums.tolist(), answers, strict=True)
+        Score(nll / length, int(right), length)
+        for nll, right, length in zip(*table.sum(2).tolist(), lengths, strict=True)
     ]
 
 
-def _read_on(
-    lm: LanguageModel,
-    stems: Sequence[_Stem],
-    answers: Sequence[tuple[int, Tokens]],
-    before: KeyValues | None,
-) -> Tensor:
-    """Sums over each answer's tokens after its first (2 × answers), read against the keys and
-    values before it; whole rows are run where there are none."""
-    heads = [stems[row].ids if before is None else () for row, _ in answers]
-    tokens = [head + answer[:-1] for head, (_, answer) in zip(heads, answers, strict=True)]
-    tails = _Tails.after([len(head) for head in heads], [answer for _, answer in answers])
-    rows = [row for row, _ in answers]
-    if before is not None and rows != list(range(len(stems))):
-        before = before.select(torch.tensor(rows))
-    logits = logits_at(
-        lm,
-        pad(tokens, lm.device),
-        tails.rows,
-        tails.columns,
-        before=before,
-    )
-    return tails.sums(logits)
-
-
 @dataclass(frozen=True)
-class _Tails:
-    """The tokens of some answers after their first, k in all."""
+class _Due:
+    """The tokens of the answers of some stems, k in all, and the places whose logits they are due
+    at, m in all: the answers of a stem share that of their first tokens."""
 
     rows: Tensor
-    """Which answer each belongs to (k)."""
-    steps: Tensor
-    """Which of the answer's tokens it is, from 0 for the second (k)."""
+    """Row of each place (m)."""
     columns: Tensor
-    """The column whose logits it is due at (k)."""
+    """Its column (m)."""
+    asked: Tensor
+    """The place that each token is due at (k)."""
     tokens: Tensor
     """Its id (k)."""
+    answers: Tensor
+    """The answer that it belongs to (k)."""
+    steps: Tensor
+    """Which of the answer's tokens it is (k)."""
     shape: tuple[int, int]
-    """Number of answers, and of tokens after the first in the longest."""
+    """Number of answers, and of tokens in the longest."""
 
-    @staticmethod
-    def after(starts: Sequence[int], answers: Sequence[Tokens]) -> _Tails:
-        """Those of answers whose first tokens stand in the columns `starts`."""
-        places = [
-            (row, step, start + step, token)
-            for row, (start, answer) in enumerate(zip(starts, answers, strict=True))
-            for step, token in enumerate(answer[1:])
-        ]
-        table = torch.tensor(places, dtype=torch.long).reshape(-1, 4)
-        rows, steps, columns, tokens = table.unbind(1)
-        shape = len(answers), max(map(len, answers)) - 1
-        return _Tails(rows, steps, columns, tokens, shape)
 
-    def sums(self, logits: Tensor) -> Tensor:
-        """Sums over each answer's tokens of −log p and of argmax hits (2 × answers), out of the
-        logits at their columns (k × vocabulary)."""
-        scores = torch.stack(_token_scores(logits, torch.arange(len(self.tokens)), self.tokens))
-        # Not index_add, whose order of additions changes from run to run on a GPU.
-        table = scores.new_zeros(2, *self.shape)
-        table[:, self.rows, self.steps] = scores
-        return table.sum(2)
+def _due(stems: Sequence[_Stem]) -> _Due:
+    """Where the tokens of all answers are due."""
+    places: list[tuple[int, int]] = []
+    tokens: list[tuple[int, int, int, int]] = []
+    number = longest = 0
+    for row, stem in enumerate(stems):
+        first, column = len(places), len(stem.ids)
+        places.append((row, column - 1))
+        for answer in stem.answers:
+            tokens.append((first, answer[0], number, 0))
+            for step, token in enumerate(answer[1:], start=1):
+                tokens.append((len(places), token, number, step))
+                places.append((row, column))
+                column += 1
+            number, longest = number + 1, max(longest, len(answer))
+    rows, columns = torch.tensor(places).unbind(1)
+    return _Due(rows, columns, *torch.tensor(tokens).unbind(1), (number, longest))
 
 
 def _token_scores(logits: Tensor, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

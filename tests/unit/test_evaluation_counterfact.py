@@ -103,11 +103,11 @@ class TestScores:
             assert score.hit == hit
             assert score.nll == pytest.approx(nll, abs=2e-4)
 
-    def test_models_that_cannot_be_resumed_give_the_same(self, monkeypatch: pytest.MonkeyPatch):
+    def test_models_that_cannot_branch_give_the_same(self, monkeypatch: pytest.MonkeyPatch):
         lm = model("llama")
         prompts = prompts_of(records())
         fast = score_prompts(lm, prompts, token_budget=4096)
-        monkeypatch.setattr(continuations, "can_resume", lambda _: False)
+        monkeypatch.setattr(continuations, "can_branch", lambda *_: False)
         whole = score_prompts(lm, prompts, token_budget=4096)
         assert fast["nll_new"].to_pylist() == pytest.approx(whole["nll_new"].to_pylist(), abs=2e-4)
 
@@ -117,9 +117,9 @@ class TestScores:
         run: list[int] = []
         counted = continuations.logits_at
 
-        def count(lm, padded, *args, **kwargs):
-            run.append(int(padded.mask.sum()))
-            return counted(lm, padded, *args, **kwargs)
+        def count(lm, rows, *args, **kwargs):
+            run.append(rows.ids.numel())
+            return counted(lm, rows, *args, **kwargs)
 
         monkeypatch.setattr(continuations, "logits_at", count)
         table = score_prompts(lm, prompts, token_budget=4096)

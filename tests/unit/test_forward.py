@@ -10,6 +10,8 @@ from memit.forward import (
     Padded,
     Recorder,
     block_output,
+    branch,
+    can_branch,
     can_resume,
     changing_output,
     logits_at,
@@ -219,3 +221,34 @@ def test_padding_is_masked_on_the_right():
     assert padded.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert padded.ids[0].tolist() == [5, 6, 7]
     assert padded[torch.tensor([1])].ids[0, 0] == 8
+
+
+WITHOUT_BRANCHES = {"bloom", "gpt_neo"}
+"""Families that make their own masks; others look back only so far and are refused for that."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_branches_are_as_if_alone(family):
+    lm = build(family)
+    if not can_branch(lm, 30):
+        assert family in WITHOUT_BRANCHES or lm.model.config.sliding_window < 30
+        return
+    ids = [row for row in _rows(lm) if len(row) > 3]
+    stems, tails = [row[:3] for row in ids], [[row[3:], ids[0][:5], ids[1][:1]] for row in ids]
+    rows = branch(stems, tails, lm.device)
+    for r, (stem, own) in enumerate(zip(stems, tails, strict=True)):
+        column = len(stem)
+        for tail in own:
+            columns = torch.arange(column, column + len(tail))
+            found = logits_at(lm, rows, torch.full_like(columns, r), columns)
+            _close(found, _whole(lm, [[*stem, *tail]])[0][len(stem) :])
+            column += len(tail)
+
+
+def test_a_model_whose_branches_see_each_other_is_found_out(monkeypatch):
+    lm = build("llama")
+    lm.__dict__.pop("_can_branch", None)
+    monkeypatch.setattr("memit.forward.Branched.mask", lambda rows, dtype: None)
+    assert not can_branch(lm, 30)
+    del lm._can_branch
