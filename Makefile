@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run repro compare scale test lint format golden bench chaos ui clean
+.PHONY: help install run repro compare scale test lint format golden audit bench chaos ui clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -62,6 +62,11 @@ format: $(STAMP) ## put the code into its format
 golden: $(STAMP) ## DIR=...: compare with a recorded run of the published method
 	@test -n "$(DIR)" || { echo "say which: make golden DIR=path/to/golden"; exit 2; }
 	@$(BIN)/python -m tests.acceptance.golden "$(DIR)"
+
+audit: $(STAMP) ## look the pinned dependencies up among known vulnerabilities (needs PyPI's service)
+	@test -x "$(BIN)/pip-audit" || $(PIP) install -c constraints.txt pip-audit
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt || \
+	  { echo "not passed: the lines above name what is vulnerable or could not be looked up"; exit 1; }
 
 bench: $(STAMP) ## time every step against the oracle and the machine's limits
 	@$(BIN)/python -m benchmarks

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from memit.errors import InputError, ResourceError
 from memit.language_model import DTYPES
-from memit.weight_delta import WeightDelta
+from memit.weight_delta import WeightDelta, check_rounded
 
 if TYPE_CHECKING:
     from memit.language_model import LanguageModel
@@ -66,9 +66,13 @@ def save_edited(lm: LanguageModel, delta_file: Path, directory: Path, dtype: str
     """Write the edited model with `save_pretrained`, whole or not at all.
 
     Raises:
+        NumericsError: the dtype does not hold the edited weights.
         ResourceError: there is no room for it.
     """
-    WeightDelta.load(delta_file).apply(lm)
+    delta = WeightDelta.load(delta_file)
+    delta.apply(lm)
+    for name in delta.changes:
+        check_rounded(lm.parameter(name), DTYPES[dtype], name)
     lm.model.to(dtype=DTYPES[dtype])  # pyright: ignore[reportCallIssue]
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,7 @@ def edit(parameters: Parameters) -> None:
         moments,
         hyperparameters,
         token_budget(parameters.edit.token_budget, model),
+        parameters.edit.on_failure,
     )
     copy_file(made.delta.checked(), DELTA_FILE)
     copy_file(made.weights.checked(), EDITED_WEIGHTS_FILE)

@@ -248,6 +248,12 @@ class EditSection(Section):
     )
     covariance_weight: float | None = Field(default=None, gt=0, le=1e12, description="λ")
     key_average: Literal["nested", "uniform"] | None = None
+    largest_update: float | None = Field(
+        default=None, gt=0, le=1e12, description="of a layer, in multiples of ‖W‖"
+    )
+    on_failure: Literal["stop", "drop"] = Field(
+        default="stop", description="where an edit is not finite or makes an update too large"
+    )
     token_budget: TokenBudget = 4_096
 
     @model_validator(mode="after")

@@ -132,6 +132,8 @@ def _read_requests(parameters: Parameters) -> list[Record]:
 
 def _check_corpus(parameters: Parameters) -> None:
     section = parameters.statistics
+    if section.source == "dataset":
+        resolve_commit(str(section.dataset), str(section.revision), "dataset")
     if section.source != "file":
         return
     path = Path(str(section.path))

@@ -254,6 +254,7 @@ class Goals:
             {layer: bench.moments[layer] for layer in layers},
             bench.hyperparameters,
             token_budget(bench.parameters.edit.token_budget, bench.model),
+            bench.parameters.edit.on_failure,
         )
         shares = [self.pieces[p].cost.seconds / self.sizes[p] for p, _ in places]
         return SystemEdit(edit=made.delta, cost=total_cost([Cost(seconds=sum(shares)), made.cost]))

@@ -1,6 +1,13 @@
 """The errors that a user can meet: one sentence each, with the cause and the way out."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 from memit.redaction import one_line, redacted
+
+LONGEST_QUOTE = 100_000
+"""Characters of a sentence that are looked at."""
 
 
 class MemitError(Exception):
@@ -10,7 +17,7 @@ class MemitError(Exception):
     """
 
     def __init__(self, sentence: str):
-        super().__init__(one_line(redacted(sentence)))
+        super().__init__(one_line(redacted(sentence[:LONGEST_QUOTE])))
 
 
 class InputError(MemitError):
@@ -39,3 +46,15 @@ class UnreachableError(MemitError):
 
 class NumericsError(MemitError):
     """A number that must be finite or a matrix that must be definite, and is not."""
+
+
+class EditError(NumericsError):
+    """Some edits among others cannot be written; without them the rest may be."""
+
+    def __init__(self, sentence: str, edits: Sequence[int]):
+        super().__init__(sentence)
+        self.edits = tuple(edits)
+        """Their places among the requests."""
+
+    def __reduce__(self) -> tuple[type[EditError], tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.edits)

@@ -29,6 +29,9 @@ class Hyperparameters:
     key_average: Literal["nested", "uniform"] = "nested"
     """`nested`: plain prompt and mean of prefixed ones count half each (published code); `uniform`:
     all rows count alike (Eqn. 19 as printed)."""
+    largest_update: float = 1_000.0
+    """No layer's Δ may exceed this multiple of the norm of its W. Many edits of a small model take
+    tens; a second moment that is nearly singular takes any number."""
 
 
 PRESETS = {

@@ -20,17 +20,18 @@ def redacted(text: str) -> str:
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= 8:
             text = text.replace(value, "***")
-    plain = re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", _TOKENS.sub("***", text))
+    plain = re.sub(r"(?<=://)[^/@\s]+@", "***@", _TOKENS.sub("***", text))
     return re.sub(r"(://[^\s?]*)\?[^\s)]*", r"\1?***", plain)
 
 
 def holds_secret(text: str) -> bool:
     """Whether a text carries a password or a token that does not belong into a file."""
-    has_password = re.search(r"\w://[^/@\s]*:[^/@\s]+@", text) is not None
+    has_password = re.search(r"://[^/@\s:]*:[^/@\s]*@", text) is not None
     return has_password or _TOKENS.search(text) is not None or bool(_IN_ADDRESS.search(text))
 
 
 def one_line(text: str) -> str:
     """A text that neither breaks its line nor steers a terminal, cut to `LONGEST`."""
+    text = text[: LONGEST + 1]
     shown = "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in text)
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}..."

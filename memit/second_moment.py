@@ -158,8 +158,16 @@ def _checked(moment: SecondMoment, layer: int) -> SecondMoment:
 
 
 def write_moment(moment: SecondMoment, path: Path, provenance: Mapping[str, Any]) -> None:
-    """Write one layer's sums as Parquet, a row for each matrix row, with `provenance` inside."""
+    """Write one layer's sums as Parquet, a row for each matrix row, with `provenance` inside.
+
+    Raises `NumericsError` rather than write what is not finite.
+    """
     matrix = moment.sum.float().contiguous().numpy()
+    if not np.isfinite(matrix).all():
+        raise NumericsError(
+            f"the second moment of layer {provenance.get('layer')} is not finite in float32; "
+            "collect it over less text."
+        )
     column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
     metadata = {"count": str(moment.count), "provenance": json.dumps(provenance, sort_keys=True)}
     table = pa.table({"sum": column}).replace_schema_metadata(metadata)

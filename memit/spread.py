@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memit.errors import ResourceError
+from memit.errors import EditError, NumericsError, ResourceError
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel, tensor_digest
 from memit.requests import EditRequest
 from memit.second_moment import SecondMoment, cholesky
 from memit.targets import edit_rows
 from memit.walk import HeldStates, Walk
-from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
+from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_rounded
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ def spread(
     `moments` may read its values on demand. Hidden states beyond `held_bytes` wait on disk;
     `factors` is a directory where Cholesky factors of C are kept for other runs; `observe` is
     handed each layer's K (f × n) and R (d × n). The model is given back with its own weights.
-    Raises `NumericsError` for a second moment that is not positive definite.
+    Raises `EditError` for edits whose keys or residuals are not finite or whose part in an update
+    makes it larger than `hp.largest_update`, `NumericsError` for a second moment that is not
+    positive definite and for weights that the model's dtype cannot hold.
     """
     edits = edit_rows(lm, requests, prefixes)
     base = {layer: lm.weight(layer).clone() for layer in hp.layers}
@@ -72,7 +74,7 @@ def spread(
             with tempfile.TemporaryDirectory() as directory:
                 held = HeldStates(held_bytes, Path(directory))
                 walk = Walk(lm, edits, hp.layers[-1], token_budget, held)
-                return _walk_layers(walk, z, moments, hp, factors, observe, progress)
+                return _walk_layers(walk, requests, z, moments, hp, factors, observe, progress)
         except torch.OutOfMemoryError as error:
             if token_budget < MIN_TOKENS:
                 raise ResourceError(
@@ -88,6 +90,7 @@ def spread(
 
 def _walk_layers(
     walk: Walk,
+    requests: Sequence[EditRequest],
     z: Tensor,
     moments: Mapping[int, SecondMoment],
     hp: Hyperparameters,
@@ -107,6 +110,7 @@ def _walk_layers(
         K, hidden = walk.read(hp.key_average)
         residuals[layer] = _mean_norm(target - hidden)
         R = (target - hidden) / (len(hp.layers) - done)
+        _check_columns(K, R, requests, layer)
         if observe is not None:
             observe(layer, K, R)
         change = solve(K, R, moments[layer], hp.covariance_weight, f"layer {layer}", factors)
@@ -114,11 +118,61 @@ def _walk_layers(
         master = lm.weight(layer).float()
         delta = change.dense().to(master.device)
         ratios[layer] = float(delta.norm() / master.norm())
+        if not ratios[layer] <= hp.largest_update:
+            size = float(master.norm())
+            raise _too_large(K, R, moments[layer], requests, layer, ratios[layer], size, hp)
+        check_rounded(master + delta, lm.dtype, f"layer {layer}")
         lm.set_weight(layer, master + delta)
         if progress is not None:
             progress(1)
     left = _mean_norm(target - walk.read_hidden())
     return Spread(WeightDelta(changes, {"base": digests}), residuals, ratios, left)
+
+
+def _check_columns(K: Tensor, R: Tensor, requests: Sequence[EditRequest], layer: int) -> None:
+    """Raise `EditError` for edits whose key or residual is not finite."""
+    broken = torch.nonzero(~(K.isfinite().all(0).cpu() & R.isfinite().all(0).cpu()))[:, 0].tolist()
+    if broken:
+        raise EditError(
+            f"what the model computes for {_named(requests, broken)} at layer {layer} is not "
+            "finite: run it in float32 or bfloat16.",
+            broken,
+        )
+
+
+def _too_large(
+    K: Tensor,
+    R: Tensor,
+    moment: SecondMoment,
+    requests: Sequence[EditRequest],
+    layer: int,
+    ratio: float,
+    size: float,
+    hp: Hyperparameters,
+) -> NumericsError:
+    """What to say of an update that exceeds the limit: it names the edits whose own part in it
+    does so alone, or else the one with the largest part."""
+    way_out = (
+        f"raise edit.covariance_weight ({hp.covariance_weight:g}), collect statistics over more "
+        f"text, or raise edit.largest_update ({hp.largest_update:g})."
+    )
+    if not math.isfinite(ratio):
+        return NumericsError(f"the update of layer {layer} is not finite: {way_out}")
+    K, R = K.double(), R.double().to(K.device)
+    A = _woodbury(K, moment, hp.covariance_weight, f"layer {layer}", None)
+    parts = R.norm(dim=0) * A.norm(dim=0) / size
+    alone = torch.nonzero(parts > hp.largest_update)[:, 0].tolist()
+    edits = alone or [int(parts.argmax())]
+    return EditError(
+        f"the update of layer {layer} is {ratio:.3g} times as large as its weights, most of it for "
+        f"{_named(requests, edits)}: {way_out}",
+        edits,
+    )
+
+
+def _named(requests: Sequence[EditRequest], edits: Sequence[int]) -> str:
+    more = f" and {len(edits) - 1} more" if len(edits) > 1 else ""
+    return f"{requests[edits[0]].text!r}{more}"
 
 
 def _mean_norm(columns: Tensor) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from memit.batches import in_batches
-from memit.errors import InputError, IntegrityError
+from memit.errors import EditError, InputError, IntegrityError
 from memit.forward import (
     KeyValues,
     Padded,
@@ -63,6 +63,10 @@ class Targets:
         """‖δ_i‖ / ‖h_i‖ (n)."""
         return (self.z - self.hidden).norm(dim=1) / self.hidden.norm(dim=1)
 
+    def chosen(self, rows: Sequence[int]) -> Targets:
+        """Those of some of the requests."""
+        return Targets(**{name: part[list(rows)] for name, part in self.__dict__.items()})
+
     @staticmethod
     def concatenate(parts: Sequence[Targets]) -> Targets:
         """Targets of consecutive chunks of requests as one."""
@@ -82,6 +86,18 @@ class Targets:
             raise IntegrityError(
                 f"{path} does not hold target vectors ({error}); delete it and run `targets` again."
             ) from error
+
+
+def check_targets(requests: Sequence[EditRequest], targets: Targets) -> None:
+    """Raise `EditError` for requests whose target is not finite."""
+    lost = torch.nonzero(~targets.finite)[:, 0].tolist()
+    if lost:
+        more = f", and those of {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise EditError(
+            f"the target of {requests[lost[0]].text!r} is not finite{more}: lower "
+            "targets.learning_rate, or run the model in float32 or bfloat16.",
+            lost,
+        )
 
 
 @dataclass(frozen=True)

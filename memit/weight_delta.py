@@ -71,7 +71,16 @@ class WeightDelta:
         revert(lm)
 
     def save(self, path: Path) -> None:
-        """Write factors and provenance as safetensors; equal deltas give equal bytes."""
+        """Write factors and provenance as safetensors; equal deltas give equal bytes.
+
+        Raises `NumericsError` rather than write what is not finite.
+        """
+        for name, change in self.changes.items():
+            if not all(bool(part.isfinite().all()) for part in change.__dict__.values()):
+                raise NumericsError(
+                    f"the update of {name} is not finite, so nothing was written: lower the "
+                    "editor's learning rate, or run the model in float32 or bfloat16."
+                )
         tensors = {
             f"{name}:{part}": tensor
             for name, change in self.changes.items()
@@ -172,7 +181,18 @@ def _added(weight: Tensor, delta: WeightDelta, name: str) -> Tensor:
         raise IntegrityError(f"the delta of {name} has another shape than the weight.")
     if not bool(torch.isfinite(change).all()):
         raise NumericsError(f"the delta of {name} is not finite; nothing was changed.")
-    return weight.float() + change
+    changed = weight.float() + change
+    check_rounded(changed, weight.dtype, name)
+    return changed
+
+
+def check_rounded(weight: Tensor, dtype: torch.dtype, where: str) -> None:
+    """Raise `NumericsError` if a weight is not finite once it is rounded to `dtype`."""
+    if not bool(weight.to(dtype).isfinite().all()):
+        raise NumericsError(
+            f"the edited weights of {where} are larger than {str(dtype).removeprefix('torch.')} "
+            "holds: use bfloat16 or float32."
+        )
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def table_rows(comparison: Comparison) -> list[dict[str, str]]:
 
 def markdown(comparison: Comparison) -> str:
     """The tables as a Markdown page."""
-    lines = [f"# {comparison.records} edits of {comparison.model}", ""]
+    lines = [f"# {comparison.records} edits of {html.escape(comparison.model)}", ""]
     lines += _table(comparison, SUCCESS)
     lines += [
         "",

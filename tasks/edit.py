@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from memit.errors import IntegrityError, NumericsError
+from memit.errors import EditError, IntegrityError
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record, read_counterfact
 from tasks.artifacts import Artifact, cached_task, store_piece
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from memit.spread import Spread
     from memit.targets import Targets
     from memit.weight_delta import WeightDelta
+
+OnFailure = Literal["stop", "drop"]
+"""What becomes of edits that cannot be written: the run stops, or goes on without them."""
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 
 class Edit(BaseModel):
@@ -85,33 +92,43 @@ def spread_edit(
     moments: Mapping[int, Artifact],
     hyperparameters: Hyperparameters,
     token_budget: int,
+    on_failure: OnFailure = "stop",
 ) -> Edit:
-    """Compute the update of every layer (Algorithm 1, lines 5-15)."""
+    """Compute the update of every layer (Algorithm 1, lines 5-15).
+
+    Raises:
+        EditError: edits cannot be written, and ``on_failure`` is not to drop them.
+        NumericsError: a layer's equations have no solution that can be stored.
+    """
     from memit.spread import spread
-    from memit.targets import Targets
+    from memit.targets import Targets, check_targets
 
     chosen = read_counterfact(records.checked())
-    requests = [record.request for record in chosen]
     goals = Targets.load(targets.checked())
-    _check_finite(chosen, goals)
     layers = hyperparameters.layers
-    with (
-        loaded(model) as lm,
-        Meter() as meter,
-        progress_bar("edit", len(layers), "layers") as bar,
-    ):
-        result = spread(
-            lm,
-            requests,
-            prefixes,
-            goals.z,
-            StoredMoments(moments, model.model.digest),
-            hyperparameters,
-            token_budget=token_budget,
-            progress=lambda done: bar.advance(0, done),
-        )
-        delta = _signed(result.delta, lm, requests, hyperparameters)
-        summary = _summarise(result, goals, hyperparameters)
+    with loaded(model) as lm, Meter() as meter:
+
+        def write(kept: Sequence[int]) -> Spread:
+            requests = [chosen[place].request for place in kept]
+            aims = goals.chosen(kept)
+            check_targets(requests, aims)
+            with progress_bar("edit", len(layers), "layers") as bar:
+                return spread(
+                    lm,
+                    requests,
+                    prefixes,
+                    aims.z,
+                    StoredMoments(moments, model.model.digest),
+                    hyperparameters,
+                    token_budget=token_budget,
+                    progress=lambda done: bar.advance(0, done),
+                )
+
+        result, dropped = write_what_can_be(write, len(chosen), on_failure)
+        kept = [place for place in range(len(chosen)) if place not in dropped]
+        delta = _signed(result.delta, lm, [chosen[p].request for p in kept], hyperparameters)
+        summary = _summarise(result, goals.chosen(kept), hyperparameters)
+        summary["dropped"] = [_dropped(chosen[place], reason) for place, reason in dropped.items()]
     with loaded(model) as lm:
         weights = store_piece("edit", ".safetensors", lambda path: _save_changed(lm, delta, path))
     return Edit(
@@ -122,14 +139,29 @@ def spread_edit(
     )
 
 
-def _check_finite(records: Sequence[Record], targets: Targets) -> None:
-    lost = [record for record, finite in zip(records, targets.finite, strict=True) if not finite]
-    if lost:
-        raise NumericsError(
-            f"the target of record {lost[0].case_id} ({lost[0].request.text!r}) is not finite"
-            + (f", and those of {len(lost) - 1} more" if len(lost) > 1 else "")
-            + ": lower targets.learning_rate, or run the model in float32 or bfloat16."
-        )
+def write_what_can_be(
+    write: Callable[[Sequence[int]], Result], count: int, on_failure: OnFailure
+) -> tuple[Result, dict[int, str]]:
+    """Write ``count`` edits, or those that can be; gives what ``write`` makes of these, and why
+    each of the others was dropped.
+
+    Raises:
+        EditError: some cannot be written, and ``on_failure`` is "stop", or none can.
+    """
+    dropped: dict[int, str] = {}
+    while True:
+        kept = [place for place in range(count) if place not in dropped]
+        try:
+            return write(kept), dropped
+        except EditError as error:
+            if on_failure == "stop" or len(error.edits) == len(kept):
+                raise
+            logger.warning("%s %d edits are dropped.", error, len(error.edits))
+            dropped |= {kept[place]: str(error) for place in error.edits}
+
+
+def _dropped(record: Record, reason: str) -> dict[str, Any]:
+    return {"case_id": record.case_id, "prompt": record.request.text, "reason": reason}
 
 
 def _signed(

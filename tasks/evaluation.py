@@ -145,7 +145,7 @@ def _of_answers(answers: pyarrow.Table) -> tuple[dict[str, np.ndarray], dict[str
 def described_edit(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What ``metrics.json`` says of an edit, out of ``edit.json``."""
     described = ("count", "layers", "target_shift", "residual_left", "update_ratio")
-    return {name: summary[name] for name in described}
+    return {name: summary[name] for name in described} | {"dropped": len(summary["dropped"])}
 
 
 def _rounded(value: float) -> float:

@@ -213,13 +213,17 @@ def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
     from torch import nn
 
     from memit.language_model import DTYPES
+    from memit.weight_delta import check_rounded
 
     if lm.is_offloaded:
         raise ResourceError(
             f"{lm.name} does not fit on its devices, and only weights there are rounded to "
             "evaluation.dtype: leave it null, or set model.dtype."
         )
-    nn.Module.to(lm.model, dtype=DTYPES[str(reference.served_in)])
+    dtype = DTYPES[str(reference.served_in)]
+    for name, parameter in lm.model.named_parameters():
+        check_rounded(parameter, dtype, name)
+    nn.Module.to(lm.model, dtype=dtype)
 
 
 def _change_edit(lm: LanguageModel, edit: Artifact | None) -> None:

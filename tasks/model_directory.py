@@ -136,10 +136,14 @@ def _check_base(delta: WeightDelta, base: Mapping[str, Tensor]) -> None:
 def _edited(matrix: Tensor, delta: WeightDelta, name: str) -> Tensor:
     import torch
 
+    from memit.weight_delta import check_rounded
+
     change = delta.changes[name].dense()
     if change.shape != matrix.shape or not bool(torch.isfinite(change).all()):
         raise NumericsError(f"the delta of {name} has another shape or is not finite.")
-    return (matrix.float() + change).to(matrix.dtype)
+    edited = matrix.float() + change
+    check_rounded(edited, matrix.dtype, name)
+    return edited.to(matrix.dtype)
 
 
 def _digest(matrix: Tensor) -> str:

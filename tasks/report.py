@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from memit.errors import IntegrityError
+from memit.redaction import one_line
 from tasks import figures
 from tasks.artifacts import keep_only, write_file, write_json, write_text
 from tasks.measure import Cost
@@ -37,7 +40,7 @@ def write_report(timings: Mapping[str, Cost]) -> list[Path]:
     write_file(paths[0], lambda path: figures.draw_metrics(metrics, path))
     write_file(paths[1], lambda path: figures.draw_updates(edit, path))
     write_file(paths[2], lambda path: figures.draw_losses(losses, path))
-    write_text(paths[3], markdown(metrics, timings))
+    write_text(paths[3], markdown(metrics, timings, edit["dropped"]))
     keep_only(REPORT, {path.name for path in paths})
     write_json(TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
     return [*paths, TIMINGS_FILE]
@@ -70,14 +73,24 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def markdown(metrics: Mapping[str, Any], timings: Mapping[str, Cost]) -> str:
-    """The results as a Markdown page."""
+def escaped(text: str) -> str:
+    """A text of a data set as it is, in a Markdown page: neither markup nor HTML."""
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(one_line(text)))
+
+
+def markdown(
+    metrics: Mapping[str, Any],
+    timings: Mapping[str, Cost],
+    dropped: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The results as a Markdown page; ``dropped`` are edits that could not be written."""
     edit = metrics["edit"]
     lines = [
         "# Results",
         "",
         f"{edit['count']} edits in layers {', '.join(map(str, edit['layers']))}.",
         "",
+        *_dropped_lines(dropped),
         "| | before | after | |",
         "|---|---:|---:|---|",
         *(f"| {' | '.join(row)} |" for row in rows(metrics)),
@@ -94,3 +107,18 @@ def markdown(metrics: Mapping[str, Any], timings: Mapping[str, Cost]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _dropped_lines(dropped: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not dropped:
+        return []
+    return [
+        f"{len(dropped)} more could not be written and were dropped; the evaluation counts them as "
+        "it finds them, unedited:",
+        "",
+        *(
+            f"- {escaped(edit['prompt'])} (case {edit['case_id']}): {escaped(edit['reason'])}"
+            for edit in dropped
+        ),
+        "",
+    ]

@@ -31,6 +31,7 @@ def target_settings(hyperparameters: Hyperparameters) -> Hyperparameters:
         layers=hyperparameters.layers[-1:],
         covariance_weight=1.0,
         key_average="nested",
+        largest_update=Hyperparameters.largest_update,
     )
 
 

@@ -76,7 +76,10 @@ def run_training(
         optimizer.zero_grad()
         loss.backward()
         _fill_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, largest_gradient)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, largest_gradient)
+        if not bool(norm.isfinite()):  # would make every weight NaN behind a last, finite loss
+            losses[-1] = math.nan
+            _check(training, losses)
         for group, height in zip(optimizer.param_groups, heights, strict=True):
             group["lr"] = height * min(1.0, (step + 1) / max(1, training.warmup_steps))
         optimizer.step()

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memit.editors.base import Editor, Resources, provenance, register
-from memit.errors import NumericsError
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.requests import EditRequest
 from memit.spread import spread
-from memit.targets import compute_targets
+from memit.targets import check_targets, compute_targets
 from memit.weight_delta import WeightDelta
 
 
@@ -33,7 +32,7 @@ class Memit(Editor):
     ) -> WeightDelta:
         """Optimise all targets, then spread them over the layers.
 
-        Raises `NumericsError` for an edit whose target is not finite.
+        Raises `EditError` for edits that cannot be written, `NumericsError` for all of them.
         """
         hp, budget = self.hyperparameters, resources.token_budget
         targets = compute_targets(
@@ -44,12 +43,7 @@ class Memit(Editor):
             token_budget=budget,
             progress=resources.progress,
         )
-        if not bool(targets.finite.all()):
-            first = requests[int(targets.finite.int().argmin())]
-            raise NumericsError(
-                f"the target of {first.text!r} is not finite; lower the learning rate or run the "
-                "model in float32 or bfloat16."
-            )
+        check_targets(requests, targets)
         result = spread(
             lm, requests, resources.prefixes, targets.z, resources.moments, hp, token_budget=budget
         )

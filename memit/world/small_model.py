@@ -177,9 +177,11 @@ def _run_steps(
     for step in range(done, parameters.steps):
         losses.append(_step(model, optimizer, next(batches), learning_rate_at(step, parameters)))
         if not math.isfinite(losses[-1]):
+            curve = checkpoint.with_name(f"diverged-{digest}.json")
+            curve.write_text(json.dumps({"losses": [str(loss) for loss in losses]}))
             raise NumericsError(
-                f"The small model's loss is {losses[-1]} at step {step + 1}: "
-                "lower its learning_rate or lengthen warmup_steps."
+                f"The small model's loss is {losses[-1]} at step {step + 1} (its losses are in "
+                f"{curve}): lower its learning_rate or lengthen warmup_steps."
             )
         if (step + 1) % parameters.checkpoint_every == 0 or step + 1 == parameters.steps:
             save_checkpoint(checkpoint, model, optimizer, losses, digest)
@@ -197,9 +199,9 @@ def _step(
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
     optimizer.step()
-    return loss.item()
+    return loss.item() if bool(norm.isfinite()) else math.nan
 
 
 def _make_optimizer(model: GPT2LMHeadModel, parameters: TrainingParameters) -> torch.optim.AdamW:

@@ -440,6 +440,8 @@ PARAMETERS = [
     Kind("a layer in words", setting(edit={"layers": ["last"]}), 'edit.layers[0] is "last"'),
     Kind("one layer for a list", setting(edit={"layers": 3}), "edit.layers is 3"),
     Kind("a layer too deep", setting(edit={"layers": [99]}), "names layer 99"),
+    Kind("an update of nothing", setting(edit={"largest_update": 0}), "largest_update is 0"),
+    Kind("a failure of no kind", setting(edit={"on_failure": "skip"}), 'on_failure is "skip"'),
     Kind("an unknown device", setting(model={"device": "gpu"}), 'model.device is "gpu"'),
     Kind("a device that is not here", setting(model={"device": "cuda:63"}), "torch does not find"),
     Kind("an unknown dtype", setting(model={"dtype": "int8"}), 'model.dtype is "int8"'),
@@ -518,6 +520,13 @@ CORPORA = [
     Kind("Parquet: lists", parquet(text=[["a"]]), "under 'text'"),
     Kind("Parquet: no rows", parquet(text=pa.array([], pa.string())), "holds no text"),
     Kind("Parquet: nothing but null", parquet(text=pa.array([None], pa.string())), "no text"),
+    Kind(
+        "a data set that climbs",
+        setting(
+            statistics={"source": "dataset", "path": None, "dataset": "../x", "revision": "main"}
+        ),
+        "is no name on the hub",
+    ),
     Kind("an empty column name", setting(statistics={"column": ""}), 'statistics.column is ""'),
     Kind("no documents", setting(statistics={"documents": 0}), "statistics.documents is 0"),
     Kind("no held-out text", setting(statistics={"held_out_documents": 0}), "documents is 0"),

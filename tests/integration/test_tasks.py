@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from memit.errors import InputError, IntegrityError
+from memit.errors import EditError, InputError, IntegrityError
 from memit.evaluation.counterfact import prompts_of
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record, read_counterfact, write_records
@@ -20,7 +20,7 @@ from memit.weight_delta import WeightDelta
 from tasks.artifacts import Artifact, describe, write_file
 from tasks.corpus import CorpusSource, collect_corpus, read_texts
 from tasks.edit import spread_edit
-from tasks.evaluation import measure_perplexity, metrics_of, read_table, score_piece
+from tasks.evaluation import described_edit, measure_perplexity, metrics_of, read_table, score_piece
 from tasks.loading import ModelReference, loaded
 from tasks.model import describe_model
 from tasks.prefixes import draw_prefixes
@@ -233,6 +233,43 @@ def test_a_model_is_measured_as_it_will_be_served(
     assert abs(unedited["nll_new"].to_numpy() - rounded["nll_new"].to_numpy()).max() > gap
     with loaded(served, delta) as lm:
         assert lm.model.dtype == torch.bfloat16
+
+
+def test_an_edit_that_cannot_be_written_stops_the_run_or_is_dropped(
+    project: Path, reference: ModelReference, requests_file: Artifact, tmp_path: Path
+) -> None:
+    edit_of(project, reference, requests_file)
+    files = {layer: describe(project / f"layer-{layer}.parquet") for layer in (1, 2)}
+    goals = Targets.load(project / "targets.safetensors")
+    goals.finite[1] = False
+    goals.z[4, 0] = float("nan")
+    spoilt = write_file(project / "spoilt.safetensors", goals.save)
+    given = (reference, requests_file, PREFIXES, spoilt, files, HYPERPARAMETERS, BUDGET)
+    stored = content(project)
+    with pytest.raises(EditError, match=f"{RECORDS[1].request.subject} lives in. is not finite"):
+        spread_edit.fn(*given)
+    assert content(project) == stored
+    made = spread_edit.fn(*given, on_failure="drop")
+    summary = json.loads(made.summary.checked().read_text())
+    assert summary["count"] == 5
+    assert [(edit["case_id"], edit["prompt"]) for edit in summary["dropped"]] == [
+        (case_id, RECORDS[case_id].request.text) for case_id in (1, 4)
+    ]
+    assert "at layer 1 is not finite" in summary["dropped"][1]["reason"]
+    assert described_edit(summary)["dropped"] == 2
+    delta = WeightDelta.load(made.delta.checked())
+    assert delta.provenance["count"] == 5
+    assert all(torch.isfinite(change.dense()).all() for change in delta.changes.values())
+    kept = [record for record in RECORDS if record.case_id not in (1, 4)]
+    file = write_file(project / "kept.json", lambda path: write_records(kept, path))
+    rest = write_file(project / "kept.safetensors", goals.chosen([0, 2, 3, 5, 6]).save)
+    alone = spread_edit.fn(reference, file, PREFIXES, rest, files, HYPERPARAMETERS, BUDGET)
+    assert alone.weights.sha256 == made.weights.sha256
+
+
+def content(place: Path) -> dict[str, bytes]:
+    """All files below a directory."""
+    return {str(path): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
 def test_perplexity_and_prefixes_are_the_models_own(
