@@ -22,6 +22,7 @@ from tasks import (
     corpus,
     edit,
     evaluation,
+    generation,
     model,
     prefixes,
     requests,
@@ -204,10 +205,19 @@ def test_cached_tasks_name_the_code_that_their_stage_depends_on() -> None:
         "statistics": [corpus.collect_corpus, statistics.collect_shard],
         "targets": [targets.optimise_targets],
         "edit": [edit.spread_edit],
-        "evaluation": [evaluation.score_piece, evaluation.measure_perplexity],
+        "evaluation": [
+            evaluation.score_piece,
+            evaluation.measure_perplexity,
+            generation.write_piece,
+            generation.collect_references,
+        ],
     }
-    # Presets reach the tasks as values.
-    values = {"memit/hyperparameters.py"}
+    # Presets reach the tasks as values, and metrics are computed anew each time.
+    values = {
+        "memit/hyperparameters.py",
+        "memit/evaluation/entropy.py",
+        "memit/evaluation/intervals.py",
+    }
     for stage, tasks in keyed.items():
         depended = {dep for dep in stages[stage]["deps"] if dep.startswith("memit/")} - values
         named = {
@@ -216,7 +226,7 @@ def test_cached_tasks_name_the_code_that_their_stage_depends_on() -> None:
             for module in artifacts.CODE[task.name]
         }
         assert named == depended, stage
-    modules = (model, requests, prefixes, corpus, statistics, targets, edit, evaluation)
+    modules = (model, requests, prefixes, corpus, statistics, targets, edit, evaluation, generation)
     cached = {
         value.name
         for module in modules
