@@ -38,7 +38,7 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{_slug(device_name())}.json"
     path.write_text(json.dumps({"machine": description(), "rows": rows}, indent=1) + "\n")
-    print(f"\nwritten to {path}")
+    print(f"\n{markdown(rows)}\n\nwritten to {path}")
     try:
         from benchmarks.figure import draw
     except ImportError:
@@ -50,10 +50,11 @@ def main() -> None:
 def cpu_rows(quick: bool) -> list[dict[str, Any]]:
     """Every step on the small model, ours and the oracle's."""
     bench = _bench(SMALL, "cpu", torch.float32)
+    edits = steps.with_budget(bench, trained=True)
     count, tokens = (8, 2_000) if quick else (64, 40_000)
     rows = [
-        _beside(steps.targets(bench, count), "targets", steps.oracle_targets(bench, count) * count),
-        _beside(steps.spread_step(bench, count), "spread", steps.oracle_spread(bench, count)),
+        _beside(steps.targets(edits, count), "targets", steps.oracle_targets(edits, count) * count),
+        _beside(steps.spread_step(edits, count), "spread", steps.oracle_spread(edits, count)),
         _beside(
             steps.covariance(bench, tokens, range(4)),
             "covariance, 4 layers",
@@ -67,16 +68,16 @@ def cpu_rows(quick: bool) -> list[dict[str, Any]]:
     ):
         rows.append(_beside(ours, name, steps.oracle_evaluation(bench, count, evaluate)))
     for size in (16, 32) if quick else (64, 256, 1024, 4096):
-        rows.append(_shown({"step": "growth: targets", **steps.targets(bench, size, repeats=1)}))
-        rows.append(_shown({"step": "growth: spread", **steps.spread_step(bench, size, repeats=1)}))
+        rows.append(_shown({"step": "growth: targets", **steps.targets(edits, size, repeats=1)}))
+        rows.append(_shown({"step": "growth: spread", **steps.spread_step(edits, size, repeats=1)}))
     return rows
 
 
-def gpu_rows(quick: bool) -> list[dict[str, Any]]:
+def gpu_rows(quick: bool, device: str = "cuda") -> list[dict[str, Any]]:
     """The steps at GPT-J's shape in bf16, and the oracle's targets in float32."""
     shape = GPTJ_TINY if quick else GPTJ
     sizes = (8, 16) if quick else (100, 1000)
-    bench = _bench(shape, "cuda", torch.bfloat16, with_oracle=False)
+    bench = _bench(shape, device, torch.bfloat16, with_oracle=False)
     trained = steps.with_budget(bench, trained=True)
     rows = [
         _shown({"step": "targets", **steps.targets(trained, size, repeats=1)}) for size in sizes
@@ -90,7 +91,7 @@ def gpu_rows(quick: bool) -> list[dict[str, Any]]:
     solve = steps.solve_step(bench, 10 * sizes[-1])
     rows.append(_shown(_whole_job(rows, solve, sizes[-1], len(shape.layers))))
     torch.backends.cuda.matmul.allow_tf32 = False
-    float32 = replace(bench, literal=make_model(shape, "cuda", torch.float32))
+    float32 = replace(bench, literal=make_model(shape, device, torch.float32))
     literal = steps.oracle_targets(float32, 2 if quick else 20)
     ours = rows[len(sizes) - 1]
     return [*rows, _beside(ours, "targets, oracle in float32", literal * ours["count"])]
@@ -141,6 +142,21 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         flush=True,
     )
     return row
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/performance.md."""
+    lines = [
+        "| step | n | seconds | peak, MB | beside the oracle | share of the floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = f"× {row['speedup']:.1f}" if "speedup" in row else "–"
+        share = f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "–"
+        count = f"{row.get('count', row.get('tokens')):,}"
+        seconds, peak = f"{row['seconds']:.2f}", f"{row['peak_bytes'] / 1e6:.0f}"
+        lines.append(f"| {row['step']} | {count} | {seconds} | {peak} | {times} | {share} |")
+    return "\n".join(lines)
 
 
 def device_name() -> str:

@@ -56,9 +56,14 @@ def timed(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def median_time(run: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """Median seconds of several runs after one that is not counted."""
-    run()
+def median_time(
+    run: Callable[[], object],
+    device: str,
+    repeats: int = 5,
+    first: Callable[[], object] | None = None,
+) -> float:
+    """Median seconds of several runs after one that is not counted, or after `first`."""
+    (first or run)()
     return statistics.median(timed(run, device) for _ in range(repeats))
 
 

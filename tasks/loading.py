@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from memit.language_model import LanguageModel
 
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 """Size of a number."""
 CPU_TOKEN_BUDGET = 4_096
 """More gains nothing on a CPU."""
