@@ -23,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from memit.errors import ResourceError
 from tasks.stopping import INTERRUPTED, TERMINATED, leave_soon
 
 console = Console(stderr=True)
@@ -30,6 +31,14 @@ console = Console(stderr=True)
 
 SECONDS_BETWEEN_UPDATES = 2.0
 """Prefect's server hears of progress no more often."""
+
+WORKER_DEATHS = (
+    "distributed.scheduler.KilledWorker",
+    "ray.exceptions.NodeDiedError",
+    "ray.exceptions.OutOfMemoryError",
+    "ray.exceptions.WorkerCrashedError",
+)
+"""What Dask and Ray raise when a piece was tried often enough."""
 
 _bars: dict[str, Bar] = {}
 
@@ -114,6 +123,19 @@ def piece_progress(name: str) -> Iterator[Callable[[int], None]]:
             bar.leave_piece(piece)
 
 
+def _result(future: PrefectFuture[Any], name: str) -> Any:
+    """A piece's result; `ResourceError` where workers died of it."""
+    try:
+        return future.result()
+    except Exception as error:
+        if f"{type(error).__module__}.{type(error).__name__}" not in WORKER_DEATHS:
+            raise
+        raise ResourceError(
+            f"the workers that computed a piece of {name} died several times ({error}): give them "
+            "more memory, fewer of them, or a smaller token_budget."
+        ) from error
+
+
 def gather(
     name: str, unit: str, futures: Sequence[PrefectFuture[Any]], sizes: Sequence[int]
 ) -> list[Any]:
@@ -126,7 +148,7 @@ def gather(
     with progress_bar(name, sum(sizes), unit) as bar:
         try:
             for future in as_completed(list(futures)):
-                future.result()
+                _result(future, name)
                 bar.finish_piece(size[future.task_run_id])
         except (KeyboardInterrupt, TerminationSignal) as asked:
             leave_soon(INTERRUPTED if isinstance(asked, KeyboardInterrupt) else TERMINATED)

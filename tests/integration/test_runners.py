@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tasks.artifacts import PARTIAL
 from tasks.loading import ModelReference, loaded
 from tasks.model import open_model
 from tasks.progress import gather
+from tasks.results import TARGETS_FILE
 from tasks.runners import scatter, thread_runner
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -44,9 +45,9 @@ TINY: dict[str, Any] = {
     "requests": {"count": EDITS},
     "statistics": {"documents": 80, "documents_per_shard": 20, "held_out_documents": 10},
     "targets": {"requests_per_piece": 1, "evaluations": 25, "loss_threshold": 0.0},
-    "evaluation": {"prompts_per_piece": 16},
+    "evaluation": {"prompts_per_piece": 32, "generation_records": 2},
 }
-MAPPED = ("statistics", "targets", "evaluation")
+MAPPED = ("statistics", "targets", "evaluation", "generation")
 
 
 class Project:
@@ -56,18 +57,22 @@ class Project:
         self.place = place
         self.cache = place / ".cache"
 
-    def results(self) -> dict[str, bytes]:
+    def files(self) -> list[Path]:
         """What must be the same to the byte."""
         names = ("artifacts/statistics/*.parquet", "artifacts/*.safetensors", "evaluation/*")
-        files = [path for name in names for path in self.place.glob(name)]
-        return {path.name: path.read_bytes() for path in (*files, self.place / "metrics.json")}
+        found = [path for name in names for path in self.place.glob(name)]
+        return [*found, self.place / "metrics.json"]
 
-    def forget(self) -> None:
-        """Delete everything that the mapped steps left."""
-        for path in ("records", *(f"pieces/{step}" for step in MAPPED)):
+    def results(self) -> dict[str, bytes]:
+        """Its content."""
+        return {path.name: path.read_bytes() for path in self.files()}
+
+    def forget(self, steps: Sequence[str], results: Iterable[Path]) -> None:
+        """Delete the pieces of some steps with all records, and what came of them."""
+        for path in ("records", *(f"pieces/{step}" for step in steps)):
             shutil.rmtree(self.cache / path, ignore_errors=True)
-        for path in self.results():
-            next(self.place.rglob(path)).unlink()
+        for path in results:
+            path.unlink()
 
     def pieces(self, step: str) -> int:
         """How many finished pieces of a step there are."""
@@ -129,25 +134,20 @@ def watched(
     @with_runner
     def both(given: Parameters) -> None:
         reference = open_model(**given.model.placement())
-        scattered = [scatter(mark, range(4), reference=reference)]
-        seen = gather("mark", "marks", scattered[0], [1] * 4)
-        project.forget()
-        run_mapped(given)
+        seen = gather("mark", "marks", scatter(mark, range(4), reference=reference), [1] * 4)
+        project.forget(MAPPED, project.files())
+        for step in (statistics, targets, evaluation):
+            step(given)
         undisturbed = project.results()
         seen += gather("mark", "marks", scatter(mark, range(4, 8), reference=reference), [1] * 4)
-        project.forget()
+        project.forget(["targets"], [project.place / TARGETS_FILE])
         with killing_a_worker(project) as killed:
-            run_mapped(given)
+            targets(given)
         found.append(Watched(undisturbed, set(seen), killed[0], project.results()))
 
     found: list[Watched] = []
     both(given)
     return found[0]
-
-
-def run_mapped(given: Parameters) -> None:
-    for step in (statistics, targets, evaluation):
-        step(given)
 
 
 class killing_a_worker:
