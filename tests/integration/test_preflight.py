@@ -23,6 +23,7 @@ from memit.errors import (
     ResourceError,
     UnreachableError,
 )
+from tasks import runners
 from tests.families import families
 
 FACT = {"subject": "Ada", "prompt": "{} lives in", "target": "Rome"}
@@ -131,6 +132,23 @@ def test_a_directory_that_holds_no_model(place: Path) -> None:
 def test_a_device_that_is_not_there(place: Path) -> None:
     with pytest.raises(InputError, match="'cuda:63', which torch does not find"):
         check_inputs(parameters(model={"device": "cuda:63"}))
+
+
+def test_a_sharded_model_needs_no_gpu_and_may_exceed_the_memory(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_inputs(parameters(model={"device": "sharded"}))
+    monkeypatch.setattr(preflight, "_memory", lambda _: (500_000, "this machine's memory"))
+    with pytest.raises(ResourceError, match=r"model\.device: sharded"):
+        check_inputs(parameters())
+    check_inputs(parameters(model={"device": "sharded"}))
+
+
+def test_workers_that_are_not_installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_inputs(parameters(runner={"kind": "ray"}))
+    monkeypatch.setattr(runners, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"runner\.kind is ray, .* pip install .*\[ray\]"):
+        check_inputs(parameters(runner={"kind": "ray"}))
 
 
 def test_a_hub_that_does_not_answer(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
