@@ -228,7 +228,6 @@ def _ray_cluster(workers: Workers) -> Iterator[None]:
         {}
         if workers.address
         else {
-            "_node_ip_address": "127.0.0.1",
             "num_cpus": workers.count * workers.threads,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
