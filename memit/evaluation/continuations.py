@@ -256,7 +256,8 @@ def _due(stems: Sequence[_Stem]) -> _Due:
                 column += 1
             number, longest = number + 1, max(longest, len(answer))
     rows, columns = torch.tensor(places).unbind(1)
-    return _Due(rows, columns, *torch.tensor(tokens).unbind(1), (number, longest))
+    asked, ids, answers, steps = torch.tensor(tokens).unbind(1)
+    return _Due(rows, columns, asked, ids, answers, steps, (number, longest))
 
 
 def _token_scores(logits: Tensor, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -251,4 +251,4 @@ def test_a_model_whose_branches_see_each_other_is_found_out(monkeypatch):
     lm.__dict__.pop("_can_branch", None)
     monkeypatch.setattr("memit.forward.Branched.mask", lambda rows, dtype: None)
     assert not can_branch(lm, 30)
-    del lm._can_branch
+    lm.__dict__.pop("_can_branch")
