@@ -30,7 +30,7 @@ from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportU
 from pydantic import BaseModel, ConfigDict
 
 from memit.download import file_sha256
-from memit.errors import IntegrityError
+from memit.errors import IntegrityError, ResourceError
 from memit.whole_files import PARTIAL, write_whole
 from tasks.records import Records, origin_key, read_record
 from tasks.store import shared_store
@@ -154,7 +154,13 @@ def store_piece(step: str, suffix: str, write: Callable[[Path], object]) -> Arti
     folder = cache_directory() / "pieces" / step
     unnamed = write_file(folder / f"{os.getpid()}-{secrets.token_hex(8)}{PARTIAL}", write)
     name = unnamed.sha256[:40] + suffix
-    os.replace(unnamed.path, folder / name)
+    try:
+        os.replace(unnamed.path, folder / name)
+    except OSError as error:
+        Path(unnamed.path).unlink(missing_ok=True)
+        raise ResourceError(
+            f"{folder / name} cannot be written ({error.strerror}): make room or use another disk."
+        ) from error
     piece = Artifact(path=f"pieces/{step}/{name}", sha256=unnamed.sha256, size=unnamed.size)
     piece.share()
     return piece

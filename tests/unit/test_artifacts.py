@@ -100,6 +100,22 @@ def test_equal_pieces_share_a_file(project: Path) -> None:
     assert first.checked().read_text() == "same"
 
 
+def test_a_piece_that_cannot_be_named_leaves_nothing(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.replace
+
+    def refuse(source: object, target: Path) -> None:
+        if str(target).endswith(".txt"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(ResourceError, match="No space left"):
+        store_piece("targets", ".txt", lambda path: path.write_text("some"))
+    assert list((project / ".cache" / "pieces" / "targets").iterdir()) == []
+
+
 def test_json_has_one_form_and_no_nan(project: Path) -> None:
     write_json(project / "a.json", {"b": 1, "a": "é"})
     write_json(project / "b.json", {"a": "é", "b": 1})
