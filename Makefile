@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run repro compare scale test lint format golden audit bench chaos ui clean
+.PHONY: help install run repro deploy compare scale test lint format golden audit bench chaos ui clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ run: $(STAMP) ## the experiment that params.yaml describes; what is done already
 
 repro: $(STAMP) ## the same through DVC, with one Prefect server for all stages
 	@$(BIN)/python -m flows.reproduce
+
+deploy: $(STAMP) ## Prefect's server, deployments and a worker, and a run through them (ONCE=1: stop then)
+	@$(BIN)/python -m flows.deploy $(if $(ONCE),--once)
 
 # DVC counts every dvc.yaml below here as pending work; this one comes into being when it is wanted.
 systems/dvc.yaml: systems/stages.yaml

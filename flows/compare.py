@@ -21,7 +21,9 @@ from prefect.artifacts import create_table_artifact
 from rich.box import SIMPLE
 from rich.table import Table
 
+from flows.gpu import taking_turns
 from flows.preflight import check_comparison
+from flows.record import origin
 from flows.runner import with_runner
 from flows.systems import (
     Bench,
@@ -39,15 +41,16 @@ from tasks.compare import Comparison, csv_text, markdown, plain, table_rows
 from tasks.evaluation import DECIMALS, metrics_of
 from tasks.generation import having_prompts
 from tasks.paper import published
-from tasks.results import finish_step, flow_runs, upstream
+from tasks.results import finish_step, upstream
 from tasks.runners import thread_runner
-from tasks.tracking import Family, log_family, origin_tags, tracking_uri
+from tasks.tracking import Family, log_family, tracking_uri
 
 COMPARISON = Path("comparison")
 STATISTICS = COMPARISON / "statistics"
 
 
 @flow(name="compare", validate_parameters=False, task_runner=thread_runner())
+@taking_turns
 @with_runner
 def compare(parameters: Parameters) -> None:
     """Edit with each system, measure it, and put all of them into one table."""
@@ -68,7 +71,7 @@ def compare(parameters: Parameters) -> None:
                 step="compare",
                 digest=manifest.digest,
                 parameters=parameters.model_dump(),
-                tags=origin_tags(flow_runs({"compare": manifest})),
+                tags=origin(parameters, {"compare": manifest}),
                 folder=COMPARISON,
                 systems={
                     name: [(key, value, 0) for key, value in metrics.items()]

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.gpu import taking_turns
 from tasks.artifacts import copy_file, keep_only
 from tasks.edit import spread_edit
 from tasks.loading import token_budget
@@ -34,6 +35,7 @@ from tasks.results import (
 
 
 @flow(name="edit", validate_parameters=False)
+@taking_turns
 def edit(parameters: Parameters) -> None:
     """Compute the updates of all layers, or find those of the same inputs."""
     given = upstream("model", "requests", "prefixes", "statistics", "targets")

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.gpu import taking_turns
 from flows.requests import records_source
 from flows.runner import with_runner
 from flows.statistics import corpus_of
@@ -78,6 +79,7 @@ class State:
     validate_parameters=False,
     task_runner=thread_runner(),
 )
+@taking_turns
 @with_runner
 def evaluation(parameters: Parameters) -> None:
     """Score the prompts and write the texts that are missing, on both models, and sum up."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 import time
 
 from flows.command import console, given_parameters, run_flow
-from flows.parameters import Parameters
+from flows.parameters import Parameters, complete_parameters
 
 if __name__ == "__main__":
     given_parameters()
 
 from pathlib import Path
 
-from prefect import flow
+from prefect import Flow, flow
+from prefect.artifacts import create_table_artifact
 from rich.table import Table
 
 from flows.edit import edit
@@ -30,7 +31,7 @@ from flows.runner import with_runner
 from flows.statistics import statistics
 from flows.targets import targets
 from tasks.artifacts import cache_directory, remove_leftovers
-from tasks.report import read_json, rows
+from tasks.report import read_json, rows, rows_by_name
 from tasks.results import METRICS_FILE, STEPS
 
 FLOWS = (model, requests, prefixes, statistics, targets, edit, evaluation, report)
@@ -43,19 +44,25 @@ RESULT_FOLDERS = tuple(map(Path, (".", "artifacts", "evaluation", "report")))
 @with_runner
 def experiment(parameters: Parameters) -> None:
     """Run all steps and show what came out."""
+    parameters = complete_parameters(parameters)
     check_inputs(parameters)
     remove_leftovers([cache_directory() / "pieces", *RESULT_FOLDERS])
     started = time.monotonic()
     for number, step in enumerate(FLOWS, 1):
         if step is report:
             # The report names the digest of dvc.lock, so the others are entered there before.
-            commit_stages([name for name in STEPS if name != "report"])
-        before = time.monotonic()
-        step(parameters)
-        seconds = time.monotonic() - before
-        console.print(f"[green]✓[/] {number}/{len(FLOWS)} {step.name:<12} {seconds:7.1f} s")
-    commit_stages(["report"])
+            commit_stages(parameters, [name for name in STEPS if name != "report"])
+        run_step(step, parameters, f"{number}/{len(FLOWS)}")
+    commit_stages(parameters, ["report"])
+    create_table_artifact(key="results", table=rows_by_name(read_json(METRICS_FILE)))
     show_results(time.monotonic() - started)
+
+
+def run_step(step: Flow[[Parameters], None], parameters: Parameters, place: str) -> None:
+    """Run a step and say how long it took; ``place`` is where it stands among the others."""
+    before = time.monotonic()
+    step(parameters)
+    console.print(f"[green]✓[/] {place} {step.name:<12} {time.monotonic() - before:7.1f} s")
 
 
 def show_results(seconds: float) -> None:

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.gpu import taking_turns
 from flows.statistics import corpus_source
 from flows.systems import split
 from tasks.artifacts import Artifact, copy_file
@@ -24,6 +25,7 @@ from tasks.unfinished import forget_work
 
 
 @flow(name="mend", validate_parameters=False)
+@taking_turns
 def mend(parameters: Parameters) -> None:
     """Train the network on records that are not edited, or find the one that was."""
     given = upstream("model")

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.gpu import taking_turns
 from tasks.artifacts import copy_file, describe, keep_only, write_json
 from tasks.loading import ModelFiles, ModelReference
 from tasks.measure import Cost
@@ -34,6 +35,7 @@ RECALL_TOKEN_BUDGET = 4_096
 
 
 @flow(name="model", validate_parameters=False)
+@taking_turns
 def model(parameters: Parameters) -> None:
     """Find, fetch or make the model, and write down what it is to the last bit."""
     section = parameters.model

@@ -513,6 +513,34 @@ def _texts(tree: object, place: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(value, f"{place}[{number}]")
 
 
+def complete_parameters(given: object) -> Parameters:
+    """What a deployment hands to a flow: plain values, over those of ``params.yaml`` here.
+
+    Raises:
+        InputError: one sentence that names the key, its value and the way out.
+    """
+    if isinstance(given, Parameters):
+        return given
+    here = read_parameters()
+    if given is None:
+        return here
+    if not isinstance(given, dict):
+        return check_parameters(given, "parameters")
+    return check_parameters(_laid_over(here, given), "parameters")
+
+
+def _laid_over(section: Section, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a section and of those inside it, with others in their place."""
+    tree = section.model_dump(mode="json")
+    for name, value in values.items():
+        inner = getattr(section, name, None)
+        if isinstance(inner, Section) and isinstance(value, dict):
+            tree[name] = _laid_over(inner, value)
+        else:
+            tree[name] = value
+    return tree
+
+
 def _read_yaml(path: Path) -> object:
     if not os.path.lexists(path):
         raise InputError(

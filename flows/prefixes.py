@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.gpu import taking_turns
 from tasks.artifacts import write_json
 from tasks.model import open_model
 from tasks.prefixes import draw_prefixes
@@ -20,6 +21,7 @@ from tasks.results import PREFIXES_FILE, finish_step, upstream
 
 
 @flow(name="prefixes", validate_parameters=False)
+@taking_turns
 def prefixes(parameters: Parameters) -> None:
     """Sample the prefixes, or find those that were sampled with this model and seed."""
     given = upstream("model")

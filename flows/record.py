@@ -6,10 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flows.command import console
+from flows.parameters import Parameters, read_parameters
+from memit.errors import InputError
+from tasks.results import Manifest, flow_runs
+from tasks.tracking import origin_tags
 
 WRITTEN_IN_PLACE = {
     "unable to read: 'dvc.lock'": Path("dvc.lock"),
@@ -20,12 +24,19 @@ WRITTEN_IN_PLACE = {
 written again."""
 
 
-def commit_stages(stages: Sequence[str]) -> None:
+def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
     """Enter finished stages into ``dvc.lock`` (``dvc commit``).
 
-    Does nothing where DVC itself runs the flow, or outside of a DVC project.
+    Does nothing where DVC itself runs the flow, outside of a DVC project, and after a run with
+    other parameters than ``params.yaml`` has, which is where DVC would read them.
     """
     if "DVC_STAGE" in os.environ or not (Path(".dvc").is_dir() and Path("dvc.yaml").exists()):
+        return
+    if not stand_in_the_file(parameters):
+        console.print(
+            f"[yellow]note:[/] params.yaml says otherwise, so {', '.join(stages)} stay out of "
+            "dvc.lock; `dvc checkout` brings back what it names."
+        )
         return
     failed = _commit(stages)
     if torn := [path for name, path in WRITTEN_IN_PLACE.items() if failed and name in failed]:
@@ -49,6 +60,22 @@ def _commit(stages: Sequence[str]) -> str:
         check=False,
     )
     return (result.stderr.strip() or "no reason given") if result.returncode != 0 else ""
+
+
+def origin(parameters: Parameters, manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    """Where results come from, as tags; without ``dvc.lock`` where it speaks of others."""
+    tags = origin_tags(flow_runs(manifests))
+    if not stand_in_the_file(parameters):
+        tags.pop("dvc.lock", None)
+    return tags
+
+
+def stand_in_the_file(parameters: Parameters) -> bool:
+    """Whether ``params.yaml`` says the same: a deployment may have handed over others."""
+    try:
+        return parameters == read_parameters()
+    except InputError:
+        return False
 
 
 def dvc_command() -> str:

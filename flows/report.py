@@ -13,10 +13,11 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.record import origin
 from memit.errors import UnreachableError
 from tasks.report import write_report
-from tasks.results import STEPS, flow_runs, read_timings, upstream
-from tasks.tracking import Experiment, log_experiment, origin_tags, tracking_uri
+from tasks.results import STEPS, read_timings, upstream
+from tasks.tracking import Experiment, log_experiment, tracking_uri
 
 
 @flow(name="report", validate_parameters=False)
@@ -31,7 +32,7 @@ def report(parameters: Parameters) -> None:
         parameters=parameters.model_dump(include=set(STEPS)),
         manifests=given,
         timings=timings,
-        tags=origin_tags(flow_runs(given)),
+        tags=origin(parameters, given),
     )
     try:
         log_experiment(experiment, tracking_uri(parameters.report.tracking_uri))

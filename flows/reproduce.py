@@ -1,31 +1,152 @@
-"""``dvc repro`` with one Prefect server for all stages: ``python -m flows.reproduce [options]``.
+"""DVC under one Prefect server for all stages: ``python -m flows.reproduce [options]``.
 
 DVC decides which stages run; a bare stage starts a server of its own, which costs it half a minute.
+As a flow the same is a deployment: ``dvc repro``, or ``dvc exp run`` with settings of its own.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
-from flows.command import given_parameters, reporting
+from flows.command import console, given_parameters, reporting
+from flows.parameters import complete_parameters
 
 if __name__ == "__main__":
     given_parameters()
 
+import yaml
+from prefect import flow
+from prefect.logging import get_run_logger
+
+from flows.gpu import make_limit
 from flows.preflight import check_inputs
 from flows.record import dvc_command
 from flows.server import prefect_server
+from memit.errors import InputError, MemitError
+
+NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}")
+SETTING = re.compile(r"([a-z][a-z0-9_]*(?:\.[a-z0-9_]+)+)=(.*)")
+PATIENCE = 20.0
+"""Seconds that DVC has for its own end when a run is cancelled."""
 
 
-def reproduce(options: Sequence[str]) -> int:
-    """Run ``dvc repro`` with these options; gives its exit status."""
+@flow(name="reproduce", validate_parameters=False)
+def reproduce(settings: Sequence[str] = (), name: str | None = None) -> None:
+    """Run the stages that are not up to date; with settings or a name, as an experiment.
+
+    Args:
+        settings: put into params.yaml by `dvc exp run -S`, e.g. requests.count=128
+        name: of the experiment, under which DVC keeps its results; None lets DVC find one
+    """
+    _run_dvc(dvc_words(settings, name))
+
+
+def dvc_words(settings: Sequence[str], name: str | None) -> list[str]:
+    """What DVC is asked for.
+
+    Raises:
+        InputError: a setting is no ``section.key=value``, or ``params.yaml`` cannot take it.
+    """
+    if not isinstance(settings, list | tuple) or not all(isinstance(one, str) for one in settings):
+        raise InputError(f"settings is {settings!r}: write a list, such as ['requests.count=128'].")
+    if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise InputError(f"name is {name!r}: use letters, digits, _ and -, at most 100.")
+    complete_parameters(_tree(settings))
+    if not settings and name is None:
+        return ["repro"]
+    named = [] if name is None else [f"--name={name}"]
+    return ["exp", "run", *named, *(f"--set-param={setting}" for setting in settings)]
+
+
+def _tree(settings: Sequence[str]) -> dict[str, object]:
+    """Settings as sections of ``params.yaml``."""
+    tree: dict[str, object] = {}
+    for setting in settings:
+        parts = SETTING.fullmatch(setting)
+        if parts is None:
+            raise InputError(f"{setting!r} is no setting: write one like requests.count=128.")
+        *sections, key = parts[1].split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise InputError(f"{setting!r} is a setting inside of another one: remove either.")
+        try:
+            place[key] = yaml.safe_load(parts[2])
+        except yaml.YAMLError:
+            raise InputError(f"{setting!r} has a value that is not YAML: correct it.") from None
+    return tree
+
+
+def _run_dvc(words: Sequence[str]) -> None:
+    """Run DVC; what it and the stages print goes to Prefect's log and to the terminal.
+
+    Raises:
+        MemitError: it ended with an error; the sentence is its own, or that of the stage.
+    """
+    logger = get_run_logger()
+    # The stages are flows of their own, not parts of this process's run.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT__")}
+    process = subprocess.Popen(
+        [dvc_command(), *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # it and its stages can be stopped together
+    )
+    said: list[str] = []
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip():
+                logger.info(line.rstrip())
+                console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+                said.append(line.strip())
+    finally:
+        _end(process)
+    if process.returncode:
+        raise MemitError(f"dvc {words[0]}: {_reason(said)}")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Wait for DVC; if this run is being cancelled, stop it and its stages first."""
+    if sys.exc_info()[0] is not None:
+        _signal_all(process, signal.SIGTERM)
+    try:
+        process.wait(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        _signal_all(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal_all(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _reason(said: Sequence[str]) -> str:
+    """The stage's own sentence if it said one, else the last thing that DVC said."""
+    sentences = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    return (sentences or [*said[-1:]] or ["it ended with an error."])[0]
+
+
+def reproduce_here(options: Sequence[str]) -> int:
+    """Run ``dvc repro`` with these options in the terminal; gives its exit status."""
+    own_server = "PREFECT_API_URL" not in os.environ
     with prefect_server():
+        if own_server:
+            make_limit(1)
         return subprocess.run([dvc_command(), "repro", *options], check=False).returncode
 
 
 if __name__ == "__main__":
     given = given_parameters()
     reporting(lambda: check_inputs(given))
-    sys.exit(reporting(lambda: reproduce(sys.argv[1:])))
+    sys.exit(reporting(lambda: reproduce_here(sys.argv[1:])))

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.gpu import taking_turns
 from tasks.artifacts import Artifact, copy_file, describe
 from tasks.model import open_model
 from tasks.requests import Source, choose_requests, locate_records
@@ -20,6 +21,7 @@ from tasks.results import REQUESTS_FILE, WORLD, finish_step, upstream
 
 
 @flow(name="requests", validate_parameters=False)
+@taking_turns
 def requests(parameters: Parameters) -> None:
     """Choose the records of the experiment and check that each can be edited."""
     given = upstream("model")

@@ -16,7 +16,9 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.gpu import taking_turns
 from flows.preflight import check_scaling
+from flows.record import origin
 from flows.runner import with_runner
 from flows.systems import (
     Bench,
@@ -32,16 +34,17 @@ from memit.requests import Record
 from tasks.artifacts import keep_only, write_file, write_json, write_text
 from tasks.evaluation import metrics_of
 from tasks.measure import Cost
-from tasks.results import finish_step, flow_runs, upstream
+from tasks.results import finish_step, upstream
 from tasks.runners import thread_runner
 from tasks.scaling import PANELS, Point, csv_text, curve, draw_scaling, markdown, plain, systems_of
-from tasks.tracking import Family, log_family, origin_tags, tracking_uri
+from tasks.tracking import Family, log_family, tracking_uri
 
 SCALING = Path("scaling")
 STATISTICS = SCALING / "statistics"
 
 
 @flow(name="scaling", validate_parameters=False, task_runner=thread_runner())
+@taking_turns
 @with_runner
 def scaling(parameters: Parameters) -> None:
     """Edit samples of every size with each system, measure it, and draw the curves."""
@@ -59,7 +62,7 @@ def scaling(parameters: Parameters) -> None:
                 step="scaling",
                 digest=manifest.digest,
                 parameters=parameters.model_dump(),
-                tags=origin_tags(flow_runs({"scaling": manifest})),
+                tags=origin(parameters, {"scaling": manifest}),
                 folder=SCALING,
                 systems={system: _logged(points, system) for system in systems_of(points)},
             ),

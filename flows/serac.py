@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.gpu import taking_turns
 from flows.systems import split
 from tasks.artifacts import copy_file
 from tasks.mend import Trained
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 @flow(name="serac", validate_parameters=False)
+@taking_turns
 def serac(parameters: Parameters) -> None:
     """Train both models on records that are not edited, or find those that were."""
     given = upstream("model")

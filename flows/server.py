@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from memit.errors import UnreachableError
@@ -22,10 +22,11 @@ START_SECONDS = 180.0
 
 
 @contextmanager
-def prefect_server() -> Iterator[str]:
-    """Start a server on a free loopback port, give its API address, stop it at the end.
+def prefect_server(port: int = 0) -> Iterator[str]:
+    """Start a server on a loopback port, give its API address, stop it at the end.
 
-    While it runs ``PREFECT_API_URL`` points to it. A server named there already is used as it is.
+    The port is a free one where 0 is asked for, or one that is taken. While the server runs
+    ``PREFECT_API_URL`` points to it. A server named there already is used as it is.
 
     Raises:
         UnreachableError: it did not come up.
@@ -34,13 +35,13 @@ def prefect_server() -> Iterator[str]:
     if known:
         yield known
         return
-    port = _free_port()
+    port = _free_port(port)
     address = f"http://127.0.0.1:{port}/api"
     home = Path(os.environ["PREFECT_HOME"])
     home.mkdir(parents=True, exist_ok=True)
     with open(home / "server.log", "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", *server_options(port), "--no-ui"],
+            [sys.executable, "-m", "prefect", *server_options(port)],
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C is for the stages; the server is stopped after them
@@ -52,7 +53,7 @@ def prefect_server() -> Iterator[str]:
         yield address
     finally:
         del os.environ["PREFECT_API_URL"]
-        _stop(process)
+        stop(process)
         atexit.unregister(process.kill)
 
 
@@ -61,10 +62,13 @@ def server_options(port: int) -> list[str]:
     return ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_port(wanted: int) -> int:
+    for port in (wanted, 0):
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return probe.getsockname()[1]
+    raise UnreachableError("no port of the loopback address is free: close other servers.")
 
 
 def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
@@ -78,10 +82,11 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     raise UnreachableError(f"Prefect's server did not come up: see {log}.")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], patience: float = 20.0) -> None:
+    """Interrupt a process of Prefect's; kill it if it has not ended after ``patience`` seconds."""
     process.send_signal(signal.SIGINT)
     try:
-        process.wait(timeout=20)
+        process.wait(timeout=patience)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.gpu import taking_turns
 from flows.runner import with_runner
 from memit.reading import check_file
 from tasks.artifacts import copy_file, describe, keep_only, write_json
@@ -33,6 +34,7 @@ from tasks.statistics import Shard, collect_shard, describe_moment, merge_shards
     validate_parameters=False,
     task_runner=thread_runner(),
 )
+@taking_turns
 @with_runner
 def statistics(parameters: Parameters) -> None:
     """Collect the shards that are missing and add all of them up."""

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.gpu import taking_turns
 from flows.runner import with_runner
 from memit.requests import read_counterfact
 from tasks.artifacts import write_file
@@ -30,6 +31,7 @@ from tasks.targets import optimise_targets, target_settings
     validate_parameters=False,
     task_runner=thread_runner(),
 )
+@taking_turns
 @with_runner
 def targets(parameters: Parameters) -> None:
     """Optimise the targets that are missing and put all of them into one file."""

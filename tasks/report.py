@@ -73,6 +73,12 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def rows_by_name(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The same with the names of the columns, as Prefect's tables want it."""
+    names = ("metric", "before", "after", "what it says")
+    return [dict(zip(names, row, strict=True)) for row in rows(metrics)]
+
+
 def escaped(text: str) -> str:
     """A text of a data set as it is, in a Markdown page: neither markup nor HTML."""
     return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(one_line(text)))

@@ -1,0 +1,45 @@
+"""What deployments run that no single command does: a comparison with the steps that it needs.
+
+The experiment and "reproduce" are deployed as they are, see ``prefect.yaml``.
+"""
+
+from __future__ import annotations
+
+from prefect import Flow, flow
+
+from flows.compare import compare
+from flows.experiment import run_step
+from flows.mend import mend
+from flows.model import model
+from flows.parameters import Parameters, complete_parameters
+from flows.prefixes import prefixes
+from flows.preflight import check_inputs
+from flows.scaling import scaling
+from flows.serac import serac
+from flows.statistics import statistics
+from flows.systems import learning_steps
+
+LEARNING = {"mend": mend, "serac": serac}
+"""The flows in which systems learn before they edit."""
+
+
+@flow(name="comparison", validate_parameters=False)
+def comparison(parameters: Parameters) -> None:
+    """All systems on the same model and the same records: the table in ``comparison/``."""
+    _run_up_to(compare, parameters)
+
+
+@flow(name="scaling-run", validate_parameters=False)
+def scaling_run(parameters: Parameters) -> None:
+    """All systems on ever more edits: table and figure in ``scaling/``."""
+    _run_up_to(scaling, parameters)
+
+
+def _run_up_to(last: Flow[[Parameters], None], given: Parameters) -> None:
+    """Run a flow after the steps whose results it reads; what is done comes from caches."""
+    parameters = complete_parameters(given)
+    check_inputs(parameters)
+    learning = [LEARNING[name] for name in learning_steps(parameters)]
+    steps = (model, prefixes, statistics, *learning, last)
+    for number, step in enumerate(steps, 1):
+        run_step(step, parameters, f"{number}/{len(steps)}")
