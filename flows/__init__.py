@@ -18,6 +18,12 @@ _SETTINGS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     # The terminal shows progress and one sentence when something fails; the log is in the UI.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    # A server that is started again must still know who holds the GPU, and until when.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    ),
+    # A run that was asked for starts soon.
+    "PREFECT_WORKER_QUERY_SECONDS": "2",
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -12,6 +12,8 @@ from rich.text import Text
 
 from flows.command import console
 from flows.parameters import Parameters
+from memit import costs
+from memit.costs import HELD_IN_MEMORY, Lengths, Shape
 from memit.errors import MemitError
 from memit.hyperparameters import Hyperparameters
 from memit.requests import Record, conflict_groups, read_records
@@ -19,9 +21,6 @@ from tasks.artifacts import project_root
 from tasks.loading import BYTES, ModelFiles, ModelReference
 from tasks.model import load_tokenizer, open_model
 from tasks.results import MODEL_FILE
-
-PREFIXED_ROWS = 6
-"""Rows of an edit: the plain prompt and five with prefixes."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,11 @@ def check_requests(parameters: Parameters, file: Path) -> None:
     table.add_row("contradictions", Text(_conflicts(groups)))
     if MODEL_FILE.exists():
         model = open_model(**parameters.model.placement())
-        rows, longest = count_tokens(model, records)
+        lengths, longest = count_tokens(model, records)
+        tokens = round(len(records) * (lengths.before + lengths.after))
         table.add_row("model", model.model.id)
-        table.add_row("tokens of all prompts", f"{rows} (longest prompt {longest})")
-        _add_estimate(table, parameters, model, len(records), rows)
+        table.add_row("tokens of all prompts", f"{tokens} (longest prompt {longest})")
+        _add_estimate(table, parameters, model, len(records), lengths)
     else:
         table.add_row("model", "not here yet (memit run), so no tokens and no estimate")
     console.print(table)
@@ -72,8 +72,8 @@ def _conflicts(groups: Sequence[Sequence[Record]]) -> str:
     )
 
 
-def count_tokens(model: ModelReference, records: Sequence[Record]) -> tuple[int, int]:
-    """Tokens of all prompts with their new objects, and of the longest one.
+def count_tokens(model: ModelReference, records: Sequence[Record]) -> tuple[Lengths, int]:
+    """Tokens of a prompt with its new object, on average, and of the longest one.
 
     Raises:
         InputError: a subject or an object has no tokens.
@@ -82,21 +82,21 @@ def count_tokens(model: ModelReference, records: Sequence[Record]) -> tuple[int,
 
     tokenizer = load_tokenizer(model.directory)
     requests = [record.request for record in records]
-    lengths = [
-        len(prompt_row(tokenizer, r.prompt, r.subject, target=r.target_new).ids) for r in requests
-    ]
-    return sum(lengths), max(lengths)
+    rows = [prompt_row(tokenizer, r.prompt, r.subject, target=r.target_new) for r in requests]
+    before = sum(row.subject_last + 1 for row in rows) / len(rows)
+    mean = sum(len(row.ids) for row in rows) / len(rows)
+    return Lengths(before, mean - before), max(len(row.ids) for row in rows)
 
 
 def _add_estimate(
-    table: Table, parameters: Parameters, model: ModelReference, count: int, tokens: int
+    table: Table, parameters: Parameters, model: ModelReference, count: int, lengths: Lengths
 ) -> None:
     try:
         hyperparameters = parameters.hyperparameters(model.model.id, model.model.layers)
     except MemitError as error:
         table.add_row("estimate", str(error))
         return
-    estimate = estimate_edit(model.model, hyperparameters, count, tokens, model)
+    estimate = estimate_edit(model.model, hyperparameters, count, lengths, model)
     table.add_row("time for targets and edit", f"about {_duration(estimate.seconds)} here")
     table.add_row("memory", f"about {_size(estimate.memory)}")
     table.add_row("disk", f"about {_size(estimate.disk)} in {project_root()}")
@@ -106,26 +106,31 @@ def estimate_edit(
     files: ModelFiles,
     hyperparameters: Hyperparameters,
     count: int,
-    tokens: int,
+    lengths: Lengths,
     model: ModelReference,
 ) -> Estimate:
-    """Time from the number of multiplications and the device's speed; memory and disk from shapes.
-
-    Targets need forward and backward passes through the blocks above the last edited layer, for
-    each evaluation; spreading needs a factorisation and a few passes for each layer.
-    """
-    n, f, d, layers = count, files.inner_width, files.width, hyperparameters.layers
-    block = files.parameters / files.layers
-    above = files.layers - layers[-1] - 1
-    rows = tokens * PREFIXED_ROWS
-    passes = 6 * rows * block * (files.layers + above * hyperparameters.evaluations)
-    solves = len(layers) * (f**3 / 3 + 2 * min(n, d) * f**2 + n * f**2)
-    held = n * PREFIXED_ROWS * d * 4 + f * f * 8 * 3 + n * (f + d) * 8
-    factors = 4 * min(n * (f + d), f * d)
+    """Time from the number of operations and the device's speed; memory and disk from shapes."""
+    shape = Shape(files.layers, files.width, files.inner_width, files.parameters)
+    layers, last = hyperparameters.layers, hyperparameters.layers[-1]
+    size = BYTES[model.dtype]
+    passes = costs.targets_operations(shape, last, hyperparameters.evaluations, count, lengths)
+    passes += costs.walk_operations(shape, layers, count, lengths)
+    solves = len(layers) * costs.solve_operations(shape, count)
+    held = costs.held_bytes(shape, count, lengths, size)
+    layer = 2 * costs.moment_bytes(shape) + costs.delta_bytes(shape, count)
     return Estimate(
         seconds=passes / _speed(model.dtype, model) + solves / _speed("float64", model),
-        memory=files.parameters * BYTES[model.dtype] + held,
-        disk=len(layers) * (2 * 4 * f * f + factors + BYTES[model.dtype] * f * d),
+        memory=round(
+            files.parameters * size
+            + costs.solve_bytes(shape)
+            + costs.keys_bytes(shape, count)
+            + min(held, HELD_IN_MEMORY)
+        ),
+        disk=round(
+            len(layers) * (layer + size * shape.inner_width * shape.width)
+            + max(0, held - HELD_IN_MEMORY)
+            + costs.targets_bytes(shape, count, hyperparameters.evaluations)
+        ),
     )
 
 

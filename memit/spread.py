@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from memit.costs import HELD_IN_MEMORY
 from memit.errors import EditError, NumericsError, ResourceError
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel, tensor_digest
@@ -53,7 +54,7 @@ def spread(
     hp: Hyperparameters,
     *,
     token_budget: int,
-    held_bytes: int = 1 << 32,
+    held_bytes: int = HELD_IN_MEMORY,
     factors: Path | None = None,
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
     progress: Callable[[int], None] | None = None,
