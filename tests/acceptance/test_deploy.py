@@ -1,4 +1,4 @@
-"""`make deploy` from nothing: server, deployments, a worker, a finished run; then nothing is left."""
+"""`make deploy` from nothing: server, deployments, a worker, a finished run; then nothing left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from flows.gpu import gpu_turn
 from flows.parameters import Parameters
 from memit.errors import InputError
-from tests.acceptance.test_run import ROOT, Project
+from tests.acceptance.project import ROOT, Project
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
