@@ -18,6 +18,12 @@ from typing import Any
 
 from flows.command import console, given_parameters, reporting
 from flows.parameters import read_parameters
+
+if __name__ == "__main__":
+    given_parameters()
+
+from flows.gpu import make_limit
+from flows.preflight import check_inputs
 from flows.server import prefect_server, stop
 from memit.errors import MemitError, UnreachableError
 from tasks.stopping import TERMINATED
@@ -34,8 +40,6 @@ PATIENCE = 6.0
 
 def prepare(gpu_runs: int) -> dict[str, Any]:
     """A step of ``prefect.yaml``: make the GPU's limit, and say where and with what runs work."""
-    from flows.gpu import make_limit
-
     make_limit(gpu_runs)
     return {
         "directory": str(Path.cwd()),
@@ -145,7 +149,8 @@ def _exit_when_terminated(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    given_parameters()
+    parameters = given_parameters()
+    reporting(lambda: check_inputs(parameters))
     signal.signal(signal.SIGTERM, _exit_when_terminated)
     signal.signal(signal.SIGHUP, _exit_when_terminated)
     sys.exit(reporting(lambda: deploy("--once" in sys.argv[1:])))

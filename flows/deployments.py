@@ -5,6 +5,8 @@ The experiment and "reproduce" are deployed as they are, see ``prefect.yaml``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prefect import Flow, flow
 
 from flows.compare import compare
@@ -13,7 +15,7 @@ from flows.mend import mend
 from flows.model import model
 from flows.parameters import Parameters, complete_parameters
 from flows.prefixes import prefixes
-from flows.preflight import check_inputs
+from flows.preflight import check_comparison, check_scaling
 from flows.scaling import scaling
 from flows.serac import serac
 from flows.statistics import statistics
@@ -26,19 +28,21 @@ LEARNING = {"mend": mend, "serac": serac}
 @flow(name="comparison", validate_parameters=False)
 def comparison(parameters: Parameters) -> None:
     """All systems on the same model and the same records: the table in ``comparison/``."""
-    _run_up_to(compare, parameters)
+    _run_up_to(compare, check_comparison, parameters)
 
 
 @flow(name="scaling-run", validate_parameters=False)
 def scaling_run(parameters: Parameters) -> None:
     """All systems on ever more edits: table and figure in ``scaling/``."""
-    _run_up_to(scaling, parameters)
+    _run_up_to(scaling, check_scaling, parameters)
 
 
-def _run_up_to(last: Flow[[Parameters], None], given: Parameters) -> None:
+def _run_up_to(
+    last: Flow[[Parameters], None], check: Callable[[Parameters], None], given: Parameters
+) -> None:
     """Run a flow after the steps whose results it reads; what is done comes from caches."""
     parameters = complete_parameters(given)
-    check_inputs(parameters)
+    check(parameters)
     learning = [LEARNING[name] for name in learning_steps(parameters)]
     steps = (model, prefixes, statistics, *learning, last)
     for number, step in enumerate(steps, 1):

@@ -19,10 +19,10 @@ settings.load_profile("memit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share expensive fixtures stay in one process: a file each, and acceptance."""
+    """Tests that share expensive fixtures stay in one process: a file, or those of one server."""
     for item in items:
-        whole = "acceptance" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("acceptance" if whole else str(item.path)))
+        shares = "api" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("one server" if shares else str(item.path)))
 
 
 @pytest.fixture(autouse=True)
