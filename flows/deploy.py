@@ -22,6 +22,13 @@ from flows.parameters import read_parameters
 if __name__ == "__main__":
     given_parameters()
 
+import psutil
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.process import ProcessWorker
+
 from flows.gpu import make_limit
 from flows.preflight import check_inputs
 from flows.server import prefect_server, stop
@@ -49,7 +56,8 @@ def prepare(gpu_runs: int) -> dict[str, Any]:
 
 def deploy(once: bool) -> int:
     """Do all that; gives 0 if the run completed."""
-    with prefect_server(PORT) as api:
+    # Prefect has read its settings before the server was there.
+    with prefect_server(PORT) as api, temporary_settings({PREFECT_API_URL: api}):
         address = api.removesuffix("/api")
         console.print(f"Prefect's server is up: {address}")
         _make_pool()
@@ -67,11 +75,6 @@ def deploy(once: bool) -> int:
 
 def _make_pool() -> None:
     """The pool for runs in this directory, which all write the same files: one at a time."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectAlreadyExists
-    from prefect.workers.process import ProcessWorker
-
     template = ProcessWorker.get_default_base_job_template()
     pool = WorkPoolCreate(
         name=POOL, type="process", base_job_template=template, concurrency_limit=1
@@ -107,8 +110,6 @@ def _worker() -> Iterator[subprocess.Popen[bytes]]:
 
 def _stop_runs(worker: subprocess.Popen[bytes]) -> None:
     """End the runs of a worker, which it would leave behind, and whatever they have started."""
-    import psutil
-
     with suppress(psutil.NoSuchProcess):
         running = psutil.Process(worker.pid).children(recursive=True)
         for process in running:
@@ -125,8 +126,6 @@ def _run(worker: subprocess.Popen[bytes]) -> bool:
     Raises:
         UnreachableError: the worker ended before the run did.
     """
-    from prefect.client.orchestration import get_client
-
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name(FIRST)
         run = client.create_flow_run_from_deployment(deployment.id)

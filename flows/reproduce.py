@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import yaml
 from prefect import flow
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.gpu import make_limit
 from flows.preflight import check_inputs
@@ -140,9 +141,9 @@ def _reason(said: Sequence[str]) -> str:
 def reproduce_here(options: Sequence[str]) -> int:
     """Run ``dvc repro`` with these options in the terminal; gives its exit status."""
     own_server = "PREFECT_API_URL" not in os.environ
-    with prefect_server():
+    with prefect_server() as api, temporary_settings({PREFECT_API_URL: api}):
         if own_server:
-            make_limit(1)
+            make_limit(1)  # the stages ask for it, where they compute on a GPU
         return subprocess.run([dvc_command(), "repro", *options], check=False).returncode
 
 
