@@ -23,6 +23,8 @@ CORPUS = 50e6
 """Tokens that the second moments are collected over."""
 DEVICES = 64
 """Of the worked plan."""
+SHARDS = 10
+"""Of the text, in the worked plan."""
 MEMORY = 80e9
 """Bytes of a device."""
 
@@ -83,13 +85,13 @@ def growing(n: float) -> Iterator[tuple[str, ...]]:
 
 def plan(n: float) -> Iterator[tuple[str, ...]]:
     """The same n edits of each model over many devices."""
-    shared = [f"{step} / {DEVICES}" for step in ("statistics", "targets", "evaluation")]
-    yield "", *shared, "walk + solve"
+    shared = [f"{step} / {DEVICES}" for step in ("targets", "evaluation")]
+    yield "", f"statistics / {SHARDS}", *shared, "walk + solve"
     for name in MODELS:
         seconds = _seconds(name, n)
         yield (
             name,
-            _time(seconds["statistics"] / DEVICES),
+            _time(seconds["statistics"] / SHARDS),
             _time(seconds["targets"] / DEVICES),
             _time(seconds["evaluation"] / DEVICES),
             _time(seconds["walk"] + seconds["solve"]),
