@@ -7,6 +7,7 @@ with ``--once`` they stop there. A server that ``PREFECT_API_URL`` names is used
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -85,12 +86,16 @@ def _make_pool() -> None:
 
 def _deploy_all() -> None:
     """Put the deployments of ``prefect.yaml`` on the server; those that are there are changed."""
-    done = subprocess.run(
-        [*PREFECT, "--no-prompt", "deploy", "--all"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines() or ["no reason given"]
-        raise MemitError(f"Prefect did not take the deployments of prefect.yaml: {said[-1]}")
+    log = Path(os.environ["PREFECT_HOME"]) / "deploy.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as file:
+        words = [*PREFECT, "--no-prompt", "deploy", "--all"]
+        status = subprocess.run(words, stdout=file, stderr=file, check=False).returncode
+    if status:
+        said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise MemitError(
+            f"Prefect did not take the deployments of prefect.yaml ({said[-1].strip()}): see {log}."
+        )
     console.print("deployed what prefect.yaml says, with the parameters of params.yaml as they are")
 
 
