@@ -13,9 +13,10 @@ from flows.compare import compare
 from flows.experiment import run_step
 from flows.mend import mend
 from flows.model import model
-from flows.parameters import Parameters, complete_parameters
+from flows.parameters import Parameters, deployable
 from flows.prefixes import prefixes
 from flows.preflight import check_comparison, check_scaling
+from flows.runner import with_runner
 from flows.scaling import scaling
 from flows.serac import serac
 from flows.statistics import statistics
@@ -26,22 +27,25 @@ LEARNING = {"mend": mend, "serac": serac}
 
 
 @flow(name="comparison", validate_parameters=False)
+@deployable
+@with_runner
 def comparison(parameters: Parameters) -> None:
     """All systems on the same model and the same records: the table in ``comparison/``."""
     _run_up_to(compare, check_comparison, parameters)
 
 
 @flow(name="scaling-run", validate_parameters=False)
+@deployable
+@with_runner
 def scaling_run(parameters: Parameters) -> None:
     """All systems on ever more edits: table and figure in ``scaling/``."""
     _run_up_to(scaling, check_scaling, parameters)
 
 
 def _run_up_to(
-    last: Flow[[Parameters], None], check: Callable[[Parameters], None], given: Parameters
+    last: Flow[[Parameters], None], check: Callable[[Parameters], None], parameters: Parameters
 ) -> None:
     """Run a flow after the steps whose results it reads; what is done comes from caches."""
-    parameters = complete_parameters(given)
     check(parameters)
     learning = [LEARNING[name] for name in learning_steps(parameters)]
     steps = (model, prefixes, statistics, *learning, last)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from flows.command import console, given_parameters, run_flow
-from flows.parameters import Parameters, complete_parameters
+from flows.parameters import Parameters, deployable
 
 if __name__ == "__main__":
     given_parameters()
@@ -41,10 +41,10 @@ RESULT_FOLDERS = tuple(map(Path, (".", "artifacts", "evaluation", "report")))
 
 
 @flow(name="experiment", validate_parameters=False)
+@deployable
 @with_runner
 def experiment(parameters: Parameters) -> None:
     """Run all steps and show what came out."""
-    parameters = complete_parameters(parameters)
     check_inputs(parameters)
     remove_leftovers([cache_directory() / "pieces", *RESULT_FOLDERS])
     started = time.monotonic()

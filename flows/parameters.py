@@ -12,8 +12,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -527,6 +528,16 @@ def complete_parameters(given: object) -> Parameters:
     if not isinstance(given, dict):
         return check_parameters(given, "parameters")
     return check_parameters(_laid_over(here, given), "parameters")
+
+
+def deployable(run: Callable[[Parameters], None]) -> Callable[[Parameters], None]:
+    """A flow's function that also takes what a deployment hands over."""
+
+    @wraps(run)
+    def completed(parameters: Parameters) -> None:
+        run(complete_parameters(parameters))
+
+    return completed
 
 
 def _laid_over(section: Section, values: dict[str, Any]) -> dict[str, Any]:

@@ -73,9 +73,13 @@ def origin(parameters: Parameters, manifests: Mapping[str, Manifest]) -> dict[st
 def stand_in_the_file(parameters: Parameters) -> bool:
     """Whether ``params.yaml`` says the same: a deployment may have handed over others."""
     try:
-        return parameters == read_parameters()
+        return _without_runner(parameters) == _without_runner(read_parameters())
     except InputError:
         return False
+
+
+def _without_runner(parameters: Parameters) -> dict[str, object]:
+    return parameters.model_dump(exclude={"runner"})  # no result depends on it
 
 
 def dvc_command() -> str:

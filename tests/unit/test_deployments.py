@@ -131,4 +131,6 @@ def test_every_step_that_computes_waits_for_its_turn(monkeypatch: pytest.MonkeyP
             step.fn(parameters)
     assert asked == ["cuda"] * 11
     for chain in (experiment.experiment, deployments.comparison, deployments.scaling_run):
-        assert not hasattr(chain.fn, "__wrapped__")
+        with pytest.raises(InputError, match="parameters must hold sections"):
+            chain.fn([1])  # pyright: ignore[reportArgumentType]
+    assert asked == ["cuda"] * 11
