@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,16 +13,12 @@ from pathlib import Path
 from flows.command import console
 from flows.parameters import Parameters, read_parameters
 from memit.errors import InputError
-from tasks.results import Manifest, flow_runs
+from tasks.results import STEPS, Manifest, flow_runs
 from tasks.tracking import origin_tags
 
-WRITTEN_IN_PLACE = {
-    "unable to read: 'dvc.lock'": Path("dvc.lock"),
-    "dvc.lock' validation failed": Path("dvc.lock"),
-    "RWLock-file": Path(".dvc/tmp/rwlock"),
-}
-"""What DVC says of a file of which it was killed in the middle, and that file. All that it holds is
-written again."""
+LOCK, SET_ASIDE = Path("dvc.lock"), Path("dvc.lock.partial")
+RWLOCK = Path(".dvc/tmp/rwlock")
+"""Files that DVC writes in place, so that a kill can tear them."""
 
 
 def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
@@ -38,11 +35,10 @@ def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
             "dvc.lock; `dvc checkout` brings back what it names."
         )
         return
+    _drop_torn_rwlock()
     failed = _commit(stages)
-    if torn := [path for name, path in WRITTEN_IN_PLACE.items() if failed and name in failed]:
-        for path in torn:
-            path.unlink(missing_ok=True)
-        failed = _commit(stages)
+    if failed and LOCK.exists():
+        failed = _commit_anew(STEPS[: STEPS.index(stages[-1]) + 1]) and failed
     if failed:
         reason = failed.splitlines()[0]
         console.print(
@@ -51,10 +47,31 @@ def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
         )
 
 
+def _commit_anew(stages: Sequence[str]) -> str:
+    """Commit to a new ``dvc.lock``, since the old one may be torn; put it back if that fails."""
+    os.replace(LOCK, SET_ASIDE)
+    failed = _commit(stages)
+    if failed:
+        os.replace(SET_ASIDE, LOCK)
+    else:
+        SET_ASIDE.unlink()
+    return failed
+
+
+def _drop_torn_rwlock() -> None:
+    """It names processes that work now; one that was torn names none and stops DVC for ever."""
+    try:
+        json.loads(RWLOCK.read_bytes())
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        RWLOCK.unlink(missing_ok=True)
+
+
 def _commit(stages: Sequence[str]) -> str:
     """What DVC says when it fails, nothing when it does not."""
     result = subprocess.run(
-        [dvc_command(), "commit", "--quiet", "--force", *stages],
+        [dvc_command(), "commit", "--force", *stages],
         capture_output=True,
         text=True,
         check=False,
