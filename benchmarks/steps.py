@@ -279,5 +279,6 @@ def oracle_evaluation(bench: Bench, count: int, evaluate: Callable[..., Any]) ->
 
 def with_budget(bench: Bench, *, trained: bool) -> Bench:
     """The bench with the budget that the pipeline would choose by itself."""
-    blocks = bench.shape.depth - 1 - bench.shape.layers[-1] if trained else 0
-    return replace(bench, token_budget=auto_token_budget(bench.lm, trained_blocks=blocks))
+    lm, blocks = bench.lm, bench.shape.depth - 1 - bench.shape.layers[-1] if trained else None
+    budget = auto_token_budget(lm.shape, lm.dtype.itemsize, str(lm.device), trained_blocks=blocks)
+    return replace(bench, token_budget=budget)

@@ -52,7 +52,7 @@ def edit(parameters: Parameters) -> None:
         given["targets"].file(TARGETS_FILE),
         moments,
         hyperparameters,
-        token_budget(parameters.edit.token_budget, model),
+        token_budget(parameters.edit.token_budget, model, trained_blocks=0),
         parameters.edit.on_failure,
     )
     copy_file(made.delta.checked(), DELTA_FILE)

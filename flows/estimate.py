@@ -13,7 +13,7 @@ from rich.text import Text
 from flows.command import console
 from flows.parameters import Parameters
 from memit import costs
-from memit.costs import HELD_IN_MEMORY, Lengths, Shape
+from memit.costs import HELD_IN_MEMORY, Lengths
 from memit.errors import MemitError
 from memit.hyperparameters import Hyperparameters
 from memit.requests import Record, conflict_groups, read_records
@@ -110,7 +110,7 @@ def estimate_edit(
     model: ModelReference,
 ) -> Estimate:
     """Time from the number of operations and the device's speed; memory and disk from shapes."""
-    shape = Shape(files.layers, files.width, files.inner_width, files.parameters)
+    shape = files.shape
     layers, last = hyperparameters.layers, hyperparameters.layers[-1]
     size = BYTES[model.dtype]
     passes = costs.targets_operations(shape, last, hyperparameters.evaluations, count, lengths)

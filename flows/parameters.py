@@ -213,7 +213,7 @@ class StatisticsSection(Section):
     held_out_documents: int = Field(
         default=300, ge=1, le=1_000_000, description="after the others, for the perplexity only"
     )
-    token_budget: TokenBudget = 4_096
+    token_budget: TokenBudget = "auto"
 
     @model_validator(mode="after")
     def _text_is_named(self) -> StatisticsSection:
@@ -238,7 +238,7 @@ class TargetsSection(Section):
     kl_factor: float | None = Field(default=None, ge=0, le=1_000)
     loss_threshold: float | None = Field(default=None, ge=0, le=1_000)
     requests_per_piece: int = Field(default=16, ge=1, le=1_000_000)
-    token_budget: TokenBudget = 4_096
+    token_budget: TokenBudget = "auto"
 
 
 class EditSection(Section):
@@ -255,7 +255,7 @@ class EditSection(Section):
     on_failure: Literal["stop", "drop"] = Field(
         default="stop", description="where an edit is not finite or makes an update too large"
     )
-    token_budget: TokenBudget = 4_096
+    token_budget: TokenBudget = "auto"
 
     @model_validator(mode="after")
     def _layers_are_a_set(self) -> EditSection:
@@ -280,7 +280,7 @@ class EvaluationSection(Section):
         default=None, description="CounterFact's attribute snippets; null: texts of the corpus"
     )
     seed: Seed = Field(default=0, description="of the generated texts")
-    token_budget: TokenBudget = 4_096
+    token_budget: TokenBudget = "auto"
 
 
 class RunnerSection(Section):

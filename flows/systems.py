@@ -215,6 +215,7 @@ class Goals:
         section = bench.parameters.targets
         size = section.requests_per_piece
         parts = [records[first : first + size] for first in range(0, len(records), size)]
+        above = bench.model.model.layers - 1 - bench.hyperparameters.layers[-1]
         self.bench = bench
         self.pieces: list[TargetsPiece] = gather(
             "targets",
@@ -225,7 +226,7 @@ class Goals:
                 model=bench.model,
                 prefixes=bench.prefixes,
                 hyperparameters=target_settings(bench.hyperparameters),
-                token_budget=token_budget(section.token_budget, bench.model),
+                token_budget=token_budget(section.token_budget, bench.model, trained_blocks=above),
             ),
             [len(part) for part in parts],
         )
@@ -253,7 +254,7 @@ class Goals:
             targets,
             {layer: bench.moments[layer] for layer in layers},
             bench.hyperparameters,
-            token_budget(bench.parameters.edit.token_budget, bench.model),
+            token_budget(bench.parameters.edit.token_budget, bench.model, trained_blocks=0),
             bench.parameters.edit.on_failure,
         )
         shares = [self.pieces[p].cost.seconds / self.sizes[p] for p, _ in places]
@@ -276,7 +277,11 @@ def edit_sample(
         bench.trained.get(system.name),
         bench.prefixes,
         {layer: bench.moments[layer] for layer in system.editor.moment_layers},
-        token_budget(bench.parameters.targets.token_budget, bench.model),
+        token_budget(
+            bench.parameters.targets.token_budget,
+            bench.model,
+            trained_blocks=bench.model.model.layers,  # a system may train any block
+        ),
         seed,
     )
     forget_work("system", system.editor, bench.model, sample.file, seed)

@@ -44,6 +44,7 @@ def targets(parameters: Parameters) -> None:
     size = section.requests_per_piece
     pieces = [chosen[first : first + size] for first in range(0, len(chosen), size)]
     hyperparameters = parameters.hyperparameters(model.model.id, model.model.layers)
+    above = model.model.layers - 1 - hyperparameters.layers[-1]
     finished = gather(
         "targets",
         "edits",
@@ -53,7 +54,7 @@ def targets(parameters: Parameters) -> None:
             model=model,
             prefixes=read_prefixes(PREFIXES_FILE),
             hyperparameters=target_settings(hyperparameters),
-            token_budget=token_budget(section.token_budget, model),
+            token_budget=token_budget(section.token_budget, model, trained_blocks=above),
         ),
         [len(piece) for piece in pieces],
     )

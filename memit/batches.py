@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import TypeVar
 
 import torch
 
+from memit.costs import Shape
 from memit.errors import ResourceError
-from memit.language_model import LanguageModel
+from memit.placement import ROOM
 
 logger = logging.getLogger(__name__)
 
@@ -19,28 +21,48 @@ Result = TypeVar("Result")
 CPU_TOKENS = 1024
 """More tokens at a time make a CPU slower, since they leave its caches."""
 CPU_TOKENS_OF_EDITS = 4096
-"""The same where gradients are wanted or rows are short."""
+"""The same for targets and their spread, whose rows are short."""
 GPU_TOKENS = 131_072
 """More tokens at a time do not make a GPU faster."""
 MEMORY_SHARE = 0.6
 """Part of the free memory that batches may fill; the rest is for fragmentation and results."""
 
 
-def auto_token_budget(lm: LanguageModel, *, trained_blocks: int = 0) -> int:
+def auto_token_budget(
+    shape: Shape, size: int, device: str, *, trained_blocks: int | None = None
+) -> int:
     """Padded tokens at a time, a power of two: on a GPU what its free memory holds, on a CPU what
-    was measured to be fastest.
+    was measured to be fastest. It needs no model in memory, and is the same with and without.
 
-    `trained_blocks` is how many blocks keep activations for a backward pass.
+    `size` is the bytes of a number, `device` what `load_model` takes, and `trained_blocks` how many
+    blocks keep activations for a backward pass of an edit; None where nothing is edited.
     """
-    if lm.device.type != "cuda":
-        return CPU_TOKENS_OF_EDITS if trained_blocks else CPU_TOKENS
-    element = torch.finfo(lm.dtype).bits // 8
-    wide = 6 * lm.width + 2 * lm.inner_width
-    per_token = element * (4 * wide + (2 * wide + 10 * lm.width) * trained_blocks)
-    free, _ = torch.cuda.mem_get_info(lm.device)
-    free += torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
-    tokens = max(256, min(GPU_TOKENS, int(MEMORY_SHARE * free / per_token)))
+    cards = _cards(device)
+    if not cards:
+        return CPU_TOKENS if trained_blocks is None else CPU_TOKENS_OF_EDITS
+    wide = 6 * shape.width + 2 * shape.inner_width
+    per_token = size * (4 * wide + (2 * wide + 10 * shape.width) * (trained_blocks or 0))
+    room = min(_measured_room(card) for card in cards)
+    room -= min(size * shape.parameters, int(ROOM * room))  # what is sharded leaves so much free
+    tokens = max(256, min(GPU_TOKENS, int(MEMORY_SHARE * room / per_token)))
     return 1 << (tokens.bit_length() - 1)
+
+
+def _cards(device: str) -> Sequence[int]:
+    """The GPUs that a model is put on."""
+    if device in ("cpu", "mps") or not torch.cuda.is_available():
+        return ()
+    if device == "sharded":
+        return range(torch.cuda.device_count())
+    return (0 if device == "auto" else torch.device(device).index or 0,)
+
+
+@cache
+def _measured_room(card: int) -> int:
+    """Bytes that this process has or can get, in eighths of the card, so that trifles do not change
+    the budget; measured once, before workers of this process have taken their share."""
+    free, total = torch.cuda.mem_get_info(card)
+    return round(8 * (free + torch.cuda.memory_reserved(card)) / total) * total // 8
 
 
 def in_batches(

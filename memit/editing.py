@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -44,15 +45,15 @@ def edit(
     lm.check_layers(hp.layers)
     check_conflicts(records)
     texts = read_documents(corpus) if isinstance(corpus, str | Path) else corpus
+    budget = partial(auto_token_budget, lm.shape, lm.dtype.itemsize, str(lm.device))
     moments = collect_second_moments(
         lm,
         list(islice(texts, documents)),
         hp.layers,
-        token_budget=auto_token_budget(lm),
+        token_budget=budget(),
     )
-    trained = lm.depth - 1 - hp.layers[-1]
     resources = Resources(
-        token_budget=auto_token_budget(lm, trained_blocks=trained),
+        token_budget=budget(trained_blocks=lm.depth - 1 - hp.layers[-1]),
         prefixes=sample_prefixes(lm, seed),
         moments=moments,
         seed=seed,

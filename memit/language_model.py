@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from memit.costs import Shape
 from memit.errors import InputError, IntegrityError, ModelStructureError, UnreachableError
 from memit.placement import device_map, device_of, is_offloaded, read_weight, write_weight
 
@@ -85,6 +86,12 @@ class LanguageModel:
     def inner_width(self) -> int:
         """Input size f of the first block's down-projection."""
         return _fan_in(self.down_projection(0))
+
+    @property
+    def shape(self) -> Shape:
+        """What its costs follow from."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return Shape(self.depth, self.width, self.inner_width, parameters)
 
     @property
     def device(self) -> torch.device:

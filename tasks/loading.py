@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from memit.costs import Shape
 from memit.download import file_sha256
 from memit.errors import IntegrityError, ResourceError
 from tasks.artifacts import Artifact, cache_directory, describe, fetch_stored
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
 
 BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 """Size of a number."""
-CPU_TOKEN_BUDGET = 4_096
-"""More gains nothing on a CPU."""
-HELD_FOR_A_TOKEN = 40
-"""Numbers that a block holds for a token and a unit of width when gradients are wanted."""
 
 
 class ModelFiles(BaseModel):
@@ -55,6 +52,11 @@ class ModelFiles(BaseModel):
     parameters: int
     recall: float | None = None
     """Of a model trained here: share of its facts, in percent, that it answers (argmax)."""
+
+    @property
+    def shape(self) -> Shape:
+        """What its costs follow from."""
+        return Shape(self.layers, self.width, self.inner_width, self.parameters)
 
     @property
     def digest(self) -> str:
@@ -129,24 +131,19 @@ def loaded(reference: ModelReference, edit: Artifact | None = None) -> Iterator[
         yield _Slot.model
 
 
-def token_budget(setting: int | str, reference: ModelReference) -> int:
-    """Padded tokens in a batch: as set, or for ``auto`` what the model's device has room for.
+def token_budget(
+    setting: int | str, reference: ModelReference, *, trained_blocks: int | None = None
+) -> int:
+    """Padded tokens in a batch: as set, or for ``auto`` what `memit.batches` finds.
 
-    A power of two, so that a little more or less room does not change the results' last bits.
+    Results' last bits depend on it: a flow asks once and tells all workers.
     """
     if isinstance(setting, int):
         return setting
-    if reference.device == "cpu":
-        return CPU_TOKEN_BUDGET
-    import torch
+    from memit.batches import auto_token_budget
 
-    if not torch.cuda.is_available():
-        return CPU_TOKEN_BUDGET
-    model = reference.model
-    size = BYTES[reference.dtype]
-    room = torch.cuda.get_device_properties(0).total_memory * 0.8 - model.parameters * size
-    tokens = room / (HELD_FOR_A_TOKEN * model.layers * model.width * size)
-    return 2 ** max(9, min(17, int(tokens).bit_length() - 1))
+    shape, size = reference.model.shape, BYTES[reference.dtype]
+    return auto_token_budget(shape, size, reference.device, trained_blocks=trained_blocks)
 
 
 def directory_digests(directory: Path) -> dict[str, str]:

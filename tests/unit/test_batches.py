@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memit import batches, costs
 from memit.batches import auto_token_budget, in_batches, planned
 from memit.errors import ResourceError
 from tests.reference import build
@@ -69,8 +71,63 @@ def test_other_errors_are_not_taken_for_lack_of_memory():
         list(in_batches([(1, 5)], _shape, 10, run))
 
 
-def test_automatic_budget_is_a_useful_number():
-    lm = build("gpt2")
-    for tokens in (auto_token_budget(lm, trained_blocks=3), auto_token_budget(lm)):
-        assert tokens >= 256
-        assert tokens & (tokens - 1) == 0
+GPTJ = costs.Shape(depth=28, width=4096, inner_width=16_384, parameters=6_050_882_784)
+
+
+def _cards(monkeypatch, *cards: tuple[float, float, float]) -> None:
+    """Pretend GPUs with so many bytes in all, free, and held by this process."""
+    batches._measured_room.cache_clear()
+    cuda = batches.torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(cuda, "mem_get_info", lambda n: (int(cards[n][1]), int(cards[n][0])))
+    monkeypatch.setattr(cuda, "memory_reserved", lambda n: int(cards[n][2]))
+
+
+@pytest.fixture(autouse=True)
+def _forget_pretended_cards():
+    yield
+    batches._measured_room.cache_clear()
+
+
+def test_on_a_cpu_the_automatic_budget_is_what_was_measured_to_be_fastest():
+    shape = build("gpt2").shape
+    for device in ("cpu", "mps"):
+        assert auto_token_budget(shape, 4, device) == 1024
+        assert auto_token_budget(shape, 4, device, trained_blocks=0) == 4096
+        assert auto_token_budget(GPTJ, 2, device, trained_blocks=19) == 4096
+
+
+def test_on_a_gpu_it_follows_from_the_free_memory(monkeypatch):
+    found = []
+    for total in (16e9, 24e9, 40e9, 80e9):
+        _cards(monkeypatch, (total, total, 0))
+        found += [auto_token_budget(GPTJ, 2, "cuda"), auto_token_budget(GPTJ, 2, "cuda:0")]
+        edits = auto_token_budget(GPTJ, 2, "auto", trained_blocks=19)
+        assert 256 <= edits < found[-1]
+        assert edits & (edits - 1) == found[-1] & (found[-1] - 1) == 0
+    assert found == sorted(found)
+    assert found[0] == found[1] < found[-1]
+    _cards(monkeypatch, (80e9, 20e9, 0))  # somebody else is on it
+    assert auto_token_budget(GPTJ, 2, "cuda") < found[-1]
+
+
+def test_it_is_the_same_before_and_after_the_model_is_loaded(monkeypatch):
+    _cards(monkeypatch, (80e9, 79.4e9, 0))
+    before = auto_token_budget(GPTJ, 2, "cuda", trained_blocks=19)
+    _cards(monkeypatch, (80e9, 66.2e9, 12.6e9))
+    assert auto_token_budget(GPTJ, 2, "cuda", trained_blocks=19) == before
+
+
+def test_workers_on_the_card_do_not_change_it(monkeypatch):
+    _cards(monkeypatch, (80e9, 79e9, 0))
+    first = auto_token_budget(GPTJ, 2, "cuda")
+    monkeypatch.setattr(batches.torch.cuda, "mem_get_info", lambda n: (10**9, 8 * 10**10))
+    assert auto_token_budget(GPTJ, 2, "cuda") == first
+
+
+def test_what_is_sharded_has_the_room_that_weights_leave_on_the_smallest_card(monkeypatch):
+    _cards(monkeypatch, (80e9, 80e9, 0), (8e9, 8e9, 0))
+    sharded = auto_token_budget(GPTJ, 2, "sharded")
+    assert 256 <= sharded < auto_token_budget(GPTJ, 2, "cuda:0")
+    assert sharded == auto_token_budget(replace(GPTJ, parameters=10**12), 2, "sharded")
