@@ -18,13 +18,6 @@ settings.register_profile("memit", deadline=None, derandomize=True, max_examples
 settings.load_profile("memit")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share expensive fixtures stay in one process: a file, or those of one server."""
-    for item in items:
-        shares = "api" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("one server" if shares else str(item.path)))
-
-
 @pytest.fixture(autouse=True)
 def _same_seed() -> None:
     """Every test starts from the same random state, whichever ran before it."""
