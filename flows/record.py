@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from filecmp import cmp
 from pathlib import Path
 
 from flows.command import console
@@ -19,6 +21,10 @@ from tasks.tracking import origin_tags
 LOCK, SET_ASIDE = Path("dvc.lock"), Path("dvc.lock.partial")
 RWLOCK = Path(".dvc/tmp/rwlock")
 """Files that DVC writes in place, so that a kill can tear them."""
+
+RESULTS = (Path("artifacts"), Path("evaluation"), Path("report"))
+COPIES = Path(".dvc/cache/files/md5")
+"""Where DVC keeps its copies of them."""
 
 
 def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
@@ -36,6 +42,7 @@ def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
         )
         return
     _drop_torn_rwlock()
+    _drop_damaged_copies()
     failed = _commit(stages)
     if failed and LOCK.exists():
         failed = _commit_anew(STEPS[: STEPS.index(stages[-1]) + 1]) and failed
@@ -66,6 +73,20 @@ def _drop_torn_rwlock() -> None:
         pass
     except ValueError:
         RWLOCK.unlink(missing_ok=True)
+
+
+def _drop_damaged_copies() -> None:
+    """Delete from DVC's cache what is not the content that it should be.
+
+    Results are links into it: what was damaged in place is damaged there, too, and DVC would link
+    the result that was made anew to that copy, which it does not look at again.
+    """
+    for path in (path for folder in RESULTS for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "md5").hexdigest()
+        copy = COPIES / digest[:2] / digest[2:]
+        if copy.exists() and not copy.samefile(path) and not cmp(path, copy, shallow=False):
+            copy.unlink()
 
 
 def _commit(stages: Sequence[str]) -> str:
