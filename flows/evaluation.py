@@ -106,12 +106,14 @@ def evaluation(parameters: Parameters) -> None:
 
 def references(parameters: Parameters) -> References:
     """Texts that generated ones are compared with: the published snippets, or the texts of the
-    corpus that tell what the records know."""
+    corpus that tell what the records know; none where statistics come without a corpus."""
     from memit.evaluation.reference import read_snippets
 
     snippets = parameters.evaluation.snippets
     if snippets is not None:
         return read_snippets(snippets)
+    if parameters.statistics.source == "published":
+        return {}
     return read_references(collect_references(*records_source(parameters), corpus_of(parameters)))
 
 

@@ -196,11 +196,13 @@ class PrefixesSection(Section):
 
 
 class StatisticsSection(Section):
-    """The text that the second moments of the keys are collected over."""
+    """The text that the second moments of the keys are collected over, or those of others."""
 
-    source: Literal["synthetic", "file", "dataset"] = "synthetic"
+    source: Literal["synthetic", "file", "dataset", "published"] = "synthetic"
     path: Text | None = Field(
-        default=None, description="file: text (a document a line), JSONL or Parquet"
+        default=None,
+        description="file: text (a document a line), JSONL or Parquet; published: a directory "
+        "with the .npz of each layer",
     )
     dataset: Text | None = Field(
         default=None, description="dataset: a Hugging Face data set, streamed"
@@ -218,7 +220,8 @@ class StatisticsSection(Section):
     @model_validator(mode="after")
     def _text_is_named(self) -> StatisticsSection:
         name, where = "statistics.source", "statistics"
-        _needs(self.source == "file", name, self.source, self, where, ("path",))
+        has_path = self.source in ("file", "published")
+        _needs(has_path, name, self.source, self, where, ("path",))
         names = ("dataset", "revision", "documents")
         _needs(self.source == "dataset", name, self.source, self, where, names)
         return self
@@ -445,6 +448,8 @@ class Parameters(Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Parameters:
+        if self.statistics.source == "published":
+            self._does_without_a_corpus()
         if self.model.source == "synthetic":
             self._fits_the_synthetic_model()
             return self
@@ -456,6 +461,18 @@ class Parameters(Section):
                     f"file or data set in {section}."
                 )
         return self
+
+    def _does_without_a_corpus(self) -> None:
+        if self.model.source == "synthetic":
+            raise ValueError(
+                "statistics.source is 'published', but model.source is 'synthetic': nobody has "
+                "published statistics of a model that is made here, so collect them."
+            )
+        if self.mend.learn_from == "texts":
+            raise ValueError(
+                "mend.learn_from is 'texts', but statistics.source is 'published', which has no "
+                "texts: let it learn from records."
+            )
 
     def _fits_the_synthetic_model(self) -> None:
         depth = self.model.training.layers

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.parameters import Parameters
 from flows.runner import workers_of
@@ -27,14 +29,20 @@ from tasks.model import (
 )
 from tasks.requests import locate_records, read_source, sample
 from tasks.runners import check_workers
-from tasks.systems import make_systems, split_by_subject
+from tasks.statistics import find_published
+from tasks.systems import System, make_systems, split_by_subject
+
+if TYPE_CHECKING:
+    from memit.language_model import LanguageModel
 
 CHECKED_DOCUMENTS = 10_000
 """Documents of a corpus that are read before the run; the rest of a large one would take long."""
 
 
-def check_inputs(parameters: Parameters) -> None:
+def check_inputs(parameters: Parameters, *, compares: bool = False) -> None:
     """Read the user's files, look at the model's structure, and compare needs with the machine.
+
+    What ``compares`` also needs statistics of the layers that other systems edit.
 
     Raises:
         MemitError: the first thing that would stop the experiment later.
@@ -45,11 +53,13 @@ def check_inputs(parameters: Parameters) -> None:
     _check_corpus(parameters)
     _check_evaluation_files(parameters)
     described = _describe_model(parameters)
-    _check_systems(parameters, described)
+    systems = _check_systems(parameters, described)
     if described is not None:
         _check_disk(parameters, described)
         _check_memory(parameters, described)
-        _check_tokens(parameters, described, records)
+        lm = _without_weights(parameters, described)
+        _check_tokens(lm, records)
+        _check_published(parameters, lm, systems if compares else ())
 
 
 def check_comparison(parameters: Parameters) -> None:
@@ -58,7 +68,7 @@ def check_comparison(parameters: Parameters) -> None:
     Raises:
         MemitError: the first thing that would stop the comparison later.
     """
-    check_inputs(parameters)
+    check_inputs(parameters, compares=True)
     count, there_are = parameters.compare.count, _editable(parameters)
     if count is not None and count > there_are:
         raise InputError(
@@ -73,7 +83,7 @@ def check_scaling(parameters: Parameters) -> None:
     Raises:
         MemitError: the first thing that would stop it later.
     """
-    check_inputs(parameters)
+    check_inputs(parameters, compares=True)
     smallest, there_are = min(parameters.scaling.counts, key=_size), _editable(parameters)
     if smallest is not None and smallest > there_are:
         raise InputError(
@@ -151,18 +161,19 @@ def _check_evaluation_files(parameters: Parameters) -> None:
         read_snippets(parameters.evaluation.snippets)
 
 
-def _check_systems(parameters: Parameters, model: ModelFiles | None) -> None:
+def _check_systems(parameters: Parameters, model: ModelFiles | None) -> list[System]:
     """Make the systems of the comparison, and see that no layer lies beyond the model."""
     name = "synthetic" if model is None else model.id
     depth = parameters.model.training.layers if model is None else model.layers
     section = parameters.compare
     hyperparameters = parameters.hyperparameters(name, depth)
-    make_systems(section.systems, section.settings, hyperparameters, name, depth)
+    systems = make_systems(section.systems, section.settings, hyperparameters, name, depth)
     if (parameters.mend.blocks or 0) > depth:
         raise InputError(
             f"mend.blocks is {parameters.mend.blocks}, but {name} has {depth} blocks: ask for "
             "fewer."
         )
+    return list(systems)
 
 
 def _all_records(parameters: Parameters) -> list[Record]:
@@ -193,15 +204,30 @@ def _describe_model(parameters: Parameters) -> ModelFiles | None:
     return None
 
 
-def _check_tokens(parameters: Parameters, model: ModelFiles, records: list[Record]) -> None:
-    """See that the model's tokenizer has tokens for every subject and object, and room for all."""
-    from memit.targets import edit_rows
-
+def _without_weights(parameters: Parameters, model: ModelFiles) -> LanguageModel:
+    """The structure and the tokenizer of a model that is not made here."""
     directory = Path(str(parameters.model.path))
     if model.source == "hub":
         directory = fetch_description(model.id, str(model.revision))
-    lm = model_without_weights(model.id, model.revision, directory)
+    return model_without_weights(model.id, model.revision, directory)
+
+
+def _check_tokens(lm: LanguageModel, records: list[Record]) -> None:
+    """See that the model's tokenizer has tokens for every subject and object, and room for all."""
+    from memit.targets import edit_rows
+
     edit_rows(lm, [record.request for record in records], ())
+
+
+def _check_published(parameters: Parameters, lm: LanguageModel, systems: Sequence[System]) -> None:
+    """See that others' statistics are here of all layers that are edited, also by ``systems``."""
+    section = parameters.statistics
+    if section.source != "published":
+        return
+    layers = set(parameters.hyperparameters(lm.name, lm.depth).layers)
+    for system in systems:
+        layers |= set(system.editor.moment_layers)
+    find_published(Path(str(section.path)), lm, sorted(layers))
 
 
 def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
@@ -209,7 +235,8 @@ def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
     layers = len(parameters.hyperparameters(model.id, model.layers).layers)
     section = parameters.statistics
     moment = 4 * model.inner_width**2
-    shards = -(-(section.documents or 1) // section.documents_per_shard)
+    documents = 1 if section.source == "published" else section.documents or 1
+    shards = -(-documents // section.documents_per_shard)
     changed = 3 * 4 * model.inner_width * model.width
     needed = layers * (moment * (shards + 1) + changed)
     free = shutil.disk_usage(project_root()).free

@@ -1,12 +1,17 @@
-"""Step 4: what the edited layers are used to. Second moments of their keys over a corpus.
+"""Step 4: what the edited layers are used to. Second moments of their keys over a corpus,
+collected here or published by others.
 
-Results: ``artifacts/statistics/`` with one Parquet file a layer, the held-out text, and
-``statistics.json`` saying how much text was read.
+Results: ``artifacts/statistics/`` with one Parquet file a layer, the held-out text (of a corpus),
+and ``statistics.json`` saying how much text was read.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flows.command import given_parameters, run_flow
 from flows.parameters import Parameters
@@ -19,14 +24,46 @@ from prefect import flow
 from flows.gpu import taking_turns
 from flows.runner import with_runner
 from memit.reading import check_file
-from tasks.artifacts import copy_file, describe, keep_only, write_json
+from tasks.artifacts import Artifact, copy_file, describe, keep_only, write_json
 from tasks.corpus import Corpus, CorpusSource, collect_corpus
 from tasks.loading import ModelReference, token_budget
-from tasks.model import open_model, resolve_commit
+from tasks.measure import Cost
+from tasks.model import model_without_weights, open_model, resolve_commit
 from tasks.progress import gather
 from tasks.results import HELD_OUT_FILE, STATISTICS, STATISTICS_FILE, WORLD, finish_step, upstream
 from tasks.runners import scatter, thread_runner
-from tasks.statistics import Shard, collect_shard, describe_moment, merge_shards
+from tasks.statistics import (
+    Shard,
+    collect_shard,
+    describe_moment,
+    find_published,
+    import_moment,
+    merge_shards,
+)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Sums of the keys of some layers, before they are added up."""
+
+    shards: Mapping[int, Sequence[Shard]]
+    """Of each layer."""
+    provenance: Mapping[int, dict[str, Any]]
+    """What each layer's file says of itself."""
+    described: dict[str, Any]
+    """What ``statistics.json`` says of their origin."""
+    held_out: Artifact | None
+    """Text that was not read; None where there is no text."""
+    costs: Sequence[Cost]
+
+    def write(self, folder: Path) -> tuple[dict[int, Path], int]:
+        """Add up and write a file for each layer; gives them and the tokens of the least one."""
+        paths = {layer: folder / f"layer-{layer:02}.parquet" for layer in self.shards}
+        tokens = [
+            merge_shards(self.shards[layer], self.provenance[layer], path)
+            for layer, path in paths.items()
+        ]
+        return paths, min(tokens)
 
 
 @flow(
@@ -39,24 +76,78 @@ from tasks.statistics import Shard, collect_shard, describe_moment, merge_shards
 def statistics(parameters: Parameters) -> None:
     """Collect the shards that are missing and add all of them up."""
     given = upstream("model")
-    section = parameters.statistics
     model = open_model(**parameters.model.placement())
     layers = parameters.hyperparameters(model.model.id, model.model.layers).layers
+    found = collect_layers(parameters, model, layers)
+    paths, tokens = found.write(STATISTICS)
+    origin = {"layers": list(layers), "model": model.model.digest, "tokens": tokens}
+    write_json(STATISTICS_FILE, found.described | origin)
+    files = [*paths.values(), STATISTICS_FILE]
+    if found.held_out is not None:
+        copy_file(found.held_out.checked(), HELD_OUT_FILE)
+        files.append(HELD_OUT_FILE)
+    keep_only(STATISTICS, {path.name for path in files})
+    finish_step("statistics", files, given, found.costs)
+
+
+def collect_layers(
+    parameters: Parameters, model: ModelReference, layers: Sequence[int]
+) -> Collected:
+    """The sums of some layers over the text that ``statistics`` names, or those of others."""
+    section = parameters.statistics
+    if section.source == "published":
+        return _import_layers(Path(str(section.path)), model, layers)
     corpus = corpus_of(parameters)
-    shards = gather(
+    shards: list[Shard] = gather(
         "statistics",
         "documents",
         scatter(
             collect_shard,
             [part.texts for part in corpus.ranges],
             model=model,
-            layers=layers,
+            layers=tuple(layers),
             token_budget=token_budget(section.token_budget, model),
         ),
         [part.count for part in corpus.ranges],
     )
-    files = _merge(corpus, shards, model, layers)
-    finish_step("statistics", files, given, [corpus.cost, *(shard.cost for shard in shards)])
+    return Collected(
+        shards=dict.fromkeys(layers, shards),
+        provenance={layer: describe_moment(model, corpus.digest, layer) for layer in layers},
+        described={
+            "corpus": corpus.digest,
+            "documents": sum(part.count for part in corpus.ranges),
+            "held_out_documents": corpus.held_out.count,
+        },
+        held_out=corpus.held_out.texts,
+        costs=[corpus.cost, *(shard.cost for shard in shards)],
+    )
+
+
+def _import_layers(directory: Path, model: ModelReference, layers: Sequence[int]) -> Collected:
+    lm = model_without_weights(model.model.id, model.model.revision, Path(model.directory))
+    files = {n: describe(path) for n, path in find_published(directory, lm, layers).items()}
+    names = {layer: Path(file.path).name for layer, file in files.items()}
+    provenance = {
+        layer: describe_moment(model, file.sha256, layer) | {"published": names[layer]}
+        for layer, file in files.items()
+    }
+    shards: dict[int, list[Shard]] = {
+        layer: [import_moment(file, provenance[layer], model.model.inner_width)]
+        for layer, file in files.items()
+    }
+    together = "".join(file.sha256 for file in files.values())
+    return Collected(
+        shards=shards,
+        provenance=provenance,
+        described={
+            "corpus": hashlib.sha256(together.encode()).hexdigest(),
+            "documents": None,
+            "held_out_documents": 0,
+            "published": {names[layer]: file.sha256 for layer, file in files.items()},
+        },
+        held_out=None,
+        costs=[shard.cost for (shard,) in shards.values()],
+    )
 
 
 def corpus_of(parameters: Parameters) -> Corpus:
@@ -88,30 +179,6 @@ def corpus_source(parameters: Parameters) -> CorpusSource:
     path = Path(str(section.path))
     check_file(path, "the corpus", size_limit=None)
     return CorpusSource(file=describe(path), column=section.column)
-
-
-def _merge(
-    corpus: Corpus, shards: list[Shard], model: ModelReference, layers: tuple[int, ...]
-) -> list[Path]:
-    """Write the results and give their paths."""
-    paths = {layer: STATISTICS / f"layer-{layer:02}.parquet" for layer in layers}
-    tokens = {
-        merge_shards(shards, describe_moment(model, corpus.digest, layer), path)
-        for layer, path in paths.items()
-    }
-    copy_file(corpus.held_out.texts.checked(), HELD_OUT_FILE)
-    said = {
-        "corpus": corpus.digest,
-        "documents": sum(part.count for part in corpus.ranges),
-        "held_out_documents": corpus.held_out.count,
-        "layers": list(layers),
-        "model": model.model.digest,
-        "tokens": tokens.pop(),
-    }
-    write_json(STATISTICS_FILE, said)
-    files = [*paths.values(), HELD_OUT_FILE, STATISTICS_FILE]
-    keep_only(STATISTICS, {path.name for path in files})
-    return files
 
 
 if __name__ == "__main__":

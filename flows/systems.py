@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.parameters import Parameters, overridden
 from flows.requests import records_source
-from flows.statistics import corpus_of
+from flows.statistics import collect_layers
 from memit.requests import Record, read_counterfact
 from tasks.artifacts import Artifact, describe
 from tasks.edit import spread_edit
@@ -38,7 +38,6 @@ from tasks.results import (
     Manifest,
 )
 from tasks.runners import scatter
-from tasks.statistics import collect_shard, describe_moment, merge_shards
 from tasks.systems import (
     Split,
     System,
@@ -177,29 +176,10 @@ def _moments(
     paths = {layer: STATISTICS / f"layer-{layer:02}.parquet" for layer in needed}
     there = {n: statistics.file(p) for n, p in paths.items() if str(p) in statistics.files}
     missing = [layer for layer in needed if layer not in there]
-    return there | (_collect(parameters, model, missing, folder) if missing else {})
-
-
-def _collect(
-    parameters: Parameters, model: ModelReference, layers: Sequence[int], folder: Path
-) -> dict[int, Artifact]:
-    corpus = corpus_of(parameters)
-    shards = gather(
-        "statistics",
-        "documents",
-        scatter(
-            collect_shard,
-            [part.texts for part in corpus.ranges],
-            model=model,
-            layers=tuple(layers),
-            token_budget=token_budget(parameters.statistics.token_budget, model),
-        ),
-        [part.count for part in corpus.ranges],
-    )
-    paths = {layer: folder / f"layer-{layer:02}.parquet" for layer in layers}
-    for layer, path in paths.items():
-        merge_shards(shards, describe_moment(model, corpus.digest, layer), path)
-    return {layer: describe(path) for layer, path in paths.items()}
+    if not missing:
+        return there
+    collected, _ = collect_layers(parameters, model, missing).write(folder)
+    return there | {layer: describe(path) for layer, path in collected.items()}
 
 
 # --- editing ------------------------------------------------------------------------------------

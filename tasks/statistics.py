@@ -5,18 +5,22 @@ The shards of a layer hold sums and add up exactly; only the sums over all of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from memit.errors import IntegrityError
+from memit.errors import InputError, IntegrityError
 from tasks.artifacts import Artifact, cached_task, store_piece, write_file
 from tasks.corpus import read_texts
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
 from tasks.progress import piece_progress
+
+if TYPE_CHECKING:
+    from memit.language_model import LanguageModel
 
 
 class Shard(BaseModel):
@@ -48,6 +52,53 @@ def collect_shard(
             "statistics", ".parquet", lambda path, m=moment, p=provenance: write_moment(m, path, p)
         )
     return Shard(moments=files, cost=meter.cost)
+
+
+@cached_task("import", version=1, code=("memit.second_moment",))
+def import_moment(file: Artifact, provenance: Mapping[str, Any], width: int) -> Shard:
+    """Read one layer's sums (``width`` × ``width``) that others published: a shard that is all.
+
+    Raises:
+        IntegrityError: the file does not hold such sums.
+        NumericsError: they are not positive definite.
+    """
+    from memit.second_moment import import_published, write_moment
+
+    with Meter() as meter:
+        moment = import_published(file.checked(), width)
+        piece = store_piece(
+            "statistics", ".parquet", lambda path: write_moment(moment, path, provenance)
+        )
+    return Shard(moments={provenance["layer"]: piece}, cost=meter.cost)
+
+
+def find_published(directory: Path, lm: LanguageModel, layers: Sequence[int]) -> dict[int, Path]:
+    """Each layer's file, which published code names after the module of the down-projection.
+
+    Raises:
+        InputError: there is none for a layer, or there are several.
+    """
+    if not os.path.isdir(directory):
+        raise InputError(
+            f"{directory} is no directory: statistics.path must be one with the published .npz of "
+            "each layer."
+        )
+    found = {}
+    for layer in layers:
+        wanted = f"{lm.weight_name(layer).removesuffix('.weight')}_float32_mom2_*.npz"
+        files = sorted(directory.glob(wanted))
+        if not files:
+            raise InputError(
+                f"{directory} holds no {wanted}, the published second moment of layer {layer}: "
+                "fetch it, or let statistics.source name a corpus."
+            )
+        if len(files) > 1:
+            raise InputError(
+                f"{directory} holds {files[0].name} and {files[1].name}, both for layer {layer}: "
+                "leave one of them."
+            )
+        found[layer] = files[0]
+    return found
 
 
 def describe_moment(model: ModelReference, corpus: str, layer: int) -> dict[str, Any]:

@@ -52,6 +52,8 @@ QUESTION = {
     "loc": "nq question: where is Oslo",
     "loc_ans": "Norway",
 }
+MOMENTS = [f"transformer.h.{layer}.mlp.c_proj_float32_mom2_9.npz" for layer in range(3)]
+"""Names of published second moments."""
 GOOD: dict[str, dict[str, Any]] = {
     "model": {"source": "local", "path": "model"},
     "requests": {"source": "facts", "path": "facts.jsonl", "count": None},
@@ -187,6 +189,18 @@ def snippets(content: object) -> Spoil:
     """A file of snippets to compare with."""
     text = content if isinstance(content, str) else json.dumps(content)
     return after(file("snippets.json", text), setting(evaluation={"snippets": "snippets.json"}))
+
+
+def published_files(*names: str, **others: Any) -> Spoil:
+    """Statistics of others in place of a corpus, in files with these names."""
+
+    def spoil() -> None:
+        Path("moments").mkdir()
+        for name in names:
+            Path("moments", name).write_bytes(b"")
+        setting(statistics={"source": "published", "path": "moments"}, **others)()
+
+    return spoil
 
 
 def npz(**arrays: Any) -> Spoil:
@@ -526,6 +540,39 @@ CORPORA = [
             statistics={"source": "dataset", "path": None, "dataset": "../x", "revision": "main"}
         ),
         "is no name on the hub",
+    ),
+    Kind(
+        "published: no directory",
+        setting(statistics={"source": "published", "path": "moments"}),
+        "moments is no directory",
+    ),
+    Kind("published: no path", setting(statistics={"source": "published", "path": None}), "path"),
+    Kind("published: no files", published_files(), f"holds no {MOMENTS[1].replace('9', '*')}"),
+    Kind("published: a layer lacks", published_files(MOMENTS[1]), "moment of layer 2"),
+    Kind(
+        "published: two of a layer",
+        published_files(MOMENTS[1], MOMENTS[1].replace("9", "8"), MOMENTS[2]),
+        "both for layer 1",
+    ),
+    Kind(
+        "published: none of ROME's layer",
+        published_files(
+            MOMENTS[1],
+            MOMENTS[2],
+            compare={"systems": ["rome"], "settings": {"rome": {"layer": 0}}},
+        ),
+        "moment of layer 0",
+        compared,
+    ),
+    Kind(
+        "published: texts to learn from",
+        published_files(mend={"learn_from": "texts"}),
+        "which has no texts",
+    ),
+    Kind(
+        "published: of a model made here",
+        published_files(model={"source": "synthetic"}),
+        "nobody has published",
     ),
     Kind("an empty column name", setting(statistics={"column": ""}), 'statistics.column is ""'),
     Kind("no documents", setting(statistics={"documents": 0}), "statistics.documents is 0"),

@@ -218,7 +218,7 @@ def test_cached_tasks_name_the_code_that_their_stage_depends_on() -> None:
         "model": [model.train_small_model, model.measure_recall],
         "requests": [requests.choose_requests],
         "prefixes": [prefixes.draw_prefixes],
-        "statistics": [corpus.collect_corpus, statistics.collect_shard],
+        "statistics": [corpus.collect_corpus, statistics.collect_shard, statistics.import_moment],
         "targets": [targets.optimise_targets],
         "edit": [edit.spread_edit],
         "evaluation": [

@@ -1,0 +1,120 @@
+"""Second moments that others published take the place of a corpus."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flows import statistics
+from flows.evaluation import references
+from flows.parameters import Parameters, check_parameters
+from flows.statistics import collect_layers
+from memit.errors import InputError, MemitError
+from memit.second_moment import read_moment
+from tasks.loading import ModelReference
+from tasks.model import describe_model
+from tasks.statistics import import_moment
+from tests.families import families
+
+FAMILIES = {"gpt2": "transformer.h.{}.mlp.c_proj", "gptj": "transformer.h.{}.mlp.fc_out"}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelReference:
+    """A model, in a directory that is the project's; its tasks run without a server."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(statistics, "import_moment", import_moment.fn)
+    lm, tokenizer = families()[family]()
+    lm.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    Path("moments").mkdir()
+    return ModelReference(
+        directory=str(tmp_path / "model"),
+        model=describe_model("local", "small", None, tmp_path / "model"),
+        dtype="float32",
+        device="cpu",
+        threads=1,
+    )
+
+
+def publish(family: str, layer: int, width: int, **changes: np.ndarray) -> np.ndarray:
+    """Leave the file of a layer; gives its sum."""
+    keys = np.random.default_rng(layer).normal(size=(2 * width, width)).astype(np.float32)
+    content = {"mom2.mom2": keys.T @ keys, "mom2.count": np.array(2 * width)} | changes
+    name = f"{FAMILIES[family].format(layer)}_float32_mom2_{2 * width}.npz"
+    np.savez(Path("moments", name), **content)
+    return content["mom2.mom2"]
+
+
+def parameters(**evaluation: str) -> Parameters:
+    return check_parameters(
+        {
+            "model": {"source": "local", "path": "model"},
+            "requests": {"source": "facts", "path": "facts.jsonl"},
+            "statistics": {"source": "published", "path": "moments"},
+            "evaluation": evaluation,
+        }
+    )
+
+
+def test_they_are_imported_with_their_origin(family: str, model: ModelReference) -> None:
+    sums = {layer: publish(family, layer, model.model.inner_width) for layer in (0, 1, 11)}
+    found = collect_layers(parameters(), model, (0, 1))
+    paths, tokens = found.write(Path("artifacts"))
+    assert tokens == 2 * model.model.inner_width
+    assert found.held_out is None
+    assert found.described["held_out_documents"] == 0
+    for layer, path in paths.items():
+        moment, said = read_moment(path)
+        assert np.array_equal(moment.sum.numpy(), sums[layer])
+        assert (said["model"], said["layer"]) == (model.model.digest, layer)
+        assert said["published"].startswith(FAMILIES[family].format(layer))
+        assert said["corpus"] == found.described["published"][said["published"]]
+    before = found.described["corpus"]
+    publish(family, 1, model.model.inner_width, **{"mom2.count": np.array(7)})
+    assert collect_layers(parameters(), model, (0, 1)).described["corpus"] != before
+
+
+def test_references_come_from_snippets_only(model: ModelReference) -> None:
+    assert references(parameters()) == {}
+    snippet = {"relation_id": "P1", "target_id": "Q1", "samples": [{"text": "Some text."}]}
+    Path("snippets.json").write_text(json.dumps([snippet]))
+    assert references(parameters(snippets="snippets.json"))
+
+
+@pytest.mark.parametrize("family", ["gpt2"], indirect=True)
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mom2.mom2": np.eye(3, dtype=np.float32)}, "3 × 3 matrix where"),
+        ({"mom2.mom2": np.array("text")}, "does not hold published"),
+        ({"mom2.count": np.array(0)}, "not finite"),
+        ({"mom2.mom2": -np.eye(128, dtype=np.float32)}, "not positive definite"),
+        ({"mom2.mom2": np.triu(np.ones((128, 128), np.float32))}, "not symmetric"),
+    ],
+    ids=["narrow", "text", "no tokens", "indefinite", "asymmetric"],
+)
+def test_a_file_that_is_wrong_is_named_in_one_sentence(
+    family: str, model: ModelReference, changes: dict[str, np.ndarray], sentence: str
+) -> None:
+    publish(family, 1, model.model.inner_width, **changes)
+    with pytest.raises(MemitError, match=r"c_proj_float32_mom2") as caught:
+        collect_layers(parameters(), model, (1,))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["gpt2"], indirect=True)
+def test_a_layer_without_a_file_of_its_own_is_named(family: str, model: ModelReference) -> None:
+    publish(family, 11, model.model.inner_width)
+    with pytest.raises(InputError, match="second moment of layer 1:"):
+        collect_layers(parameters(), model, (1,))
