@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,10 @@ def model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model
 def publish(family: str, layer: int, width: int, **changes: np.ndarray) -> np.ndarray:
     """Leave the file of a layer; gives its sum."""
     keys = np.random.default_rng(layer).normal(size=(2 * width, width)).astype(np.float32)
-    content = {"mom2.mom2": keys.T @ keys, "mom2.count": np.array(2 * width)} | changes
+    content: dict[str, Any] = {
+        "mom2.mom2": keys.T @ keys,
+        "mom2.count": np.array(2 * width),
+    } | changes
     name = f"{FAMILIES[family].format(layer)}_float32_mom2_{2 * width}.npz"
     np.savez(Path("moments", name), **content)
     return content["mom2.mom2"]
