@@ -71,7 +71,8 @@ class Attempt:
             self.process = subprocess.Popen(
                 [sys.executable, *program],
                 cwd=project.place,
-                env={**project.environment, **environment},
+                # Two runs at once, or other work on the machine: threads that spin would starve.
+                env={**project.environment, "OMP_WAIT_POLICY": "passive", **environment},
                 stdout=said,
                 stderr=said,
                 start_new_session=True,
