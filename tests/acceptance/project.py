@@ -38,6 +38,9 @@ TINY: dict[str, dict[str, Any]] = {
     "scaling": {"counts": [1, 6], "least_records": 2, "generation_records": 1},
 }
 
+NOT_INHERITED = ("DVC_ROOT", "MLFLOW_TRACKING_URI")
+"""What other tests of the same process may have set: MLflow sets it for whoever is started."""
+
 
 class Project:
     """A checkout of the project with small parameters, and its commands."""
@@ -60,7 +63,7 @@ class Project:
             _update(parameters[section], values)
         (place / "params.yaml").write_text(yaml.safe_dump(parameters, sort_keys=False))
         self.environment = {
-            **{key: value for key, value in os.environ.items() if key != "DVC_ROOT"},
+            **{key: value for key, value in os.environ.items() if key not in NOT_INHERITED},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PREFECT_API_URL": api,
             "PYTHONPATH": "",

@@ -102,6 +102,16 @@ class Deployment:
         path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
         return self.ask(path, parameters=parameters, state={"type": "SCHEDULED"})["id"]
 
+    def log_of(self, run: str, wanted: str) -> str:
+        """What a run has logged, once ``wanted`` is there: lines come some seconds behind."""
+        deadline = time.monotonic() + 30
+        while True:
+            lines = self.ask("/logs/filter", logs={"flow_run_id": {"any_": [run]}}, limit=200)
+            said = "\n".join(line["message"] for line in lines)
+            if wanted in said or time.monotonic() > deadline:
+                return said
+            time.sleep(0.5)
+
     def end_of(self, run: str, seconds: float = 180.0) -> tuple[str, str]:
         """The last state of a run and its message."""
         deadline = time.monotonic() + seconds
@@ -186,8 +196,7 @@ def test_what_a_run_is_given_lies_over_params_yaml_and_is_checked(deployed: Depl
     assert kind == "FAILED"
     assert "InputError: parameters: requests.count is 0: input should be" in message
     assert deployed.end_of(again)[0] == "COMPLETED"
-    logs = deployed.ask("/logs/filter", logs={"flow_run_id": {"any_": [again]}}, limit=200)
-    assert any("up to date" in line["message"] for line in logs)
+    assert "up to date" in deployed.log_of(again, "up to date")
 
 
 def test_one_at_a_time_computes_on_the_gpu(deployed: Deployment) -> None:

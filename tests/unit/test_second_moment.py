@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from hypothesis import given, settings
@@ -176,7 +178,6 @@ def test_missing_file(tmp_path):
     ("spoil", "match"),
     [
         (lambda m: replace(m, sum=m.sum + torch.triu(m.sum, 1)), "symmetric"),
-        (lambda m: replace(m, sum=m.sum * torch.inf), "finite"),
         (lambda m: replace(m, count=0), r"finite|token"),
     ],
 )
@@ -184,6 +185,20 @@ def test_spoilt_moment_is_refused(tmp_path, spoil, match):
     path = tmp_path / "layer-03.parquet"
     write_moment(spoil(_moment()), path, {})
     with pytest.raises(IntegrityError, match=rf"(?s)layer-03\.parquet.*({match})"):
+        read_moment(path)
+
+
+def test_a_moment_that_is_not_finite_is_neither_written_nor_read(tmp_path):
+    path = tmp_path / "layer-03.parquet"
+    with pytest.raises(NumericsError, match="layer 3 is not finite"):
+        write_moment(replace(_moment(), sum=_moment().sum * torch.inf), path, {"layer": 3})
+    assert not path.exists()
+    write_moment(_moment(), path, {})
+    table = parquet.read_table(path)
+    spoilt = np.full(table.num_rows * 12, np.inf, np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(spoilt), 12)
+    parquet.write_table(table.set_column(0, table.schema.field(0), column), path)
+    with pytest.raises(IntegrityError, match=r"(?s)layer-03\.parquet.*finite"):
         read_moment(path)
 
 
