@@ -336,7 +336,8 @@ class Chaos:
         again = [key for key, identity in before.items() if now.get(key) != identity]
         if again:
             self.faults.append(f"{len(again)} pieces that were kept were computed again")
-        if trained < steps and (project.place / ".cache" / "unfinished" / "model").exists():
+        unfinished = list((project.place / ".cache" / "unfinished" / "model").glob("*/*"))
+        if trained < steps and unfinished:  # what has ended is forgotten
             self.faults.append(f"training went back from step {steps} to {trained}")
         return now, trained
 
