@@ -18,7 +18,7 @@ from tasks.results import EDIT_FILE, METRICS_FILE, REPORT, TARGETS_FILE, TIMINGS
 
 ROWS = (
     ("score", "Score S", "harmonic mean of the next three"),
-    ("efficacy", "Efficacy ES", "edited prompts prefer the new object"),
+    ("efficacy", "Efficacy ES", "edited prompts prefer the new one"),
     ("paraphrase", "Paraphrase PS", "so do their paraphrases"),
     ("neighborhood", "Neighborhood NS", "others keep their true object"),
     ("efficacy_accuracy", "Efficacy, argmax", "the model would say the new object"),
