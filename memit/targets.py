@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 KL_TEMPLATE = "{} is a"
 """The row whose next-token distribution at the subject must not drift."""
+REQUESTS_AT_ONCE = 256
+"""Requests that are tokenised together: a tokenizer says much more of a text than its ids."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,16 @@ def edit_rows(
 ) -> list[EditRows]:
     """Tokenise requests; raises `InputError` for a subject or an object without tokens, and for a
     prompt that the model's context does not hold."""
+    return [
+        rows
+        for start in range(0, len(requests), REQUESTS_AT_ONCE)
+        for rows in _edit_rows(lm, requests[start : start + REQUESTS_AT_ONCE], prefixes)
+    ]
+
+
+def _edit_rows(
+    lm: LanguageModel, requests: Sequence[EditRequest], prefixes: Sequence[str]
+) -> list[EditRows]:
     marked = [
         marked_text
         for request in requests
