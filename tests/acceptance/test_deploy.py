@@ -89,9 +89,15 @@ class Deployment:
     def ask(self, path: str, **content: Any) -> Any:
         """The API's answer: of a POST where there is something to say, else of a GET."""
         method = "POST" if content else "GET"
-        answer = httpx.request(method, f"{self.address}{path}", json=content or None, timeout=60)
-        answer.raise_for_status()
-        return answer.json()
+        deadline = time.monotonic() + 60
+        while True:
+            url = f"{self.address}{path}"
+            answer = httpx.request(method, url, json=content or None, timeout=60)
+            # A server whose data base is busy says so and wants to be asked again.
+            if answer.status_code != 503 or time.monotonic() > deadline:
+                answer.raise_for_status()
+                return answer.json()
+            time.sleep(1)
 
     def deployment(self, name: str) -> Any:
         """What the server knows of a deployment."""
