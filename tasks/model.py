@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from memit.errors import InputError, IntegrityError, ResourceError, UnreachableError
 from memit.reading import parse_json, read_text
-from tasks.artifacts import Artifact, cached_task, describe, store_piece
+from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.loading import ModelFiles, ModelReference, directory_digests, loaded
 from tasks.measure import Cost, Meter
 from tasks.progress import progress_bar
@@ -348,11 +348,6 @@ def _unreachable(name: str, error: Exception) -> UnreachableError:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def world_files(directory: Path) -> dict[str, Artifact]:
-    """The files of the world that lies in ``directory``."""
-    return {path.name: describe(path) for path in sorted(directory.iterdir())}
 
 
 def open_model(dtype: str, device: str, threads: int, path: str | None) -> ModelReference:
