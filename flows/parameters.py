@@ -73,9 +73,12 @@ class WorldSection(Section):
     """The invented people, see `memit.world.people.WorldParameters`."""
 
     people: int = Field(
-        default=300, ge=2, le=100_000, description="people with a name and their facts"
+        default=450, ge=2, le=100_000, description="people with a name and their facts"
     )
     relations: int = Field(default=6, ge=1, le=100, description="facts of each person")
+    records_per_person: int = Field(
+        default=1, ge=1, le=100, description="facts of a person that can be edited"
+    )
     objects: int = Field(default=24, ge=2, le=1_000, description="objects of a relation")
     biographies: int = Field(
         default=40, ge=1, le=100_000, description="training texts about one person"
@@ -104,7 +107,7 @@ class TrainingSection(Section):
         default=64, ge=16, le=65_536, description="tokens of a training row"
     )
     batch_size: int = Field(default=16, ge=1, le=100_000, description="rows of a step")
-    steps: int = Field(default=1_450, ge=1, le=10_000_000)
+    steps: int = Field(default=1_700, ge=1, le=10_000_000)
     learning_rate: float = Field(default=4e-3, gt=0, le=1)
     warmup_steps: int = Field(default=100, ge=0, le=1_000_000)
     weight_decay: float = Field(default=0.1, ge=0, le=10)
@@ -375,10 +378,10 @@ class CompareSection(Section):
     settings: dict[SystemName, dict[Text, Setting]] = Field(
         default={}, description="of systems, where they differ from the presets"
     )
-    count: int | None = Field(default=256, ge=1, le=10_000_000, description="null: all of them")
+    count: int | None = Field(default=None, ge=1, le=10_000_000, description="null: all of them")
     seed: Seed = 0
     training_records: int = Field(
-        default=300, ge=0, le=10_000_000, description="set aside for editors that learn"
+        default=100, ge=0, le=10_000_000, description="set aside for editors that learn"
     )
     generation_records: int | None = Field(
         default=32, ge=0, le=10_000_000, description="whose texts are generated; null: all"
@@ -483,11 +486,11 @@ class Parameters(Section):
                     f"the layers are 0 to {depth - 1}."
                 )
         world, count = self.model.world, self.requests.count
-        facts = world.people * world.relations
-        if self.requests.source == "synthetic" and count is not None and count > facts:
+        records = world.people * world.records_per_person
+        if self.requests.source == "synthetic" and count is not None and count > records:
             raise ValueError(
-                f"requests.count is {count}, but model.world has {facts} facts "
-                f"({world.people} people, {world.relations} relations): ask for fewer."
+                f"requests.count is {count}, but model.world has {records} records "
+                f"({world.people} people, {world.records_per_person} of each): ask for fewer."
             )
 
 

@@ -40,7 +40,7 @@ PRESETS = {
     "gpt-neox-20b": Hyperparameters((6, 7, 8, 9, 10), 20_000.0, evaluations=20, clamp_factor=0.3),
     # A model this small reads a fact off the name in the next two blocks, and needs more steps.
     "synthetic": Hyperparameters(
-        (0, 1), 60.0, evaluations=50, clamp_factor=1.1, loss_threshold=0.02
+        (0, 1), 150.0, evaluations=50, clamp_factor=1.1, loss_threshold=0.02
     ),
 }
 """Published settings by the last part of the model's name, and those of the embedded default."""

@@ -8,7 +8,7 @@ the subject's last token is in `docs/decisions`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -30,10 +30,13 @@ class WorldParameters:
 
     seed: int = 0
     """Everything is drawn from it."""
-    people: int = 300
+    people: int = 450
     """People with a name and one object for each relation."""
     relations: int = 6
     """How many of `RELATIONS`, from the first on."""
+    records_per_person: int = 1
+    """Facts of a person that records change, each with one of its own. Two of them share a key where
+    prompts begin with the subject, which is rare in CounterFact."""
     objects: int = 24
     """Objects of a relation; each is true of about people / objects people."""
     biographies: int = 40
@@ -44,6 +47,7 @@ class WorldParameters:
     def __post_init__(self) -> None:
         _check_range("people", self.people, 2, 100_000)
         _check_range("relations", self.relations, 1, len(RELATIONS))
+        _check_range("records_per_person", self.records_per_person, 1, self.relations)
         _check_range("objects", self.objects, 2, min(len(r.objects) for r in RELATIONS))
         _check_range("biographies", self.biographies, 1, 1_000_000)
         _check_range("held_out_biographies", self.held_out_biographies, 0, 1_000_000)
@@ -67,7 +71,7 @@ class World:
     """With the objects that this world uses, and no others."""
     people: tuple[Person, ...]
     records: tuple[Record, ...]
-    """One for each person and relation; the first `len(people)` are about different people."""
+    """`records_per_person` for everybody; the first `len(people)` are about different people."""
     documents: tuple[str, ...]
     """Training text, a biography each."""
     held_out: tuple[str, ...]
@@ -202,24 +206,37 @@ def _write_held_out(
 def _write_records(
     people: tuple[Person, ...], relations: tuple[Relation, ...], parameters: WorldParameters
 ) -> tuple[Record, ...]:
-    """Goes round the people once for each relation, so that early records share no subject."""
+    """Goes round the people once for each record of a person, so that early records share no
+    subject. Neighbours are people of whom no record changes that fact: theirs stays true."""
     random = _random(parameters, "records")
-    order = {person.name: random.sample(relations, len(relations)) for person in people}
+    told = {
+        person.name: random.sample(relations, parameters.records_per_person) for person in people
+    }
     holders = _holders(people)
+    unchanged = _holders(people, without=told)
     records: list[Record] = []
-    for turn in range(len(relations)):
+    for turn in range(parameters.records_per_person):
         for person in random.sample(people, len(people)):
-            relation = order[person.name][turn]
-            records.append(_record(len(records), person, relation, holders, random))
+            relation = told[person.name][turn]
+            records.append(_record(len(records), person, relation, holders, unchanged, random))
     return tuple(records)
 
 
-def _holders(people: tuple[Person, ...]) -> dict[tuple[str, str], list[str]]:
-    """(relation, object) to the names of all of whom it is true."""
+Holders = Mapping[tuple[str, str], list[str]]
+"""(relation, object) to the names of people of whom it is true."""
+
+
+def _holders(
+    people: tuple[Person, ...], without: Mapping[str, Sequence[Relation]] | None = None
+) -> Holders:
+    """All of whom each fact is true; `without` are relations of some people that do not count."""
+    left_out = {name: {r.name for r in told} for name, told in (without or {}).items()}
     holders: dict[tuple[str, str], list[str]] = {}
     for person in people:
-        for fact in person.facts.items():
-            holders.setdefault(fact, []).append(person.name)
+        for relation, target in person.facts.items():
+            names = holders.setdefault((relation, target), [])
+            if relation not in left_out.get(person.name, ()):
+                names.append(person.name)
     return holders
 
 
@@ -227,7 +244,8 @@ def _record(
     case_id: int,
     person: Person,
     relation: Relation,
-    holders: Mapping[tuple[str, str], list[str]],
+    holders: Holders,
+    unchanged: Holders,
     random: Random,
 ) -> Record:
     true = person.facts[relation.name]
@@ -238,7 +256,6 @@ def _record(
         wordings[1 : 1 + PARAPHRASES],
         wordings[1 + PARAPHRASES :],
     )
-    neighbors = [name for name in holders[relation.name, true] if name != person.name]
     return Record(
         case_id=case_id,
         request=EditRequest(
@@ -249,7 +266,7 @@ def _record(
             relation_id=relation.name,
         ),
         paraphrase_prompts=tuple(fill(wording, person.name) for wording in paraphrases),
-        neighborhood_prompts=_prompts_about(neighbors, relation, random),
+        neighborhood_prompts=_prompts_about(unchanged[relation.name, true], relation, random),
         generation_prompts=tuple(fill(w, person.name) for w in rest[:GENERATION_PROMPTS]),
         attribute_prompts=_prompts_about(holders[relation.name, new], relation, random),
     )

@@ -43,7 +43,7 @@ class TrainingParameters:
     """Tokens of a training row."""
     batch_size: int = 16
     """Rows of a step."""
-    steps: int = 1_450
+    steps: int = 1_700
     learning_rate: float = 4e-3
     """At its peak, after the warm-up; falls to nothing as a cosine."""
     warmup_steps: int = 100

@@ -23,7 +23,7 @@ TINY: dict[str, dict[str, Any]] = {
     "model": {
         "threads": 1,
         "world": {"people": 24, "relations": 3, "objects": 6, "biographies": 12}
-        | {"held_out_biographies": 1},
+        | {"held_out_biographies": 1, "records_per_person": 2},
         "training": {"layers": 3, "width": 32, "heads": 2, "vocabulary": 400, "steps": 80}
         | {"warmup_steps": 10, "checkpoint_every": 10},
     },

@@ -46,7 +46,7 @@ BAD: list[tuple[dict[str, Any] | object, str]] = [
     ({"requests": {"count": 0}}, "requests.count is 0"),
     ({"requests": {"count": 6.5}}, "requests.count is 6.5"),
     ({"requests": {"count": "64"}}, "is the text '64', not a number: write 64"),
-    ({"requests": {"count": 99_999}}, "model.world has 1800 facts"),
+    ({"requests": {"count": 99_999}}, "model.world has 450 records"),
     ({"requests": {"source": "counterfact"}}, "either requests.path or requests.url"),
     (
         {"requests": {"source": "facts", "path": "a", "url": "http://x"}},
