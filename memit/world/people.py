@@ -35,8 +35,8 @@ class WorldParameters:
     relations: int = 6
     """How many of `RELATIONS`, from the first on."""
     records_per_person: int = 1
-    """Facts of a person that records change, each with one of its own. Two of them share a key where
-    prompts begin with the subject, which is rare in CounterFact."""
+    """Facts of a person that records change, each with one of its own. Two of them share a key
+    where prompts begin with the subject; few subjects of CounterFact have two."""
     objects: int = 24
     """Objects of a relation; each is true of about people / objects people."""
     biographies: int = 40
