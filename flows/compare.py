@@ -140,7 +140,7 @@ def _compare(bench: Bench, sample: Sample, measured: dict[str, Measured]) -> Com
         systems=systems,
         exact_entropy=word_tokenizer()[1],
         published=published(_data_set(bench), bench.model.model.id, count),
-        notes=_notes(bench, sample),
+        notes=(*_notes(bench, sample), *_dropped(bench, measured)),
     )
 
 
@@ -165,6 +165,13 @@ def _notes(bench: Bench, sample: Sample) -> tuple[str, ...]:
     if written:
         notes.append(f"GE and RS are of the texts of {written} records.")
     return (*notes, *(f"{system.label}: {system.editor}" for system in bench.systems))
+
+
+def _dropped(bench: Bench, measured: dict[str, Measured]) -> Iterator[str]:
+    for system in bench.systems:
+        count = measured[system.name].edit.dropped
+        if count:
+            yield f"{system.label}: {count} requests could not be written and count as failures."
 
 
 def _write(comparison: Comparison, measured: dict[str, Measured]) -> list[Path]:

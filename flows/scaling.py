@@ -37,6 +37,7 @@ from tasks.measure import Cost
 from tasks.results import finish_step, upstream
 from tasks.runners import thread_runner
 from tasks.scaling import PANELS, Point, csv_text, curve, draw_scaling, markdown, plain, systems_of
+from tasks.systems import LABELS
 from tasks.tracking import Family, log_family, tracking_uri
 
 SCALING = Path("scaling")
@@ -116,7 +117,12 @@ def _points(bench: Bench, samples: list[tuple[int, Sample]], costs: list[Cost]) 
             costs += measured.costs
             metrics = metrics_of(measured.prompts, measured.texts, sample.records, {})
             count = len(sample.records)
-            yield Point(system.name, count, seed, metrics | {"seconds": edit.cost.seconds})
+            yield Point(
+                system.name,
+                count,
+                seed,
+                metrics | {"seconds": edit.cost.seconds, "dropped": edit.dropped},
+            )
             console.print(
                 f"[green]✓[/] {count:>6} edits  {system.label:<10} "
                 f"S {metrics.get('score', float('nan')):5.1f}  {edit.cost.seconds:9.1f} s"
@@ -148,6 +154,12 @@ def _write(bench: Bench, points: list[Point]) -> list[Path]:
         if section.generation_records is not None
         else "GE is of the texts of all records",
         *(f"{system.label}: {system.editor}" for system in bench.systems),
+        *(
+            f"{LABELS.get(p.system, p.system)}: {p.metrics['dropped']} of {p.edits} requests (seed "
+            f"{p.seed}) could not be written and count as failures"
+            for p in points
+            if p.metrics["dropped"]
+        ),
     ]
     names = ("table.md", "table.csv", "scaling.png", "metrics.json")
     files = [SCALING / name for name in names]

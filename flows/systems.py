@@ -238,7 +238,12 @@ class Goals:
             bench.parameters.edit.on_failure,
         )
         shares = [self.pieces[p].cost.seconds / self.sizes[p] for p, _ in places]
-        return SystemEdit(edit=made.delta, cost=total_cost([Cost(seconds=sum(shares)), made.cost]))
+        summary = json.loads(made.summary.checked().read_text(encoding="utf-8"))
+        return SystemEdit(
+            edit=made.delta,
+            cost=total_cost([Cost(seconds=sum(shares)), made.cost]),
+            dropped=len(summary["dropped"]),
+        )
 
 
 def edit_sample(

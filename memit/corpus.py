@@ -49,15 +49,6 @@ def is_file(source: str | Path) -> bool:
     return path.suffix in _FILE_KINDS or path.exists()
 
 
-def count_documents(path: str | Path) -> int:
-    """Number of lines or rows of a corpus in a file. Raises `InputError` if it cannot be read."""
-    path = Path(path)
-    if path.suffix == ".parquet":
-        with _parquet(path) as file:
-            return file.metadata.num_rows
-    return sum(1 for _ in _lines(path))
-
-
 def _documents(
     source: str | Path,
     start: int,

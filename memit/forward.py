@@ -7,7 +7,7 @@ that masks, positions, scales and caps stay the model's own. Rows are padded on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -346,13 +346,6 @@ def reading_keys(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int,
             module = lm.down_projection(layer)
             stack.enter_context(_hook(module.register_forward_pre_hook(read(layer))))
         yield found
-
-
-def changing_output(
-    lm: LanguageModel, layer: int, change: Callable[[Tensor], Tensor]
-) -> AbstractContextManager[None]:
-    """Replace the hidden states that leave a block (rows × tokens × d) by `change` of them."""
-    return changing_module(lm.blocks[layer], change)
 
 
 @contextmanager

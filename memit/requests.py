@@ -202,11 +202,6 @@ def sample_records(records: Sequence[Record], count: int, seed: int) -> list[Rec
     return [records[index] for index in sorted(order[:count])]
 
 
-def records_digest(records: Iterable[Record]) -> str:
-    """The digest of the records' edit requests."""
-    return requests_digest(record.request for record in records)
-
-
 def requests_digest(requests: Iterable[EditRequest]) -> str:
     """Sha256 of the canonical JSON of edit requests, in their order."""
     rows = [asdict(request) for request in requests]

@@ -277,6 +277,8 @@ class SystemEdit(BaseModel):
 
     edit: Artifact
     cost: Cost
+    dropped: int = 0
+    """Requests that could not be written."""
 
 
 @cached_task("system", version=1, code=CODE)
@@ -320,7 +322,11 @@ def edit_with(
             progress=lambda done: bar.advance(0, done),
         )
         edit = editor.edit(lm, [record.request for record in chosen], resources)
-    return SystemEdit(edit=store_piece("system", ".safetensors", edit.save), cost=meter.cost)
+    return SystemEdit(
+        edit=store_piece("system", ".safetensors", edit.save),
+        cost=meter.cost,
+        dropped=len(edit.provenance.get("left_out", ())),
+    )
 
 
 @cached_task("select_targets", version=1, code=("memit.targets",))

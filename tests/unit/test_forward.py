@@ -13,7 +13,7 @@ from memit.forward import (
     branch,
     can_branch,
     can_resume,
-    changing_output,
+    changing_module,
     logits_at,
     pad,
     reading_keys,
@@ -112,7 +112,7 @@ def test_changed_output_reaches_later_positions_only(family):
         return hidden
 
     before = logits_at(lm, padded, first, every)
-    with changing_output(lm, 1, add):
+    with changing_module(lm.blocks[1], add):
         after = logits_at(lm, padded, first, every)
     moved = (after - before).abs().amax(1)
     assert moved[:3].max() < 1e-5
@@ -181,7 +181,7 @@ def test_model_is_left_as_it_was_even_after_an_error():
     lm = build("gptj")
     padded = pad(_rows(lm), lm.device)
     before = _whole(lm, _rows(lm))
-    with pytest.raises(RuntimeError), changing_output(lm, 1, lambda hidden: hidden[..., :5]):
+    with pytest.raises(RuntimeError), changing_module(lm.blocks[1], lambda hidden: hidden[..., :5]):
         logits_at(lm, padded, torch.tensor([0]), torch.tensor([0]))
     with pytest.raises((RuntimeError, IndexError)):
         logits_at(

@@ -21,7 +21,7 @@ from memit.requests import (
     read_counterfact,
     read_facts,
     read_records,
-    records_digest,
+    requests_digest,
     sample_records,
     write_records,
 )
@@ -310,13 +310,11 @@ class TestSamples:
             sample_records(self.records, count, 0)
 
 
-class TestDigest:
-    def test_depends_on_requests_and_order_only(self):
-        one, other = asking(0, "Rome"), asking(1, "Oslo", subject="Bo")
-        measured = Record(5, one.request, ("a paraphrase",))
-        assert records_digest([one, other]) == records_digest([measured, other])
-        assert records_digest([one, other]) != records_digest([other, one])
-        assert records_digest([one]) != records_digest([asking(0, "Rom")])
+def test_digest_depends_on_requests_and_their_order():
+    one, other = (asking(0, target).request for target in ("Rome", "Oslo"))
+    assert requests_digest([one, other]) == requests_digest([one, other])
+    assert requests_digest([one, other]) != requests_digest([other, one])
+    assert requests_digest([one]) != requests_digest([asking(0, "Rom").request])
 
 
 def test_sample_takes_every_subject_before_any_twice():
