@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
 from rich.console import Console
 
+from flows.alone import alone
 from flows.parameters import Parameters, read_parameters
 from memit.errors import MemitError, ResourceError, UnreachableError
 from tasks.stopping import INTERRUPTED, TERMINATED, end_when_asked, leave
@@ -67,7 +64,7 @@ def run_flow(
 
 
 def _run_alone(flow: Callable[[Parameters], object], parameters: Parameters) -> object:
-    with _alone():
+    with alone():
         if parameters.runner.kind == "threads":
             return flow(parameters)
         return _with_server(lambda: flow(parameters))
@@ -83,22 +80,6 @@ def _with_server(work: Callable[[], object]) -> object:
         return work()
     with prefect_server() as address, temporary_settings({PREFECT_API_URL: address}):
         return work()
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """One run at a time writes the named results of a working directory; others wait for it."""
-    from tasks.artifacts import FileLocks, cache_directory
-
-    locks, holder = FileLocks(cache_directory() / "locks"), str(os.getpid())
-    key = "run-" + hashlib.sha256(str(Path.cwd()).encode()).hexdigest()[:32]
-    if not locks.acquire_lock(key, holder, acquire_timeout=0):
-        console.print("another run works in this directory: waiting for its end")
-        locks.acquire_lock(key, holder)
-    try:
-        yield
-    finally:
-        locks.release_lock(key, holder)
 
 
 def reporting(work: Callable[[], Result]) -> Result:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from prefect import Flow, flow
 
+from flows.alone import alone
 from flows.compare import compare
 from flows.experiment import run_step
 from flows.mend import mend
@@ -28,6 +29,7 @@ LEARNING = {"mend": mend, "serac": serac}
 
 @flow(name="comparison", validate_parameters=False)
 @deployable
+@alone()
 @with_runner
 def comparison(parameters: Parameters) -> None:
     """All systems on the same model and the same records: the table in ``comparison/``."""
@@ -36,6 +38,7 @@ def comparison(parameters: Parameters) -> None:
 
 @flow(name="scaling-run", validate_parameters=False)
 @deployable
+@alone()
 @with_runner
 def scaling_run(parameters: Parameters) -> None:
     """All systems on ever more edits: table and figure in ``scaling/``."""

@@ -19,6 +19,7 @@ from prefect import Flow, flow
 from prefect.artifacts import create_table_artifact
 from rich.table import Table
 
+from flows.alone import alone
 from flows.edit import edit
 from flows.evaluation import evaluation
 from flows.model import model
@@ -42,6 +43,7 @@ RESULT_FOLDERS = tuple(map(Path, (".", "artifacts", "evaluation", "report")))
 
 @flow(name="experiment", validate_parameters=False)
 @deployable
+@alone()
 @with_runner
 def experiment(parameters: Parameters) -> None:
     """Run all steps and show what came out."""

@@ -46,7 +46,7 @@ def test_everything_that_the_form_shows_can_be_handed_over() -> None:
         ({"requests": {"count": 0}}, "parameters: requests.count is 0"),
         ({"requests": {"conut": 1}}, "no key requests.conut; did you mean requests.count?"),
         ({"requests": None}, "parameters: requests is null"),
-        ({"requests": {"count": 99_999}}, "but model.world has 300 facts"),
+        ({"requests": {"count": 99_999}}, "but model.world has 50 records"),
         ([1], "parameters must hold sections"),
         ("model", "parameters must hold sections"),
     ],
