@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TypeVar
@@ -26,6 +28,7 @@ GPU_TOKENS = 131_072
 """More tokens at a time do not make a GPU faster."""
 MEMORY_SHARE = 0.6
 """Part of the free memory that batches may fill; the rest is for fragmentation and results."""
+_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def auto_token_budget(
@@ -97,6 +100,17 @@ def in_batches(
         # Only here has the failed batch let go of its memory.
         torch.cuda.empty_cache()
         logger.warning("out of memory: going on with %d tokens at a time", budget)
+
+
+def release_memory() -> None:
+    """Give memory that was freed back to the system, where the C library is glibc.
+
+    Its heap keeps what lies below any small block that is still used, and of many evaluations with
+    tensors of ever other sizes it keeps more with every batch.
+    """
+    trim = getattr(_C_LIBRARY, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def planned(

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memit.batches import in_batches
+from memit.batches import in_batches, release_memory
 from memit.errors import EditError, InputError, IntegrityError
 from memit.forward import (
     KeyValues,
@@ -68,6 +68,17 @@ class Targets:
     def chosen(self, rows: Sequence[int]) -> Targets:
         """Those of some of the requests."""
         return Targets(**{name: part[list(rows)] for name, part in self.__dict__.items()})
+
+    def put(self, rows: Sequence[int], part: Targets) -> None:
+        """Write the targets of some requests into their rows."""
+        for name, whole in self.__dict__.items():
+            whole[list(rows)] = getattr(part, name)
+
+    @staticmethod
+    def empty(count: int, width: int, evaluations: int) -> Targets:
+        """Room for the targets of `count` requests; what it holds is not defined."""
+        rows = torch.empty(count, width), torch.empty(count, width)
+        return Targets(*rows, torch.empty(count, evaluations), torch.empty(count).bool())
 
     @staticmethod
     def concatenate(parts: Sequence[Targets]) -> Targets:
@@ -238,14 +249,13 @@ def compute_targets(
     def optimise(indices: Sequence[int]) -> Targets:
         return _optimise(lm, [edits[index] for index in indices], where, hp)
 
-    parts = []
+    found = Targets.empty(len(edits), lm.width, hp.evaluations)
     for indices, part in in_batches(order, lambda i: _shape(edits[i]), token_budget, optimise):
-        parts.append(part)
+        found.put(indices, part)
+        release_memory()
         if progress is not None:
             progress(len(indices))
-    back = torch.tensor(order).argsort()
-    found = Targets.concatenate(parts)
-    return Targets(**{name: part[back] for name, part in found.__dict__.items()})
+    return found
 
 
 def _shape(edit: EditRows) -> tuple[int, int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memit import batches, costs
-from memit.batches import auto_token_budget, in_batches, planned
+from memit.batches import auto_token_budget, in_batches, planned, release_memory
 from memit.errors import ResourceError
 from tests.reference import build
 
@@ -131,3 +134,19 @@ def test_what_is_sharded_has_the_room_that_weights_leave_on_the_smallest_card(mo
     sharded = auto_token_budget(GPTJ, 2, "sharded")
     assert 256 <= sharded < auto_token_budget(GPTJ, 2, "cuda:0")
     assert sharded == auto_token_budget(replace(GPTJ, parameters=10**12), 2, "sharded")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_released_memory_goes_back_to_the_system_from_between_blocks_in_use():
+    def resident() -> int:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    large, small = [], []
+    for _ in range(2_000):
+        large.append(torch.ones(25_000))  # 100 kB, below what glibc maps by itself
+        small.append(torch.ones(100))
+    large.clear()
+    before = resident()
+    release_memory()
+    assert before - resident() > 100e6
