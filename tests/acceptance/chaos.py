@@ -615,11 +615,16 @@ def write_tables(chaos: Chaos, what: str) -> None:
     TABLES.write_text(head + MARK + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
-def disturb(chaos: Chaos, kills: int) -> None:
-    """Everything, one after the other."""
+def disturb(chaos: Chaos, kills: int, note: Callable[[], None]) -> None:
+    """Everything, one after the other; each time there is something new to `note`."""
     chaos.kill_until_done(kills)
+    note()
     same = "results, stray files, MLflow, DVC after going on"
-    case = chaos.case
+
+    def case(fault: str, looked_at: str, work: Callable[[], str]) -> None:
+        chaos.case(fault, looked_at, work)
+        note()
+
     case("SIGINT (Ctrl-C)", f"status, seconds; {same}", partial(chaos.stop, signal.SIGINT, 130, 3))
     case("SIGTERM", f"status, seconds; {same}", partial(chaos.stop, signal.SIGTERM, 143, 3))
     case("disk full (ENOSPC)", f"what is said; {same}", partial(chaos.fail_writing, "ENOSPC", 3))
@@ -649,10 +654,10 @@ def main(arguments: Sequence[str]) -> int:
             reference, expected = undisturbed(folder, api, given.size)
             random = Random(given.seed)
             chaos = Chaos(folder, api, SIZES[given.size], random, reference, expected)
-            disturb(chaos, given.kills)
+            what = f"seed {given.seed}, the experiment of size `{given.size}`"
+            note = partial(write_tables, chaos, what) if given.write else lambda: None
+            disturb(chaos, given.kills, note)
     print("\n".join([*kill_table(chaos.kills), "", *case_table(chaos.cases), "", *chaos.faults]))
-    if given.write:
-        write_tables(chaos, f"seed {given.seed}, the experiment of size `{given.size}`")
     return 1 if chaos.faults else 0
 
 
