@@ -147,7 +147,7 @@ def _write(bench: Bench, points: list[Point]) -> list[Path]:
     """Write the results and give their paths."""
     section = bench.parameters.scaling
     notes = [
-        f"{section.samples} samples of each size, more where these have fewer than "
+        f"samples of each size: {section.samples}, or more where these have fewer than "
         f"{section.least_records} records, of {bench.split.count} records; "
         f"{bench.split.training_count} others were set aside for editors that learn",
         f"GE is of the texts of at most {section.generation_records} records"

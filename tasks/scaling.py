@@ -42,6 +42,8 @@ COLORS = {
 }
 OTHER_COLORS = ("#b03a6f", "#4a4a8a", "#607d3b", "#8a4b3c")
 MARKERS = "osD^vPX*<>"
+LABELS_APART = 1.4
+"""By what factor two labels of an axis differ at least."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,15 @@ def _has(points: Sequence[Point], metric: str) -> bool:
     return any(metric in point.metrics for point in points)
 
 
+def apart(counts: Iterable[int]) -> list[int]:
+    """Those that can be written below a logarithmic axis side by side, from the largest down."""
+    chosen: list[int] = []
+    for count in sorted(counts, reverse=True):
+        if not chosen or chosen[-1] >= LABELS_APART * count:
+            chosen.append(count)
+    return chosen[::-1]
+
+
 def _draw_panel(axes: Axes, points: Sequence[Point], metric: str, title: str) -> None:
     for place, system in enumerate(systems_of(points)):
         means = curve(points, system, metric)
@@ -195,7 +206,7 @@ def _draw_panel(axes: Axes, points: Sequence[Point], metric: str, title: str) ->
         )
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xscale("log")
-    counts = sorted({point.edits for point in points})
+    counts = apart({point.edits for point in points})
     axes.set_xticks(counts, [f"{count:,}" for count in counts], fontsize=8, rotation=45)
     axes.minorticks_off()
     axes.set_xlabel("edits", fontsize=9)

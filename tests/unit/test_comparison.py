@@ -238,6 +238,14 @@ def test_curves_pool_the_samples_of_a_size():
     ]
 
 
+@pytest.mark.parametrize(
+    ("counts", "labels"),
+    [([350, 316, 100, 1], [1, 100, 350]), ([1, 10, 32], [1, 10, 32]), ([7], [7]), ([], [])],
+)
+def test_labels_of_sizes_do_not_stand_upon_each_other(counts, labels):
+    assert scaling.apart(counts) == labels
+
+
 def test_the_scaling_table_marks_what_was_not_measured():
     page = scaling.markdown(POINTS, ["a note"])
     assert f"| MEMIT | 75.0 ± 70.7 | {ABSENT} |" in page
