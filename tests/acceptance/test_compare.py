@@ -110,3 +110,19 @@ def test_scaling_goes_on_where_it_was_killed(project: Project, compared: Path) -
     }
     assert all(float(row["efficacy"]) >= 0 for row in rows)
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("comparison", "comparison"), ("scaling_run", "scaling")]
+)
+def test_what_a_deployment_runs_ends_with_the_same(
+    project: Project, name: str, folder: str
+) -> None:
+    place = project.place / folder
+    before = {path.name: path.read_bytes() for path in place.glob("*.*")}
+    assert before
+    shutil.rmtree(place)
+    program = f"from flows.deployments import {name}; {name}({{}})"
+    said = project.do(sys.executable, "-c", program)
+    assert "Traceback" not in said
+    assert {path.name: path.read_bytes() for path in place.glob("*.*")} == before
