@@ -395,18 +395,20 @@ def _head_at(lm: LanguageModel, rows: Tensor, columns: Tensor) -> Iterator[None]
 
 
 @contextmanager
-def _last_mlp_at(lm: LanguageModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Run the last block's MLP at the chosen positions only: nothing reads the others.
+def mlp_at(lm: LanguageModel, layer: int, rows: Tensor, columns: Tensor) -> Iterator[bool]:
+    """Run a block's MLP at chosen positions only, where nothing reads the others; gives whether it
+    does.
 
-    Where somebody listens inside that block, or it may be run again, it runs whole.
+    Keys that are read meanwhile are those of these positions, each once, row by row. Where somebody
+    listens inside that block already, or it may be run again, it runs whole.
     """
-    mlp = lm.last_mlp
+    mlp = lm.mlp(layer)
     if (
         mlp is None
         or lm.is_offloaded
-        or any(_is_watched(m) for m in (lm.blocks[-1], *mlp.modules()))
+        or any(_is_watched(m) for m in (lm.blocks[layer], *mlp.modules()))
     ):
-        yield
+        yield False
         return
     shape: list[torch.Size] = []
     places: list[Tensor] = []
@@ -424,7 +426,7 @@ def _last_mlp_at(lm: LanguageModel, rows: Tensor, columns: Tensor) -> Iterator[N
 
     chosen, returned = mlp.register_forward_pre_hook(choose), mlp.register_forward_hook(put_back)
     with _hook(chosen), _hook(returned):
-        yield
+        yield True
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -526,7 +528,7 @@ def logits_at(
         if hidden is not None:
             stack.enter_context(_starting_at(lm, start, hidden))
         stack.enter_context(_head_at(lm, rows, columns))
-        stack.enter_context(_last_mlp_at(lm, rows, columns))
+        stack.enter_context(mlp_at(lm, lm.depth - 1, rows, columns))
         output = lm.model(**_inputs(lm, padded, hidden, before, recorder))
     return output.logits[0].float()
 

@@ -139,13 +139,12 @@ class LanguageModel:
         names = {id(weight): name for name, weight in self.model.named_parameters()}
         return {names[id(module.weight)]: module for module in (*up, down)}
 
-    @cached_property
-    def last_mlp(self) -> nn.Module | None:
-        """The module of the last block that maps hidden states to its MLP's output, if there is one
-        that does nothing else."""
-        block = self.blocks[-1]
+    def mlp(self, layer: int) -> nn.Module | None:
+        """The module of a block that maps hidden states to its MLP's output, if there is one that
+        does nothing else."""
+        block = self.blocks[layer]
         try:
-            down = self.down_projection(self.depth - 1)
+            down = self.down_projection(layer)
         except ModelStructureError:
             return None
         path = next(name for name, module in block.named_modules() if module is down)

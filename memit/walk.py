@@ -24,6 +24,7 @@ from memit.forward import (
     Recorder,
     block_output,
     can_resume,
+    mlp_at,
     pad,
     reading_keys,
 )
@@ -72,6 +73,21 @@ class _Rows:
     kind: Tensor
     """Which shared beginning stands before a row: 0 for plain, then one for each prefix (rows)."""
 
+    @property
+    def subject_places(self) -> Tensor:
+        """The subjects' last tokens among all positions, row by row (rows)."""
+        count, length = self.padded.ids.shape
+        return torch.arange(count, device=self.last.device) * length + self.last
+
+    def read_places(self, *, whole: bool) -> Tensor:
+        """Where keys or outputs are read, ascending: the subjects' last tokens, and for `whole`
+        plain rows all of their positions."""
+        if not whole:
+            return self.subject_places
+        plain = len(self.edits) * self.padded.ids.shape[1]
+        prefixed = self.subject_places[len(self.edits) :]
+        return torch.cat([torch.arange(plain, device=prefixed.device), prefixed])
+
 
 class Walk:
     """Holds what enters the present block for every row of every edit."""
@@ -116,12 +132,27 @@ class Walk:
         _, before = self._run_shared(self.top)
         keys, hidden = [], []
         for index, rows in enumerate(self.batches):
-            with reading_keys(self.lm, [self.block]) as found:
-                output = self._run(index, self.block, before)
-            at_subject = _flat_places(rows).to(found[self.block].device)
-            keys.append(_averaged(found[self.block][at_subject], len(rows.edits), key_average))
+            at_subject, output = self._read_batch(index, before)
+            keys.append(_averaged(at_subject, len(rows.edits), key_average))
             hidden.append(self._hidden(rows, output, before))
         return self._in_order(keys), self._in_order(hidden)
+
+    def _read_batch(self, index: int, before: KeyValues | None) -> tuple[Tensor, Tensor]:
+        """Keys of a batch at the subjects' last tokens (rows × f), and the present block's output,
+        which is that of plain rows only: the MLP is run where one of the two is read."""
+        rows = self.batches[index]
+        places = rows.read_places(whole=self.block < self.top)
+        length = rows.padded.ids.shape[1]
+        with (
+            mlp_at(self.lm, self.block, places // length, places % length) as there_only,
+            reading_keys(self.lm, [self.block]) as found,
+        ):
+            output = self._run(index, self.block, before)
+        keys = found[self.block]
+        at_subject = rows.subject_places
+        if there_only:
+            at_subject = torch.searchsorted(places, at_subject)
+        return keys[at_subject.to(keys.device)], output
 
     @torch.no_grad()
     def read_hidden(self) -> Tensor:
@@ -230,11 +261,6 @@ def _rows(
         last=torch.tensor([row.subject_last - start for _, start, row in cut], device=lm.device),
         kind=torch.tensor([kind for kind, _, _ in cut], device=lm.device),
     )
-
-
-def _flat_places(rows: _Rows) -> Tensor:
-    count, length = rows.padded.ids.shape
-    return torch.arange(count, device=rows.last.device) * length + rows.last
 
 
 def _averaged(keys: Tensor, count: int, key_average: str) -> Tensor:

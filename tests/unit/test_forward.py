@@ -15,6 +15,7 @@ from memit.forward import (
     can_resume,
     changing_module,
     logits_at,
+    mlp_at,
     pad,
     reading_keys,
     reading_outputs,
@@ -252,3 +253,31 @@ def test_a_model_whose_branches_see_each_other_is_found_out(monkeypatch):
     monkeypatch.setattr("memit.forward.Branched.mask", lambda rows, dtype: None)
     assert not can_branch(lm, 30)
     lm.__dict__.pop("_can_branch")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_an_mlp_at_chosen_positions_has_their_keys_and_outputs(family):
+    lm = build(family)
+    padded = pad(_rows(lm), lm.device)
+    rows, columns = torch.tensor([0, 1, 3, 3]), torch.tensor([2, 0, 1, 3])
+    places = rows * padded.ids.shape[1] + columns
+    with reading_keys(lm, [1]) as found:
+        expected = block_output(lm, padded, 1)
+    keys = found[1][places]
+    with mlp_at(lm, 1, rows, columns) as there_only, reading_keys(lm, [1]) as found:
+        output = block_output(lm, padded, 1)
+    assert len(found[1]) == (4 if there_only else padded.ids.numel())
+    _close(found[1] if there_only else found[1][places], keys)
+    _close(output[rows, columns], expected[rows, columns])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+@torch.no_grad()
+def test_an_mlp_that_somebody_listens_to_runs_whole(family):
+    lm = build(family)
+    place = torch.tensor([0])
+    with mlp_at(lm, 1, place, place) as there_only:
+        assert there_only
+    with reading_keys(lm, [1]), mlp_at(lm, 1, place, place) as there_only:
+        assert not there_only
