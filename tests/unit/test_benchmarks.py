@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import steps
+from benchmarks.__main__ import gpu_rows, markdown
 from benchmarks.floor import Machine, Work, covariance_work, spread_work
 from benchmarks.steps import Bench
 from benchmarks.workload import SMALL, make_model, make_tokenizer
@@ -46,6 +47,19 @@ def test_ours_and_the_oracle_do_the_same_work(bench: Bench) -> None:
     for z, request in zip(ours, requests, strict=True):
         literal = oracle.target(bench.literal, bench.lm.tokenizer, request, prefixes, hp).z
         assert (z - literal).norm() < 2e-2 * literal.norm()  # flat losses, near random weights
+
+
+def test_the_rows_of_a_gpu_are_measured_and_projected() -> None:
+    """At a shape so small that a CPU takes seconds."""
+    rows = gpu_rows(quick=True, device="cpu")
+    steps_measured = ["targets", "targets", "covariance, 6 layers", "spread", "evaluation"]
+    assert [row["step"] for row in rows[:5]] == steps_measured
+    whole, beside = rows[5:]
+    assert whole["count"] == 10_000
+    assert set(whole["parts"]) == {"targets", "covariance", "spread", "evaluation"}
+    assert whole["parts"]["targets"] == pytest.approx(10_000 * rows[1]["seconds_per_edit"])
+    assert beside["oracle_seconds"] == pytest.approx(beside["speedup"] * rows[1]["seconds"])
+    assert len(markdown(rows).splitlines()) == 2 + len(rows)
 
 
 def test_floor_is_the_larger_of_arithmetic_and_traffic() -> None:
