@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from prefect import flow, task
+from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.edit import edit
@@ -208,3 +213,58 @@ def test_clusters_end_with_their_flow(watched: Watched) -> None:
     while workers() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert workers() == []
+
+
+@pytest.fixture
+def elsewhere(project: Project, tmp_path: Path, unused_port: int) -> Iterator[tuple[str, Path]]:
+    """The address of a Dask cluster whose workers live in another directory, and that directory."""
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
+    environment |= {"PREFECT_API_URL": PREFECT_API_URL.value() or ""}
+    address = f"tcp://127.0.0.1:{unused_port}"
+    scheduler = ["scheduler", "--host", "127.0.0.1", "--port", str(unused_port), "--no-dashboard"]
+    worker = ["worker", address, "--nthreads", "1", "--no-dashboard", "--memory-limit", "0"]
+    with ExitStack() as stack:
+        for words in (scheduler, worker, worker):
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-m", "dask", *words],
+                    cwd=place,
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            )
+            stack.callback(process.terminate)
+        yield address, place
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_workers_in_another_directory_give_the_same_through_a_store(
+    project: Project,
+    by_threads: dict[str, bytes],
+    elsewhere: tuple[str, Path],
+    tmp_path: Path,
+) -> None:
+    address, place = elsewhere
+    given = parameters(kind="dask", address=address, store=f"file://{tmp_path}/store")
+
+    @flow(task_runner=thread_runner(), validate_parameters=False)
+    @with_runner
+    def mapped(given: Parameters) -> None:
+        project.forget(MAPPED, project.files())
+        for step in (statistics, targets, evaluation):
+            step(given)
+
+    mapped(given)
+    assert project.results() == by_threads
+    for step in ("statistics", "targets", "evaluation"):
+        assert list((place / ".cache" / "pieces" / step).glob("*"))  # computed there
+    assert any(path.is_file() for path in (tmp_path / "store").rglob("*"))
