@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from flows.requests import requests
 from flows.runner import with_runner
 from flows.statistics import statistics
 from flows.targets import targets
+from memit.errors import ResourceError
 from tasks.artifacts import PARTIAL
 from tasks.loading import ModelReference, loaded
 from tasks.model import open_model
@@ -94,6 +96,12 @@ def mark(number: int, reference: ModelReference) -> tuple[int, int]:
         return os.getpid(), lm.__dict__["mark"]
 
 
+@task
+def die(number: int) -> None:
+    """Kill the process that computes this, whichever it is."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @dataclass
 class Watched:
     """What was seen of a run on a cluster."""
@@ -103,6 +111,8 @@ class Watched:
     killed: int
     """Finished targets when a worker was killed."""
     disturbed: dict[str, bytes]
+    said: str
+    """Of a piece that kills every worker that takes it."""
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +158,10 @@ def watched(
         project.forget(["targets"], [project.place / TARGETS_FILE])
         with killing_a_worker(project) as killed:
             targets(given)
-        found.append(Watched(undisturbed, set(seen), killed[0], project.results()))
+        disturbed = project.results()
+        with pytest.raises(ResourceError) as error:
+            gather("die", "pieces", scatter(die, range(1)), [1])
+        found.append(Watched(undisturbed, set(seen), killed[0], disturbed, str(error.value)))
 
     found: list[Watched] = []
     both(given)
@@ -206,6 +219,11 @@ def test_a_process_loads_the_model_once(watched: Watched) -> None:
 def test_a_killed_worker_changes_nothing(watched: Watched, by_threads: dict[str, bytes]) -> None:
     assert 2 <= watched.killed < EDITS
     assert watched.disturbed == by_threads
+
+
+def test_a_piece_that_kills_every_worker_is_named(watched: Watched) -> None:
+    assert "the workers that computed a piece of die died several times" in watched.said
+    assert "a smaller token_budget" in watched.said
 
 
 def test_clusters_end_with_their_flow(watched: Watched) -> None:
