@@ -18,6 +18,8 @@ _SETTINGS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     # The terminal shows progress and one sentence when something fails; the log is in the UI.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    # Five tries take a minute for each request, and a run whose server is gone makes several.
+    "PREFECT_CLIENT_MAX_RETRIES": "4",
     # A server that is started again must still know who holds the GPU, and until when.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
         "prefect.server.concurrency.lease_storage.filesystem"
