@@ -137,6 +137,7 @@ def test_what_is_sharded_has_the_room_that_weights_leave_on_the_smallest_card(mo
 
 HOLES = """
 import os
+from pathlib import Path
 import torch
 from memit.batches import release_memory
 
