@@ -486,6 +486,11 @@ class Parameters(Section):
                     f"the layers are 0 to {depth - 1}."
                 )
         world, count = self.model.world, self.requests.count
+        if world.records_per_person > world.relations:
+            raise ValueError(
+                f"model.world.records_per_person is {world.records_per_person}, but a person has "
+                f"{world.relations} facts (model.world.relations): ask for fewer."
+            )
         records = world.people * world.records_per_person
         if self.requests.source == "synthetic" and count is not None and count > records:
             raise ValueError(

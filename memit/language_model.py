@@ -69,6 +69,7 @@ class LanguageModel:
         self.router: Router | None = None
         """What answers some prompts in its place, if an edit put something there."""
         self._down_projections: dict[int, nn.Module] = {}
+        self._mlps: dict[int, nn.Module | None] = {}
         self.head = _find_head(model)
         """The module that turns final hidden states into logits."""
 
@@ -142,6 +143,11 @@ class LanguageModel:
     def mlp(self, layer: int) -> nn.Module | None:
         """The module of a block that maps hidden states to its MLP's output, if there is one that
         does nothing else."""
+        if layer not in self._mlps:
+            self._mlps[layer] = self._find_mlp(layer)
+        return self._mlps[layer]
+
+    def _find_mlp(self, layer: int) -> nn.Module | None:
         block = self.blocks[layer]
         try:
             down = self.down_projection(layer)

@@ -54,7 +54,8 @@ class Point:
     edits: int
     seed: int
     metrics: Mapping[str, float]
-    """Those that the records support; seconds are those of editing."""
+    """Those that the records support; seconds are those of editing, and `dropped` counts requests
+    that could not be written."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
+from select import select
 
 import pytest
 
@@ -34,22 +35,33 @@ def hold() -> subprocess.Popen[str]:
         [sys.executable, "-c", HOLDER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
 
 def test_another_process_waits_for_the_end() -> None:
-    with hold() as other:
-        with alone():
-            time.sleep(1.0)  # it starts meanwhile
-            with alone():  # a flow inside of the command that runs it
-                pass
-            assert other.poll() is None
-            left = time.monotonic()
+    with alone(), hold() as other:
         assert other.stdout is not None
+        assert other.stderr is not None
+        with alone():  # a flow inside of the command that runs it
+            pass
+        assert select([other.stderr], [], [], 60)[0]
+        assert "waiting for its end" in other.stderr.readline()
+        assert not select([other.stdout], [], [], 0.5)[0]
+        other.kill()
+
+
+def test_it_comes_in_when_the_body_has_ended() -> None:
+    with ExitStack() as stack:
+        with alone():
+            other = stack.enter_context(hold())
+            assert other.stdout is not None
+            assert other.stderr is not None
+            other.stderr.readline()
         assert other.stdout.readline() == "in\n"
-        assert time.monotonic() - left < 20
         other.communicate("\n")
+        assert other.returncode == 0
 
 
 def test_a_process_that_waits_comes_in_when_the_other_is_killed(

@@ -39,6 +39,7 @@ BAD: list[tuple[dict[str, Any] | object, str]] = [
     ({"model": {"path": "a\0b"}}, "model.path is"),
     ({"model": {"path": ""}}, 'model.path is ""'),
     ({"model": {"world": {"people": 1}}}, "model.world.people is 1"),
+    ({"model": {"world": {"records_per_person": 7}}}, "a person has 6 facts"),
     ({"model": {"training": {"width": 130}}}, "width is 130, which is no multiple of its 4"),
     ({"model": {"training": {"sequence_length": 256}}}, "more than the context_length"),
     ({"model": {"training": {"learning_rate": 0}}}, "model.training.learning_rate is 0"),
