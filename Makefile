@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run repro deploy compare scale test lint format golden audit bench chaos ui clean
+.PHONY: help install run repro deploy compare scale test lint format stages golden audit bench chaos ui clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,9 @@ lint: $(STAMP) ## format, lint and type checks, changing nothing
 format: $(STAMP) ## put the code into its format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+stages: $(STAMP) ## write the code that stages depend on, read off the imports, into their files
+	@$(BIN)/python -m flows.stages
 
 golden: $(STAMP) ## DIR=...: compare with a recorded run of the published method
 	@test -n "$(DIR)" || { echo "say which: make golden DIR=path/to/golden"; exit 2; }

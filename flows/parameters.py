@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from memit.errors import InputError
 from memit.hyperparameters import Hyperparameters, preset
@@ -31,6 +39,22 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 TokenBudget = Annotated[int, Field(ge=16, le=2**26)] | Literal["auto"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
 Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+NO_FILE = "data/none"
+"""What a key that may name a file of the user's says where it names none: DVC follows these files,
+and every key must lead it to one."""
+UsersFile = Annotated[
+    Text | None,
+    BeforeValidator(lambda value: None if value == NO_FILE else value),
+    PlainSerializer(lambda value: value or NO_FILE, return_type=str, when_used="json"),
+]
+USERS_FILES = (
+    "model.path",
+    "requests.path",
+    "statistics.path",
+    "evaluation.snippets",
+    "compare.editors",
+    "compare.zsre",
+)
 Settings = TypeVar("Settings")
 SCRATCH = "scratch"
 """In place of a model of the hub: a small one that is made here."""
@@ -138,7 +162,7 @@ class ModelSection(Section):
     revision: Text | None = Field(
         default=None, description="hub: a commit; of a branch or tag the commit is recorded"
     )
-    path: Text | None = Field(default=None, description="local: a model directory")
+    path: UsersFile = Field(default=None, description="local: a model directory")
     dtype: Precision | Literal["tf32"] = "float32"
     device: str = Field(default="cpu", pattern=r"^(auto|cpu|mps|sharded|cuda(:\d+)?)$")
     threads: int = Field(
@@ -168,7 +192,7 @@ class RequestsSection(Section):
     """Which facts are written."""
 
     source: Literal["synthetic", "counterfact", "facts"] = "synthetic"
-    path: Text | None = Field(default=None, description="a file of records or facts")
+    path: UsersFile = Field(default=None, description="a file of records or facts")
     url: Text | None = Field(default=None, description="where to fetch it, with its sha256")
     sha256: Digest | None = None
     count: int | None = Field(default=64, ge=1, le=10_000_000, description="null: all of them")
@@ -202,7 +226,7 @@ class StatisticsSection(Section):
     """The text that the second moments of the keys are collected over, or those of others."""
 
     source: Literal["synthetic", "file", "dataset", "published"] = "synthetic"
-    path: Text | None = Field(
+    path: UsersFile = Field(
         default=None,
         description="file: text (a document a line), JSONL or Parquet; published: a directory "
         "with the .npz of each layer",
@@ -282,8 +306,8 @@ class EvaluationSection(Section):
     generation_records: int | None = Field(
         default=32, ge=0, le=10_000_000, description="whose texts are generated; null: all"
     )
-    snippets: Text | None = Field(
-        default=None, description="CounterFact's attribute snippets; null: texts of the corpus"
+    snippets: UsersFile = Field(
+        default=None, description="CounterFact's attribute snippets; none: texts of the corpus"
     )
     seed: Seed = Field(default=0, description="of the generated texts")
     token_budget: TokenBudget = "auto"
@@ -375,6 +399,9 @@ class CompareSection(Section):
     systems: tuple[SystemName, ...] = Field(
         default=("unedited", "ft_w", "mend", "rome", "memit", "serac"), min_length=1, max_length=100
     )
+    editors: UsersFile = Field(
+        default=None, description="a Python file that registers editors of one's own"
+    )
     settings: dict[SystemName, dict[Text, Setting]] = Field(
         default={}, description="of systems, where they differ from the presets"
     )
@@ -386,7 +413,7 @@ class CompareSection(Section):
     generation_records: int | None = Field(
         default=32, ge=0, le=10_000_000, description="whose texts are generated; null: all"
     )
-    zsre: Text | None = Field(
+    zsre: UsersFile = Field(
         default=None, description="zsRE's questions, to be edited instead of the section requests"
     )
 
@@ -505,7 +532,22 @@ def read_parameters(path: Path = Path("params.yaml")) -> Parameters:
     Raises:
         InputError: one sentence that names the key, its value and the way out.
     """
-    return check_parameters(_read_yaml(path), path.name)
+    tree = _read_yaml(path)
+    if path.with_name("dvc.yaml").exists():
+        _check_files_named(tree, path.name)
+    return check_parameters(tree, path.name)
+
+
+def _check_files_named(tree: object, name: str) -> None:
+    """See that DVC finds a file in every place where it looks for one of the user's."""
+    for key in USERS_FILES:
+        section, _, setting = key.partition(".")
+        settings = tree.get(section) if isinstance(tree, dict) else None
+        if isinstance(settings, dict) and settings.get(setting) is None:
+            raise InputError(
+                f"{name}: {key} must name a file, since DVC follows it: write {NO_FILE} where "
+                "there is none."
+            )
 
 
 def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:

@@ -167,7 +167,9 @@ def _check_systems(parameters: Parameters, model: ModelFiles | None) -> list[Sys
     depth = parameters.model.training.layers if model is None else model.layers
     section = parameters.compare
     hyperparameters = parameters.hyperparameters(name, depth)
-    systems = make_systems(section.systems, section.settings, hyperparameters, name, depth)
+    systems = make_systems(
+        section.systems, section.settings, hyperparameters, name, depth, section.editors
+    )
     if (parameters.mend.blocks or 0) > depth:
         raise InputError(
             f"mend.blocks is {parameters.mend.blocks}, but {name} has {depth} blocks: ask for "

@@ -5,6 +5,8 @@ Results: ``artifacts/serac/`` with both models and the losses of both trainings.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ from prefect import flow
 from flows.gpu import taking_turns
 from flows.systems import split
 from tasks.artifacts import copy_file
+from tasks.loading import directory_digests
 from tasks.mend import Trained
 from tasks.model import open_model, resolve_commit
 from tasks.results import SERAC, SERAC_MODELS_FILE, finish_step, upstream
@@ -55,13 +58,21 @@ def trained_serac(parameters: Parameters) -> Trained:
 
 
 def _pinned(settings: SeracSettings) -> SeracSettings:
-    """The settings with the commits of models from the hub, so that what was learnt names them."""
+    """The settings with the commits of models from the hub, and the digests of those in
+    directories, so that what was learnt names them."""
     commits = {
-        f"{part}_revision": resolve_commit(name, getattr(settings, f"{part}_revision") or "main")
+        f"{part}_revision": _directory_digest(Path(name))
+        if Path(name).is_dir()
+        else resolve_commit(name, getattr(settings, f"{part}_revision") or "main")
         for part in ("encoder", "counterfactual")
-        if (name := getattr(settings, part)) is not None and not Path(name).is_dir()
+        if (name := getattr(settings, part)) is not None
     }
     return replace(settings, **commits)
+
+
+def _directory_digest(directory: Path) -> str:
+    files = json.dumps(directory_digests(directory), sort_keys=True)
+    return hashlib.sha256(files.encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -112,7 +112,12 @@ def prepare(parameters: Parameters, given: Mapping[str, Manifest], folder: Path)
     hyperparameters = parameters.hyperparameters(model.model.id, model.model.layers)
     section = parameters.compare
     systems = make_systems(
-        section.systems, section.settings, hyperparameters, model.model.id, model.model.layers
+        section.systems,
+        section.settings,
+        hyperparameters,
+        model.model.id,
+        model.model.layers,
+        section.editors,
     )
     systems = [_with_section(system, parameters, model.model.id) for system in systems]
     held_out = json.loads(STATISTICS_FILE.read_text(encoding="utf-8"))["held_out_documents"]
@@ -255,7 +260,7 @@ def edit_sample(
     edit = edit_with(
         system.name,
         system.editor,
-        system.source,
+        system.code,
         bench.model,
         sample.file,
         bench.split.training,
@@ -269,7 +274,7 @@ def edit_sample(
         ),
         seed,
     )
-    forget_work("system", system.editor, bench.model, sample.file, seed)
+    forget_work("system", system.editor, system.code, bench.model, sample.file, seed)
     return edit
 
 

@@ -5,7 +5,6 @@ The blocks and their down-projections are found by structure: no table of module
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 from collections.abc import Mapping
@@ -202,14 +201,6 @@ class LanguageModel:
         except AttributeError as error:
             raise InputError(f"{self.name} has no parameter {name}; use another model.") from error
         return self.model.get_submodule(path), part
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """sha256 over dtype, shape and bytes."""
-    flat = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)}\n".encode())
-    digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def load_model(

@@ -18,10 +18,11 @@ from torch import Tensor
 from memit.costs import HELD_IN_MEMORY
 from memit.errors import EditError, NumericsError, ResourceError
 from memit.hyperparameters import Hyperparameters
-from memit.language_model import LanguageModel, tensor_digest
+from memit.language_model import LanguageModel
 from memit.requests import EditRequest
 from memit.second_moment import SecondMoment, cholesky
 from memit.targets import edit_rows
+from memit.tensor_files import tensor_digest
 from memit.walk import HeldStates, Walk
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_rounded
 

@@ -9,15 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from memit.errors import IntegrityError
-from memit.language_model import tensor_digest
 
 ENTRY = "memit"
 """The one entry of the file's metadata, JSON: of several the format would not keep the order."""
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 over dtype, shape and bytes."""
+    flat = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)}\n".encode())
+    digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

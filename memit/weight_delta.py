@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from memit.errors import InputError, IntegrityError, NumericsError
-from memit.language_model import LanguageModel, tensor_digest
-from memit.tensor_files import load_tensors, save_tensors
+from memit.language_model import LanguageModel
+from memit.tensor_files import load_tensors, save_tensors, tensor_digest
 
 
 @dataclass(frozen=True)

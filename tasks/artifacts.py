@@ -16,9 +16,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,10 @@ from prefect.context import TaskRunContext
 from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportUsage]
 from pydantic import BaseModel, ConfigDict
 
-from memit.download import file_sha256
 from memit.errors import IntegrityError, ResourceError
+from memit.reading import file_sha256
 from memit.whole_files import PARTIAL, write_whole
+from tasks.code import code_of
 from tasks.records import Records, origin_key, read_record
 from tasks.store import shared_store
 
@@ -234,32 +233,29 @@ def _alive(process: int) -> bool:
 # --- the cache of finished pieces ---------------------------------------------------------------
 
 
-CODE: dict[str, tuple[str, ...]] = {}
-"""The modules that each cached task is keyed on."""
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""What each cached task runs."""
 
 
-def cached_task(
-    name: str, version: int, code: Sequence[str]
-) -> Callable[[Callable[..., Any]], Task[..., Any]]:
-    """A Prefect task whose result is remembered under its name, version, code and inputs' content.
+def cached_task(name: str) -> Callable[[Callable[..., Any]], Task[..., Any]]:
+    """A Prefect task whose result is remembered under its name, code and inputs' content.
 
-    ``code`` names the modules of the method that the result comes from, the same that the stage in
-    ``dvc.yaml`` depends on: whoever changes one of them gets new results.
+    Its code is what `tasks.code` finds: whoever changes a module that the result comes from, or a
+    library beneath it, gets a new result.
 
     The result must be a pydantic model (or a list or tuple of them) that can be written as JSON and
-    names its files as `Artifact`. Raise ``version`` when the meaning of the result changes for any
-    other reason. Inputs are plain values, dataclasses, pydantic models, or objects with a
-    ``cache_key``.
+    names its files as `Artifact`. Inputs are plain values, dataclasses, pydantic models, or objects
+    with a ``cache_key``.
     """
-    CODE[name] = tuple(code)
 
     def decorate(function: Callable[..., Any]) -> Task[..., Any]:
+        FUNCTIONS[name] = function
         return CachedTask(
             function,
             name=name,
             persist_result=True,
             result_serializer="json",
-            cache_policy=content_policy(name, version, code),
+            cache_policy=content_policy(name, function),
             cache_result_in_memory=False,
             on_completion=[_share_record],
         )
@@ -287,7 +283,7 @@ def _find_task(module: str, name: str) -> CachedTask:
     return getattr(import_module(module), name)
 
 
-def content_policy(name: str, version: int, code: Sequence[str]) -> CachePolicy:
+def content_policy(name: str, function: Callable[..., Any]) -> CachePolicy:
     """The policy behind `cached_task`.
 
     A record that is damaged, or whose files are missing or changed, is dropped before it is looked
@@ -297,8 +293,7 @@ def content_policy(name: str, version: int, code: Sequence[str]) -> CachePolicy:
     locks = FileLocks()
 
     def key(context: TaskRunContext, inputs: dict[str, Any]) -> str:
-        digests = {module: module_digest(module) for module in code}
-        digest = content_key(name, version, digests, inputs)
+        digest = content_key(name, code_of(function), inputs)
         holder = f"{os.getpid()} {context.task_run.id}"
         locks.acquire_lock(digest, holder)  # whoever computes it now may be writing the record
         try:
@@ -313,20 +308,9 @@ def content_policy(name: str, version: int, code: Sequence[str]) -> CachePolicy:
     )
 
 
-def content_key(name: str, version: int, code: Mapping[str, str], inputs: Mapping[str, Any]) -> str:
-    """SHA-256 over a task's name, its version, its code's digests and the content of its inputs."""
-    return origin_key(
-        {"task": name, "version": version, "code": dict(code), "inputs": _plain(dict(inputs))}
-    )
-
-
-@cache
-def module_digest(module: str) -> str:
-    """SHA-256 of a module's source file, without importing it."""
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
-        raise LookupError(f"{module} has no source file")
-    return file_sha256(spec.origin)
+def content_key(name: str, code: Mapping[str, str], inputs: Mapping[str, Any]) -> str:
+    """SHA-256 over a task's name, the digests of its code and the content of its inputs."""
+    return origin_key({"task": name, "code": dict(code), "inputs": _plain(dict(inputs))})
 
 
 def _plain(value: Any) -> Any:

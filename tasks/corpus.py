@@ -72,7 +72,7 @@ class Corpus(BaseModel):
         return hashlib.sha256("".join(r.texts.sha256 for r in self.ranges).encode()).hexdigest()
 
 
-@cached_task("corpus", version=1, code=("memit.corpus",))
+@cached_task("corpus")
 def collect_corpus(
     source: CorpusSource,
     documents: int | None,

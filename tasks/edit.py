@@ -73,17 +73,7 @@ class StoredMoments(Mapping[int, "SecondMoment"]):
         return len(self.files)
 
 
-@cached_task(
-    "edit",
-    version=1,
-    code=(
-        "memit.forward",
-        "memit.positions",
-        "memit.second_moment",
-        "memit.spread",
-        "memit.weight_delta",
-    ),
-)
+@cached_task("edit")
 def spread_edit(
     model: ModelReference,
     records: Artifact,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.corpus import read_texts
-from tasks.loading import ModelReference, loaded
+from tasks.loading import ModelReference, with_edit
 from tasks.measure import Cost, Meter
 from tasks.progress import gather, piece_progress
 from tasks.runners import scatter
@@ -45,11 +45,7 @@ class MeasuredPerplexity(BaseModel):
     cost: Cost
 
 
-@cached_task(
-    "evaluation",
-    version=1,
-    code=("memit.evaluation.continuations", "memit.evaluation.counterfact", "memit.forward"),
-)
+@cached_task("evaluation")
 def score_piece(
     prompts: Sequence[ScoredPrompt],
     model: ModelReference,
@@ -61,7 +57,7 @@ def score_piece(
 
     from memit.evaluation.counterfact import score_prompts
 
-    with loaded(model, edit) as lm, Meter() as meter, piece_progress("evaluation") as progress:
+    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("evaluation") as progress:
         table = score_prompts(lm, prompts, token_budget=token_budget, progress=progress)
     piece = store_piece("evaluation", ".parquet", lambda path: parquet.write_table(table, path))
     return ScoredPiece(table=piece, cost=meter.cost)
@@ -85,7 +81,7 @@ def score_in_pieces(
     )
 
 
-@cached_task("perplexity", version=1, code=("memit.evaluation.perplexity", "memit.forward"))
+@cached_task("perplexity")
 def measure_perplexity(
     held_out: Artifact, model: ModelReference, edit: Artifact | None, token_budget: int
 ) -> MeasuredPerplexity:
@@ -93,7 +89,7 @@ def measure_perplexity(
     from memit.evaluation.perplexity import perplexity
 
     documents = read_texts(held_out.checked())
-    with loaded(model, edit) as lm, Meter() as meter:
+    with with_edit(model, edit) as lm, Meter() as meter:
         value = perplexity(lm, documents, token_budget=token_budget)
     return MeasuredPerplexity(perplexity=value, cost=meter.cost)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from memit.requests import Record
 from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.corpus import Corpus, read_texts
-from tasks.loading import ModelReference, loaded
+from tasks.loading import ModelReference, with_edit
 from tasks.measure import Cost, Meter
 from tasks.progress import gather, piece_progress
 from tasks.requests import Source, read_source
@@ -35,7 +35,7 @@ class WrittenPiece(BaseModel):
     cost: Cost
 
 
-@cached_task("generation", version=2, code=("memit.evaluation.generations", "memit.generation"))
+@cached_task("generation")
 def write_piece(
     records: Sequence[Record],
     model: ModelReference,
@@ -48,7 +48,7 @@ def write_piece(
 
     from memit.evaluation.generations import TOTAL_TOKENS, write_about
 
-    with loaded(model, edit) as lm, Meter() as meter, piece_progress("generation") as progress:
+    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("generation") as progress:
         table = write_about(
             lm,
             records,
@@ -89,7 +89,7 @@ def write_texts(
     return pyarrow.concat_tables(tables), [piece.cost for piece in written]
 
 
-@cached_task("references", version=1, code=("memit.evaluation.reference", "memit.requests"))
+@cached_task("references")
 def collect_references(source: Source, file: Artifact, corpus: Corpus) -> Artifact:
     """Texts of a corpus about each relation and object, as the records in ``file`` know it (JSON).
 

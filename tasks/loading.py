@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from memit.costs import Shape
-from memit.download import file_sha256
 from memit.errors import IntegrityError, ResourceError
+from memit.reading import file_sha256
 from tasks.artifacts import Artifact, cache_directory, describe, fetch_stored
 from tasks.store import shared_store
 
@@ -110,24 +110,46 @@ class _Slot:
 
 
 @contextmanager
-def loaded(reference: ModelReference, edit: Artifact | None = None) -> Iterator[LanguageModel]:
-    """The model, unedited or with the edit in the file ``edit``, for this thread alone.
+def loaded(reference: ModelReference) -> Iterator[LanguageModel]:
+    """The unedited model, for this thread alone.
+
+    Raises:
+        IntegrityError: a file of the model is not what it was.
+    """
+    with _held(reference, None, lambda lm: None) as lm:
+        yield lm
+
+
+@contextmanager
+def with_edit(reference: ModelReference, edit: Artifact | None) -> Iterator[LanguageModel]:
+    """The model with the edit in the file ``edit``, if there is one, for this thread alone.
 
     Raises:
         IntegrityError: a file of the model or the delta is not what it was.
     """
+    with _held(reference, edit and edit.sha256, lambda lm: _put(lm, edit)) as lm:
+        yield lm
+
+
+@contextmanager
+def _held(
+    reference: ModelReference, wanted: str | None, put: Callable[[LanguageModel], None]
+) -> Iterator[LanguageModel]:
+    """The model with the ``wanted`` edit, which ``put`` puts in where none stands."""
     with _Slot.lock:
-        wanted = edit.sha256 if edit else None
         stale = reference.is_rounded and _Slot.edit != wanted
         if _Slot.model is None or _Slot.reference != reference or stale:
-            _release()
+            _Slot.reference = _Slot.model = _Slot.edit = _Slot.applied = None
             lm = load_reference(reference)
-            _change_edit(lm, edit)
+            put(lm)
             if reference.is_rounded:
                 _round_weights(lm, reference)
             _Slot.model, _Slot.reference = lm, reference
         elif _Slot.edit != wanted:
-            _change_edit(_Slot.model, edit)
+            if _Slot.applied is not None:
+                _Slot.applied.revert(_Slot.model)
+                _Slot.edit = _Slot.applied = None
+            put(_Slot.model)
         yield _Slot.model
 
 
@@ -157,10 +179,6 @@ def directory_digests(directory: Path) -> dict[str, str]:
         for path in sorted(directory.iterdir())
         if path.is_file() and path.suffix in kinds and not path.name.startswith(".")
     }
-
-
-def _release() -> None:
-    _Slot.reference = _Slot.model = _Slot.edit = _Slot.applied = None
 
 
 def load_reference(reference: ModelReference) -> LanguageModel:
@@ -223,12 +241,9 @@ def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
     nn.Module.to(lm.model, dtype=dtype)
 
 
-def _change_edit(lm: LanguageModel, edit: Artifact | None) -> None:
-    from memit.editors.saved_edit import load_edit
+def _put(lm: LanguageModel, edit: Artifact | None) -> None:
+    from memit.editors import load_edit
 
-    if _Slot.applied is not None:
-        _Slot.applied.revert(lm)
-        _Slot.edit = _Slot.applied = None
     if edit is not None:
         wanted = load_edit(edit.checked())
         wanted.apply(lm)

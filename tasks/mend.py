@@ -52,19 +52,7 @@ class Continuations:
     seed: int
 
 
-CODE = (
-    "memit.editors.learning",
-    "memit.editors.mend",
-    "memit.editors.mend_network",
-    "memit.editors.teacher_forcing",
-    "memit.editors.training_set",
-    "memit.forward",
-    "memit.generation",
-    "memit.positions",
-)
-
-
-@cached_task("mend", version=1, code=CODE)
+@cached_task("mend")
 def train_mend_network(
     model: ModelReference, learnt_from: Artifact | Continuations, settings: MendSettings
 ) -> Trained:

@@ -55,17 +55,7 @@ class Recall(BaseModel):
     cost: Cost
 
 
-@cached_task(
-    "model",
-    version=1,
-    code=(
-        "memit.world.names",
-        "memit.world.people",
-        "memit.world.relations",
-        "memit.world.small_model",
-        "memit.world.tokenizer",
-    ),
-)
+@cached_task("model")
 def train_small_model(
     world: Mapping[str, Any], training: Mapping[str, Any], threads: int
 ) -> SmallModel:
@@ -102,9 +92,7 @@ def train_small_model(
     )
 
 
-@cached_task(
-    "recall", version=1, code=("memit.evaluation.continuations", "memit.evaluation.counterfact")
-)
+@cached_task("recall")
 def measure_recall(model: ModelReference, records: Artifact, token_budget: int) -> Recall:
     """Ask a model trained here for every one of its facts (argmax of the true object's tokens)."""
     from memit.evaluation.counterfact import prompts_of, score_prompts

@@ -147,7 +147,7 @@ def _edited(matrix: Tensor, delta: WeightDelta, name: str) -> Tensor:
 
 
 def _digest(matrix: Tensor) -> str:
-    from memit.language_model import tensor_digest
+    from memit.tensor_files import tensor_digest
 
     return tensor_digest(matrix)
 

@@ -21,7 +21,7 @@ class SampledPrefixes(BaseModel):
     cost: Cost
 
 
-@cached_task("prefixes", version=1, code=("memit.generation", "memit.prefixes"))
+@cached_task("prefixes")
 def draw_prefixes(model: ModelReference, seed: int) -> SampledPrefixes:
     """Let the unedited model continue five words, from a seeded generator."""
     from memit.prefixes import sample_prefixes

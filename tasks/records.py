@@ -22,7 +22,7 @@ _origins: dict[str, dict[str, Any]] = {}
 def origin_key(origin: dict[str, Any]) -> str:
     """SHA-256 over where a piece comes from, which is remembered for its record.
 
-    ``origin`` holds the task, its version, its code's digests, and its inputs as plain values.
+    ``origin`` holds the task, its code's digests, and its inputs as plain values.
     """
     short = {name: _shortened(value) for name, value in origin["inputs"].items()}
     short_origin = {**origin, "inputs": short}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from memit.download import fetch, verify_sha256
-from memit.reading import SIZE_LIMIT, check_file
+from memit.errors import InputError, IntegrityError, UnreachableError
+from memit.reading import check_file, file_sha256, verify_sha256
 from memit.requests import (
     Record,
     drop_conflicts,
@@ -22,6 +24,10 @@ from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
 from tasks.retrying import patient
 
+SILENT_SECONDS = 60.0
+"""How long an address may say nothing."""
+BUSY = (408, 425, 429)
+"""Answers that say "later"."""
 TOKEN_BUDGET = 2_048
 """Tokens in a batch while the model is asked for true objects."""
 
@@ -46,13 +52,43 @@ def locate_records(path: str | None, url: str | None, sha256: str | None) -> Pat
         InputError, IntegrityError, UnreachableError: it cannot be had as described.
     """
     if url is not None and sha256 is not None:
-        place = cache_directory() / "downloads" / f"{sha256.lower()}.json"
-        return patient(fetch)(url, sha256, place, size_limit=SIZE_LIMIT)
+        return fetch(url, sha256.lower(), cache_directory() / "downloads" / sha256.lower())
     found = Path(path or "")
     check_file(found, "the records")
     if sha256 is not None:
         verify_sha256(found, sha256)
     return found
+
+
+@patient
+def fetch(url: str, sha256: str, to: Path) -> Path:
+    """Download an address to a file that appears only when it is whole and right.
+
+    Raises:
+        InputError, IntegrityError, UnreachableError: it is no address, sends something else, or
+            does not answer.
+    """
+    from torch.hub import download_url_to_file
+
+    if to.is_file() and file_sha256(to) == sha256:
+        return to
+    to.parent.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENT_SECONDS)
+    try:
+        download_url_to_file(url, str(to), hash_prefix=sha256, progress=False)
+    except RuntimeError as error:
+        raise IntegrityError(f"{url} sent something else ({error}): correct either.") from None
+    except (OSError, HTTPException, ValueError) as error:
+        status = getattr(error, "code", 503)
+        wrong = isinstance(error, ValueError | InvalidURL) or (status < 500 and status not in BUSY)
+        raise (InputError if wrong else UnreachableError)(
+            f"{url} cannot be fetched ({error}): check the address and the network, or set "
+            "requests.path to a file that is here."
+        ) from None
+    finally:
+        socket.setdefaulttimeout(before)
+    return to
 
 
 def read_source(source: Source, path: Path) -> tuple[list[Record], int]:
@@ -71,11 +107,7 @@ def sample(records: list[Record], count: int | None, seed: int) -> list[Record]:
     return records if count is None else sample_records(records, count, seed)
 
 
-@cached_task(
-    "requests",
-    version=1,
-    code=("memit.generation", "memit.reading", "memit.requests", "memit.true_objects"),
-)
+@cached_task("requests")
 def choose_requests(
     source: Source, file: Artifact, count: int | None, seed: int, model: ModelReference
 ) -> ChosenRequests:

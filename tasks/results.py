@@ -15,8 +15,8 @@ from pathlib import Path
 from prefect.context import FlowRunContext
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from memit.download import file_sha256
 from memit.errors import IntegrityError
+from memit.reading import file_sha256
 from tasks.artifacts import Artifact, cache_directory, describe, write_json, write_text
 from tasks.measure import Cost, total_cost
 

@@ -15,19 +15,8 @@ from tasks.unfinished import work_directory
 if TYPE_CHECKING:
     from memit.editors.serac import SeracSettings
 
-CODE = (
-    "memit.editors.learning",
-    "memit.editors.packed_models",
-    "memit.editors.scope_classifier",
-    "memit.editors.serac",
-    "memit.editors.teacher_forcing",
-    "memit.editors.training_set",
-    "memit.forward",
-    "memit.positions",
-)
 
-
-@cached_task("serac", version=1, code=CODE)
+@cached_task("serac")
 def train_serac_models(
     model: ModelReference, records: Artifact, settings: SeracSettings
 ) -> Trained:

@@ -33,7 +33,7 @@ class Shard(BaseModel):
     cost: Cost
 
 
-@cached_task("statistics", version=1, code=("memit.forward", "memit.second_moment"))
+@cached_task("statistics")
 def collect_shard(
     texts: Artifact, model: ModelReference, layers: Sequence[int], token_budget: int
 ) -> Shard:
@@ -54,7 +54,7 @@ def collect_shard(
     return Shard(moments=files, cost=meter.cost)
 
 
-@cached_task("import", version=1, code=("memit.second_moment",))
+@cached_task("import")
 def import_moment(file: Artifact, provenance: Mapping[str, Any], width: int) -> Shard:
     """Read one layer's sums (``width`` × ``width``) that others published: a shard that is all.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from memit.errors import InputError
+from memit.reading import check_file
 from memit.requests import (
     Record,
     drop_conflicts,
@@ -22,9 +21,10 @@ from memit.requests import (
     write_records,
 )
 from tasks.artifacts import Artifact, cached_task, store_piece
+from tasks.code import code_of_class
 from tasks.edit import StoredMoments
 from tasks.evaluation import ScoredPiece
-from tasks.loading import ModelReference, loaded
+from tasks.loading import ModelReference, loaded, with_edit
 from tasks.measure import Cost, Meter
 from tasks.progress import piece_progress, progress_bar
 from tasks.requests import Source, read_source
@@ -50,18 +50,6 @@ LABELS = {
 SECTIONS = {"memit": "the sections targets and edit", "mend": "mend", "serac": "serac"}
 """Where settings stand that are not in ``compare.settings``."""
 
-CODE = (
-    "memit.editors.fine_tuning",
-    "memit.editors.mend",
-    "memit.editors.mend_network",
-    "memit.editors.rome",
-    "memit.editors.serac",
-    "memit.forward",
-    "memit.positions",
-    "memit.spread",
-    "memit.targets",
-)
-
 
 @dataclass(frozen=True)
 class System:
@@ -76,9 +64,9 @@ class System:
         return LABELS.get(self.name, self.name)
 
     @property
-    def source(self) -> str:
-        """SHA-256 of the file that defines its editor."""
-        return hashlib.sha256(Path(inspect.getfile(type(self.editor))).read_bytes()).hexdigest()
+    def code(self) -> dict[str, str]:
+        """SHA-256 of each source file that its editor comes from."""
+        return code_of_class(type(self.editor))
 
 
 def make_systems(
@@ -87,12 +75,19 @@ def make_systems(
     hyperparameters: Hyperparameters,
     model: str,
     depth: int,
+    editors: str | None = None,
 ) -> list[System]:
-    """The systems of these names, with the settings that differ from their presets.
+    """The systems of these names, with the settings that differ from their presets; ``editors`` is
+    a file that registers more of them.
 
     Raises:
-        InputError: there is no such system, setting or layer.
+        InputError: there is no such file, system, setting or layer.
     """
+    if editors is not None:
+        from memit.editors import load_file
+
+        check_file(editors, "the editors")
+        load_file(Path(editors).resolve())
     for name in settings:
         if name not in names:
             raise InputError(
@@ -191,9 +186,7 @@ class Split(BaseModel):
     """Neighbourhood prompts of edited records that ask what training tells."""
 
 
-@cached_task(
-    "split", version=1, code=("memit.reading", "memit.requests", "memit.editors.training_set")
-)
+@cached_task("split")
 def split_records(
     source: Source | Literal["zsre"], file: Artifact, training: int, seed: int
 ) -> Split:
@@ -255,7 +248,7 @@ def without_prompts(edited: Sequence[Record], learnt: Sequence[Record]) -> list[
     ]
 
 
-@cached_task("questions", version=1, code=("memit.requests",))
+@cached_task("questions")
 def sample_questions(edited: Artifact, count: int | None, seed: int) -> Artifact:
     """Some of zsRE's records, or all of them.
 
@@ -281,11 +274,11 @@ class SystemEdit(BaseModel):
     """Requests that could not be written."""
 
 
-@cached_task("system", version=1, code=CODE)
+@cached_task("system")
 def edit_with(
     name: str,
     editor: Editor,
-    source: str,
+    code: Mapping[str, str],
     model: ModelReference,
     records: Artifact,
     training: Artifact,
@@ -295,16 +288,15 @@ def edit_with(
     token_budget: int,
     seed: int,
 ) -> SystemEdit:
-    """Let an editor edit; ``name`` and ``source`` are those of its `System`, and ``trained`` is the
+    """Let an editor edit; ``name`` and ``code`` are those of its `System`, and ``trained`` is the
     file of one that has learnt.
 
     An editor that goes on where it was killed keeps its unfinished work in `work_directory`.
     """
-    del source  # only tells this piece from those of other versions
     from memit.editors import Resources
 
     chosen = read_counterfact(records.checked())
-    checkpoints = work_directory("system", editor, model, records, seed)
+    checkpoints = work_directory("system", editor, code, model, records, seed)
     if trained is not None:
         editor = replace(editor, trained=trained.checked())  # type: ignore[type-var]
     with (
@@ -329,7 +321,7 @@ def edit_with(
     )
 
 
-@cached_task("select_targets", version=1, code=("memit.targets",))
+@cached_task("select_targets")
 def select_targets(pieces: Sequence[Artifact], rows: Sequence[tuple[int, int]]) -> Artifact:
     """Targets of some requests, each given by its piece and its row there, as one file."""
     from memit.targets import Targets
@@ -347,7 +339,7 @@ def select_targets(pieces: Sequence[Artifact], rows: Sequence[tuple[int, int]]) 
 # --- answers ------------------------------------------------------------------------------------
 
 
-@cached_task("zsre", version=1, code=("memit.evaluation.continuations", "memit.evaluation.zsre"))
+@cached_task("zsre")
 def answer_piece(
     questions: Sequence[ZsreRecord],
     model: ModelReference,
@@ -359,7 +351,7 @@ def answer_piece(
 
     from memit.evaluation.zsre import score_zsre
 
-    with loaded(model, edit) as lm, Meter() as meter, piece_progress("evaluation") as progress:
+    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("evaluation") as progress:
         table = score_zsre(lm, questions, token_budget=token_budget, progress=progress)
     piece = store_piece("evaluation", ".parquet", lambda path: parquet.write_table(table, path))
     return ScoredPiece(table=piece, cost=meter.cost)

@@ -35,7 +35,7 @@ def target_settings(hyperparameters: Hyperparameters) -> Hyperparameters:
     )
 
 
-@cached_task("targets", version=1, code=("memit.forward", "memit.positions", "memit.targets"))
+@cached_task("targets")
 def optimise_targets(
     requests: Sequence[EditRequest],
     model: ModelReference,

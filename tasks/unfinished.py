@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tasks.artifacts import CODE, cache_directory, content_key, module_digest
+from tasks.artifacts import FUNCTIONS, cache_directory, content_key
+from tasks.code import code_of
 
 
 def work_directory(task: str, *inputs: object) -> Path:
     """The directory for the unfinished work of a cached task on these inputs."""
-    code = {module: module_digest(module) for module in CODE[task]}
-    return cache_directory() / "unfinished" / task / content_key(task, 1, code, {"": inputs})[:32]
+    key = content_key(task, code_of(FUNCTIONS[task]), {"": inputs})
+    return cache_directory() / "unfinished" / task / key[:32]
 
 
 def forget_work(task: str, *inputs: object) -> None:

@@ -6,9 +6,11 @@ A new method is one file in this package with a frozen dataclass of its settings
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -95,6 +97,23 @@ def register(name: str) -> Callable[[Class], Class]:
         return editor
 
     return enter
+
+
+def load_file(path: Path) -> None:
+    """Import a user's own file of editors, which may import what lies beside it.
+
+    Raises `InputError` if it cannot be imported, or has the name of another module.
+    """
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    try:
+        found = import_module(path.stem)
+    except Exception as error:  # it is anybody's code
+        raise InputError(
+            f"{path} cannot be imported ({type(error).__name__}: {error}): correct it."
+        ) from error
+    if found.__file__ is None or not path.samefile(found.__file__):
+        raise InputError(f"{path} has the name of another module ({path.stem}): rename it.")
 
 
 def provenance(editor: Editor, lm: LanguageModel, requests: Sequence[EditRequest]) -> dict:

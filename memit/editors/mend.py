@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from memit.batches import in_batches
-from memit.download import file_sha256
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.learning import Training, content_digest, run_training
 from memit.editors.mend_network import Factors, Matrix, MendNetwork
@@ -27,6 +26,7 @@ from memit.errors import InputError
 from memit.forward import logits_at, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow
+from memit.reading import file_sha256
 from memit.requests import EditRequest, Record
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
 

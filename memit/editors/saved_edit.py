@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from memit.editors.base import Edit
-from memit.editors.serac import SeracEdit
 from memit.tensor_files import load_metadata
 from memit.weight_delta import WeightDelta
 
 
 def load_edit(path: Path) -> Edit:
     """The edit in a file, a change of weights or a memory; raises `IntegrityError` for others."""
-    return SeracEdit.load(path) if "requests" in load_metadata(path) else WeightDelta.load(path)
+    if "requests" not in load_metadata(path):
+        return WeightDelta.load(path)
+    from memit.editors.serac import SeracEdit
+
+    return SeracEdit.load(path)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from memit.download import file_sha256
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.learning import Training, content_digest, run_training
 from memit.editors.packed_models import pack, unpack
@@ -27,6 +26,7 @@ from memit.editors.teacher_forcing import mean_nll, pair_rows
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError, IntegrityError
 from memit.language_model import LanguageModel, load_model
+from memit.reading import file_sha256
 from memit.requests import EditRequest, Record, fill
 from memit.tensor_files import load_tensors, save_tensors
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from flows.parameters import read_parameters
 from flows.preflight import check_comparison
-from memit.download import file_sha256
+from memit.reading import file_sha256
 from memit.second_moment import import_published
 from memit.weight_delta import WeightDelta
 

@@ -13,7 +13,6 @@ import pytest
 from flows import preflight
 from flows.parameters import Parameters, check_parameters
 from flows.preflight import check_inputs
-from memit.download import file_sha256
 from memit.errors import (
     ConflictError,
     InputError,
@@ -23,6 +22,7 @@ from memit.errors import (
     ResourceError,
     UnreachableError,
 )
+from memit.reading import file_sha256
 from tasks import runners
 from tests.families import families
 

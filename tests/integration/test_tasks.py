@@ -21,7 +21,7 @@ from tasks.artifacts import Artifact, describe, write_file
 from tasks.corpus import CorpusSource, collect_corpus, read_texts
 from tasks.edit import spread_edit
 from tasks.evaluation import described_edit, measure_perplexity, metrics_of, read_table, score_piece
-from tasks.loading import ModelReference, loaded
+from tasks.loading import ModelReference, loaded, with_edit
 from tasks.model import describe_model
 from tasks.prefixes import draw_prefixes
 from tasks.requests import choose_requests
@@ -231,7 +231,7 @@ def test_a_model_is_measured_as_it_will_be_served(
     gap = abs(exact["nll_new"].to_numpy() - rounded["nll_new"].to_numpy()).max()
     assert 0 < gap < 0.3
     assert abs(unedited["nll_new"].to_numpy() - rounded["nll_new"].to_numpy()).max() > gap
-    with loaded(served, delta) as lm:
+    with with_edit(served, delta) as lm:
         assert lm.model.dtype == torch.bfloat16
 
 

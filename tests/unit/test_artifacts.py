@@ -12,23 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-from prefect import Task
 
 from memit.errors import IntegrityError, ResourceError
 from memit.hyperparameters import Hyperparameters
-from tasks import (
-    artifacts,
-    corpus,
-    edit,
-    evaluation,
-    generation,
-    model,
-    prefixes,
-    requests,
-    statistics,
-    targets,
-)
+from tasks import artifacts
 from tasks.artifacts import (
     Artifact,
     FileLocks,
@@ -42,8 +29,6 @@ from tasks.artifacts import (
     write_text,
 )
 from tasks.loading import ModelFiles, ModelReference
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +150,7 @@ HYPERPARAMETERS = Hyperparameters(layers=(0, 1), covariance_weight=1.0)
 
 
 def key(**inputs: object) -> str:
-    return content_key("task", 1, {"module": "code"}, inputs)
+    return content_key("task", {"module": "code"}, inputs)
 
 
 def test_a_key_sees_content_and_not_places() -> None:
@@ -192,9 +177,9 @@ def test_a_key_sees_everything_that_results_depend_on() -> None:
         key(hyperparameters=HYPERPARAMETERS),
         key(hyperparameters=Hyperparameters(layers=(0, 1), covariance_weight=2.0)),
         key(other=HYPERPARAMETERS),
-        content_key("other", 1, {"module": "code"}, {"model": REFERENCE}),
-        content_key("task", 2, {"module": "code"}, {"model": REFERENCE}),
-        content_key("task", 1, {"module": "changed"}, {"model": REFERENCE}),
+        content_key("other", {"module": "code"}, {"model": REFERENCE}),
+        content_key("task", {"other": "code"}, {"model": REFERENCE}),
+        content_key("task", {"module": "changed"}, {"model": REFERENCE}),
         key(first=1, second=2),
         key(first=2, second=1),
         key(value=None),
@@ -208,48 +193,6 @@ def test_a_key_sees_everything_that_results_depend_on() -> None:
 def test_what_has_no_content_is_no_input() -> None:
     with pytest.raises(TypeError, match="object has no content"):
         key(value=object())
-
-
-def test_cached_tasks_name_the_code_that_their_stage_depends_on() -> None:
-    """A change that makes DVC run a stage must not be answered from Prefect's cache, and vice
-    versa."""
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    keyed = {
-        "model": [model.train_small_model, model.measure_recall],
-        "requests": [requests.choose_requests],
-        "prefixes": [prefixes.draw_prefixes],
-        "statistics": [corpus.collect_corpus, statistics.collect_shard, statistics.import_moment],
-        "targets": [targets.optimise_targets],
-        "edit": [edit.spread_edit],
-        "evaluation": [
-            evaluation.score_piece,
-            evaluation.measure_perplexity,
-            generation.write_piece,
-            generation.collect_references,
-        ],
-    }
-    # Presets reach the tasks as values, and metrics are computed anew each time.
-    values = {
-        "memit/hyperparameters.py",
-        "memit/evaluation/entropy.py",
-        "memit/evaluation/intervals.py",
-    }
-    for stage, tasks in keyed.items():
-        depended = {dep for dep in stages[stage]["deps"] if dep.startswith("memit/")} - values
-        named = {
-            module.replace(".", "/") + ".py"
-            for task in tasks
-            for module in artifacts.CODE[task.name]
-        }
-        assert named == depended, stage
-    modules = (model, requests, prefixes, corpus, statistics, targets, edit, evaluation, generation)
-    cached = {
-        value.name
-        for module in modules
-        for value in vars(module).values()
-        if isinstance(value, Task) and value.name in artifacts.CODE
-    }
-    assert {task.name for tasks in keyed.values() for task in tasks} == cached
 
 
 # --- locks ----------------------------------------------------------------------------------------

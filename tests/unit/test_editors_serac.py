@@ -21,8 +21,9 @@ from memit.editors.serac import (
 from memit.errors import InputError, IntegrityError, NumericsError, UnreachableError
 from memit.evaluation.continuations import Question, score_continuations
 from memit.generation import generate_texts
-from memit.language_model import LanguageModel, tensor_digest
+from memit.language_model import LanguageModel
 from memit.requests import EditRequest, Record
+from memit.tensor_files import tensor_digest
 from memit.weight_delta import WeightDelta
 from tests.families import families
 

@@ -13,7 +13,8 @@ from transformers import (
 )
 
 from memit.errors import InputError, IntegrityError, ModelStructureError
-from memit.language_model import LanguageModel, load_model, tensor_digest
+from memit.language_model import LanguageModel, load_model
+from memit.tensor_files import tensor_digest
 from tests import oracle
 from tests.families import DOCUMENTS, families, tokenizers
 from tests.reference import FAMILIES, build

@@ -20,7 +20,7 @@ STORED = b'{"result": "0.5", "metadata": {}}'
 
 
 def written(folder: Path, **inputs: object) -> Path:
-    key = content_key("task", 2, CODE, INPUTS | inputs)
+    key = content_key("task", CODE, INPUTS | inputs)
     return Path(Records(basepath=str(folder)).write_path(key, STORED))
 
 
@@ -28,7 +28,7 @@ def test_a_record_says_where_its_piece_comes_from(tmp_path: Path) -> None:
     path = written(tmp_path)
     stored, origin = read_record(path)
     assert stored == STORED
-    assert (origin["task"], origin["version"], origin["code"]) == ("task", 2, CODE)
+    assert (origin["task"], origin["code"]) == ("task", CODE)
     assert origin["inputs"]["seed"] == 1
     assert len(origin["inputs"]["texts"]["sha256"]) == 64
     assert Records(basepath=str(tmp_path)).read_path(path.name) == STORED
