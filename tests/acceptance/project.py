@@ -54,9 +54,9 @@ class Project:
     ) -> None:
         self.place = place
         place.mkdir()
-        for name in ("flows", "tasks", "memit", "systems", ".dvc"):
+        for name in ("flows", "tasks", "memit", "systems", "data", ".dvc"):
             shutil.copytree(source / name, place / name, ignore=_not_ours)
-        for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        for name in ("dvc.yaml", "constraints.txt", ".dvcignore", ".gitignore"):
             shutil.copy(source / name, place / name)
         parameters = Parameters().model_dump(mode="json")
         for section, values in changes.items():
