@@ -400,7 +400,7 @@ class CompareSection(Section):
         default=("unedited", "ft_w", "mend", "rome", "memit", "serac"), min_length=1, max_length=100
     )
     editors: UsersFile = Field(
-        default=None, description="a Python file that registers editors of one's own"
+        default=None, description="a Python file, or a folder of them, that registers more"
     )
     settings: dict[SystemName, dict[Text, Setting]] = Field(
         default={}, description="of systems, where they differ from the presets"

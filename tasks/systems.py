@@ -78,16 +78,17 @@ def make_systems(
     editors: str | None = None,
 ) -> list[System]:
     """The systems of these names, with the settings that differ from their presets; ``editors`` is
-    a file that registers more of them.
+    a file or a folder that registers more of them.
 
     Raises:
         InputError: there is no such file, system, setting or layer.
     """
     if editors is not None:
-        from memit.editors import load_file
+        from memit.editors import load_editors
 
-        check_file(editors, "the editors")
-        load_file(Path(editors).resolve())
+        if not Path(editors).is_dir():
+            check_file(editors, "the editors")
+        load_editors(Path(editors))
     for name in settings:
         if name not in names:
             raise InputError(

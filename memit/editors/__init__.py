@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memit.editors.base import EDITORS, Edit, Editor, Resources, load_file, register
+    from memit.editors.base import EDITORS, Edit, Editor, Resources, load_editors, register
     from memit.editors.fine_tuning import FineTuning
     from memit.editors.memit import Memit
     from memit.editors.mend import Mend
@@ -33,7 +33,7 @@ __all__ = [
     "Serac",
     "Unedited",
     "load_edit",
-    "load_file",
+    "load_editors",
     "register",
 ]
 
@@ -49,7 +49,7 @@ _HOMES = {
     "Serac": "serac",
     "Unedited": "unedited",
     "load_edit": "saved_edit",
-    "load_file": "base",
+    "load_editors": "base",
     "register": "base",
 }
 

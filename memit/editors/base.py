@@ -99,11 +99,16 @@ def register(name: str) -> Callable[[Class], Class]:
     return enter
 
 
-def load_file(path: Path) -> None:
-    """Import a user's own file of editors, which may import what lies beside it.
+def load_editors(path: Path) -> None:
+    """Import a user's own file of editors, or each file of a folder; they may import one another.
 
-    Raises `InputError` if it cannot be imported, or has the name of another module.
+    Raises `InputError` for a file that cannot be imported, or has the name of another module.
     """
+    for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+        _load_file(file.resolve())
+
+
+def _load_file(path: Path) -> None:
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     try:

@@ -12,9 +12,11 @@ import json
 import os
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+LIBRARIES = ("prefect", "pyarrow.parquet", "pydantic", "rich.progress", "transformers")
 PREFIXES = ("The town is. ",)
 BUDGET = 256
 MODEL, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
@@ -249,13 +251,7 @@ def loaded_by(run: Any) -> list[str] | str:
 
 
 if __name__ == "__main__":
-    import prefect
-    import pyarrow.parquet
-    import pydantic
-    import rich.progress
-    import safetensors.torch
-    import torch
-    import transformers
-
+    for library in LIBRARIES:
+        import_module(library)
     assert not any(name.partition(".")[0] in ("memit", "tasks") for name in sys.modules)
     print(json.dumps({run.__name__.rstrip("_"): loaded_by(run) for run in IN_ORDER}))

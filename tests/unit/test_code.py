@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from flows import stages
-from memit.editors import EDITORS, load_file
+from memit.editors import EDITORS, load_editors
 from memit.errors import InputError, IntegrityError
+from memit.hyperparameters import Hyperparameters
 from tasks import (  # noqa: F401  (all cached tasks)
     code,
     corpus,
@@ -27,6 +28,7 @@ from tasks import (  # noqa: F401  (all cached tasks)
     targets,
 )
 from tasks.artifacts import FUNCTIONS, content_key
+from tasks.systems import make_systems
 
 ROOT = Path(__file__).parents[2]
 CACHED = (
@@ -187,8 +189,9 @@ def test_a_users_own_editor_counts_with_what_it_imports(
 ) -> None:
     monkeypatch.delitem(EDITORS, "mine", raising=False)
     write(tmp_path, an_editor_of_mine=EDITOR, help_of_mine="strength = 1\n")
-    load_file(tmp_path / "an_editor_of_mine.py")
-    found = code.code_of_class(EDITORS["mine"])
+    (made,) = make_systems(["mine"], {}, Hyperparameters((1,), 1.0), "m", 4, str(tmp_path))
+    assert isinstance(made.editor, EDITORS["mine"])
+    found = made.code
     assert {"an_editor_of_mine", "help_of_mine", "memit.editors.base"} < found.keys()
     assert "memit.editors.rome" not in found
     code._AT_START.clear()
@@ -206,7 +209,7 @@ def test_a_file_of_editors_that_cannot_be_used_is_named(
 ) -> None:
     write(tmp_path, **{name: text})
     with pytest.raises(InputError, match=rf"{name}\.py"):
-        load_file(tmp_path / f"{name}.py")
+        load_editors(tmp_path / f"{name}.py")
 
 
 @pytest.mark.parametrize("file", stages.FILES, ids=str)

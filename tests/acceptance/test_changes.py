@@ -1,0 +1,134 @@
+"""What changes is computed again by whichever command is run, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.acceptance.project import ROOT, Project
+from tests.families import DOCUMENTS, families
+
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
+
+OWN: dict[str, dict[str, Any]] = {
+    "model": {"source": "local", "path": "small", "threads": 1},
+    "requests": {"source": "facts", "path": "facts.jsonl", "count": None},
+    "statistics": {"source": "file", "path": "corpus.txt", "documents": 60}
+    | {"documents_per_shard": 60, "held_out_documents": 4},
+    "targets": {"evaluations": 2},
+    "edit": {"layers": [1, 2], "covariance_weight": 1.0},
+}
+
+
+def write_facts(project: Project, target: str) -> None:
+    fact = {"subject": "Paul Smith", "prompt": "{} lives in the city of", "target": target}
+    (project.place / "facts.jsonl").write_text(json.dumps(fact | {"target_true": "Paris"}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, api: str) -> Project:
+    """An experiment on files of the user's own that has been run."""
+    made = Project(tmp_path_factory.mktemp("changes") / "project", api, changes=OWN)
+    model, tokenizer = families()["gpt2"]()
+    model.save_pretrained(made.place / "small")
+    tokenizer.save_pretrained(made.place / "small")
+    (made.place / "corpus.txt").write_text("\n".join(DOCUMENTS * 5))
+    write_facts(made, "Rome")
+    made.run()
+    assert "up to date" in made.do("dvc", "status")
+    return made
+
+
+def tasks_run(project: Project, known: set[str]) -> set[str]:
+    """The tasks whose pieces were computed since these records were there."""
+    folder = project.place / ".cache" / "records"
+    new = {path.name for path in folder.iterdir()} - known
+    return {json.loads((folder / name).read_text())["origin"]["task"] for name in new}
+
+
+def records(project: Project) -> set[str]:
+    return {path.name for path in (project.place / ".cache" / "records").iterdir()}
+
+
+def outdated(project: Project) -> set[str]:
+    """The stages that DVC would run for a reason of their own."""
+    return set(json.loads(project.do("dvc", "status", "--json")))
+
+
+def append(path: Path, text: str = "\n") -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+def test_facts_that_change_in_place_are_edited_by_dvc(project: Project) -> None:
+    known = records(project)
+    write_facts(project, "Oslo")
+    assert outdated(project) == {"requests", "evaluation"}
+    said = project.do("dvc", "repro")
+    for stage in ("model", "prefixes", "statistics"):
+        assert f"Stage '{stage}' didn't change" in said
+    assert "Oslo" in (project.place / "artifacts" / "requests.json").read_text()
+    assert "Oslo" in (project.place / "evaluation" / "facts.csv").read_text()
+    assert tasks_run(project, known) == {"requests", "targets", "edit", "evaluation", "perplexity"}
+    assert outdated(project) == set()
+
+
+def test_facts_and_code_that_change_are_seen_by_a_run(project: Project) -> None:
+    known = records(project)
+    write_facts(project, "Bonn")
+    append(project.place / "memit" / "walk.py")
+    assert outdated(project) == {"requests", "edit", "evaluation"}
+    project.run()
+    assert "Bonn" in (project.place / "artifacts" / "requests.json").read_text()
+    assert tasks_run(project, known) == {"requests", "targets", "edit", "evaluation", "perplexity"}
+    assert outdated(project) == set()
+
+
+def test_the_module_that_walks_the_layers_recomputes_the_edit_alone(project: Project) -> None:
+    known, results = records(project), project.results()
+    append(project.place / "memit" / "walk.py")
+    assert outdated(project) == {"edit"}
+    project.do("dvc", "repro")
+    assert tasks_run(project, known) == {"edit"}
+    assert project.results() == results
+    assert outdated(project) == set()
+
+
+@pytest.mark.parametrize(
+    ("changed", "stages"),
+    [
+        ("corpus.txt", {"statistics", "evaluation"}),
+        ("small/config.json", {"model"}),
+        ("memit/corpus.py", {"statistics", "evaluation"}),
+        ("constraints.txt", {"model", "requests", "prefixes", "statistics", "targets", "edit"}
+        | {"evaluation"}),
+        ("memit/language_model.py", {"model", "requests", "prefixes", "statistics", "targets"}
+        | {"edit", "evaluation"}),
+        ("tasks/progress.py", set()),
+    ],
+)  # fmt: skip
+def test_dvc_sees_what_each_stage_depends_on(
+    project: Project, changed: str, stages: set[str]
+) -> None:
+    path = project.place / changed
+    content = path.read_bytes()
+    append(path)
+    try:
+        assert outdated(project) == stages
+    finally:
+        path.write_bytes(content)
+
+
+def test_the_shipped_file_of_parameters_leads_dvc_to_a_file_everywhere() -> None:
+    from flows.parameters import NO_FILE, USERS_FILES, read_parameters
+
+    assert (ROOT / NO_FILE).is_file()
+    text = (ROOT / "params.yaml").read_text()
+    assert text.count(f": {NO_FILE}") == len(USERS_FILES)
+    dump = read_parameters(ROOT / "params.yaml").model_dump(mode="json")
+    for key in USERS_FILES:
+        section, _, name = key.partition(".")
+        assert dump[section][name] == NO_FILE
