@@ -143,9 +143,8 @@ def _questions(path: str | None) -> dict[int, ZsreRecord] | None:
 
 def _with_section(system: System, parameters: Parameters, model: str) -> System:
     """A system that learns, with the settings of its section."""
-    from memit.editors import Mend, Serac
-    from memit.editors.mend import mend_preset
-    from memit.editors.serac import serac_preset
+    from memit.editors.mend import Mend, mend_preset
+    from memit.editors.serac import Serac, serac_preset
 
     if system.name == "mend":
         return replace(system, editor=Mend(overridden(mend_preset(model), parameters.mend)))

@@ -12,7 +12,8 @@ import torch
 
 from memit.batches import auto_token_budget
 from memit.corpus import read_documents
-from memit.editors import Memit, Resources
+from memit.editors.base import Resources
+from memit.editors.memit import Memit
 from memit.errors import InputError
 from memit.hyperparameters import Hyperparameters, preset
 from memit.language_model import LanguageModel

@@ -30,6 +30,7 @@ MACHINERY = {
 """What no result depends on, though steps use it. A module that is not named here counts."""
 USERS_FOLDERS: set[Path] = set()
 """Where methods lie that a user's own file brings."""
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 """Those whose next version may give other bits."""
 
@@ -188,14 +189,14 @@ def _read(module: str) -> _Source:
     tree = ast.parse(source_file(module).read_bytes())
     names: dict[str, ast.stmt] = {}
     imports: dict[str, Import] = {}
-    for statement in _at_the_top(tree.body):
-        imports |= {found.name: found for found in _imports(statement, module)}
-        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names[statement.name] = statement
-        elif isinstance(statement, ast.Assign | ast.AnnAssign):
-            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            stored = (node for target in targets for node in ast.walk(target))
-            names |= {node.id: statement for node in stored if isinstance(node, ast.Name)}
+    for node in _walk(tree, inside=False):
+        imports |= {found.name: found for found in _imports(node, module)}
+        if isinstance(node, DEFINITIONS):
+            names[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            stored = (part for target in targets for part in ast.walk(target))
+            names |= {part.id: node for part in stored if isinstance(part, ast.Name)}
     return _Source(tree, names, imports)
 
 
@@ -206,34 +207,23 @@ def _all_imports(module: str) -> tuple[Import, ...]:
     return tuple(dict.fromkeys(found for node in nodes for found in _imports(node, module)))
 
 
-def _at_the_top(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run when a module is imported, those in branches included."""
-    for statement in body:
-        if isinstance(statement, ast.If) and _never_runs(statement):
-            yield from _at_the_top(statement.orelse)
-        elif isinstance(statement, ast.If | ast.Try | ast.With):
-            inner = (getattr(statement, part, []) for part in ("body", "orelse", "finalbody"))
-            yield from _at_the_top(child for part in inner for child in part)
-        else:
-            yield statement
-
-
-def _never_runs(branch: ast.If) -> bool:
-    """Whether a branch is for type checkers, or for a module that is run as a command."""
-    named = {node.id for node in ast.walk(branch.test) if isinstance(node, ast.Name)}
-    named |= {node.attr for node in ast.walk(branch.test) if isinstance(node, ast.Attribute)}
-    return bool(named & {"TYPE_CHECKING", "__name__"})
-
-
-def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """`ast.walk` without branches that never run."""
+def _walk(node: ast.AST, *, inside: bool = True) -> Iterator[ast.AST]:
+    """`ast.walk` without branches for type checkers or for a module that is run as a command;
+    what stands ``inside`` functions and classes can be left out, too."""
     yield node
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and _never_runs(child):
-            for statement in child.orelse:
-                yield from _walk(statement)
-        else:
-            yield from _walk(child)
+    children: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and {"TYPE_CHECKING", "__name__"} & _named(node.test):
+        children = node.orelse
+    elif isinstance(node, DEFINITIONS) and not inside:
+        return
+    for child in children:
+        yield from _walk(child, inside=inside)
+
+
+def _named(node: ast.AST) -> set[str]:
+    """The names in an expression, and those of attributes."""
+    parts = (getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(node))
+    return {part for part in parts if part is not None}
 
 
 def _imports(node: ast.AST, module: str) -> Iterator[Import]:
@@ -279,8 +269,7 @@ def _text(node: ast.AST | None) -> str | None:
 
 def _is_cached_task(module: str, name: str) -> bool:
     decorators = getattr(_read(module).names.get(name), "decorator_list", [])
-    named = {node.id for d in decorators for node in ast.walk(d) if isinstance(node, ast.Name)}
-    return "cached_task" in named
+    return any("cached_task" in _named(decorator) for decorator in decorators)
 
 
 def source_file(module: str) -> Path:

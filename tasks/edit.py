@@ -161,8 +161,8 @@ def _signed(
     hyperparameters: Hyperparameters,
 ) -> WeightDelta:
     """The delta with where it came from written inside."""
-    from memit.editors import Memit
     from memit.editors.base import provenance
+    from memit.editors.memit import Memit
     from memit.weight_delta import WeightDelta
 
     origin = provenance(Memit(hyperparameters), lm, requests)

@@ -23,7 +23,7 @@ from tasks.artifacts import Artifact, cache_directory, describe, fetch_stored
 from tasks.store import shared_store
 
 if TYPE_CHECKING:
-    from memit.editors import Edit
+    from memit.editors.base import Edit
     from memit.language_model import LanguageModel
 
 
@@ -242,7 +242,7 @@ def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
 
 
 def _put(lm: LanguageModel, edit: Artifact | None) -> None:
-    from memit.editors import load_edit
+    from memit.editors.saved_edit import load_edit
 
     if edit is not None:
         wanted = load_edit(edit.checked())

@@ -31,7 +31,7 @@ from tasks.requests import Source, read_source
 from tasks.unfinished import work_directory
 
 if TYPE_CHECKING:
-    from memit.editors import Editor
+    from memit.editors.base import Editor
     from memit.evaluation.zsre import ZsreRecord
     from memit.hyperparameters import Hyperparameters
 
@@ -84,7 +84,7 @@ def make_systems(
         InputError: there is no such file, system, setting or layer.
     """
     if editors is not None:
-        from memit.editors import load_editors
+        from memit.editors.base import load_editors
 
         if not Path(editors).is_dir():
             check_file(editors, "the editors")
@@ -109,12 +109,14 @@ def make_systems(
 
 
 def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int) -> Editor:
-    from memit.editors import EDITORS, FineTuning, Memit
+    from memit.editors import known_editors
     from memit.editors.fine_tuning import (
+        FineTuning,
         constrained_fine_tuning,
         fine_tuning_with_decay,
         tuned_layer,
     )
+    from memit.editors.memit import Memit
     from memit.editors.rome import rome_preset
 
     if name == "memit":
@@ -127,11 +129,12 @@ def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int)
         return fine_tuning_with_decay(tuned_layer(model, depth))
     if name == "ft_l":
         return constrained_fine_tuning()
-    if name not in EDITORS:
-        known = ", ".join(dict.fromkeys([*LABELS, *EDITORS]))
+    editors = known_editors()
+    if name not in editors:
+        known = ", ".join(dict.fromkeys([*LABELS, *editors]))
         raise InputError(f"compare.systems names {name}, which is unknown: there are {known}.")
     try:
-        return EDITORS[name]()
+        return editors[name]()
     except TypeError as error:
         raise InputError(
             f"the editor {name} cannot be made without settings ({error}): give each of them a "
@@ -294,7 +297,7 @@ def edit_with(
 
     An editor that goes on where it was killed keeps its unfinished work in `work_directory`.
     """
-    from memit.editors import Resources
+    from memit.editors.base import Resources
 
     chosen = read_counterfact(records.checked())
     checkpoints = work_directory("system", editor, code, model, records, seed)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from memit.editors import Memit, Resources
+from memit.editors.base import Resources
+from memit.editors.memit import Memit
 from memit.evaluation.counterfact import prompts_of, score_prompts, summarise
 from memit.language_model import load_model
 from memit.second_moment import SecondMoment

@@ -170,7 +170,7 @@ def questions() -> None:
 
 
 def system() -> None:
-    from memit.editors import FineTuning
+    from memit.editors.fine_tuning import FineTuning
     from tasks.systems import System, edit_with
 
     made = System("ft", FineTuning(1, epochs=1))

@@ -15,7 +15,10 @@ from accelerate.utils.offload import OffloadedWeightsLoader
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from memit.editors import FineTuning, Memit, Resources, Rome
+from memit.editors.base import Resources
+from memit.editors.fine_tuning import FineTuning
+from memit.editors.memit import Memit
+from memit.editors.rome import Rome
 from memit.errors import InputError
 from memit.evaluation.counterfact import prompts_of, score_prompts
 from memit.generation import generate_texts

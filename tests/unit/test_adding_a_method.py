@@ -20,7 +20,8 @@ PAGE = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
 
 TRY = """
 import torch
-from memit.editors import EDITORS, Resources
+from memit.editors import known_editors
+from memit.editors.base import Resources
 from memit.evaluation.counterfact import prompts_of, score_prompts, summarise
 from memit.hyperparameters import Hyperparameters
 from memit.requests import Record
@@ -29,7 +30,7 @@ from tests.reference import REQUESTS, build
 
 torch.set_num_threads(1)
 (system,) = make_systems(["hebb"], {"hebb": SETTINGS}, Hyperparameters((1,), 1.0), "gpt2", 4)
-assert type(system.editor) is EDITORS["hebb"]
+assert type(system.editor) is known_editors()["hebb"]
 assert system.editor.strength == SETTINGS["strength"], system.editor
 
 lm = build("gpt2")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from flows import stages
-from memit.editors import EDITORS, load_editors
+from memit.editors import known_editors
+from memit.editors.base import load_editors
 from memit.errors import InputError, IntegrityError
 from memit.hyperparameters import Hyperparameters
 from tasks import (  # noqa: F401  (all cached tasks)
@@ -174,7 +175,7 @@ def test_imports_are_followed_wherever_they_stand(
 
 EDITOR = """
 from dataclasses import dataclass
-from memit.editors import Editor, register
+from memit.editors.base import Editor, register
 from help_of_mine import strength
 
 @register("mine")
@@ -187,16 +188,15 @@ class Mine(Editor):
 def test_a_users_own_editor_counts_with_what_it_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(EDITORS, "mine", raising=False)
     write(tmp_path, an_editor_of_mine=EDITOR, help_of_mine="strength = 1\n")
     (made,) = make_systems(["mine"], {}, Hyperparameters((1,), 1.0), "m", 4, str(tmp_path))
-    assert isinstance(made.editor, EDITORS["mine"])
+    assert isinstance(made.editor, known_editors()["mine"])
     found = made.code
     assert {"an_editor_of_mine", "help_of_mine", "memit.editors.base"} < found.keys()
     assert "memit.editors.rome" not in found
     code._AT_START.clear()
     write(tmp_path, help_of_mine="strength = 2\n")
-    changed = code.code_of_class(EDITORS["mine"])
+    changed = code.code_of_class(known_editors()["mine"])
     assert {name for name in found if found[name] != changed[name]} == {"help_of_mine"}
 
 

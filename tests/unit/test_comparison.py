@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from memit.editors import FineTuning, Memit, Rome
+from memit.editors.fine_tuning import FineTuning
+from memit.editors.memit import Memit
+from memit.editors.rome import Rome
 from memit.errors import InputError
 from memit.evaluation import zsre
 from memit.evaluation.counterfact import SCHEMA, harmonic_mean

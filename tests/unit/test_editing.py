@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memit.editors import Memit, Resources
+from memit.editors.base import Resources
+from memit.editors.memit import Memit
 from memit.errors import NumericsError
 from memit.evaluation.counterfact import prompts_of, score_prompts, summarise
 from memit.requests import Record

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memit.editors import EDITORS, FineTuning, Resources, Unedited
-from memit.editors.fine_tuning import constrained_fine_tuning, fine_tuning_with_decay
+from memit.editors import known_editors
+from memit.editors.base import Resources
+from memit.editors.fine_tuning import FineTuning, constrained_fine_tuning, fine_tuning_with_decay
+from memit.editors.unedited import Unedited
 from memit.errors import InputError, NumericsError
 from memit.language_model import LanguageModel
 from memit.positions import prompt_row
@@ -229,5 +231,5 @@ def test_the_unedited_model_is_an_edit_like_any_other(tmp_path):
 
 
 def test_both_are_registered():
-    assert EDITORS["fine_tuning"] is FineTuning
-    assert EDITORS["unedited"] is Unedited
+    assert known_editors()["fine_tuning"] is FineTuning
+    assert known_editors()["unedited"] is Unedited

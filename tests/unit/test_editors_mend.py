@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memit.editors import EDITORS, Mend, Resources
+from memit.editors import known_editors
+from memit.editors.base import Resources
 from memit.editors.mend import (
     EditExample,
+    Mend,
     MendSettings,
     edited_matrices,
     examples_from_records,
@@ -175,7 +177,7 @@ def test_edit_changes_the_model_and_leaves_it_as_it_was(lm: LanguageModel, tmp_p
     path = tmp_path / "network.safetensors"
     network.save(path)
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    assert EDITORS["mend"] is Mend
+    assert known_editors()["mend"] is Mend
     edit = Mend(SETTINGS, path).edit(lm, REQUESTS, Resources(token_budget=64))
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
     json.dumps(edit.provenance)

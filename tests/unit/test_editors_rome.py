@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from memit.editors import EDITORS, Resources, Rome, rome
-from memit.editors.rome import sample_rome_prefixes, subject_keys
+from memit.editors import known_editors, rome
+from memit.editors.base import Resources
+from memit.editors.rome import Rome, sample_rome_prefixes, subject_keys
 from memit.errors import InputError, NumericsError
 from memit.language_model import LanguageModel
 from memit.positions import prompt_row
@@ -266,7 +267,7 @@ def test_a_layer_that_does_not_exist_is_named():
 
 
 def test_it_is_registered():
-    assert EDITORS["rome"] is Rome
+    assert known_editors()["rome"] is Rome
 
 
 def test_an_interrupted_edit_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -9,8 +9,11 @@ from random import Random
 import pytest
 import torch
 
-from memit.editors import EDITORS, Resources, Serac, load_edit
+from memit.editors import known_editors
+from memit.editors.base import Resources
+from memit.editors.saved_edit import load_edit
 from memit.editors.serac import (
+    Serac,
     SeracEdit,
     SeracModels,
     SeracSettings,
@@ -201,7 +204,7 @@ def test_memories_do_not_stand_in_front_of_each_other(lm: LanguageModel, edit: S
 
 def test_requests_that_were_trained_on_are_refused(lm: LanguageModel, models_file) -> None:
     editor = Serac(SETTINGS, models_file)
-    assert EDITORS["serac"] is Serac
+    assert known_editors()["serac"] is Serac
     with pytest.raises(InputError, match="trained on"):
         editor.edit(lm, [*REQUESTS, LEARNED[0].request], Resources(token_budget=256))
 
