@@ -18,7 +18,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -28,6 +27,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
 
 from memit.errors import InputError
 from memit.hyperparameters import Hyperparameters, preset
@@ -60,8 +62,6 @@ SCRATCH = "scratch"
 """In place of a model of the hub: a small one that is made here."""
 SIZE_LIMIT = 1 << 20
 """Bytes of the largest ``params.yaml`` that is read."""
-DEEPEST = 20
-"""Brackets in brackets."""
 LONGEST_VALUE = 200
 """Characters of a value that are repeated in a sentence."""
 STORES = ("http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks")
@@ -626,40 +626,15 @@ def _read_yaml(path: Path) -> object:
         )
     text = read_text(path, "the parameters", SIZE_LIMIT)
     try:
-        _check_tokens(path, text)
-        for key, line in _repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader)):
-            raise InputError(f"{path}, line {line}: {key!r} stands there twice: remove one.")
-        return yaml.safe_load(text)
+        # As DVC reads it: 1.5e4 is a number, and a key that stands twice is refused.
+        reader = YAML(typ="safe", pure=True)
+        if any(isinstance(event, AliasEvent) for event in reader.parse(text)):
+            raise InputError(f"{path} repeats another place (*name): write it out.")
+        return reader.load(text)
     except RecursionError:
         raise InputError(f"{path} is nested too deeply: it needs two levels or three.") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (YAMLError, ValueError) as error:
         raise InputError(f"{path} is not YAML: {_first_line(error)}.") from None
-
-
-def _check_tokens(path: Path, text: str) -> None:
-    """Refuse what makes a small file large or slow: places that are repeated, and nesting."""
-    depth = 0
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        if isinstance(token, yaml.AliasToken):
-            line = token.start_mark.line + 1
-            raise InputError(
-                f"{path}, line {line}: *{token.value} repeats another place: write it out."
-            )
-        depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
-        depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
-        if depth > DEEPEST:
-            raise RecursionError
-
-
-def _repeated_keys(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
-    """Keys that a mapping names twice, of which YAML would silently take the last."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if str(key.value) in seen:
-                yield str(key.value), key.start_mark.line + 1
-            seen.add(str(key.value))
-            yield from _repeated_keys(value)
 
 
 def _first_line(error: Exception) -> str:

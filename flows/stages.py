@@ -21,16 +21,16 @@ WITHOUT_LIBRARIES = ("report",)
 
 def with_code(text: str) -> str:
     """A file of stages with the code dependencies that they have now."""
-    yaml = YAML()
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.width = 1_000
-    tree = yaml.load(text)
+    form = YAML()
+    form.indent(mapping=2, sequence=4, offset=2)
+    form.width = 1_000
+    tree = form.load(text)
     for name, stage in tree["stages"].items():
         by_hand = [dep for dep in stage["deps"] if not dep.endswith(".py") and dep != LIBRARIES]
         libraries = [] if name in WITHOUT_LIBRARIES else [LIBRARIES]
         stage["deps"] = [*_code(name), *libraries, *by_hand]
     written = io.StringIO()
-    yaml.dump(tree, written)
+    form.dump(tree, written)
     return written.getvalue()
 
 

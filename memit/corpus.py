@@ -12,10 +12,6 @@ from typing import Any
 from memit.errors import InputError, UnreachableError
 from memit.reading import check_file
 
-WIKIPEDIA = "wikimedia/wikipedia"
-WIKIPEDIA_CONFIG = "20231101.en"
-"""The English dump that is still on the hub; the one that the published code names is gone."""
-
 LONGEST_LINE = 1 << 24
 """Characters of the longest line that is read."""
 _HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")

@@ -6,13 +6,10 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memit.costs import HELD_IN_MEMORY
@@ -22,7 +19,6 @@ from memit.language_model import LanguageModel
 from memit.requests import EditRequest
 from memit.second_moment import SecondMoment, cholesky
 from memit.targets import edit_rows
-from memit.tensor_files import tensor_digest
 from memit.walk import HeldStates, Walk
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_rounded
 
@@ -56,15 +52,14 @@ def spread(
     *,
     token_budget: int,
     held_bytes: int = HELD_IN_MEMORY,
-    factors: Path | None = None,
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Spread:
     """Compute Δ for each layer of `hp.layers` so that the model reaches z (n × d) at layer L.
 
     `moments` may read its values on demand. Hidden states beyond `held_bytes` wait on disk;
-    `factors` is a directory where Cholesky factors of C are kept for other runs; `observe` is
-    handed each layer's K (f × n) and R (d × n). The model is given back with its own weights.
+    `observe` is handed each layer's K (f × n) and R (d × n). The model is given back with its own
+    weights.
     Raises `EditError` for edits whose keys or residuals are not finite or whose part in an update
     makes it larger than `hp.largest_update`, `NumericsError` for a second moment that is not
     positive definite and for weights that the model's dtype cannot hold.
@@ -76,7 +71,7 @@ def spread(
             with tempfile.TemporaryDirectory() as directory:
                 held = HeldStates(held_bytes, Path(directory))
                 walk = Walk(lm, edits, hp.layers[-1], token_budget, held)
-                return _walk_layers(walk, requests, z, moments, hp, factors, observe, progress)
+                return _walk_layers(walk, requests, z, moments, hp, observe, progress)
         except torch.OutOfMemoryError as error:
             if token_budget < MIN_TOKENS:
                 raise ResourceError(
@@ -96,7 +91,6 @@ def _walk_layers(
     z: Tensor,
     moments: Mapping[int, SecondMoment],
     hp: Hyperparameters,
-    factors: Path | None,
     observe: Callable[[int, Tensor, Tensor], None] | None,
     progress: Callable[[int], None] | None,
 ) -> Spread:
@@ -115,7 +109,7 @@ def _walk_layers(
         _check_columns(K, R, requests, layer)
         if observe is not None:
             observe(layer, K, R)
-        change = solve(K, R, moments[layer], hp.covariance_weight, f"layer {layer}", factors)
+        change = solve(K, R, moments[layer], hp.covariance_weight, f"layer {layer}")
         changes[lm.weight_name(layer)] = change.transposed() if lm.is_transposed(layer) else change
         master = lm.weight(layer).float()
         delta = change.dense().to(master.device)
@@ -161,7 +155,7 @@ def _too_large(
     if not math.isfinite(ratio):
         return NumericsError(f"the update of layer {layer} is not finite: {way_out}")
     K, R = K.double(), R.double().to(K.device)
-    A = _woodbury(K, moment, hp.covariance_weight, f"layer {layer}", None)
+    A = _woodbury(K, moment, hp.covariance_weight, f"layer {layer}")
     parts = R.norm(dim=0) * A.norm(dim=0) / size
     alone = torch.nonzero(parts > hp.largest_update)[:, 0].tolist()
     edits = alone or [int(parts.argmax())]
@@ -190,7 +184,6 @@ def solve(
     moment: SecondMoment,
     covariance_weight: float,
     where: str,
-    factors: Path | None = None,
 ) -> LowRank | Dense:
     """Δ = R Kᵀ (λC + K Kᵀ)⁻¹ in float64, for keys K (f × n) and residuals R (d × n).
 
@@ -201,7 +194,7 @@ def solve(
     K, R = K.double(), R.double().to(K.device)
     (f, n), d = K.shape, R.shape[0]
     if n * (d + f) < d * f:
-        A = _woodbury(K, moment, covariance_weight, where, factors)
+        A = _woodbury(K, moment, covariance_weight, where)
         return LowRank(R.float().cpu(), A.float().cpu())
     M = moment.mean.to(K.device).mul_(covariance_weight).addmm_(K, K.T)
     L = cholesky(M, where)
@@ -210,28 +203,11 @@ def solve(
     return Dense(torch.cholesky_solve(K @ R.T, L).T.float().contiguous().cpu())
 
 
-def _woodbury(
-    K: Tensor, moment: SecondMoment, covariance_weight: float, where: str, factors: Path | None
-) -> Tensor:
+def _woodbury(K: Tensor, moment: SecondMoment, covariance_weight: float, where: str) -> Tensor:
     """(λC + K Kᵀ)⁻¹ K = (λC)⁻¹ K (I + Kᵀ (λC)⁻¹ K)⁻¹ (f × n)."""
-    L = _factor(moment, where, factors, K.device).mul_(math.sqrt(covariance_weight))
+    L = cholesky(moment.mean.to(K.device), where).mul_(math.sqrt(covariance_weight))
     half = torch.linalg.solve_triangular(L, K, upper=False)
     small = half.T @ half
     small.diagonal().add_(1.0)
     inner = torch.cholesky_solve(half.T, torch.linalg.cholesky(small)).T
     return torch.linalg.solve_triangular(L.T, inner, upper=True)
-
-
-def _factor(moment: SecondMoment, where: str, factors: Path | None, device: torch.device) -> Tensor:
-    """Lower Cholesky factor of C, from the directory of factors if it is there."""
-    if factors is None:
-        return cholesky(moment.mean.to(device), where)
-    path = factors / f"{tensor_digest(moment.sum)}-{moment.count}.safetensors"
-    with suppress(OSError, SafetensorError, KeyError):  # absent or damaged: it is only a cache
-        return load_file(path)["L"].to(device)
-    L = cholesky(moment.mean.to(device), where)
-    factors.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({"L": L.cpu().contiguous()}, partial)
-    partial.replace(path)
-    return L

@@ -151,13 +151,6 @@ def before_and_after(before: pa.Table, after: pa.Table) -> pa.Table:
     return joined
 
 
-def at_state(joined: pa.Table, state: Literal["before", "after"]) -> pa.Table:
-    """The table of one state again, out of one that `before_and_after` made."""
-    columns = [joined[name] for name in _QUESTION]
-    columns += [joined[f"{name}_{state}"] for name in _MEASURED]
-    return pa.table(columns, schema=SCHEMA)
-
-
 def facts_table(before: pa.Table, after: pa.Table) -> pa.Table:
     """What became of each fact, one row for each record in the order of the tables.
 

@@ -85,11 +85,3 @@ def generation_record_means(
         "reference": np.array(reference_scores(records, written, references)),
     }
     return {name: values for name, values in means.items() if not np.isnan(values).all()}
-
-
-def summarise_generations(
-    table: pa.Table, records: Sequence[Record], references: References
-) -> dict[str, float]:
-    """Means over records of what `generation_record_means` gives."""
-    means = generation_record_means(table, records, references)
-    return {name: float(np.nanmean(values)) for name, values in means.items()}

@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from memit.errors import InputError
 from memit.evaluation.continuations import Question, score_continuations
-from memit.evaluation.counterfact import harmonic_mean
 from memit.language_model import LanguageModel
 from memit.reading import parse_json, read_text
 from memit.requests import EditRequest, Record, check_text
@@ -98,13 +97,6 @@ def zsre_record_means(table: pa.Table) -> dict[str, np.ndarray]:
         sums = np.bincount(owner[chosen], shares[chosen], len(cases))
         means[f"zsre_{kind}"] = sums / np.bincount(owner[chosen], minlength=len(cases))
     return means
-
-
-def summarise_zsre(table: pa.Table) -> dict[str, float]:
-    """The three metrics and `zsre_score`, their harmonic mean (0–100), and `zsre_records`."""
-    means = {name: float(values.mean()) for name, values in zsre_record_means(table).items()}
-    count = len(set(table["case_id"].to_pylist()))
-    return {"zsre_score": harmonic_mean(list(means.values()))} | means | {"zsre_records": count}
 
 
 def _questions(record: ZsreRecord) -> list[dict[str, Any]]:

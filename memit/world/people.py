@@ -94,25 +94,6 @@ def make_world(parameters: WorldParameters) -> World:
     )
 
 
-def reference_texts(world: World, relation: str, target: str) -> list[str]:
-    """The training documents that tell of somebody that `target` is their `relation`.
-
-    What the reference score compares generated texts with.
-
-    Args:
-        relation: name of one of the world's relations.
-        target: one of its objects.
-    """
-    templates = next(r.templates for r in world.relations if r.name == relation)
-    sentences = [
-        _sentence(template, person.name, target)
-        for person in world.people
-        if person.facts[relation] == target
-        for template in templates
-    ]
-    return [text for text in world.documents if any(sentence in text for sentence in sentences)]
-
-
 def _check_range(key: str, value: int, lowest: int, highest: int) -> None:
     if not lowest <= value <= highest:
         raise InputError(

@@ -21,7 +21,6 @@ from memit.editors.mend import (
     train_mend,
 )
 from memit.editors.mend_network import Factors, MendNetwork
-from memit.editors.training_set import disjoint_records, fact_key
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.language_model import LanguageModel
 from memit.positions import continuation_rows
@@ -206,39 +205,6 @@ def test_damaged_or_foreign_networks_are_refused(lm: LanguageModel, tmp_path) ->
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(IntegrityError, match="network of MEND"):
         MendNetwork.load(path)
-
-
-# --- disjointness --------------------------------------------------------------------------------
-
-
-def test_training_records_share_nothing_with_the_evaluated_ones() -> None:
-    pool = make_records()
-    evaluated = pool[:3]
-    chosen = disjoint_records(pool, evaluated)
-    assert len(chosen) == 5
-    facts = {fact_key(record.request) for record in evaluated}
-    asked = {
-        prompt
-        for record in evaluated
-        for prompt in (
-            record.request.text,
-            *record.paraphrase_prompts,
-            *record.neighborhood_prompts,
-        )
-    }
-    for record in chosen:
-        assert fact_key(record.request) not in facts
-        used = {record.request.text, *record.paraphrase_prompts, *record.neighborhood_prompts}
-        assert not used & asked
-
-
-def test_prompts_that_evaluation_scores_are_left_out() -> None:
-    first, second, third = make_records()[:3]
-    shared = replace(second, neighborhood_prompts=(*first.neighborhood_prompts, "Rome is in"))
-    asked = replace(first, neighborhood_prompts=(*first.neighborhood_prompts, third.request.text))
-    (left,) = disjoint_records([first, shared, third], [asked])
-    assert left.case_id == second.case_id
-    assert left.neighborhood_prompts == ("Rome is in",)
 
 
 def test_a_request_that_was_trained_on_is_refused(lm: LanguageModel, tmp_path) -> None:

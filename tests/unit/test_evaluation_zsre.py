@@ -6,17 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from memit.errors import InputError
 from memit.evaluation.zsre import (
-    SCHEMA,
     as_records,
     read_zsre,
     score_zsre,
-    summarise_zsre,
     zsre_record_means,
 )
 from memit.language_model import LanguageModel
@@ -113,30 +110,6 @@ def test_shares_agree_with_one_forward_a_token(tmp_path: Path):
     assert 0 < max(shares) < 1
     assert zsre_record_means(table)["zsre_paraphrase"].tolist() == pytest.approx(
         [100 * shares[1], 100 * shares[4]]
-    )
-
-
-def test_summary_is_a_mean_over_records():
-    rows = [
-        {"case_id": case, "kind": kind, "prompt": "", "answer": "", "nll": 1.0} | counts
-        for case, kind, counts in (
-            (0, "efficacy", {"right": 1, "tokens": 2}),
-            (1, "efficacy", {"right": 3, "tokens": 3}),
-            (0, "paraphrase", {"right": 1, "tokens": 2}),
-            (1, "paraphrase", {"right": 0, "tokens": 5}),
-            (0, "specificity", {"right": 1, "tokens": 1}),
-            (1, "specificity", {"right": 1, "tokens": 1}),
-        )
-    ]
-    summary = summarise_zsre(pa.Table.from_pylist(rows, schema=SCHEMA))
-    assert summary == pytest.approx(
-        {
-            "zsre_efficacy": 75.0,
-            "zsre_paraphrase": 25.0,
-            "zsre_specificity": 100.0,
-            "zsre_score": 3 / (1 / 75 + 1 / 25 + 1 / 100),
-            "zsre_records": 2,
-        }
     )
 
 

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memit import spread as spread_module
 from memit import walk
 from memit.errors import NumericsError, ResourceError
 from memit.second_moment import SecondMoment
@@ -285,32 +284,6 @@ def test_form_by_number_of_edits(n, kind):
         assert change.right.shape == (48, n)
     assert change.transposed().dense().shape == (48, 32)
     assert relative(change.transposed().dense().T, expected) < 2e-6
-
-
-def test_factor_is_kept_for_other_runs(tmp_path, monkeypatch):
-    K, R, moment = _problem(32, 48, 5)
-    first = solve(K, R, moment, 20.0, "layer 3", tmp_path)
-    (kept,) = tmp_path.iterdir()
-    monkeypatch.setattr(spread_module, "cholesky", None)
-    again = solve(K, R, moment, 20.0, "layer 3", tmp_path)
-    assert torch.equal(first.dense(), again.dense())
-    other_weight = solve(K, R, moment, 300.0, "layer 3", tmp_path)
-    hp = replace(HYPERPARAMETERS, covariance_weight=300.0)
-    assert relative(other_weight.dense(), oracle.update(K.T, R.T, moment.mean, hp)) < 2e-6
-    monkeypatch.undo()
-    doubled = SecondMoment(moment.sum * 2, moment.count)
-    solve(K, R, doubled, 20.0, "layer 3", tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
-    assert kept in set(tmp_path.iterdir())
-
-
-def test_damaged_factor_is_not_used(tmp_path):
-    K, R, moment = _problem(32, 48, 5)
-    expected = solve(K, R, moment, 20.0, "layer 3", tmp_path)
-    (kept,) = tmp_path.iterdir()
-    kept.write_bytes(kept.read_bytes()[:500])
-    found = solve(K, R, moment, 20.0, "layer 3", tmp_path)
-    assert relative(found.dense(), expected.dense()) < 1e-6
 
 
 @pytest.mark.parametrize("n", [5, 30, 60])

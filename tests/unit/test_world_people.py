@@ -10,7 +10,7 @@ import pytest
 
 from memit.errors import InputError
 from memit.requests import fill, read_counterfact, write_records
-from memit.world.people import WorldParameters, make_world, reference_texts
+from memit.world.people import WorldParameters, make_world
 from memit.world.relations import RELATIONS
 
 PARAMETERS = WorldParameters(people=40, relations=3, objects=4, biographies=5)
@@ -184,15 +184,6 @@ def test_biographies_tell_one_to_four_facts_with_the_full_name(world):
 def test_held_out_biographies_were_never_trained_on(world):
     assert len(world.held_out) == 40
     assert not set(world.held_out) & set(world.documents)
-
-
-def test_reference_texts_tell_of_the_object_in_that_relation(world):
-    relation = world.relations[0]
-    target = relation.objects[0]
-    holders = [person.name for person in world.people if person.facts[relation.name] == target]
-    texts = reference_texts(world, relation.name, target)
-    assert texts
-    assert all(target in text and any(name in text for name in holders) for text in texts)
 
 
 @pytest.mark.parametrize(
