@@ -75,7 +75,7 @@ def score_zsre(
 
     `progress` is told how many questions are newly answered.
     """
-    rows = [row for record in records for row in _questions(record)]
+    rows = [row for record in records for row in questions_of(record)]
     scores = score_continuations(
         lm,
         [Question(row["prompt"], (row["answer"],)) for row in rows],
@@ -107,7 +107,8 @@ def summarise_zsre(table: pa.Table) -> dict[str, float]:
     return {"zsre_score": harmonic_mean(list(means.values()))} | means | {"zsre_records": count}
 
 
-def _questions(record: ZsreRecord) -> list[dict[str, Any]]:
+def questions_of(record: ZsreRecord) -> list[dict[str, Any]]:
+    """The first columns of its three rows in the table."""
     prompts = (
         (record.request.text, record.request.target_new),
         (record.paraphrase, record.request.target_new),
