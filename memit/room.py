@@ -11,11 +11,10 @@ from memit.language_model import LanguageModel
 from memit.positions import continuation_rows
 from memit.prefixes import TOKENS, WORDS
 from memit.requests import Record
+from memit.targets import REQUESTS_AT_ONCE
 from memit.true_objects import TOKENS_A_WORD
 
-AT_ONCE = 256
-"""Prompts that are tokenised together."""
-TOKENS_A_BYTE = 4
+TOKENS_A_BYTE = 2
 """More than any tokenizer makes of a byte of Unicode's decomposed form."""
 
 Asked = tuple[int, str, str, str | None, int]
@@ -35,10 +34,13 @@ def check_records(
     `plus` asks CounterFact+ too, and `written` is how many of the records that have generation
     prompts are written about (None: all). What is short enough in any tokens is not tokenised.
     """
-    everything = _asked(lm, records, questions, plus, written)
-    asked = [one for one in everything if _most_tokens(one) > lm.context_length]
-    for start in range(0, len(asked), AT_ONCE):
-        part = asked[start : start + AT_ONCE]
+    asked = [
+        one
+        for one in _asked(lm, records, questions, plus, written)
+        if TOKENS_A_BYTE * _bytes(one) + one[4] > lm.context_length
+    ]
+    for start in range(0, len(asked), REQUESTS_AT_ONCE):
+        part = asked[start : start + REQUESTS_AT_ONCE]
         answers = [answer or "a" for _, _, _, answer, _ in part]
         rows = continuation_rows(lm.tokenizer, [prompt for _, _, prompt, _, _ in part], answers)
         for (record, kind, prompt, answer, more), row in zip(part, rows, strict=True):
@@ -46,9 +48,8 @@ def check_records(
             lm.check_room(ids, f"the {kind} prompt of record {record}, {prompt[:80]!r},", more)
 
 
-def _most_tokens(asked: Asked) -> int:
-    text = unicodedata.normalize("NFKD", f"{asked[2]} {asked[3]}")
-    return TOKENS_A_BYTE * len(text.encode()) + asked[4]
+def _bytes(asked: Asked) -> int:
+    return len(unicodedata.normalize("NFKD", f"{asked[2]} {asked[3]}").encode())
 
 
 def _asked(
