@@ -32,12 +32,14 @@ def check_records(
     """Raise `InputError` for the first prompt of records or of zsRE's questions that is too long.
 
     `plus` asks CounterFact+ too, and `written` is how many of the records that have generation
-    prompts are written about (None: all). What is short enough in any tokens is not tokenised.
+    prompts are written about (None: all). What is short enough in any tokens is not tokenised, unless
+    the tokenizer has some that the model does not know.
     """
+    foreign = len(lm.tokenizer) > lm.model.config.get_text_config().vocab_size
     asked = [
         one
         for one in _asked(lm, records, questions, plus, written)
-        if TOKENS_A_BYTE * _bytes(one) + one[4] > lm.context_length
+        if foreign or TOKENS_A_BYTE * _bytes(one) + one[4] > lm.context_length
     ]
     for start in range(0, len(asked), REQUESTS_AT_ONCE):
         part = asked[start : start + REQUESTS_AT_ONCE]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -290,7 +292,7 @@ def test_an_mlp_that_is_handed_a_list_of_positions_runs_whole():
     lm = build("llama")
     padded = pad(_rows(lm), lm.device)
     expected = block_output(lm, padded, 1)
-    mlp = lm.blocks[1].mlp
+    mlp = cast(nn.Module, lm.blocks[1].mlp)
 
     class Flat(nn.Module):
         """Calls the MLP as mixtures of experts call theirs."""
