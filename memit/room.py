@@ -32,8 +32,8 @@ def check_records(
     """Raise `InputError` for the first prompt of records or of zsRE's questions that is too long.
 
     `plus` asks CounterFact+ too, and `written` is how many of the records that have generation
-    prompts are written about (None: all). What is short enough in any tokens is not tokenised, unless
-    the tokenizer has some that the model does not know.
+    prompts are written about (None: all). What is short enough in any tokens is not tokenised,
+    unless the tokenizer has some that the model does not know.
     """
     foreign = len(lm.tokenizer) > lm.model.config.get_text_config().vocab_size
     asked = [

@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from memit import spread as spread_module
 from memit import walk
-from memit.editors import Resources, Rome, rome
+from memit.editors import rome
+from memit.editors.base import Resources
+from memit.editors.rome import Rome
 from memit.evaluation import perplexity
 from memit.placement import solving_device
 from memit.second_moment import SecondMoment
