@@ -58,8 +58,10 @@ def check_inputs(parameters: Parameters, *, compares: bool = False) -> None:
         _check_disk(parameters, described)
         _check_memory(parameters, described)
         lm = _without_weights(parameters, described)
-        _check_tokens(lm, records)
-        _check_published(parameters, lm, systems if compares else ())
+        _check_layers(parameters, lm, systems if compares else ())
+        _check_tokens(parameters, lm, records)
+        if compares:
+            _check_compared(parameters, lm)
 
 
 def check_comparison(parameters: Parameters) -> None:
@@ -214,22 +216,36 @@ def _without_weights(parameters: Parameters, model: ModelFiles) -> LanguageModel
     return model_without_weights(model.id, model.revision, directory)
 
 
-def _check_tokens(lm: LanguageModel, records: list[Record]) -> None:
+def _check_tokens(parameters: Parameters, lm: LanguageModel, records: list[Record]) -> None:
     """See that the model's tokenizer has tokens for every subject and object, and room for all."""
+    from memit.room import check_records
     from memit.targets import edit_rows
 
+    check_records(lm, records, written=parameters.evaluation.generation_records)
     edit_rows(lm, [record.request for record in records], ())
 
 
-def _check_published(parameters: Parameters, lm: LanguageModel, systems: Sequence[System]) -> None:
-    """See that others' statistics are here of all layers that are edited, also by ``systems``."""
+def _check_compared(parameters: Parameters, lm: LanguageModel) -> None:
+    """See that there is room for what a comparison asks, whichever records it draws."""
+    from memit.room import check_records
+
+    section = parameters.compare
+    questions = () if section.zsre is None else read_zsre(section.zsre)
+    records = () if questions else _all_records(parameters)
+    check_records(lm, records, questions, plus=True, written=section.generation_records)
+
+
+def _check_layers(parameters: Parameters, lm: LanguageModel, systems: Sequence[System]) -> None:
+    """See that all layers can be edited that are, also by ``systems``, and that others' statistics
+    of them are here."""
     section = parameters.statistics
-    if section.source != "published":
-        return
     layers = set(parameters.hyperparameters(lm.name, lm.depth).layers)
     for system in systems:
         layers |= set(system.editor.moment_layers)
-    find_published(Path(str(section.path)), lm, sorted(layers))
+    others = {getattr(system.editor, "layer", min(layers)) for system in systems}
+    lm.check_layers(tuple(sorted(layers | others)))
+    if section.source == "published":
+        find_published(Path(str(section.path)), lm, sorted(layers))
 
 
 def _check_disk(parameters: Parameters, model: ModelFiles) -> None:

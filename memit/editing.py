@@ -19,7 +19,8 @@ from memit.hyperparameters import Hyperparameters, preset
 from memit.language_model import LanguageModel
 from memit.prefixes import sample_prefixes
 from memit.requests import Record, check_conflicts
-from memit.second_moment import collect_second_moments
+from memit.second_moment import check_rank, collect_second_moments
+from memit.targets import edit_rows
 from memit.weight_delta import WeightDelta
 
 
@@ -45,6 +46,8 @@ def edit(
         raise InputError("there is nothing to edit: give at least one record.")
     lm.check_layers(hp.layers)
     check_conflicts(records)
+    prefixes = sample_prefixes(lm, seed)
+    edit_rows(lm, [record.request for record in records], prefixes)
     texts = read_documents(corpus) if isinstance(corpus, str | Path) else corpus
     budget = partial(auto_token_budget, lm.shape, lm.dtype.itemsize, str(lm.device))
     moments = collect_second_moments(
@@ -53,9 +56,11 @@ def edit(
         hp.layers,
         token_budget=budget(),
     )
+    for layer, moment in moments.items():
+        check_rank(moment, f"layer {layer}")
     resources = Resources(
         token_budget=budget(trained_blocks=lm.depth - 1 - hp.layers[-1]),
-        prefixes=sample_prefixes(lm, seed),
+        prefixes=prefixes,
         moments=moments,
         seed=seed,
         progress=progress,

@@ -395,38 +395,43 @@ def _head_at(lm: LanguageModel, rows: Tensor, columns: Tensor) -> Iterator[None]
 
 
 @contextmanager
-def mlp_at(lm: LanguageModel, layer: int, rows: Tensor, columns: Tensor) -> Iterator[bool]:
-    """Run a block's MLP at chosen positions only, where nothing reads the others; gives whether it
-    does.
+def mlp_at(lm: LanguageModel, layer: int, rows: Tensor, columns: Tensor) -> Iterator[list[Tensor]]:
+    """Run a block's MLP at chosen positions only, where nothing reads the others; gives a list that
+    has an entry for each time that it did.
 
     Keys that are read meanwhile are those of these positions, each once, row by row. Where somebody
-    listens inside that block already, or it may be run again, it runs whole.
+    listens inside that block already, or it may be run again, it runs whole, and so does one that
+    is handed anything but rows × tokens × d.
     """
+    places: list[Tensor] = []
     mlp = lm.mlp(layer)
     if (
         mlp is None
         or lm.is_offloaded
         or any(_is_watched(m) for m in (lm.blocks[layer], *mlp.modules()))
     ):
-        yield False
+        yield places
         return
     shape: list[torch.Size] = []
-    places: list[Tensor] = []
 
     def choose(_module: nn.Module, args: tuple) -> tuple:
         hidden = args[0]
+        if hidden.ndim != 3:
+            return args
         flat = (rows * hidden.shape[1] + columns).to(hidden.device)
         shape.append(hidden.shape)
         places.append(torch.unique(flat))  # a position may be asked for twice
         return (hidden.reshape(-1, hidden.shape[-1])[places[-1]][None], *args[1:])
 
     def put_back(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        if not places:
+            return output
         whole = output.new_zeros(shape[-1]).reshape(-1, output.shape[-1])
         return whole.index_copy(0, places[-1], output[0]).reshape(shape[-1])
 
     chosen, returned = mlp.register_forward_pre_hook(choose), mlp.register_forward_hook(put_back)
     with _hook(chosen), _hook(returned):
-        yield True
+        yield places
 
 
 def _is_watched(module: nn.Module) -> bool:

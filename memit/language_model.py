@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,11 +21,18 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from memit.costs import Shape
-from memit.errors import InputError, IntegrityError, ModelStructureError, UnreachableError
+from memit.errors import (
+    InputError,
+    IntegrityError,
+    MemitError,
+    ModelStructureError,
+    NumericsError,
+    UnreachableError,
+)
 from memit.placement import device_map, device_of, is_offloaded, read_weight, write_weight
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from memit.routing import Router
     from memit.weight_delta import AppliedDelta
@@ -84,8 +94,8 @@ class LanguageModel:
 
     @property
     def inner_width(self) -> int:
-        """Input size f of the first block's down-projection."""
-        return _fan_in(self.down_projection(0))
+        """Input size f of the first down-projection."""
+        return _fan_in(self.down_projection(next(iter(self.editable_layers), 0)))
 
     @property
     def shape(self) -> Shape:
@@ -107,7 +117,23 @@ class LanguageModel:
     def context_length(self) -> int:
         """The longest sequence that the model takes, in tokens."""
         config = self.model.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or 2048)
+        names = ("max_position_embeddings", "max_seq_len")
+        return int(next((length for n in names if (length := getattr(config, n, None))), 2048))
+
+    def check_room(self, ids: Sequence[int], what: str, more: int = 0) -> None:
+        """Raise `InputError` for a row of tokens, the last of which is never an input, that is too
+        long if `more` come to it, or has one that the model does not know."""
+        known = cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
+        if len(ids) - 1 + more > self.context_length:
+            raise InputError(
+                f"{what} comes to {len(ids) - 1 + more} tokens, and {self.name} takes "
+                f"{self.context_length}: shorten or remove it."
+            )
+        if max(ids) >= known:
+            raise InputError(
+                f"the tokenizer gives {what} the token {max(ids)}, and {self.name} knows {known}: "
+                "it belongs to another model."
+            )
 
     def check_layers(self, layers: tuple[int, ...]) -> None:
         """Raise `InputError` for a layer that does not exist and `ModelStructureError` for one
@@ -123,9 +149,23 @@ class LanguageModel:
             raise InputError(
                 f"layer {layer} does not exist: {self.name} has layers 0 to {self.depth - 1}."
             )
-        found = _find_down_projection(self.blocks[layer], self.width, f"layer {layer}")
+        found = _find_down_projection(self.blocks[layer], self.width)
+        if isinstance(found, str):
+            others = ", ".join(map(str, self.editable_layers))
+            raise ModelStructureError(
+                f"layer {layer} ({type(self.blocks[layer]).__name__}) must have exactly one "
+                f"down-projection from its MLP to the hidden size {self.width}, but {found} found; "
+                "mixtures of experts and blocks without an MLP cannot be edited: choose "
+                f"{f'among the layers {others}' if others else 'another model'}."
+            )
         self._down_projections[layer] = found
         return found
+
+    @cached_property
+    def editable_layers(self) -> tuple[int, ...]:
+        """The blocks that have one down-projection and no experts."""
+        found = (_find_down_projection(block, self.width) for block in self.blocks)
+        return tuple(layer for layer, one in enumerate(found) if not isinstance(one, str))
 
     def mlp_projections(self, layer: int) -> dict[str, nn.Module]:
         """All linear modules of block `layer`'s MLP by the names of their weights: the one or more
@@ -219,21 +259,21 @@ def load_model(
     Only safetensors weights are read and no code from the repository is run. Raises `InputError`,
     `IntegrityError` or `UnreachableError`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise InputError(f"dtype '{dtype}' is not known; use one of {', '.join(DTYPES)}.")
-    is_local = Path(source).is_dir()
-    if not is_local and isinstance(source, Path):
-        raise InputError(f"{source} is not a directory with a model; give one that holds it.")
+    name = os.path.expanduser(source)
+    is_local = os.path.isdir(name)
+    if not is_local and (isinstance(source, Path) or name != source):
+        raise InputError(f"{name} is not a directory with a model; give one that holds it.")
     placement = device_map(device if device == "sharded" else str(_device(device)), room)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
+    config, tokenizer = read_description(name, revision)
+    with reading("weights", name):
         load: Any = AutoModelForCausalLM.from_pretrained
         model, found = load(
-            source,
+            name,
+            config=config,
             revision=revision,
             dtype=DTYPES[dtype],
             use_safetensors=True,
@@ -241,24 +281,16 @@ def load_model(
             output_loading_info=True,
             **placement,
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise _load_error(str(source), is_local, error) from error
-    except Exception as error:  # safetensors raises a type of its own for a damaged file
-        if type(error).__module__.startswith("safetensors"):
-            raise IntegrityError(
-                f"the weights in {source} are damaged ({error}); fetch or export them again."
-            ) from error
-        raise
     if found["missing_keys"]:
         raise IntegrityError(
-            f"the weights in {source} lack {min(found['missing_keys'])}, which would be filled at "
+            f"the weights in {name} lack {min(found['missing_keys'])}, which would be filled at "
             "random: fetch or export them again."
         )
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     commit = getattr(model.config, "_commit_hash", None) or revision
-    return LanguageModel(model, tokenizer, name=str(source), revision=None if is_local else commit)
+    lm = LanguageModel(model, tokenizer, name=name, revision=None if is_local else commit)
+    _check_finite(lm)
+    return lm
 
 
 def _device(name: str) -> torch.device:
@@ -270,17 +302,98 @@ def _device(name: str) -> torch.device:
         raise InputError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:N.") from error
 
 
-def _load_error(source: str, is_local: bool, error: Exception) -> Exception:
-    reason = str(error).strip().split("\n")[0]
-    if is_local:
-        return IntegrityError(
-            f"{source} does not hold a model that can be loaded ({reason}); "
-            "it needs config.json, a tokenizer and safetensors weights."
+def read_description(
+    source: str | Path, revision: str | None = None
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration and the tokenizer of a model; no code from its repository is run.
+
+    Raises `InputError` for what is no model or a quantised one, `ModelStructureError` for an
+    encoder-decoder, `UnreachableError` for what the hub does not give.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    if os.path.isdir(source):
+        _check_directory(Path(source))
+    with reading("config.json", source):
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        _check_config(config, str(source))
+        if config._attn_implementation not in ("eager", "sdpa"):
+            config._attn_implementation = None  # the library's own choice, which is always here
+    with reading("tokenizer", source):
+        load = AutoTokenizer.from_pretrained
+        tokenizer = load(source, revision=revision, trust_remote_code=False)
+        if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
+            raise ValueError("its files are missing")
+    return config, tokenizer
+
+
+@contextmanager
+def reading(part: str, source: str | Path) -> Iterator[None]:
+    """One sentence for whatever is raised meanwhile: a model can be wrong in countless ways."""
+    try:
+        yield
+    except (MemitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if type(error).__module__.startswith("safetensors"):
+            raise IntegrityError(
+                f"the weights in {source} are damaged ({reason}); fetch or export them again."
+            ) from error
+        sentence = (
+            f"{source} does not hold a causal language model that can be loaded: its {part} cannot "
+            f"be used ({reason}); code of its own is not run"
         )
-    return UnreachableError(
-        f"{source} could not be loaded from the hub ({reason}); check the name, the revision and "
-        "the network, or download it and give its directory."
-    )
+        if os.path.isdir(source):
+            raise InputError(f"{sentence}.") from error
+        raise UnreachableError(f"{sentence}; check name, revision and network.") from error
+
+
+def _check_directory(directory: Path) -> None:
+    fault = None
+    if (directory / "adapter_config.json").is_file():
+        fault = "it is an adapter, to be merged into its base first (peft: merge_and_unload)"
+    elif not (directory / "config.json").is_file():
+        below = [*directory.glob("*/config.json"), *directory.glob("*/*/config.json")]
+        fault = f"it has no config.json; {max(below).parent if below else 'nothing in it'} has one"
+    if fault is not None:
+        raise InputError(f"{directory} does not hold a causal language model: {fault}.")
+
+
+def _check_config(config: PreTrainedConfig, name: str) -> None:
+    parts = config, config.get_text_config()
+    if any(getattr(part, "quantization_config", None) is not None for part in parts):
+        raise InputError(
+            f"the configuration of {name} says that its weights are quantised "
+            "(quantization_config), and only floating-point ones are edited: give such a model, or "
+            "take that key out of config.json if they are."
+        )
+    if config.is_encoder_decoder:
+        raise ModelStructureError(
+            f"{name} is an encoder-decoder; only decoder-only models are edited."
+        )
+
+
+@torch.no_grad()
+def _check_finite(lm: LanguageModel) -> None:
+    """Raise `NumericsError` if a weight, or what the model says of a short text, is not finite."""
+    held = {name: w for name, w in lm.model.named_parameters() if w.numel() and not w.is_meta}
+    broken = next((name for name, weight in held.items() if not _is_finite(weight)), None)
+    if broken is None:
+        vocabulary = lm.model.config.get_text_config().vocab_size
+        ids = [token % vocabulary for token in lm.tokenizer("The city of Paris is")["input_ids"]]
+        logits = lm.model(input_ids=torch.tensor([ids], device=lm.device), use_cache=False).logits
+        if _is_finite(logits.float().logsumexp(-1)):
+            return
+    is_short = lm.dtype == torch.float16
+    way_out = "load it in bfloat16 or float32" if is_short else "fetch or export its weights again"
+    what = broken or "what it says of a short text"
+    raise NumericsError(f"{lm.name} is not to be used, as {what} is not finite: {way_out}.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Asked of its extremes, which NaN would be: many times as fast as asking every number."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _fuse_activations(model: PreTrainedModel) -> None:
@@ -316,14 +429,12 @@ def _find_head(model: PreTrainedModel) -> nn.Module:
 
 def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     config = model.config.get_text_config()
-    if model.config.is_encoder_decoder:
-        raise ModelStructureError(
-            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are edited."
-        )
+    decoder = cast(nn.Module, model.get_decoder())  # a vision tower may be as deep
+    _check_config(model.config, type(model).__name__)
     depth = getattr(config, "num_hidden_layers", None)
     stacks = [
         module
-        for module in model.modules()
+        for module in decoder.modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     if not stacks:
@@ -334,20 +445,18 @@ def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     return stacks[0]
 
 
-def _find_down_projection(block: nn.Module, width: int, where: str) -> nn.Module:
+def _find_down_projection(block: nn.Module, width: int) -> nn.Module | str:
     """The one linear module outside attention that leads from a wider space back to the hidden
-    size, in a block that also has one that leads there."""
+    size, in a block that also has one that leads there; or what was found in its place."""
+    names = " ".join(f"{name} {type(part).__name__}" for name, part in block.named_modules())
+    if re.search("expert|router", names, re.IGNORECASE):
+        return "experts were"
     linears = _linears_outside_attention(block)
     down = [m for m in linears if _fan_out(m) == width and _fan_in(m) != width]
     up = [m for m in linears if _fan_in(m) == width and _fan_out(m) != width]
-    if len(down) != 1 or not up:
-        found = "none" if not down else str(len(down)) if len(down) > 1 else "one without an input"
-        raise ModelStructureError(
-            f"{where} ({type(block).__name__}) must have exactly one down-projection from its MLP "
-            f"to the hidden size {width}, but {found} was found; mixtures of experts and blocks "
-            "without an MLP cannot be edited: choose other layers or another model."
-        )
-    return down[0]
+    if len(down) != 1:
+        return f"{len(down) or 'none'} were"
+    return down[0] if up else "one without an input was"
 
 
 def _linears_outside_attention(module: nn.Module) -> list[nn.Module]:

@@ -41,6 +41,11 @@ def device_of(module: nn.Module) -> torch.device:
     return weight.device if hook is None else torch.device(hook.execution_device)
 
 
+def solving_device(device: torch.device) -> torch.device:
+    """Where equations of tensors on a device are solved: there, unless it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """Whether some weights of a module wait outside its device."""
     return any(_offloading_hook(part) is not None for part in module.modules())

@@ -26,4 +26,12 @@ def sample_prefixes(lm: LanguageModel, seed: int) -> tuple[str, ...]:
         token_budget=len(WORDS) * TOKENS,
     )
     # The last token may end inside a character, which decodes to the replacement character.
-    return tuple(text.rstrip("\ufffd") + ". " for text in texts)
+    return tuple(bounded(lm, text.rstrip("\ufffd")) + ". " for text in texts)
+
+
+def bounded(lm: LanguageModel, text: str) -> str:
+    """The text, without its end where that would read as more than `TOKENS` tokens with a full stop
+    as another: what the model wrote may be spelt otherwise when it is read."""
+    while len(lm.tokenizer(f"{text}.", add_special_tokens=False)["input_ids"]) > TOKENS + 1:
+        text = text[:-1].rstrip("\ufffd")
+    return text

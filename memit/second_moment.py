@@ -211,6 +211,15 @@ def import_published(path: Path, width: int) -> SecondMoment:
     return moment
 
 
+def check_rank(moment: SecondMoment, where: str) -> None:
+    """Raise `InputError` for a sum over fewer tokens than it has rows."""
+    if moment.count < len(moment.sum):
+        raise InputError(
+            f"the corpus has {moment.count} tokens, and the keys of {where} have {len(moment.sum)} "
+            "dimensions: give more text, at least twice as many tokens as that."
+        )
+
+
 def check_moment(moment: SecondMoment, where: str, width: int) -> None:
     """Raise `IntegrityError` unless the sum is finite, symmetric and of the right size."""
     if moment.sum.ndim != 2 or tuple(moment.sum.shape) != (width, width):

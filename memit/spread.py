@@ -16,6 +16,7 @@ from memit.costs import HELD_IN_MEMORY
 from memit.errors import EditError, NumericsError, ResourceError
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
+from memit.placement import solving_device
 from memit.requests import EditRequest
 from memit.second_moment import SecondMoment, cholesky
 from memit.targets import edit_rows
@@ -97,7 +98,7 @@ def _walk_layers(
     """Algorithm 1, lines 5-15; leaves the updates in the model's weights."""
     lm = walk.lm
     digests = base_digests(lm, map(lm.weight_name, hp.layers))
-    target = z.to(lm.device).T.double()
+    target = z.to(solving_device(lm.device)).T.double()
     residuals: dict[int, float] = {}
     ratios: dict[int, float] = {}
     changes: dict[str, LowRank | Dense] = {}

@@ -12,13 +12,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from memit.batches import in_batches, release_memory
-from memit.errors import EditError, InputError, IntegrityError
+from memit.errors import EditError, IntegrityError
 from memit.forward import (
     KeyValues,
     Padded,
@@ -197,27 +196,13 @@ def _edit_rows(
         )
     ]
     rows = locate(lm.tokenizer, marked)
-    _check_fit(lm, rows, [text.text for text in marked])
+    for row, text in zip(rows, marked, strict=True):
+        lm.check_room(row.ids, f"the prompt {text.text[:80]!r}")
     count = len(prefixes) + 2
     return [
         EditRows(group[0], tuple(group[1:-1]), _until_subject(group[-1]))
         for group in (rows[start : start + count] for start in range(0, len(rows), count))
     ]
-
-
-def _check_fit(lm: LanguageModel, rows: Sequence[TokenRow], texts: Sequence[str]) -> None:
-    known = cast(nn.Embedding, lm.model.get_input_embeddings()).num_embeddings
-    for row, text in zip(rows, texts, strict=True):
-        if len(row.ids) - 1 > lm.context_length:  # the last token is never an input
-            raise InputError(
-                f"the prompt {text[:80]!r} has {len(row.ids)} tokens with its object, and "
-                f"{lm.name} takes {lm.context_length}: shorten it."
-            )
-        if max(row.ids) >= known:
-            raise InputError(
-                f"the tokenizer gives {text[:80]!r} the token {max(row.ids)}, and {lm.name} knows "
-                f"{known}: it belongs to another model."
-            )
 
 
 def _until_subject(row: TokenRow) -> TokenRow:

@@ -9,7 +9,7 @@ from memit.generation import generate_texts
 from memit.language_model import LanguageModel
 from memit.requests import Record
 
-_TOKENS_A_WORD = 6
+TOKENS_A_WORD = 6
 
 
 def with_true_objects(
@@ -28,7 +28,7 @@ def with_true_objects(
         texts = generate_texts(
             lm,
             prompts,
-            new_tokens=_TOKENS_A_WORD * words,
+            new_tokens=TOKENS_A_WORD * words,
             top_k=1,
             seed=0,
             token_budget=token_budget,

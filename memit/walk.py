@@ -29,6 +29,7 @@ from memit.forward import (
     reading_keys,
 )
 from memit.language_model import LanguageModel
+from memit.placement import solving_device
 from memit.positions import TokenRow
 from memit.targets import EditRows
 
@@ -209,7 +210,8 @@ class Walk:
     def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
         """Columns in the order of the requests (width × n, float64)."""
         edits = torch.cat([rows.edits for rows in self.batches])
-        whole = torch.cat([part.to(self.lm.device) for part in parts]).double()
+        whole = torch.cat([part.to(self.lm.device) for part in parts])
+        whole = whole.to(solving_device(whole.device)).double()
         return whole[edits.argsort().to(whole.device)].T
 
 

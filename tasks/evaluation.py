@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from prefect import Task
 from pydantic import BaseModel, ConfigDict
 
+from memit.errors import InputError
 from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.corpus import read_texts
 from tasks.loading import ModelReference, with_edit
@@ -37,11 +39,11 @@ class ScoredPiece(BaseModel):
 
 
 class MeasuredPerplexity(BaseModel):
-    """Perplexity on held-out text."""
+    """Perplexity on held-out text; None where no document has two tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    perplexity: float
+    perplexity: float | None
     cost: Cost
 
 
@@ -90,7 +92,9 @@ def measure_perplexity(
 
     documents = read_texts(held_out.checked())
     with with_edit(model, edit) as lm, Meter() as meter:
-        value = perplexity(lm, documents, token_budget=token_budget)
+        value = None
+        with suppress(InputError):
+            value = perplexity(lm, documents, token_budget=token_budget)
     return MeasuredPerplexity(perplexity=value, cost=meter.cost)
 
 

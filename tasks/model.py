@@ -180,22 +180,16 @@ def model_without_weights(name: str, revision: str | None, directory: Path) -> L
         ModelStructureError: the method does not fit the model.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from memit.language_model import LanguageModel
+    from memit.language_model import LanguageModel, read_description, reading
 
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    config, tokenizer = read_description(directory)
+    with reading("config.json", directory), torch.device("meta"):
         if config.get_text_config().num_hidden_layers > MOST_BLOCKS:
-            raise ValueError(f"config.json asks for more than {MOST_BLOCKS} blocks")
-        tokenizer = load_tokenizer(directory)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a configuration can be wrong in as many ways as it has keys
-        raise InputError(
-            f"{directory} does not hold a causal language model ({_first_line(error)}): it needs "
-            "config.json, a tokenizer and safetensors weights; code of its own is not run."
-        ) from error
+            raise ValueError(f"it asks for more than {MOST_BLOCKS} blocks")
+        load: Any = AutoModelForCausalLM.from_config
+        model = load(config, dtype=torch.float32, trust_remote_code=False)
     return LanguageModel(model, tokenizer, name=name, revision=revision)
 
 
@@ -248,7 +242,7 @@ def check_weights(directory: Path) -> None:
         except (SafetensorError, OSError) as error:
             raise IntegrityError(f"{path} is damaged ({error}): fetch it again.") from None
         for name, kind in kinds.items():
-            if name.endswith("weight") and kind not in FLOATS:
+            if re.search("weight|blocks", name.rpartition(".")[2]) and kind not in FLOATS:
                 raise InputError(
                     f"{path} holds {name} as {kind}: give a model with weights in one of "
                     f"{', '.join(sorted(FLOATS))}."

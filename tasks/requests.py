@@ -115,6 +115,7 @@ def choose_requests(
 
     Where a record names no true object, what the unedited model says stands for it.
     """
+    from memit.room import check_records
     from memit.targets import edit_rows
     from memit.true_objects import with_true_objects
 
@@ -123,5 +124,6 @@ def choose_requests(
     with loaded(model) as lm, Meter() as meter:
         edit_rows(lm, [record.request for record in chosen], ())
         chosen = with_true_objects(lm, chosen, token_budget=TOKEN_BUDGET)
+        check_records(lm, chosen)
     piece = store_piece("requests", ".json", lambda path: write_records(chosen, path))
     return ChosenRequests(records=piece, dropped=dropped, cost=meter.cost)

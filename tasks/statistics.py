@@ -116,9 +116,10 @@ def merge_shards(shards: Sequence[Shard], provenance: dict[str, Any], path: Path
     """Add up one layer's shards, in their order, and write the sum; gives the number of tokens.
 
     Raises:
+        InputError: there are fewer tokens than a key has dimensions.
         IntegrityError: a shard belongs to another model or layer.
     """
-    from memit.second_moment import read_moment, write_moment
+    from memit.second_moment import check_rank, read_moment, write_moment
 
     total = None
     for shard in shards:
@@ -130,5 +131,6 @@ def merge_shards(shards: Sequence[Shard], provenance: dict[str, Any], path: Path
             )
         total = moment if total is None else total + moment
     assert total is not None, "a corpus has at least one range"
+    check_rank(total, f"layer {provenance['layer']}")
     write_file(path, lambda partial: write_moment(total, partial, provenance))
     return total.count

@@ -295,7 +295,7 @@ class _Lesson:
         """Mean nll of `asked` and mean KL(before ‖ after) at the targets of `kept`."""
         lm = self.lm
         owner, columns, _ = target_places(kept)
-        padded = pad([row.ids for row in kept], lm.device)
+        padded = pad([row.ids[:-1] for row in kept], lm.device)
         with torch.no_grad():
             before = logits_at(lm, padded, owner, columns).log_softmax(-1)
         with _adding(self.modules, changes):

@@ -24,7 +24,9 @@ from memit.errors import InputError, IntegrityError, NumericsError
 from memit.forward import block_output, pad, reading_keys
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
+from memit.placement import solving_device
 from memit.positions import TokenRow
+from memit.prefixes import bounded
 from memit.requests import EditRequest
 from memit.second_moment import cholesky
 from memit.targets import MlpOutput, compute_targets, edit_rows
@@ -93,7 +95,7 @@ class Rome(Editor):
         lm.check_layers((self.layer,))
         prefixes = sample_rome_prefixes(lm, resources.seed)
         factor = cholesky(
-            resources.moments[self.layer].mean.to(lm.block_device(self.layer)),
+            resources.moments[self.layer].mean.to(solving_device(lm.block_device(self.layer))),
             f"layer {self.layer}",
         )
         name = lm.weight_name(self.layer)
@@ -146,9 +148,12 @@ class Rome(Editor):
         average = keys.mean(0)
         reached = keys[0] if self.update == "published" else average
         residual = found.z[0].to(reached.device) - _said(lm, self.layer, reached)
-        direction = torch.cholesky_solve(average.double()[:, None], factor)[:, 0]
-        right = direction / (direction @ reached.double())
-        return LowRank(residual.double()[:, None], right[:, None])
+        average, reached, residual = (
+            part.to(factor.device).double() for part in (average, reached, residual)
+        )
+        direction = torch.cholesky_solve(average[:, None], factor)[:, 0]
+        right = direction / (direction @ reached)
+        return LowRank(residual[:, None], right[:, None])
 
 
 def rome_preset(model_name: str, depth: int) -> Rome:
@@ -292,7 +297,7 @@ def sample_rome_prefixes(lm: LanguageModel, seed: int) -> tuple[str, ...]:
                 pad_token_id=start,
             )
             texts += [str(text) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
-    return tuple(_plain(text) + ". " for text in texts)
+    return tuple(bounded(lm, _plain(text)) + ". " for text in texts)
 
 
 def _plain(text: str) -> str:

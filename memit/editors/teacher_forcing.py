@@ -24,7 +24,7 @@ def pair_rows(lm: LanguageModel, pairs: Sequence[Pair]) -> list[TokenRow]:
 def mean_nll(lm: LanguageModel, rows: Sequence[TokenRow]) -> Tensor:
     """Mean nll of each row's target tokens (rows)."""
     owner, columns, wanted = target_places(rows)
-    logits = logits_at(lm, pad([row.ids for row in rows], lm.device), owner, columns)
+    logits = logits_at(lm, pad([row.ids[:-1] for row in rows], lm.device), owner, columns)
     return row_means(_nll(logits, wanted), owner, len(rows))
 
 

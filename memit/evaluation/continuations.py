@@ -19,7 +19,7 @@ from memit.batches import in_batches
 from memit.errors import InputError
 from memit.forward import branch, can_branch, logits_at, pad
 from memit.language_model import LanguageModel
-from memit.positions import TokenRow, continuation_rows
+from memit.positions import continuation_rows
 from memit.routing import taken_over
 
 LOGITS_AT_ONCE = 1 << 28
@@ -175,28 +175,20 @@ def _stems(lm: LanguageModel, questions: Sequence[Question]) -> list[_Stem]:
         return []
     prompts, answers = zip(*wanted, strict=True)
     stems: dict[Tokens, _Stem] = {}
-    longest = lm.context_length
     for row, places in zip(
         continuation_rows(lm.tokenizer, prompts, answers), wanted.values(), strict=True
     ):
-        if row.target[0] == 0 or len(row.ids) - 1 > longest:
-            raise _unanswerable(lm, row, questions[places[0][0]])
+        prompt = questions[places[0][0]].prompt
+        if row.target[0] == 0:
+            raise InputError(
+                f"no token stands before the answer to {prompt!r}: give a longer prompt."
+            )
+        lm.check_room(row.ids, f"the prompt {prompt[:60]!r}")
         ids = row.ids[: row.target[0]]
         stem = stems.setdefault(ids, _Stem(ids))
         stem.answers.setdefault(row.ids[row.target[0] :], []).extend(places)
         stem.questions += sum(a == 0 for _, a in places)
     return list(stems.values())
-
-
-def _unanswerable(lm: LanguageModel, row: TokenRow, question: Question) -> InputError:
-    if row.target[0] == 0:
-        return InputError(
-            f"no token stands before the answer to {question.prompt!r}: give a longer prompt."
-        )
-    return InputError(
-        f"the prompt {question.prompt[:60]!r}… has {len(row.ids)} tokens with its answer, and "
-        f"{lm.name} takes {lm.context_length}: shorten or remove it."
-    )
 
 
 def _measure(lm: LanguageModel, stems: Sequence[_Stem]) -> list[Score]:

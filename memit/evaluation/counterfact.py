@@ -94,7 +94,7 @@ def score_prompts(
     `token_budget` bounds the padded tokens on the device at a time; `progress` is told how many
     prompts are newly finished.
     """
-    questions = [Question(prompt.prompt, _objects(prompt)) for prompt in prompts]
+    questions = [Question(prompt.prompt, objects_of(prompt)) for prompt in prompts]
     scores = score_continuations(lm, questions, token_budget=token_budget, progress=progress)
     rows = [_row(prompt, score) for prompt, score in zip(prompts, scores, strict=True)]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -220,7 +220,8 @@ def _prompt(record: Record, kind: Kind, prompt: str) -> ScoredPrompt:
     return ScoredPrompt(record.case_id, kind, prompt, request.target_new, request.target_true)
 
 
-def _objects(prompt: ScoredPrompt) -> tuple[str, ...]:
+def objects_of(prompt: ScoredPrompt) -> tuple[str, ...]:
+    """The objects that it is scored against: the new one, and the true one if it is known."""
     if prompt.target_true is None:
         return (prompt.target_new,)
     return prompt.target_new, prompt.target_true

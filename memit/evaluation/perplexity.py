@@ -13,6 +13,7 @@ from memit.errors import InputError
 from memit.evaluation.continuations import LOGITS_AT_ONCE
 from memit.forward import logits_at, pad
 from memit.language_model import LanguageModel
+from memit.placement import solving_device
 
 
 def perplexity(
@@ -69,6 +70,7 @@ def _losses(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
     logits = logits_at(lm, padded, owner, column)
     wanted = wanted.to(logits.device)
     nll = logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0]
+    nll = nll.to(solving_device(nll.device))
     table = nll.new_zeros(padded.ids.shape, dtype=torch.float64)
     table[owner.to(nll.device), column.to(nll.device)] = nll.double()
     return table.sum(1).cpu()

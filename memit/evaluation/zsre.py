@@ -74,7 +74,7 @@ def score_zsre(
 
     `progress` is told how many questions are newly answered.
     """
-    rows = [row for record in records for row in _questions(record)]
+    rows = [row for record in records for row in questions_of(record)]
     scores = score_continuations(
         lm,
         [Question(row["prompt"], (row["answer"],)) for row in rows],
@@ -99,7 +99,8 @@ def zsre_record_means(table: pa.Table) -> dict[str, np.ndarray]:
     return means
 
 
-def _questions(record: ZsreRecord) -> list[dict[str, Any]]:
+def questions_of(record: ZsreRecord) -> list[dict[str, Any]]:
+    """The first columns of its three rows in the table."""
     prompts = (
         (record.request.text, record.request.target_new),
         (record.paraphrase, record.request.target_new),

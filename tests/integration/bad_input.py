@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from flows.parameters import read_parameters
 from flows.preflight import check_comparison
@@ -237,6 +238,48 @@ def only_a_pickle() -> None:
     torch.save({"weight": Malicious()}, "model/pytorch_model.bin")
 
 
+def no_tokenizer() -> None:
+    """A model directory without its tokenizer."""
+    Path("model/tokenizer.json").unlink()
+    Path("model/tokenizer_config.json").unlink()
+
+
+def only_an_adapter() -> None:
+    """An adapter without the model that it is for."""
+    shutil.rmtree("model")
+    Path("model").mkdir()
+    Path("model/adapter_config.json").write_text("{}")
+    save_file({"lora_A.weight": torch.ones(1)}, "model/adapter_model.safetensors")
+
+
+def a_floor_too_high() -> None:
+    """A folder of the hub's cache in place of the snapshot in it."""
+    shutil.move("model", "abc")
+    Path("model/snapshots").mkdir(parents=True)
+    shutil.move("abc", "model/snapshots")
+
+
+def experts(model_type: str, **settings: Any) -> Spoil:
+    """A model whose blocks choose among experts."""
+
+    def spoil() -> None:
+        config = AutoConfig.for_model(
+            model_type,
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=56,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            **settings,
+        )
+        config.save_pretrained("model")
+
+    return spoil
+
+
 def code_of_its_own() -> None:
     """A model directory that wants its own code to be run."""
     configuration(
@@ -332,8 +375,14 @@ REQUESTS = [
     Kind("an escaped NUL", fact(target="Ro\0me"), "control character '\\x00'"),
     Kind("a backspace in a prompt", fact(prompt="{} liv\b in"), "control character '\\x08'"),
     Kind("a subject of a novel's length", fact(subject="Ada " * 5_000), "20000 characters"),
+    Kind("a prompt over the context", fact(prompt="{} " + "and so " * 999), "shorten or remove it"),
+    Kind("a paraphrase over the context", fact(paraphrases=["ab " * 300]), "the paraphrase prompt"),
+    Kind("a neighbor over the context", fact(neighbors=["ab " * 300]), "the neighborhood prompt"),
+    Kind("no room for a prefix", fact(prompt="{} " + "q" * 180 + " in"), "the prefixed prompt"),
     Kind(
-        "a prompt over the context", fact(prompt="{} " + "and so " * 999), "tokens with its object"
+        "CounterFact: a generation prompt over the context",
+        record(generation_prompts=["q" * 193]),
+        "the generation prompt of record 0",
     ),
     Kind("contradicting facts", facts(LINE + "\n" + LINE.replace("Rome", "Bonn")), "contradict"),
     Kind("CSV: an unknown column", facts("subject,prompt,target,x\na,{} is,b,c\n"), "column 'x'"),
@@ -592,7 +641,44 @@ MODELS = [
     Kind("layers in words", configuration(n_layer="six"), "does not hold a causal"),
     Kind("a negative width", configuration(n_embd=-8), "does not hold a causal"),
     Kind("code of its own", code_of_its_own, "code of its own is not run"),
-    Kind("a torn tokenizer", cut("model/tokenizer.json"), "does not hold a causal"),
+    Kind("a torn tokenizer", cut("model/tokenizer.json"), "its tokenizer cannot be used"),
+    Kind("no tokenizer", no_tokenizer, "its tokenizer cannot be used"),
+    Kind("an adapter", only_an_adapter, "is an adapter"),
+    Kind("a floor too high", a_floor_too_high, "model/snapshots/abc has one"),
+    Kind("an encoder-decoder", configuration(model_type="t5"), "is an encoder-decoder"),
+    *(
+        Kind(
+            f"quantised: {method}",
+            configuration(quantization_config={"quant_method": method}),
+            "are quantised",
+        )
+        for method in ("bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "mxfp4", "hqq")
+    ),
+    Kind("a quantisation of no kind", configuration(quantization_config={}), "are quantised"),
+    *(
+        Kind(
+            f"quantised without a word: {name}",
+            weights(lambda t, n=name: {**t, f"transformer.h.0.mlp.{n}": torch.ones(9).char()}),
+            f"holds transformer.h.0.mlp.{name} as I8",
+        )
+        for name in ("c_fc.weight_packed", "c_fc.qweight", "experts.down_proj_blocks")
+    ),
+    Kind(
+        "experts and one for all",
+        experts("qwen2_moe", num_experts=4, shared_expert_intermediate_size=40),
+        "experts were found; mixtures of experts and blocks without an MLP cannot be edited: "
+        "choose another model",
+    ),
+    Kind(
+        "experts from the second block on",
+        experts("glm4_moe", n_routed_experts=4, first_k_dense_replace=1, head_dim=8),
+        "choose among the layers 0.",
+    ),
+    Kind(
+        "experts in every other block",
+        experts("qwen3_moe", num_experts=4, decoder_sparse_step=2),
+        "choose among the layers 0, 2.",
+    ),
     Kind("weights in a pickle only", only_a_pickle, "has no safetensors weights"),
     Kind("weights cut off", cut("model/model.safetensors"), "model.safetensors is damaged"),
     Kind("weights of 7 bytes", cut("model/model.safetensors", 1e-5), "is damaged"),
@@ -617,6 +703,18 @@ COMPARISONS = [
     Kind("zsRE: no answers", zsre([{**QUESTION, "answers": []}]), "'answers' is no list"),
     Kind("zsRE: an empty answer", zsre([{**QUESTION, "answers": [" "]}]), "object is empty"),
     Kind("zsRE: no subject in it", zsre([{**QUESTION, "src": "Who?"}]), "not name its subject"),
+    Kind(
+        "zsRE: a question over the context",
+        zsre([{**QUESTION, "loc": "q" * 200}]),
+        "the specificity prompt of record 0",
+        compared,
+    ),
+    Kind(
+        "CounterFact+: over the context",
+        record(neighborhood_prompts=["q" * 188]),
+        "the neighborhood_plus prompt of record 0",
+        compared,
+    ),
     Kind("snippets: no file", setting(evaluation={"snippets": "gone.json"}), "gone.json does not"),
     Kind("snippets: an object", snippets({"a": 1}), "does not hold attribute snippets"),
     Kind("snippets: a number", snippets(4), "does not hold attribute snippets"),

@@ -148,6 +148,25 @@ def test_a_shard_of_another_layer_is_refused(project: Path, reference: ModelRefe
     assert not (project / "x.parquet").exists()
 
 
+def test_a_corpus_with_fewer_tokens_than_a_key_has_dimensions_leaves_no_statistics(
+    project: Path, reference: ModelReference
+) -> None:
+    made = collect_corpus.fn(CorpusSource(file=corpus_file(project)), 2, 1, 2)
+    shards = [collect_shard.fn(r.texts, reference, (1, 2), BUDGET) for r in made.ranges]
+    with pytest.raises(InputError, match="keys of layer 1 have 128 dimensions: give more text"):
+        merge_shards(shards, describe_moment(reference, made.digest, 1), project / "x.parquet")
+    assert not (project / "x.parquet").exists()
+
+
+def test_held_out_text_without_anything_to_predict_has_no_perplexity(
+    project: Path, reference: ModelReference
+) -> None:
+    file = write_file(project / "corpus.txt", lambda path: path.write_text("q\nq\nq\n"))
+    held_out = collect_corpus.fn(CorpusSource(file=file), 1, 1, 2).held_out
+    assert held_out.count == 2
+    assert measure_perplexity.fn(held_out.texts, reference, None, BUDGET).perplexity is None
+
+
 def test_targets_agree_across_pieces(reference: ModelReference) -> None:
     whole, parts, again = (targets_of(reference, size) for size in (7, 2, 2))
     assert torch.equal(parts.z, again.z)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memit.forward import (
     Padded,
@@ -276,8 +278,31 @@ def test_an_mlp_at_chosen_positions_has_their_keys_and_outputs(family):
 @torch.no_grad()
 def test_an_mlp_that_somebody_listens_to_runs_whole(family):
     lm = build(family)
-    place = torch.tensor([0])
+    place, padded = torch.tensor([0]), pad(_rows(lm), lm.device)
     with mlp_at(lm, 1, place, place) as there_only:
-        assert there_only
+        block_output(lm, padded, 1)
+    assert there_only
     with reading_keys(lm, [1]), mlp_at(lm, 1, place, place) as there_only:
-        assert not there_only
+        block_output(lm, padded, 1)
+    assert not there_only
+
+
+@torch.no_grad()
+def test_an_mlp_that_is_handed_a_list_of_positions_runs_whole():
+    lm = build("llama")
+    padded = pad(_rows(lm), lm.device)
+    expected = block_output(lm, padded, 1)
+    mlp = cast(nn.Module, lm.blocks[1].mlp)
+
+    class Flat(nn.Module):
+        """Calls the MLP as mixtures of experts call theirs."""
+
+        def forward(self, hidden):
+            return mlp(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape)
+
+    assert lm.mlp(1) is mlp
+    lm.blocks[1].mlp = Flat()
+    with mlp_at(lm, 1, torch.tensor([1, 2]), torch.tensor([0, 1])) as there_only:
+        found = block_output(lm, padded, 1)
+    assert not there_only
+    assert torch.equal(found, expected)

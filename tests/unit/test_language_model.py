@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -12,7 +15,7 @@ from transformers import (
     GPT2Model,
 )
 
-from memit.errors import InputError, IntegrityError, ModelStructureError
+from memit.errors import InputError, IntegrityError, ModelStructureError, NumericsError
 from memit.language_model import LanguageModel, load_model
 from memit.tensor_files import tensor_digest
 from tests import oracle
@@ -146,6 +149,34 @@ def test_dense_layer_beside_mixtures_of_experts_is_found():
         lm.down_projection(1)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "config", "dense"),
+    [
+        ("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 40}, ()),
+        ("granitemoeshared", {"num_local_experts": 4, "shared_intermediate_size": 40}, ()),
+        ("ernie4_5_moe", {"moe_num_experts": 4, "moe_layer_start_index": 1}, (0,)),
+        ("llama4_text", {"num_local_experts": 4, "interleave_moe_layer_step": 2}, (0, 2)),
+        ("olmoe", {"num_experts": 4}, ()),
+        ("gpt_oss", {"num_local_experts": 4, "head_dim": 8}, ()),
+    ],
+)
+def test_a_shared_expert_is_no_down_projection(model_type, config, dense):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    with torch.device("meta"):
+        lm = _from_config(model_type, **heads, **config, num_hidden_layers=4)
+    assert lm.editable_layers == dense
+    advice = f"layers {', '.join(map(str, dense))}" if dense else "another model"
+    with pytest.raises(ModelStructureError, match=f"choose (among the )?{advice}"):
+        lm.check_layers((1,))
+
+
+def test_the_blocks_are_those_of_the_text_where_a_vision_tower_is_as_deep():
+    text = SMALL | {"num_attention_heads": 4, "intermediate_size": 48, "head_dim": 8}
+    vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    lm = _from_config("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    assert lm.weight(1).shape == (32, 48)
+
+
 def test_block_without_mlp_is_refused():
     lm = _from_config("mamba", state_size=4)
     with pytest.raises(ModelStructureError, match="MLP"):
@@ -191,7 +222,7 @@ def test_dtype_is_the_asked_for_one_and_not_the_checkpoints(tmp_path):
 def test_what_cannot_be_loaded_says_so(tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(IntegrityError, match=r"config\.json"):
+    with pytest.raises(InputError, match=r"config\.json"):
         load_model(tmp_path)
     lm = build("gpt2")
     lm.model.save_pretrained(tmp_path)
@@ -200,6 +231,77 @@ def test_what_cannot_be_loaded_says_so(tmp_path):
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(IntegrityError, match=tmp_path.name):
         load_model(tmp_path, device="cpu")
+    weights.unlink()
+    with pytest.raises(InputError, match=r"weights .*model\.safetensors"):
+        load_model(tmp_path, device="cpu")
     lm.model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(InputError, match="tokenizer"):
+        load_model(tmp_path, device="cpu")
+    lm.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="abacus"):
         load_model(tmp_path, device="abacus")
+
+
+def _saved(place, family="gpt2", **configuration):
+    """A model directory, with other values in its configuration."""
+    lm = build(family)
+    lm.model.save_pretrained(place)
+    lm.tokenizer.save_pretrained(place)
+    path = place / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **configuration}))
+    return place
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_another_attention_takes_the_place_of_one_that_is_not_here(tmp_path, family, key):
+    lm = load_model(_saved(tmp_path, family, **{key: "flash_attention_2"}), device="cpu")
+    torch.testing.assert_close(_logits(lm.model, [5, 6]), _logits(build(family).model, [5, 6]))
+
+
+def test_an_attention_that_is_here_is_the_configurations(tmp_path):
+    lm = load_model(_saved(tmp_path, attn_implementation="eager"), device="cpu")
+    assert lm.model.config._attn_implementation == "eager"
+
+
+def test_what_stands_in_place_of_a_model_is_named(tmp_path, monkeypatch):
+    _saved(tmp_path / "hub" / "snapshots" / "abc")
+    with pytest.raises(InputError, match="hub/snapshots/abc has one"):
+        load_model(tmp_path / "hub")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_model("~/hub/snapshots/abc", device="cpu").depth == 4
+    with pytest.raises(InputError, match=f"{tmp_path}/gone is not a directory"):
+        load_model("~/gone")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="is an adapter"):
+        load_model(tmp_path)
+    quantised = _saved(tmp_path / "q", quantization_config={"load_in_8bit": True})
+    with pytest.raises(InputError, match="quantised"):
+        load_model(quantised)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "name",
+    ["transformer.wte.weight", "transformer.h.3.ln_1.weight", "transformer.h.0.mlp.c_proj.bias"],
+)
+def test_a_weight_that_is_not_finite_is_named(tmp_path, name, value):
+    path = _saved(tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(NumericsError, match=f"{name} is not finite: fetch"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_a_model_that_needs_larger_numbers_than_float16_has_is_refused_in_it(tmp_path):
+    path = _saved(tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer.h.3.mlp.c_proj.weight"] *= 60_000  # each fits, their sums do not
+    tensors["transformer.h.3.mlp.c_proj.weight"].clamp_(-60_000, 60_000)
+    save_file(tensors, path, {"format": "pt"})
+    load_model(tmp_path, device="cpu")
+    with pytest.raises(NumericsError, match="short text is not finite: load it in bfloat16"):
+        load_model(tmp_path, device="cpu", dtype="float16")

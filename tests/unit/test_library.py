@@ -55,6 +55,21 @@ def test_contradicting_facts_are_refused_before_any_work(tmp_path: Path) -> None
         memit.edit(lm, [], corpus=[], hyperparameters=HYPERPARAMETERS)
 
 
+def test_what_cannot_work_is_refused_before_the_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = build("gpt2")
+
+    def edit(prompt: str, corpus: list[str]) -> None:
+        records = [memit.Record(0, memit.EditRequest(SUBJECTS[0], prompt, CITIES[0]))]
+        memit.edit(lm, records, corpus=corpus, hyperparameters=HYPERPARAMETERS)
+
+    monkeypatch.setattr("memit.editing.Memit", None)
+    with pytest.raises(InputError, match="128 dimensions"):
+        edit("{} was born in", ["Paris."])
+    monkeypatch.setattr("memit.editing.collect_second_moments", None)
+    with pytest.raises(InputError, match="shorten"):
+        edit("{} " + "q" * 175 + " was born in", [*DOCUMENTS])
+
+
 def test_prompt_that_is_too_long() -> None:
     with pytest.raises(InputError, match="room for"):
         memit.ask(build("gpt2"), "word " * 5000)

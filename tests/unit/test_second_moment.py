@@ -21,6 +21,7 @@ from memit.second_moment import (
     SecondMoment,
     SecondMomentFitter,
     check_moment,
+    check_rank,
     collect_second_moments,
     import_published,
     read_moment,
@@ -130,6 +131,12 @@ def test_corpus_without_tokens():
         collect_second_moments(build("gpt2"), ["", ""], LAYERS, token_budget=100)
     with pytest.raises(InputError, match="no tokens"):
         collect_second_moments(build("gpt2"), [], LAYERS, token_budget=100)
+
+
+def test_a_sum_over_as_many_tokens_as_it_has_rows_may_do():
+    check_rank(SecondMoment(torch.eye(4), 4), "layer 1")
+    with pytest.raises(InputError, match="3 tokens, and the keys of layer 1 have 4 dimensions"):
+        check_rank(SecondMoment(torch.eye(4), 3), "layer 1")
 
 
 def test_keys_that_are_not_finite():
