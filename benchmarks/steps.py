@@ -239,7 +239,7 @@ def evaluation(bench: Bench, count: int, repeats: int = 3) -> dict:
     """Records a second, 13 prompts and 2 objects each, and the seconds that tokenising took, which
     are in `seconds_with_tokenising` only: the oracle's are not timed either."""
     prompts = prompts_of(make_records(bench.shape, count))
-    objects = [(p.prompt, str(o)) for p in prompts for o in (p.target_new, p.target_true)]
+    objects = [(p.prompt, f" {o}") for p in prompts for o in (p.target_new, p.target_true)]
     texts, targets = (list(part) for part in zip(*objects, strict=True))
 
     def run() -> None:

@@ -190,7 +190,7 @@ def _edit_rows(
         for request in requests
         for marked_text in (
             *(
-                mark(request.prompt, request.subject, prefix=prefix, target=request.target_new)
+                mark(request.prompt, request.subject, prefix=prefix, target=request.ending())
                 for prefix in ("", *prefixes)
             ),
             mark(KL_TEMPLATE, request.subject),
@@ -205,6 +205,23 @@ def _edit_rows(
     ]
 
 
+def plain_rows(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[TokenRow]:
+    """Tokenise requests without prefixes; raises what `edit_rows` raises."""
+    return [rows.plain for rows in edit_rows(lm, requests, ())]
+
+
+def weak_keys(requests: Sequence[EditRequest], rows: Sequence[TokenRow]) -> str | None:
+    """What to tell of requests whose subject is the first token of all, or None: models take what
+    stands there for a beginning more than for a name, so that its key is like no other prompt's."""
+    first = [r.text for r, row in zip(requests, rows, strict=True) if row.subject_last == 0]
+    if not first:
+        return None
+    return (
+        f"{len(first)} of {len(requests)} prompts begin with a subject of one token (the first is "
+        f"{first[0]!r}), where an edit has little effect: put words in front of the subject."
+    )
+
+
 def _check_fit(lm: LanguageModel, rows: Sequence[TokenRow], texts: Sequence[str]) -> None:
     known = cast(nn.Embedding, lm.model.get_input_embeddings()).num_embeddings
     for row, text in zip(rows, texts, strict=True):
@@ -212,6 +229,11 @@ def _check_fit(lm: LanguageModel, rows: Sequence[TokenRow], texts: Sequence[str]
             raise InputError(
                 f"the prompt {text[:80]!r} has {len(row.ids)} tokens with its object, and "
                 f"{lm.name} takes {lm.context_length}: shorten it."
+            )
+        if row.target and row.target[0] <= row.subject_last:
+            raise InputError(
+                f"one token holds the end of the subject and the beginning of the object in "
+                f"{text[:80]!r}: put words between them."
             )
         if max(row.ids) >= known:
             raise InputError(
@@ -244,6 +266,8 @@ def compute_targets(
     where = site or BlockOutput(hp.layers[-1])
     if not can_resume(lm):
         logger.warning("%s cannot be resumed in the middle: whole rows are run each time", lm.name)
+    if site is None and (weak := weak_keys(requests, [edit.plain for edit in edits])):
+        logger.warning(weak)
     order = sorted(range(len(edits)), key=lambda index: _shape(edits[index])[::-1])
 
     def optimise(indices: Sequence[int]) -> Targets:
