@@ -313,8 +313,11 @@ def _check_header(path: Path, names: Sequence[str]) -> None:
 
 def _counterfact_record(row: Any, index: int) -> Record:
     _require_object(row, "the record")
-    if "requested_rewrite" not in row and not {"target", "target_new"}.isdisjoint(row):
-        raise InputError("it is none of CounterFact's: set requests.source to facts.")
+    if "requested_rewrite" not in row:
+        raise InputError(
+            "the key 'requested_rewrite' is missing: for facts of your own set requests.source to "
+            "facts, and name a file of zsRE's in compare.zsre."
+        )
     rewrite = _require_object(_required(row, "requested_rewrite"), "'requested_rewrite'")
     case_id = row.get("case_id", index)
     if not isinstance(case_id, int) or isinstance(case_id, bool) or not 0 <= case_id < 2**63:

@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from memit.errors import InputError
-from memit.positions import continuation_rows, locate, mark, prompt_row, tokenize
+from memit.positions import continuation_rows, locate, mark, tokenize
 from tests import oracle
 from tests.families import CITIES, DOCUMENTS, PREFIXES, SUBJECTS, tokenizers
+from tests.reference import prompt_row
 
 KINDS = tuple(tokenizers())
 TEMPLATES = (
@@ -73,7 +74,7 @@ def test_prefixes_of_any_text(kind, prefix, subject, target):
 @given(prompt=words(), target=objects)
 def test_continuations_are_those_of_brute_force(kind, prompt, target):
     tokenizer = tokenizers()[kind]
-    (found,) = continuation_rows(tokenizer, [prompt], [f" {target} "])
+    (found,) = continuation_rows(tokenizer, [(prompt, f" {target} ")])
     ids = oracle.token_ids(tokenizer, f"{prompt} {target}")
     assert list(found.ids) == ids
     assert found.target == tuple(oracle.target_tokens(tokenizer, ids, prompt))
@@ -85,7 +86,7 @@ def test_continuations_are_those_of_brute_force(kind, prompt, target):
 def test_many_texts_at_once_are_the_same_as_one_by_one(kind):
     tokenizer = tokenizers()[kind]
     marked = [
-        mark("{} is in", subject, prefix=prefix, target=city)
+        mark("{} is in", subject, prefix=prefix, target=f" {city}")
         for subject in SUBJECTS
         for prefix, city in zip(PREFIXES, CITIES, strict=False)
     ]
@@ -210,7 +211,7 @@ def test_what_has_no_tokens_is_refused():
 
 
 def test_text_is_never_formatted():
-    marked = mark("{x} {} {0}", "{}{1}", prefix="%s {} ", target="{y}")
+    marked = mark("{x} {} {0}", "{}{1}", prefix="%s {} ", target=" {y}")
     assert marked.text == "%s {} {x} {}{1} {0} {y}"
     assert marked.text[: marked.subject_end] == "%s {} {x} {}{1}"
     assert marked.text[: marked.prompt_end] == "%s {} {x} {}{1} {0}"

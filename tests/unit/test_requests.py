@@ -80,6 +80,7 @@ class TestEditRequest:
     def test_strips_objects(self):
         request = EditRequest("Ann", "{} lives in", " Rome ", " Oslo")
         assert (request.target_new, request.target_true) == ("Rome", "Oslo")
+        assert request.between == " "
         assert request.text == "Ann lives in"
 
     @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ class TestCounterFact:
         assert record == Record(
             7,
             EditRequest(
-                "Danielle Darrieux", "The mother tongue of {} is", "English", "French", "P103"
+                "Danielle Darrieux", "The mother tongue of {} is", "English", "French", "P103", " "
             ),
             ("Danielle Darrieux, a native",),
             ("The mother tongue of Léon Blum is",),
@@ -204,7 +205,7 @@ class TestFacts:
         first, second = read_records(saved(tmp_path, text, "facts.jsonl"))
         assert first == Record(
             0,
-            EditRequest("Ann {x}", "{} lives in", "Rome", "Oslo"),
+            EditRequest("Ann {x}", "{} lives in", "Rome", "Oslo", between=" "),
             ("Ann {x} has a home in", "Home is"),
             ("Bo lives in",),
         )
@@ -213,7 +214,7 @@ class TestFacts:
     def test_csv_says_the_same(self, tmp_path: Path):
         text = (
             "\ufeffsubject,prompt,target,target_true,paraphrases,neighbors\r\n"
-            'Ann {x},{} lives in,"Rome",Oslo,{} has a home in|Home is,Bo lives in\r\n'
+            'Ann {x},{} lives in, " Rome",Oslo,{} has a home in|Home is,Bo lives in\r\n'
             "Bo,{} is,Ö,,,\r\n"
         )
         as_lines = self.full + '{"subject": "Bo", "prompt": "{} is", "target": "Ö"}\n'
@@ -257,7 +258,7 @@ class TestFacts:
     def test_contradictions_name_file_and_both_objects(self, tmp_path: Path):
         text = "subject,prompt,target\nAnn,{} is,good\nBo,{} is,bad\nAnn,{} is,bad\n"
         path = saved(tmp_path, text, "facts.csv")
-        with pytest.raises(ConflictError, match=r"records 0 and 2 .*'good' and 'bad'") as caught:
+        with pytest.raises(ConflictError, match=r"records 1 and 3 .*'good' and 'bad'") as caught:
             read_facts(path)
         assert str(caught.value).startswith(str(path))
 
