@@ -1,4 +1,4 @@
-"""What stands between a prompt and its object, down to the tokens, and on every way a record goes."""
+"""What stands between a prompt and its object: the rule, its tokens, the ways of a record."""
 
 from __future__ import annotations
 
