@@ -37,7 +37,8 @@ which is about something else, has none. Line breaks at a prompt's end stay, spa
 """
 _BETWEEN = {"none": None, "true": "", "false": " "}
 _ADVICE = {
-    "requested_rewrite": " (CounterFact's: set requests.source to counterfact)",
+    "requested_rewrite": " (which CounterFact's records have: set requests.source to counterfact "
+    "for these, to facts for your own, and name zsRE's questions in compare.zsre)",
     "src": " (zsRE's: name the file in compare.zsre, or read it with read_zsre)",
     "target_new": " (here 'target')",
     "ground_truth": " (here 'target_true')",
@@ -59,7 +60,7 @@ class EditRequest:
     target_true: str | None = None
     relation_id: str | None = None
     between: str | None = None
-    """White space that stands between any prompt and object, as in data sets " "; None: what the
+    """What stands between any prompt and object, in data sets " "; None: the white space that the
     new object begins with, or else a space where running text has one (`memit.joining`)."""
 
     def __post_init__(self) -> None:
@@ -82,8 +83,6 @@ class EditRequest:
             raise InputError("the new object is empty: say what the model should answer.")
         if self.target_true == "":
             raise InputError("the true object is empty: give it or leave it out.")
-        if self.between and not self.between.isspace():
-            raise InputError(f"'between' is {self.between!r} where white space is needed.")
 
     @property
     def text(self) -> str:
@@ -313,11 +312,6 @@ def _check_header(path: Path, names: Sequence[str]) -> None:
 
 def _counterfact_record(row: Any, index: int) -> Record:
     _require_object(row, "the record")
-    if "requested_rewrite" not in row:
-        raise InputError(
-            "the key 'requested_rewrite' is missing: for facts of your own set requests.source to "
-            "facts, and name a file of zsRE's in compare.zsre."
-        )
     rewrite = _require_object(_required(row, "requested_rewrite"), "'requested_rewrite'")
     case_id = row.get("case_id", index)
     if not isinstance(case_id, int) or isinstance(case_id, bool) or not 0 <= case_id < 2**63:
@@ -412,7 +406,7 @@ def _checked(records: list[Record], path: str | Path) -> list[Record]:
 
 def _required(row: Mapping[str, Any], key: str) -> Any:
     if row.get(key) is None:
-        raise InputError(f"the key {key!r} is missing: add it.")
+        raise InputError(f"the key {key!r}{_ADVICE.get(key, '')} is missing: add it.")
     return row[key]
 
 

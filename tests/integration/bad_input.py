@@ -350,7 +350,7 @@ REQUESTS = [
     Kind("CounterFact: an object", records(RECORD), "holds no list of records"),
     Kind("CounterFact: an empty list", records([]), "holds no records"),
     Kind("CounterFact: cut off", records(json.dumps([RECORD])[:-40]), "not whole JSON"),
-    Kind("CounterFact: facts instead", records([FACT]), "requests.source to facts"),
+    Kind("CounterFact: facts instead", records([FACT]), "to facts for your own"),
     Kind("CounterFact: questions", records([QUESTION]), "compare.zsre"),
     Kind("facts: CounterFact instead", facts(json.dumps([RECORD])), "source to counterfact"),
     Kind("facts: questions", facts(json.dumps([QUESTION])), "compare.zsre"),

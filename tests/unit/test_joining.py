@@ -165,11 +165,6 @@ def test_facts_may_say_it_themselves(tmp_path: Path):
     assert found == [" Rome", " !", "x", " x", "x"]
 
 
-def test_what_is_no_white_space_cannot_stand_between():
-    with pytest.raises(InputError, match="'between' is '-'"):
-        EditRequest("Paul", "{} is", "Rome", between="-")
-
-
 def test_every_prompt_of_a_record_is_continued_by_its_own_end(tmp_path: Path):
     (record,) = facts(
         tmp_path,

@@ -364,7 +364,7 @@ class TestOtherFiles:
 
     def test_each_reader_names_the_other(self, tmp_path: Path):
         fact = {"subject": "Ann", "prompt": "{} is", "target": "x"}
-        with pytest.raises(InputError, match="to facts, and"):
+        with pytest.raises(InputError, match="to facts for your own"):
             read_counterfact(saved(tmp_path, [fact]))
         with pytest.raises(InputError, match="source to counterfact"):
             read_facts(saved(tmp_path, [published_row()]))
