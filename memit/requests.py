@@ -355,9 +355,8 @@ def _fact_record(row: Any, index: int) -> Record:
         between=_BETWEEN[joined],
     )
     _check_objects(request)
-    paraphrases, neighbors = (
-        tuple(map(_trimmed, _texts(row, key))) for key in ("paraphrases", "neighbors")
-    )
+    paraphrases = map(_trimmed, _texts(row, "paraphrases"))
+    neighbors = tuple(map(_trimmed, _texts(row, "neighbors")))
     if any("{}" in text for text in neighbors):
         raise InputError("'neighbors' has a '{}': write the name of something else in its place.")
     filled = tuple(text.replace("{}", request.subject) for text in paraphrases)

@@ -232,8 +232,7 @@ def _check_fit(lm: LanguageModel, rows: Sequence[TokenRow], texts: Sequence[str]
             )
         if row.target and row.target[0] <= row.subject_last:
             raise InputError(
-                f"one token holds the end of the subject and the beginning of the object in "
-                f"{text[:80]!r}: put words between them."
+                f"one token holds subject and object in {text[:80]!r}: put words between them."
             )
         if max(row.ids) >= known:
             raise InputError(

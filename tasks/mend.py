@@ -93,7 +93,7 @@ def _examples(lm: LanguageModel, learnt_from: Artifact | Continuations) -> list[
         whole=False,
     )
     kept = [pair for pair in zip(beginnings, written, strict=True) if pair[1].strip()]
-    return examples_from_texts([one for one, _ in kept], [other for _, other in kept])
+    return examples_from_texts(kept)
 
 
 def beginnings_of(texts: Sequence[str]) -> list[str]:

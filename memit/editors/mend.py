@@ -103,15 +103,10 @@ def _example(record: Record) -> EditExample:
     )
 
 
-def examples_from_texts(beginnings: Sequence[str], endings: Sequence[str]) -> list[EditExample]:
+def examples_from_texts(texts: Sequence[Pair]) -> list[EditExample]:
     """Edits of texts: each beginning must have its ending, which was sampled from the model; the
     other texts are what may not change."""
-    return [
-        EditExample(
-            (beginning, ending), ((beginning, ending), (_later_half(beginning), ending)), ()
-        )
-        for beginning, ending in zip(beginnings, endings, strict=True)
-    ]
+    return [EditExample(text, (text, (_later_half(text[0]), text[1])), ()) for text in texts]
 
 
 def _later_half(text: str) -> str:

@@ -219,7 +219,7 @@ def test_too_few_examples_are_counted(lm: LanguageModel) -> None:
 
 
 def test_texts_become_examples_without_records() -> None:
-    first, _ = examples_from_texts(["one two three four", "five six"], ["seven", "eight"])
+    first, _ = examples_from_texts([("one two three four", "seven"), ("five six", "eight")])
     assert first == EditExample(
         ("one two three four", "seven"),
         (("one two three four", "seven"), ("three four", "seven")),
