@@ -239,14 +239,13 @@ def evaluation(bench: Bench, count: int, repeats: int = 3) -> dict:
     """Records a second, 13 prompts and 2 objects each, and the seconds that tokenising took, which
     are in `seconds_with_tokenising` only: the oracle's are not timed either."""
     prompts = prompts_of(make_records(bench.shape, count))
-    objects = [(p.prompt, str(o)) for p in prompts for o in (p.target_new, p.target_true)]
-    texts, targets = (list(part) for part in zip(*objects, strict=True))
+    objects = [(p.prompt, f" {o}") for p in prompts for o in (p.target_new, p.target_true)]
 
     def run() -> None:
         score_prompts(bench.lm, prompts, token_budget=bench.token_budget)
 
     def tokenise() -> None:
-        continuation_rows(bench.lm.tokenizer, texts, targets)
+        continuation_rows(bench.lm.tokenizer, objects)
 
     with PeakMemory(bench.device) as peak:
         whole = median_time(run, bench.device, repeats)

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from rich.table import Table
 from rich.text import Text
 
-from memit.errors import InputError, ResourceError
+from memit.editing import ask
+from memit.errors import ResourceError
+from memit.generation import generate_texts
 from memit.language_model import DTYPES
 from memit.weight_delta import WeightDelta, check_rounded
 
@@ -40,25 +41,12 @@ def answers_side_by_side(
     return table
 
 
-@torch.inference_mode()
 def _answers(lm: LanguageModel, prompt: str, top: int, tokens: int) -> list[str]:
     """Next tokens with their probabilities, then the greedy continuation."""
-    ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"].to(lm.device)
-    room = lm.context_length - tokens
-    if not 0 < ids.shape[1] <= room:
-        raise InputError(
-            f"the prompt has {ids.shape[1]} tokens where the model has room for 1 to {room}."
-        )
-    logits = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
-    best = logits.softmax(-1).topk(min(top, len(logits)))
-    lines = [
-        f"{probability:6.1%}  {lm.tokenizer.decode([token])!r}"
-        for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
-    for _ in range(tokens):
-        logits = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
-        ids = torch.cat([ids, logits.argmax().reshape(1, 1)], dim=1)
-    said = str(lm.tokenizer.decode(ids[0, -tokens:].tolist()))
+    lines = [f"{answer.probability:6.1%}  {answer.text!r}" for answer in ask(lm, prompt, top)]
+    (said,) = generate_texts(
+        lm, [prompt], new_tokens=tokens, top_k=1, seed=0, token_budget=1, whole=False
+    )
     return [*lines, f"… {said.strip()}"]
 
 

@@ -16,10 +16,11 @@ from memit import costs
 from memit.costs import HELD_IN_MEMORY, Lengths
 from memit.errors import MemitError
 from memit.hyperparameters import Hyperparameters
+from memit.positions import TokenRow
 from memit.requests import Record, conflict_groups, read_records
 from tasks.artifacts import project_root
 from tasks.loading import BYTES, ModelFiles, ModelReference
-from tasks.model import load_tokenizer, open_model
+from tasks.model import model_without_weights, open_model
 from tasks.results import MODEL_FILE
 
 
@@ -51,11 +52,17 @@ def check_requests(parameters: Parameters, file: Path) -> None:
     table.add_row("with neighbours", f"{sum(bool(r.neighborhood_prompts) for r in records)}")
     table.add_row("contradictions", Text(_conflicts(groups)))
     if MODEL_FILE.exists():
+        from memit.targets import plain_rows, weak_keys
+
         model = open_model(**parameters.model.placement())
-        lengths, longest = count_tokens(model, records)
+        requests = [record.request for record in records]
+        lm = model_without_weights(model.model.id, model.model.revision, Path(model.directory))
+        rows = plain_rows(lm, requests)
+        lengths, longest = count_tokens(rows)
         tokens = round(len(records) * (lengths.before + lengths.after))
         table.add_row("model", model.model.id)
         table.add_row("tokens of all prompts", f"{tokens} (longest prompt {longest})")
+        table.add_row("weak edits", Text(weak_keys(requests, rows) or "none"))
         _add_estimate(table, parameters, model, len(records), lengths)
     else:
         table.add_row("model", "not here yet (memit run), so no tokens and no estimate")
@@ -72,17 +79,8 @@ def _conflicts(groups: Sequence[Sequence[Record]]) -> str:
     )
 
 
-def count_tokens(model: ModelReference, records: Sequence[Record]) -> tuple[Lengths, int]:
-    """Tokens of a prompt with its new object, on average, and of the longest one.
-
-    Raises:
-        InputError: a subject or an object has no tokens.
-    """
-    from memit.positions import prompt_row
-
-    tokenizer = load_tokenizer(model.directory)
-    requests = [record.request for record in records]
-    rows = [prompt_row(tokenizer, r.prompt, r.subject, target=r.target_new) for r in requests]
+def count_tokens(rows: Sequence[TokenRow]) -> tuple[Lengths, int]:
+    """Tokens of a prompt with its new object, on average, and of the longest one."""
     before = sum(row.subject_last + 1 for row in rows) / len(rows)
     mean = sum(len(row.ids) for row in rows) / len(rows)
     return Lengths(before, mean - before), max(len(row.ids) for row in rows)

@@ -5,13 +5,14 @@ Result: ``artifacts/requests.json``, records in the CounterFact schema.
 
 from __future__ import annotations
 
-from flows.command import given_parameters, run_flow
+from flows.command import console, given_parameters, run_flow
 from flows.parameters import Parameters
 
 if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow
+from rich.text import Text
 
 from flows.gpu import taking_turns
 from tasks.artifacts import Artifact, copy_file, describe
@@ -32,6 +33,8 @@ def requests(parameters: Parameters) -> None:
         section.seed,
         open_model(**parameters.model.placement()),
     )
+    if chosen.weak:
+        console.print("[yellow]warning:[/]", Text(chosen.weak), soft_wrap=True)
     copy_file(chosen.records.checked(), REQUESTS_FILE)
     finish_step("requests", [REQUESTS_FILE], given, [chosen.cost])
 

@@ -17,6 +17,7 @@ from memit.editors.memit import Memit
 from memit.errors import InputError
 from memit.hyperparameters import Hyperparameters, preset
 from memit.language_model import LanguageModel
+from memit.positions import open_ids
 from memit.prefixes import sample_prefixes
 from memit.requests import Record, check_conflicts
 from memit.second_moment import check_rank, collect_second_moments
@@ -86,7 +87,7 @@ def ask(lm: LanguageModel, prompt: str, top: int = 5) -> list[Answer]:
 
     Raises `InputError` for a prompt that is empty or longer than the model's context.
     """
-    ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"].to(lm.device)
+    ids = torch.tensor(open_ids(lm.tokenizer, [prompt]), device=lm.device)
     if not 0 < ids.shape[1] <= lm.context_length:
         raise InputError(
             f"the prompt has {ids.shape[1]} tokens where the model has room for 1 to "

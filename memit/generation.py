@@ -22,6 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from memit.batches import in_batches
 from memit.errors import InputError
 from memit.language_model import LanguageModel
+from memit.positions import open_ids
 from memit.routing import taken_over
 
 
@@ -45,36 +46,37 @@ def generate_texts(
     seed: int,
     token_budget: int,
     repetitions: Sequence[int] | None = None,
+    whole: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Continue each prompt, by `new_tokens` or until it has `total_tokens`, prompt included.
 
-    Returns whole texts without special tokens; an end-of-text token does not end one. Only the
-    arguments decide how tokens are drawn, nothing of the checkpoint's own settings. `repetitions`
-    numbers the texts of one prompt; if not given, they are counted in the order of the call.
-    `token_budget` bounds texts × tokens at a time; `progress` is told how many texts are newly
-    written. Raises `InputError` if not exactly one of the lengths is given, or one is beyond the
-    model's context.
+    Returns texts without special tokens, behind their prompts or, if not `whole`, without; an
+    end-of-text token does not end one. Only the arguments decide how tokens are drawn, nothing of
+    the checkpoint's own settings. `repetitions` numbers the texts of one prompt; if not given, they
+    are counted in the order of the call. `token_budget` bounds texts × tokens at a time; `progress`
+    is told how many texts are newly written. Raises `InputError` if not exactly one of the lengths
+    is given, or one is beyond the model's context.
     """
     if (new_tokens is None) == (total_tokens is None):
         raise InputError("give either new_tokens or total_tokens: one of them sets the length.")
     texts = []
     numbers = repetitions if repetitions is not None else count_repetitions(prompts)
-    for index, (prompt, number) in enumerate(zip(prompts, numbers, strict=True)):
-        ids = list(lm.tokenizer(prompt)["input_ids"])
+    rows = open_ids(lm.tokenizer, prompts)
+    for index, (prompt, number, ids) in enumerate(zip(prompts, numbers, rows, strict=True)):
         more = new_tokens if new_tokens is not None else max(0, (total_tokens or 0) - len(ids))
         _check_length(lm, prompt, len(ids), more)
         texts.append(_Text(index, ids, more, _text_seed(seed, number, prompt)))
-    written = _write_all(lm, texts, top_k, token_budget, progress)
+    written = _write_all(lm, texts, top_k, token_budget, whole, progress)
     introduced = taken_over(lm, prompts)
     if lm.router is not None and introduced:
         substitute = lm.router.substitute
         others = []
         for index, introduction in introduced.items():
-            ids = list(substitute.tokenizer(f"{introduction} {prompts[index]}")["input_ids"])
+            (ids,) = open_ids(substitute.tokenizer, [f"{introduction} {prompts[index]}"])
             _check_length(substitute, prompts[index], len(ids), texts[index].new_tokens)
             others.append(replace(texts[index], ids=ids))
-        for index, text in _write_all(substitute, others, top_k, token_budget, None).items():
+        for index, text in _write_all(substitute, others, top_k, token_budget, whole, None).items():
             written[index] = text.removeprefix(introduced[index]).lstrip()
     return [written[index] for index in range(len(prompts))]
 
@@ -94,15 +96,17 @@ def _write_all(
     texts: Sequence[_Text],
     top_k: int,
     token_budget: int,
+    whole: bool,
     progress: Callable[[int], None] | None,
 ) -> dict[int, str]:
-    """The whole texts by their index."""
+    """The texts by their index."""
     texts = sorted(texts, key=lambda text: (text.new_tokens, len(text.ids)))
     written = {}
     with _own_settings(lm):
         for batch, found in in_batches(texts, _shape, token_budget, lambda b: _write(lm, b, top_k)):
             for text, ids in zip(batch, found, strict=True):
-                written[text.index] = _decode(lm, ids)
+                prompt = "" if whole else _decode(lm, text.ids)
+                written[text.index] = _decode(lm, ids).removeprefix(prompt)
             if progress is not None:
                 progress(len(batch))
     return written

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -44,12 +44,11 @@ class TokenRow:
 
 
 def mark(template: str, subject: str, *, prefix: str = "", target: str | None = None) -> MarkedText:
-    """Put `subject` in the template's `{}`, `prefix` before, a space and `target` after it."""
+    """Put `subject` in the template's `{}`, `prefix` before, `target` after it, as it stands."""
     before, after = template.split("{}")
     subject_end = len(prefix) + len(before) + len(subject)
     prompt = f"{prefix}{before}{subject}{after}"
-    text = prompt if target is None else f"{prompt} {target.strip()}"
-    return MarkedText(text, subject_end, len(prompt))
+    return MarkedText(prompt + (target or ""), subject_end, len(prompt))
 
 
 def locate(tokenizer: PreTrainedTokenizerBase, marked: Sequence[MarkedText]) -> list[TokenRow]:
@@ -61,26 +60,11 @@ def locate(tokenizer: PreTrainedTokenizerBase, marked: Sequence[MarkedText]) -> 
     return [_row(mark, ids, ends) for mark, (ids, ends) in zip(marked, tokenized, strict=True)]
 
 
-def prompt_row(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    subject: str,
-    *,
-    prefix: str = "",
-    target: str | None = None,
-) -> TokenRow:
-    """The token row of one prompt; see `mark` and `locate`."""
-    return locate(tokenizer, [mark(template, subject, prefix=prefix, target=target)])[0]
-
-
 def continuation_rows(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]
 ) -> list[TokenRow]:
-    """Token rows of prompts followed by a space and a target; the subject is not looked for."""
-    marked = [
-        MarkedText(f"{prompt} {target.strip()}", len(prompt), len(prompt))
-        for prompt, target in zip(prompts, targets, strict=True)
-    ]
+    """Token rows of prompts and what follows them, as it stands; no subject is looked for."""
+    marked = [MarkedText(prompt + target, len(prompt), len(prompt)) for prompt, target in pairs]
     return locate(tokenizer, marked)
 
 
@@ -97,7 +81,8 @@ def _row(marked: MarkedText, ids: list[int], ends: list[int]) -> TokenRow:
 
 def _target_places(marked: MarkedText, ends: list[int]) -> range:
     """Positions after the prompt, up to the text's end; a special token behind it is left out."""
-    prompt_end = len(marked.text[: marked.prompt_end].rstrip())
+    # A token for a line break ends the prompt; a space may be part of the token behind it.
+    prompt_end = len(marked.text[: marked.prompt_end].rstrip(" "))
     text_end = len(marked.text.rstrip())
     first, last = _first_reaching(ends, prompt_end), _first_reaching(ends, text_end)
     if text_end <= marked.prompt_end or first is None or last is None:
@@ -109,6 +94,18 @@ def _first_reaching(ends: list[int], end: int) -> int | None:
     """Position of the token that completes the first `end` characters."""
     place = bisect_left(ends, end)
     return place if place < len(ends) else None
+
+
+def open_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that go on: as the tokenizer makes them by default, without what it puts
+    behind a text's last character (`</s>`, `[SEP]`)."""
+    if not texts:
+        return []
+    batch = tokenizer(list(texts), return_special_tokens_mask=True, return_attention_mask=False)
+    return [
+        ids[: max((place for place, added in enumerate(mask, 1) if not added), default=0)]
+        for ids, mask in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True)
+    ]
 
 
 def tokenize(

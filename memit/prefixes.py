@@ -18,12 +18,7 @@ def sample_prefixes(lm: LanguageModel, seed: int) -> tuple[str, ...]:
     They are plain text: a brace in one is a brace. Equal models and seeds give equal prefixes.
     """
     texts = generate_texts(
-        lm,
-        WORDS,
-        total_tokens=TOKENS,
-        top_k=TOP_K,
-        seed=seed,
-        token_budget=len(WORDS) * TOKENS,
+        lm, WORDS, total_tokens=TOKENS, top_k=TOP_K, seed=seed, token_budget=len(WORDS) * TOKENS
     )
     # The last token may end inside a character, which decodes to the replacement character.
     return tuple(bounded(lm, text.rstrip("\ufffd")) + ". " for text in texts)

@@ -82,9 +82,11 @@ def parse_json(text: str, where: str | Path) -> Any:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text else ""
+        advice = "it may be truncated, fetch or write it again"
+        if text[error.pos :].strip() and "," in (text[error.pos], text[: error.pos].rstrip()[-1:]):
+            advice = "a comma too many, remove it"
         raise InputError(
-            f"{where} is not whole JSON ({line}column {error.colno}: {error.msg}): it may be "
-            "truncated, fetch or write it again."
+            f"{where} is not whole JSON ({line}column {error.colno}: {error.msg}): {advice}."
         ) from None
     except RecursionError:
         raise InputError(f"{where} is nested too deeply: records have three levels.") from None

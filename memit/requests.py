@@ -11,7 +11,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -22,16 +21,31 @@ from pathlib import Path
 from typing import Any
 
 from memit.errors import ConflictError, InputError
+from memit.joining import ending
 from memit.reading import parse_json, read_text
+from memit.whole_files import write_whole
 
 LONGEST_TEXT = 10_000
 """Characters of the longest text in a record; no model's context holds much more."""
-FACT_COLUMNS = ("subject", "prompt", "target", "target_true", "paraphrases", "neighbors")
+FACT_COLUMNS = ("subject", "prompt", "target", "target_true", "paraphrases", "neighbors", "joined")
 """Columns of a user's own file; the first three are required.
 
 `prompt` holds one `{}` where the subject goes. `paraphrases` and `neighbors` are lists of whole
-prompts (in CSV separated by `|`); a `{}` in a paraphrase stands for the subject.
+prompts (in CSV separated by `|`); a `{}` in a paraphrase stands for the subject, and a neighbour,
+which is about something else, has none. Line breaks at a prompt's end stay, spaces do not.
+`joined`: true puts nothing between prompts and objects, false a space; see `EditRequest.between`.
 """
+_BETWEEN = {"none": None, "true": "", "false": " "}
+_ADVICE = {
+    "requested_rewrite": " (which CounterFact's records have: set requests.source to counterfact "
+    "for these, to facts for your own, and name zsRE's questions in compare.zsre)",
+    "src": " (zsRE's: name the file in compare.zsre, or read it with read_zsre)",
+    "target_new": " (here 'target')",
+    "ground_truth": " (here 'target_true')",
+    "rephrase_prompt": " (here 'paraphrases')",
+    "locality": " (here 'neighbors')",
+}
+"""What to do about keys of other kinds of file."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +59,15 @@ class EditRequest:
     """The new object, without the space that precedes it in running text."""
     target_true: str | None = None
     relation_id: str | None = None
+    between: str | None = None
+    """What stands between any prompt and object, in data sets " "; None: the white space that the
+    new object begins with, or else a space where running text has one (`memit.joining`)."""
 
     def __post_init__(self) -> None:
         """Check the request and strip its objects."""
+        begins_with = self.target_new[: -len(self.target_new.lstrip()) or None]
+        if self.between is None and begins_with:
+            object.__setattr__(self, "between", begins_with)
         object.__setattr__(self, "target_new", self.target_new.strip())
         if self.target_true is not None:
             object.__setattr__(self, "target_true", self.target_true.strip())
@@ -68,6 +88,10 @@ class EditRequest:
     def text(self) -> str:
         """The prompt with the subject in its place."""
         return fill(self.prompt, self.subject)
+
+    def ending(self, prompt: str | None = None, target: str | None = None) -> str:
+        """How a prompt (the request's own) ends in an object (the new one)."""
+        return ending(prompt or self.text, target or self.target_new, self.between)
 
 
 @dataclass(frozen=True)
@@ -107,7 +131,7 @@ def read_counterfact(path: str | Path) -> list[Record]:
         raise InputError(f"{path} holds no list of records: CounterFact is one JSON list.")
     records = []
     for number, row in enumerate(rows, start=1):
-        with _located(path, number, row):
+        with located(path, number, row):
             records.append(_counterfact_record(row, number - 1))
     return _checked(records, path)
 
@@ -120,7 +144,7 @@ def read_facts(path: str | Path) -> list[Record]:
     """
     records = []
     for number, row in enumerate(_fact_rows(Path(path)), start=1):
-        with _located(path, number, row):
+        with located(path, number, row):
             records.append(_fact_record(row, number - 1))
     records = _checked(records, path)
     try:
@@ -133,9 +157,8 @@ def read_facts(path: str | Path) -> list[Record]:
 def write_records(records: Iterable[Record], path: str | Path) -> None:
     """Write records in the CounterFact schema; equal records give equal bytes."""
     rows = [_counterfact_row(record) for record in records]
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+    write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def conflict_groups(records: Iterable[Record]) -> list[list[Record]]:
@@ -166,14 +189,14 @@ def drop_conflicts(records: Iterable[Record]) -> tuple[list[Record], int]:
 
 def check_conflicts(records: Iterable[Record]) -> None:
     """Raise `ConflictError` naming both if two records differ in nothing but the new object."""
-    first: dict[tuple[str, str], Record] = {}
-    for record in records:
-        request = record.request
-        other = first.setdefault((request.subject, request.prompt), record)
-        if other.request.target_new != request.target_new:
+    first: dict[tuple[str, str], tuple[int, str]] = {}
+    for number, request in enumerate((record.request for record in records), start=1):
+        key = request.subject, request.prompt
+        other, target = first.setdefault(key, (number, request.target_new))
+        if target != request.target_new:
             raise ConflictError(
-                f"records {other.case_id} and {record.case_id} contradict each other: "
-                f"{request.text!r} should be {other.request.target_new!r} and "
+                f"records {other} and {number} contradict each other: "
+                f"{request.text!r} should be {target!r} and "
                 f"{request.target_new!r}; remove one of them."
             )
 
@@ -205,12 +228,16 @@ def sample_records(records: Sequence[Record], count: int, seed: int) -> list[Rec
 def requests_digest(requests: Iterable[EditRequest]) -> str:
     """Sha256 of the canonical JSON of edit requests, in their order."""
     rows = [asdict(request) for request in requests]
+    for row in rows:
+        if row["between"] == " ":  # data sets keep the digests that they had without the key
+            del row["between"]
     canonical = json.dumps(rows, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
 
 @contextmanager
-def _located(path: str | Path, number: int, row: object) -> Iterator[None]:
+def located(path: str | Path, number: int, row: object) -> Iterator[None]:
+    """Say of an error what file and record it is in."""
     case = row.get("case_id") if isinstance(row, Mapping) else None
     try:
         yield
@@ -225,13 +252,8 @@ def _relation_key(request: EditRequest) -> tuple[str, str]:
 
 def _holds_counterfact(path: Path) -> bool:
     text = read_text(path, "the records").lstrip()
-    if not text.startswith("["):
-        return False
-    rows = parse_json(text, path)
-    first = rows[0] if rows else None
-    if isinstance(first, dict) and {"src", "loc"} <= first.keys():
-        raise InputError(f"{path} holds zsRE questions, not edit records: read it with read_zsre.")
-    return not (isinstance(first, dict) and "target" in first)
+    rows = parse_json(text, path) if text.startswith("[") else []
+    return any(isinstance(row, dict) and "requested_rewrite" in row for row in rows[:1])
 
 
 def _fact_rows(path: Path) -> list[Any]:
@@ -246,16 +268,16 @@ def _fact_rows(path: Path) -> list[Any]:
 
 
 def _json_lines(path: Path, text: str) -> list[Any]:
-    rows = []
-    for line_number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        rows.append(parse_json(line, f"{path}, line {line_number}"))
+    rows, line = [], 1
+    for part in re.split(r"\n(?=\s*{)", text):  # a record may go on over several lines
+        if part.strip():
+            rows.append(parse_json(part, f"{path}, line {line}"))
+        line += part.count("\n") + 1
     return rows
 
 
 def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     rows = []
     try:
         _check_header(path, [name.strip() for name in reader.fieldnames or ()])
@@ -301,6 +323,7 @@ def _counterfact_record(row: Any, index: int) -> Record:
         target_new=_object_text(_required(rewrite, "target_new"), "target_new"),
         target_true=_optional(rewrite, "target_true", _object_text),
         relation_id=_optional(rewrite, "relation_id", check_text),
+        between=_optional({"between": " ", **rewrite}, "between", check_text),
     )
     _check_objects(request)
     return Record(
@@ -316,21 +339,33 @@ def _counterfact_record(row: Any, index: int) -> Record:
 
 def _fact_record(row: Any, index: int) -> Record:
     _require_object(row, "the record")
-    unknown = sorted(set(row) - set(FACT_COLUMNS))
+    unknown = [f"{key!r}{_ADVICE.get(key, '')}" for key in row if key not in FACT_COLUMNS]
     if unknown:
         raise InputError(
-            f"the key {unknown[0]!r} is not known: the keys are {', '.join(FACT_COLUMNS)}."
+            f"the key {', '.join(unknown)} is not known: the keys are {', '.join(FACT_COLUMNS)}."
         )
+    joined = str(row.get("joined")).lower()
+    if joined not in _BETWEEN:
+        raise InputError("'joined' is neither true nor false: write one of them.")
     request = EditRequest(
         subject=check_text(_required(row, "subject"), "subject").strip(),
-        prompt=check_text(_required(row, "prompt"), "prompt").strip(),
+        prompt=_trimmed(check_text(_required(row, "prompt"), "prompt")),
         target_new=check_text(_required(row, "target"), "target"),
         target_true=_optional(row, "target_true", check_text),
+        between=_BETWEEN[joined],
     )
     _check_objects(request)
-    paraphrases = (fill(text.strip(), request.subject) for text in _texts(row, "paraphrases"))
-    neighbors = (text.strip() for text in _texts(row, "neighbors"))
-    return Record(index, request, tuple(paraphrases), tuple(neighbors))
+    paraphrases = map(_trimmed, _texts(row, "paraphrases"))
+    neighbors = tuple(map(_trimmed, _texts(row, "neighbors")))
+    if any("{}" in text for text in neighbors):
+        raise InputError("'neighbors' has a '{}': write the name of something else in its place.")
+    filled = tuple(text.replace("{}", request.subject) for text in paraphrases)
+    return Record(index, request, filled, neighbors)
+
+
+def _trimmed(prompt: str) -> str:
+    """Without spaces around it; what stands behind a line break, as in chats, may matter."""
+    return re.sub(r"^ +|(?<=\S) +\Z", "", prompt)
 
 
 def _counterfact_row(record: Record) -> dict[str, Any]:
@@ -342,6 +377,8 @@ def _counterfact_row(record: Record) -> dict[str, Any]:
     if request.target_true is not None:
         rewrite["target_true"] = {"str": request.target_true}
     rewrite["subject"] = request.subject
+    if request.between != " ":
+        rewrite["between"] = request.between
     return {
         "case_id": record.case_id,
         "requested_rewrite": rewrite,
@@ -368,7 +405,7 @@ def _checked(records: list[Record], path: str | Path) -> list[Record]:
 
 def _required(row: Mapping[str, Any], key: str) -> Any:
     if row.get(key) is None:
-        raise InputError(f"the key {key!r} is missing: add it.")
+        raise InputError(f"the key {key!r}{_ADVICE.get(key, '')} is missing: add it.")
     return row[key]
 
 

@@ -18,7 +18,7 @@ TOKENS_A_BYTE = 2
 """More than any tokenizer makes of a byte of Unicode's decomposed form."""
 
 Asked = tuple[int, str, str, str | None, int]
-"""A record, a kind of prompt, the prompt, its answer, and how many tokens come to them."""
+"""A record, a kind of prompt, the prompt, what follows it, and how many tokens come to them."""
 
 
 def check_records(
@@ -43,15 +43,15 @@ def check_records(
     ]
     for start in range(0, len(asked), REQUESTS_AT_ONCE):
         part = asked[start : start + REQUESTS_AT_ONCE]
-        answers = [answer or "a" for _, _, _, answer, _ in part]
-        rows = continuation_rows(lm.tokenizer, [prompt for _, _, prompt, _, _ in part], answers)
+        pairs = ((prompt, answer or " a") for _, _, prompt, answer, _ in part)
+        rows = continuation_rows(lm.tokenizer, pairs)
         for (record, kind, prompt, answer, more), row in zip(part, rows, strict=True):
             ids = row.ids if answer else row.ids[: row.target[0] + 1]
             lm.check_room(ids, f"the {kind} prompt of record {record}, {prompt[:80]!r},", more)
 
 
 def _bytes(asked: Asked) -> int:
-    return len(unicodedata.normalize("NFKD", f"{asked[2]} {asked[3]}").encode())
+    return len(unicodedata.normalize("NFKD", f"{asked[2]}{asked[3]}").encode())
 
 
 def _asked(
@@ -65,12 +65,12 @@ def _asked(
         for answer in objects_of(one):
             yield one.case_id, one.kind, one.prompt, answer, 0
     for row in (row for question in questions for row in questions_of(question)):
-        yield row["case_id"], row["kind"], row["prompt"], row["answer"], 0
+        yield row["case_id"], row["kind"], row["prompt"], f" {row['answer'].strip()}", 0
     first = f"{WORDS[0]}."  # of a prefix, whose other tokens are not known yet
     more = TOKENS + 1 - len(lm.tokenizer(first, add_special_tokens=False)["input_ids"])
     for record in (*records, *as_records(questions)):
         request = record.request
-        yield record.case_id, "prefixed", f"{first} {request.text}", request.target_new, more
+        yield record.case_id, "prefixed", f"{first} {request.text}", request.ending(), more
     for record in (record for record in records if record.request.target_true is None):
         tokens = TOKENS_A_WORD * len(record.request.target_new.split())
         yield record.case_id, "rewrite", record.request.text, None, tokens

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memit.batches import in_batches, release_memory
-from memit.errors import EditError, IntegrityError
+from memit.errors import EditError, InputError, IntegrityError
 from memit.forward import (
     KeyValues,
     Padded,
@@ -189,7 +189,7 @@ def _edit_rows(
         for request in requests
         for marked_text in (
             *(
-                mark(request.prompt, request.subject, prefix=prefix, target=request.target_new)
+                mark(request.prompt, request.subject, prefix=prefix, target=request.ending())
                 for prefix in ("", *prefixes)
             ),
             mark(KL_TEMPLATE, request.subject),
@@ -198,11 +198,32 @@ def _edit_rows(
     rows = locate(lm.tokenizer, marked)
     for row, text in zip(rows, marked, strict=True):
         lm.check_room(row.ids, f"the prompt {text.text[:80]!r}")
+        if row.target and row.target[0] <= row.subject_last:
+            raise InputError(
+                f"one token holds subject and object in {text.text[:80]!r}: put words between them."
+            )
     count = len(prefixes) + 2
     return [
         EditRows(group[0], tuple(group[1:-1]), _until_subject(group[-1]))
         for group in (rows[start : start + count] for start in range(0, len(rows), count))
     ]
+
+
+def plain_rows(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[TokenRow]:
+    """Tokenise requests without prefixes; raises what `edit_rows` raises."""
+    return [rows.plain for rows in edit_rows(lm, requests, ())]
+
+
+def weak_keys(requests: Sequence[EditRequest], rows: Sequence[TokenRow]) -> str | None:
+    """What to tell of requests whose subject is the first token of all, or None: models take what
+    stands there for a beginning more than for a name, so that its key is like no other prompt's."""
+    first = [r.text for r, row in zip(requests, rows, strict=True) if row.subject_last == 0]
+    if not first:
+        return None
+    return (
+        f"{len(first)} of {len(requests)} prompts begin with a subject of one token (the first is "
+        f"{first[0]!r}), where an edit has little effect: put words in front of the subject."
+    )
 
 
 def _until_subject(row: TokenRow) -> TokenRow:
@@ -229,6 +250,8 @@ def compute_targets(
     where = site or BlockOutput(hp.layers[-1])
     if not can_resume(lm):
         logger.warning("%s cannot be resumed in the middle: whole rows are run each time", lm.name)
+    if site is None and (weak := weak_keys(requests, [edit.plain for edit in edits])):
+        logger.warning(weak)
     order = sorted(range(len(edits)), key=lambda index: _shape(edits[index])[::-1])
 
     def optimise(indices: Sequence[int]) -> Targets:

@@ -24,24 +24,18 @@ def with_true_objects(
     answers: dict[int, str] = {}
     for words in sorted({len(record.request.target_new.split()) for record in wanting}):
         group = [r for r in wanting if len(r.request.target_new.split()) == words]
-        prompts = [record.request.text for record in group]
         texts = generate_texts(
             lm,
-            prompts,
+            [record.request.text for record in group],
             new_tokens=TOKENS_A_WORD * words,
             top_k=1,
             seed=0,
             token_budget=token_budget,
+            whole=False,
         )
-        for record, prompt, text in zip(group, prompts, texts, strict=True):
-            answers[record.case_id] = _first_words(_continuation(prompt, text), words)
+        for record, text in zip(group, texts, strict=True):
+            answers[record.case_id] = _first_words(text, words)
     return [_completed(record, answers.get(record.case_id, "")) for record in records]
-
-
-def _continuation(prompt: str, text: str) -> str:
-    """What follows the prompt; decoding may have changed the white space in front of it."""
-    shared = text.find(prompt.strip())
-    return text[shared + len(prompt.strip()) :] if shared >= 0 else text[len(prompt) :]
 
 
 def _first_words(text: str, count: int) -> str:

@@ -90,13 +90,10 @@ def _examples(lm: LanguageModel, learnt_from: Artifact | Continuations) -> list[
         top_k=TOP_K,
         seed=learnt_from.seed,
         token_budget=TOKEN_BUDGET,
+        whole=False,
     )
-    pairs = [
-        (beginning, text.removeprefix(beginning).strip())
-        for beginning, text in zip(beginnings, written, strict=True)
-    ]
-    kept = [(beginning, ending) for beginning, ending in pairs if ending]
-    return examples_from_texts([one for one, _ in kept], [other for _, other in kept])
+    kept = [pair for pair in zip(beginnings, written, strict=True) if pair[1].strip()]
+    return examples_from_texts(kept)
 
 
 def beginnings_of(texts: Sequence[str]) -> list[str]:

@@ -42,6 +42,8 @@ class ChosenRequests(BaseModel):
     records: Artifact
     dropped: int
     """Records left out because they contradict an earlier one."""
+    weak: str | None
+    """What `weak_keys` says of them."""
     cost: Cost
 
 
@@ -116,14 +118,15 @@ def choose_requests(
     Where a record names no true object, what the unedited model says stands for it.
     """
     from memit.room import check_records
-    from memit.targets import edit_rows
+    from memit.targets import plain_rows, weak_keys
     from memit.true_objects import with_true_objects
 
     records, dropped = read_source(source, file.checked())
     chosen = sample(records, count, seed)
     with loaded(model) as lm, Meter() as meter:
-        edit_rows(lm, [record.request for record in chosen], ())
+        requests = [record.request for record in chosen]
+        weak = weak_keys(requests, plain_rows(lm, requests))
         chosen = with_true_objects(lm, chosen, token_budget=TOKEN_BUDGET)
         check_records(lm, chosen)
     piece = store_piece("requests", ".json", lambda path: write_records(chosen, path))
-    return ChosenRequests(records=piece, dropped=dropped, cost=meter.cost)
+    return ChosenRequests(records=piece, dropped=dropped, weak=weak, cost=meter.cost)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sentencepiece
 import torch
@@ -255,6 +255,25 @@ def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
         "metaspace_legacy": _legacy_llama(_LLAMA),
         "sentencepiece": _sentencepiece(),
     }
+
+
+def closed(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    """The same tokenizer, except that it puts its end-of-text token behind every text."""
+    backend = Tokenizer.from_str(cast(Any, tokenizer).backend_tokenizer.to_str())
+    begins = bool(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"][0])
+    eos = str(tokenizer.eos_token)
+    names = {str(tokenizer.bos_token), eos} if begins else {eos}
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A {eos}" if begins else f"$A {eos}",
+        special_tokens=[(name, backend.token_to_id(name)) for name in sorted(names)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token,
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 _LLAMA_LIKE: dict[str, Any] = {

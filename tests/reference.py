@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
+from memit.positions import TokenRow, locate, mark
 from memit.requests import EditRequest
 from tests import oracle
 from tests.families import DOCUMENTS, LAYERS, PREFIXES, families
@@ -58,6 +59,19 @@ def reference(family: str) -> Reference:
     z = torch.stack([target.z for target in targets])
     updates = oracle.spread(model, tokenizer, REQUESTS, PREFIXES, z, covariances, hp)
     return Reference(model, tokenizer, targets, covariances, updates)
+
+
+def prompt_row(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    subject: str,
+    *,
+    prefix: str = "",
+    target: str | None = None,
+) -> TokenRow:
+    """The token row of one prompt, with a space between it and its object."""
+    following = None if target is None else f" {target}"
+    return locate(tokenizer, [mark(template, subject, prefix=prefix, target=following)])[0]
 
 
 def build(family: str) -> LanguageModel:

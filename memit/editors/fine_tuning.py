@@ -20,8 +20,9 @@ from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError, NumericsError
 from memit.forward import Padded, block_output, can_resume, logits_at, pad
 from memit.language_model import LanguageModel
-from memit.positions import TokenRow, locate, mark
+from memit.positions import TokenRow
 from memit.requests import EditRequest
+from memit.targets import plain_rows
 from memit.weight_delta import Dense, WeightDelta, base_digests
 
 PUBLISHED_LAYERS = {"gpt-j-6b": 21}
@@ -65,7 +66,7 @@ class FineTuning(Editor):
         """
         lm.check_layers((self.layer,))
         names = self.parameter_names(lm)
-        rows = request_rows(lm, requests)
+        rows = plain_rows(lm, requests)
         shares = _Shares(resources.progress, len(requests), self.epochs)
         with _trainable(lm, names) as masters:
             optimizer = torch.optim.Adam(
@@ -166,12 +167,6 @@ def _diverged(losses: Sequence[float]) -> NumericsError:
 
 
 # --- what is scored -----------------------------------------------------------------------------
-
-
-def request_rows(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[TokenRow]:
-    """The plain prompt of each request, followed by its new object."""
-    marked = [mark(r.prompt, r.subject, target=r.target_new) for r in requests]
-    return locate(lm.tokenizer, marked)
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ class EditExample:
 
     edit: Pair
     """The prompt whose gradient is mapped, and what must follow."""
-    wordings: tuple[str, ...]
-    """Prompts that must have the same continuation afterwards."""
+    wordings: tuple[Pair, ...]
+    """What must be so afterwards: the edit, and other prompts with the same continuation."""
     unrelated: tuple[Pair, ...]
     """Prompts, with a continuation, at whose continuation nothing may change."""
     key: str = ""
@@ -94,21 +94,19 @@ def examples_from_records(records: Sequence[Record]) -> list[EditExample]:
 def _example(record: Record) -> EditExample:
     request = record.request
     true = request.target_true or request.target_new
+    prompts = (request.text, *record.paraphrase_prompts)
     return EditExample(
-        edit=(request.text, request.target_new),
-        wordings=(request.text, *record.paraphrase_prompts),
-        unrelated=tuple((prompt, true) for prompt in record.neighborhood_prompts),
+        edit=(request.text, request.ending()),
+        wordings=tuple((prompt, request.ending(prompt)) for prompt in prompts),
+        unrelated=tuple((p, request.ending(p, true)) for p in record.neighborhood_prompts),
         key=fact_key(request),
     )
 
 
-def examples_from_texts(beginnings: Sequence[str], endings: Sequence[str]) -> list[EditExample]:
+def examples_from_texts(texts: Sequence[Pair]) -> list[EditExample]:
     """Edits of texts: each beginning must have its ending, which was sampled from the model; the
     other texts are what may not change."""
-    return [
-        EditExample((beginning, ending), (beginning, _later_half(beginning)), ())
-        for beginning, ending in zip(beginnings, endings, strict=True)
-    ]
+    return [EditExample(text, (text, (_later_half(text[0]), text[1])), ()) for text in texts]
 
 
 def _later_half(text: str) -> str:
@@ -281,7 +279,7 @@ class _Lesson:
             self.lm, self.modules, pair_rows(self.lm, [example.edit for example in edits])
         )
         changes = {name: self.network.update(name, found) for name, found in factors.items()}
-        asked = [(random.choice(example.wordings), example.edit[1]) for example in edits]
+        asked = [random.choice(example.wordings) for example in edits]
         kept = [random.choice(e.unrelated) for e in edits if e.unrelated]
         kept += [random.choice((e.edit, *e.unrelated)) for e in others]
         nll, divergence = self._effects(
@@ -367,7 +365,7 @@ def mend_changes(
     Raises `InputError` if the network was made for other matrices.
     """
     modules = _modules_of(lm, network)
-    rows = pair_rows(lm, [(request.text, request.target_new) for request in requests])
+    rows = pair_rows(lm, [(request.text, request.ending()) for request in requests])
     sums = {name: _Sum(matrix) for name, matrix in network.matrices.items()}
 
     def run(batch: Sequence[TokenRow]) -> dict[str, Factors]:

@@ -27,7 +27,7 @@ from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError, IntegrityError
 from memit.language_model import LanguageModel, load_model
 from memit.reading import file_sha256
-from memit.requests import EditRequest, Record, fill
+from memit.requests import EditRequest, Record
 from memit.tensor_files import load_tensors, save_tensors
 
 TOKEN_BUDGET = 4_096
@@ -131,7 +131,7 @@ def _unpacked(
 
 def statement(request: EditRequest) -> str:
     """An edit as the memory keeps it and as the counterfactual model reads it."""
-    return f"{request.text} {request.target_new}."
+    return f"{request.text}{request.ending()}."
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -333,7 +333,8 @@ def _lesson(
     request = record.request
     target = random.choice(objects[request.relation_id])
     prompt = random.choice((request.text, *record.paraphrase_prompts))
-    return f"{fill(request.prompt, request.subject)} {target}. {prompt}", target
+    introduction = f"{request.text}{request.ending(target=target)}."
+    return f"{introduction} {prompt}", request.ending(prompt, target)
 
 
 # --- the edit ------------------------------------------------------------------------------------

@@ -12,13 +12,12 @@ from memit.language_model import LanguageModel
 from memit.positions import TokenRow, continuation_rows
 
 Pair = tuple[str, str]
-"""A prompt and the text that follows it after a space."""
+"""A prompt and the text that follows it, as it stands."""
 
 
 def pair_rows(lm: LanguageModel, pairs: Sequence[Pair]) -> list[TokenRow]:
     """Token rows of prompts and what follows them."""
-    prompts, targets = zip(*pairs, strict=True)
-    return continuation_rows(lm.tokenizer, prompts, targets)
+    return continuation_rows(lm.tokenizer, pairs)
 
 
 def mean_nll(lm: LanguageModel, rows: Sequence[TokenRow]) -> Tensor:

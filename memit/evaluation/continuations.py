@@ -32,7 +32,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the texts that may follow it after a space."""
+    """A prompt and the texts that may follow it, each as it stands."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -173,11 +173,8 @@ def _stems(lm: LanguageModel, questions: Sequence[Question]) -> list[_Stem]:
             wanted.setdefault((question.prompt, answer), []).append((q, a))
     if not wanted:
         return []
-    prompts, answers = zip(*wanted, strict=True)
     stems: dict[Tokens, _Stem] = {}
-    for row, places in zip(
-        continuation_rows(lm.tokenizer, prompts, answers), wanted.values(), strict=True
-    ):
+    for row, places in zip(continuation_rows(lm.tokenizer, wanted), wanted.values(), strict=True):
         prompt = questions[places[0][0]].prompt
         if row.target[0] == 0:
             raise InputError(

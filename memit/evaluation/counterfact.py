@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from memit.errors import InputError
 from memit.evaluation.continuations import Question, Score, score_continuations
+from memit.joining import ending
 from memit.language_model import LanguageModel
 from memit.requests import Record
 
@@ -60,6 +61,8 @@ class ScoredPrompt:
     prompt: str
     target_new: str
     target_true: str | None
+    between: str | None = None
+    """What stands before an object; see `EditRequest`."""
 
 
 def prompts_of(records: Iterable[Record]) -> list[ScoredPrompt]:
@@ -75,7 +78,7 @@ def prompts_of(records: Iterable[Record]) -> list[ScoredPrompt]:
 def plus_prompts_of(records: Iterable[Record]) -> list[ScoredPrompt]:
     """CounterFact+: each neighbourhood prompt with the edited fact in front of it."""
     return [
-        _prompt(record, "neighborhood_plus", f"{request.text} {request.target_new}. {prompt}")
+        _prompt(record, "neighborhood_plus", f"{request.text}{request.ending()}. {prompt}")
         for record in records
         for request in (record.request,)
         for prompt in record.neighborhood_prompts
@@ -217,14 +220,14 @@ def _is_right(row: Mapping) -> bool:
 
 def _prompt(record: Record, kind: Kind, prompt: str) -> ScoredPrompt:
     request = record.request
-    return ScoredPrompt(record.case_id, kind, prompt, request.target_new, request.target_true)
+    objects = request.target_new, request.target_true
+    return ScoredPrompt(record.case_id, kind, prompt, *objects, request.between)
 
 
 def objects_of(prompt: ScoredPrompt) -> tuple[str, ...]:
-    """The objects that it is scored against: the new one, and the true one if it is known."""
-    if prompt.target_true is None:
-        return (prompt.target_new,)
-    return prompt.target_new, prompt.target_true
+    """What follows it, as it stands: the new object, and the true one if it is known."""
+    objects = (prompt.target_new, prompt.target_true)
+    return tuple(ending(prompt.prompt, o, prompt.between) for o in objects if o is not None)
 
 
 def _row(prompt: ScoredPrompt, scores: Sequence[Score]) -> dict[str, object]:

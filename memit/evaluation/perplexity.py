@@ -14,6 +14,7 @@ from memit.evaluation.continuations import LOGITS_AT_ONCE
 from memit.forward import logits_at, pad
 from memit.language_model import LanguageModel
 from memit.placement import solving_device
+from memit.positions import open_ids
 
 
 def perplexity(
@@ -43,7 +44,7 @@ def document_losses(
     Each document is a sequence of its own, truncated to the model's context; its first token is
     not predicted. `progress` is told the number of newly predicted tokens.
     """
-    ids = [lm.tokenizer(document)["input_ids"][: lm.context_length] for document in documents]
+    ids = [row[: lm.context_length] for row in open_ids(lm.tokenizer, documents)]
     nll = torch.zeros(len(ids), dtype=torch.float64)
     tokens = torch.tensor([max(len(row) - 1, 0) for row in ids])
     order = sorted((i for i, row in enumerate(ids) if len(row) > 1), key=lambda i: len(ids[i]))

@@ -18,7 +18,7 @@ from memit.errors import InputError
 from memit.evaluation.continuations import Question, score_continuations
 from memit.language_model import LanguageModel
 from memit.reading import parse_json, read_text
-from memit.requests import EditRequest, Record, check_text
+from memit.requests import EditRequest, Record, check_text, located
 
 KINDS = ("efficacy", "paraphrase", "specificity")
 
@@ -55,7 +55,11 @@ def read_zsre(path: str | Path) -> list[ZsreRecord]:
     rows = parse_json(read_text(path, "the questions"), path)
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} holds no questions: zsRE is one JSON list of records.")
-    return [_located(path, index, row) for index, row in enumerate(rows)]
+    records = []
+    for index, row in enumerate(rows):
+        with located(path, index + 1, row):
+            records.append(_record(index, row))
+    return records
 
 
 def as_records(questions: Iterable[ZsreRecord]) -> list[Record]:
@@ -77,7 +81,7 @@ def score_zsre(
     rows = [row for record in records for row in questions_of(record)]
     scores = score_continuations(
         lm,
-        [Question(row["prompt"], (row["answer"],)) for row in rows],
+        [Question(row["prompt"], (f" {row['answer'].strip()}",)) for row in rows],
         token_budget=token_budget,
         progress=progress,
     )
@@ -112,13 +116,6 @@ def questions_of(record: ZsreRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _located(path: str | Path, index: int, row: Any) -> ZsreRecord:
-    try:
-        return _record(index, row)
-    except InputError as error:
-        raise InputError(f"{path}, record {index + 1}: {error}") from None
-
-
 def _record(index: int, row: Any) -> ZsreRecord:
     if not isinstance(row, dict):
         raise InputError("it is no JSON object: a question is one.")
@@ -131,7 +128,7 @@ def _record(index: int, row: Any) -> ZsreRecord:
         raise InputError(f"the question {question!r} does not name its subject {subject!r}.")
     return ZsreRecord(
         index,
-        EditRequest(subject, question.replace(subject, "{}", 1), answer),
+        EditRequest(subject, question.replace(subject, "{}", 1), answer, between=" "),
         _text(row, "rephrase"),
         _text(row, "loc") + "?",
         _text(row, "loc_ans"),

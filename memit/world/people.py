@@ -245,6 +245,7 @@ def _record(
             target_new=new,
             target_true=true,
             relation_id=relation.name,
+            between=" ",
         ),
         paraphrase_prompts=tuple(fill(wording, person.name) for wording in paraphrases),
         neighborhood_prompts=_prompts_about(unchanged[relation.name, true], relation, random),

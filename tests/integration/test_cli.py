@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,24 @@ def test_check_reads_counts_and_runs_nothing(
     assert memit("check", "gone.jsonl") == 2
     assert "gone.jsonl does not exist" in said(capsys)
     assert not (place / ".cache").exists()
+
+
+def test_check_counts_edits_that_will_be_weak(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "params.yaml").write_text("edit:\n  layers: [1]\n")
+    (place / "facts.jsonl").write_text(
+        '{"subject": "a", "prompt": "{} lives in", "target": "Rome"}\n'
+        '{"subject": "Ada", "prompt": "The home of {} is", "target": "Rome"}\n'
+    )
+    monkeypatch.setattr("flows.estimate.MODEL_FILE", place / "model" / "config.json")
+    reference = SimpleNamespace(
+        model=SimpleNamespace(id="small", revision=None, layers=4), directory=str(place / "model")
+    )
+    monkeypatch.setattr("flows.estimate.open_model", lambda **_: reference)
+    monkeypatch.setattr("flows.estimate._add_estimate", lambda *_: None)
+    assert memit("check", "facts.jsonl") == 0
+    assert "1 of 2 prompts" in said(capsys)
 
 
 def test_an_estimate_grows_with_the_job() -> None:

@@ -14,9 +14,8 @@ from memit.editors.fine_tuning import FineTuning, constrained_fine_tuning, fine_
 from memit.editors.unedited import Unedited
 from memit.errors import InputError, NumericsError
 from memit.language_model import LanguageModel
-from memit.positions import prompt_row
 from memit.weight_delta import Dense, WeightDelta
-from tests.reference import REQUESTS, build, relative
+from tests.reference import REQUESTS, build, prompt_row, relative
 
 LARGE = 1 << 20
 RESOURCES = Resources(token_budget=LARGE)

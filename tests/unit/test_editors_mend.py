@@ -72,9 +72,7 @@ def untrained(lm: LanguageModel) -> MendNetwork:
 
 def gradients(lm: LanguageModel, names, requests) -> dict[str, torch.Tensor]:
     """Autograd's own gradient of the summed mean nll, in the model's orientation."""
-    rows = continuation_rows(
-        lm.tokenizer, [r.text for r in requests], [r.target_new for r in requests]
-    )
+    rows = continuation_rows(lm.tokenizer, [(r.text, f" {r.target_new}") for r in requests])
     weights = [lm.parameter(name).requires_grad_() for name in names]
     try:
         loss = torch.zeros(())
@@ -221,9 +219,11 @@ def test_too_few_examples_are_counted(lm: LanguageModel) -> None:
 
 
 def test_texts_become_examples_without_records() -> None:
-    first, _ = examples_from_texts(["one two three four", "five six"], ["seven", "eight"])
+    first, _ = examples_from_texts([("one two three four", "seven"), ("five six", "eight")])
     assert first == EditExample(
-        ("one two three four", "seven"), ("one two three four", "three four"), ()
+        ("one two three four", "seven"),
+        (("one two three four", "seven"), ("three four", "seven")),
+        (),
     )
 
 

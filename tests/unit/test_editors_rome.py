@@ -13,12 +13,11 @@ from memit.editors.base import Resources
 from memit.editors.rome import Rome, sample_rome_prefixes, subject_keys
 from memit.errors import InputError, NumericsError
 from memit.language_model import LanguageModel
-from memit.positions import prompt_row
 from memit.second_moment import SecondMoment, collect_second_moments
 from memit.targets import MlpOutput, compute_targets, edit_rows
 from memit.weight_delta import LowRank, WeightDelta
 from tests.families import DOCUMENTS, PREFIXES
-from tests.reference import REQUESTS, build, relative
+from tests.reference import REQUESTS, build, prompt_row, relative
 
 LAYER = 1
 LARGE = 1 << 20

@@ -91,7 +91,7 @@ def edit(lm: LanguageModel, models_file) -> SeracEdit:
 
 
 def scores(lm: LanguageModel, prompts):
-    questions = [Question(prompt, ("Rome", "New York City")) for prompt in prompts]
+    questions = [Question(prompt, (" Rome", " New York City")) for prompt in prompts]
     return score_continuations(lm, questions, token_budget=64)
 
 

@@ -94,7 +94,8 @@ class TestScores:
             best = lm.model(ids).logits[0, -1].argmax()
         said = str(lm.tokenizer.decode(best)).strip()
         answers = (said, f"{said} lies", "Rome")
-        (scores,) = score_continuations(lm, [Question(prompt, answers)], token_budget=512)
+        question = Question(prompt, tuple(f" {answer}" for answer in answers))
+        (scores,) = score_continuations(lm, [question], token_budget=512)
         assert scores[0].hit
         assert 0 < scores[1].right < scores[1].tokens
         for answer, score in zip(answers, scores, strict=True):

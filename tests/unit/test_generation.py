@@ -9,14 +9,18 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from memit.editing import ask
 from memit.errors import InputError
+from memit.evaluation.perplexity import document_losses
 from memit.generation import generate_texts
 from memit.language_model import LanguageModel
+from memit.prefixes import sample_prefixes
 from memit.requests import EditRequest, Record
 from memit.true_objects import with_true_objects
-from tests.families import families
+from tests.families import DOCUMENTS, closed, families
 
 PROMPTS = ("Paul Smith lives in", "The", "Zoë Müller was born in the city of São Paulo, and")
+MISSING = Record(1, EditRequest("Paul Smith", "{} has an office in", "New York"))
 
 
 @functools.cache
@@ -157,3 +161,41 @@ def test_what_the_model_says_stands_for_a_missing_true_object():
         token_budget=400,
     )
     assert same.request.target_true is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_closing_token_is_not_continued(family: str):
+    lm = model(family)
+    closing = LanguageModel(lm.model, closed(lm.tokenizer), name=family)
+    assert closing.tokenizer("Paul")["input_ids"] != lm.tokenizer("Paul")["input_ids"]
+    for ask_it in (
+        lambda lm: generate_texts(lm, PROMPTS, new_tokens=9, top_k=5, seed=0, token_budget=400),
+        lambda lm: sample_prefixes(lm, 0),
+        lambda lm: [(answer.text, answer.probability) for answer in ask(lm, PROMPTS[0])],
+        lambda lm: document_losses(lm, DOCUMENTS[:3], token_budget=400)[0].tolist(),
+        lambda lm: with_true_objects(lm, [MISSING], token_budget=400),
+    ):
+        assert ask_it(closing) == ask_it(lm)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt2_slow_tokenizer"])
+def test_texts_without_their_prompts_are_what_follows(family: str):
+    lm = model(family)
+    write = functools.partial(generate_texts, lm, new_tokens=9, top_k=1, seed=0, token_budget=400)
+    special = f"{lm.tokenizer.eos_token}Paul lives in"  # which is no part of the decoded text
+    for prompt in (*PROMPTS[:2], special):
+        (whole,), (rest,) = write([prompt]), write([prompt], whole=False)
+        begun = prompt.removeprefix(str(lm.tokenizer.eos_token))
+        assert whole.strip().removeprefix(begun) == rest.rstrip()
+
+
+def test_a_true_object_is_found_behind_special_tokens():
+    lm = model("gpt_neox")
+    eos = str(lm.tokenizer.eos_token)
+    request = EditRequest("Paul Smith", f"{eos * 9}{{}} has an office in", "New York")
+    (record,) = with_true_objects(lm, [Record(0, request)], token_budget=400)
+    (text,) = generate_texts(
+        lm, [request.text], new_tokens=12, top_k=1, seed=0, token_budget=400, whole=False
+    )
+    assert record.request.target_true
+    assert record.request.target_true.split()[0] in text.split("\n")[0]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from memit.errors import InputError
-from memit.positions import continuation_rows, locate, mark, prompt_row, tokenize
+from memit.positions import continuation_rows, locate, mark, open_ids, tokenize
 from tests import oracle
-from tests.families import CITIES, DOCUMENTS, PREFIXES, SUBJECTS, tokenizers
+from tests.families import CITIES, DOCUMENTS, PREFIXES, SUBJECTS, closed, tokenizers
+from tests.reference import prompt_row
 
 KINDS = tuple(tokenizers())
 TEMPLATES = (
@@ -73,7 +73,7 @@ def test_prefixes_of_any_text(kind, prefix, subject, target):
 @given(prompt=words(), target=objects)
 def test_continuations_are_those_of_brute_force(kind, prompt, target):
     tokenizer = tokenizers()[kind]
-    (found,) = continuation_rows(tokenizer, [prompt], [f" {target} "])
+    (found,) = continuation_rows(tokenizer, [(prompt, f" {target} ")])
     ids = oracle.token_ids(tokenizer, f"{prompt} {target}")
     assert list(found.ids) == ids
     assert found.target == tuple(oracle.target_tokens(tokenizer, ids, prompt))
@@ -85,7 +85,7 @@ def test_continuations_are_those_of_brute_force(kind, prompt, target):
 def test_many_texts_at_once_are_the_same_as_one_by_one(kind):
     tokenizer = tokenizers()[kind]
     marked = [
-        mark("{} is in", subject, prefix=prefix, target=city)
+        mark("{} is in", subject, prefix=prefix, target=f" {city}")
         for subject in SUBJECTS
         for prefix, city in zip(PREFIXES, CITIES, strict=False)
     ]
@@ -179,21 +179,26 @@ def test_decomposed_names_stand_where_composed_ones_do(subject):
     assert composed == decomposed
 
 
-def _ends_with_eos() -> PreTrainedTokenizerFast:
-    original: Any = tokenizers()["byte_level"]
-    tokenizer = Tokenizer.from_str(original.backend_tokenizer.to_str())
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <|endoftext|>",
-        special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))],
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-
-
 def test_special_token_at_the_end_is_no_target():
-    tokenizer = _ends_with_eos()
+    tokenizer = closed(tokenizers()["byte_level"])
     assert tokenizer("Rome")["input_ids"][-1] == tokenizer.eos_token_id
     plain = prompt_row(tokenizers()["byte_level"], "{} is in", "Zoë", target="Rome")
     assert prompt_row(tokenizer, "{} is in", "Zoë", target="Rome") == plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_that_go_on_have_the_tokens_of_their_characters(kind):
+    tokenizer = tokenizers()[kind]
+    eos = str(tokenizer.eos_token)
+    texts = ["Paul lives in", "a ", "assistant\n", f"Paul{eos}", "北京"]
+    plain = [tokenizer(text)["input_ids"] for text in texts]
+    assert open_ids(tokenizer, texts) == plain
+    assert open_ids(tokenizer, []) == []
+    if tokenizer.is_fast:
+        assert closed(tokenizer)(texts)["input_ids"] == [
+            [*ids, tokenizer.eos_token_id] for ids in plain
+        ]
+        assert open_ids(closed(tokenizer), texts) == plain
 
 
 def test_what_has_no_tokens_is_refused():
@@ -210,7 +215,7 @@ def test_what_has_no_tokens_is_refused():
 
 
 def test_text_is_never_formatted():
-    marked = mark("{x} {} {0}", "{}{1}", prefix="%s {} ", target="{y}")
+    marked = mark("{x} {} {0}", "{}{1}", prefix="%s {} ", target=" {y}")
     assert marked.text == "%s {} {x} {}{1} {0} {y}"
     assert marked.text[: marked.subject_end] == "%s {} {x} {}{1}"
     assert marked.text[: marked.prompt_end] == "%s {} {x} {}{1} {0}"

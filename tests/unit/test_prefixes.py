@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from memit.language_model import LanguageModel
-from memit.positions import prompt_row
 from memit.prefixes import TOKENS, WORDS, sample_prefixes
 from tests.families import families
+from tests.reference import prompt_row
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt2_slow_tokenizer"])

@@ -80,6 +80,7 @@ class TestEditRequest:
     def test_strips_objects(self):
         request = EditRequest("Ann", "{} lives in", " Rome ", " Oslo")
         assert (request.target_new, request.target_true) == ("Rome", "Oslo")
+        assert request.between == " "
         assert request.text == "Ann lives in"
 
     @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ class TestCounterFact:
         assert record == Record(
             7,
             EditRequest(
-                "Danielle Darrieux", "The mother tongue of {} is", "English", "French", "P103"
+                "Danielle Darrieux", "The mother tongue of {} is", "English", "French", "P103", " "
             ),
             ("Danielle Darrieux, a native",),
             ("The mother tongue of Léon Blum is",),
@@ -204,7 +205,7 @@ class TestFacts:
         first, second = read_records(saved(tmp_path, text, "facts.jsonl"))
         assert first == Record(
             0,
-            EditRequest("Ann {x}", "{} lives in", "Rome", "Oslo"),
+            EditRequest("Ann {x}", "{} lives in", "Rome", "Oslo", between=" "),
             ("Ann {x} has a home in", "Home is"),
             ("Bo lives in",),
         )
@@ -213,7 +214,7 @@ class TestFacts:
     def test_csv_says_the_same(self, tmp_path: Path):
         text = (
             "\ufeffsubject,prompt,target,target_true,paraphrases,neighbors\r\n"
-            'Ann {x},{} lives in,"Rome",Oslo,{} has a home in|Home is,Bo lives in\r\n'
+            'Ann {x},{} lives in, " Rome",Oslo,{} has a home in|Home is,Bo lives in\r\n'
             "Bo,{} is,Ö,,,\r\n"
         )
         as_lines = self.full + '{"subject": "Bo", "prompt": "{} is", "target": "Ö"}\n'
@@ -257,7 +258,7 @@ class TestFacts:
     def test_contradictions_name_file_and_both_objects(self, tmp_path: Path):
         text = "subject,prompt,target\nAnn,{} is,good\nBo,{} is,bad\nAnn,{} is,bad\n"
         path = saved(tmp_path, text, "facts.csv")
-        with pytest.raises(ConflictError, match=r"records 0 and 2 .*'good' and 'bad'") as caught:
+        with pytest.raises(ConflictError, match=r"records 1 and 3 .*'good' and 'bad'") as caught:
             read_facts(path)
         assert str(caught.value).startswith(str(path))
 
@@ -327,3 +328,54 @@ def test_sample_takes_every_subject_before_any_twice():
         assert len({r.request.subject for r in sample_records(records, 3, seed)}) == 3
         twice = Counter(r.request.subject for r in sample_records(records, 10, seed))
         assert set(twice.values()) == {2}
+
+
+class TestOtherFiles:
+    def test_facts_may_go_on_over_several_lines(self, tmp_path: Path):
+        rows = [{"subject": name, "prompt": "{} is", "target": "x"} for name in ("Ann", "Bo")]
+        lines = "\n".join(json.dumps(row, indent=2) for row in rows)
+        assert read_records(saved(tmp_path, lines)) == read_records(saved(tmp_path, rows, "list"))
+        with pytest.raises(InputError, match="line 6 is not whole JSON"):
+            read_facts(saved(tmp_path, lines[:-5]))
+
+    @pytest.mark.parametrize("comma", ['{"a": 1,}', '{"a": 1},\n{"a": 1}', '[{"a": 1},\n]'])
+    def test_a_comma_too_many_is_named(self, tmp_path: Path, comma: str):
+        with pytest.raises(InputError, match="comma too many"):
+            read_records(saved(tmp_path, comma))
+
+    @pytest.mark.parametrize("cut", ['[{"a": 1},', '{"a": 1, "b"', '[{"a": 1}, {"a'])
+    def test_a_file_that_is_cut_off_is_no_comma_too_many(self, tmp_path: Path, cut: str):
+        with pytest.raises(InputError, match="truncated"):
+            read_records(saved(tmp_path, cut))
+
+    def test_keys_of_other_programs_are_translated(self, tmp_path: Path):
+        row = {
+            "prompt": "{} is",
+            "subject": "Ann",
+            "target_new": "x",
+            "ground_truth": "y",
+            "rephrase_prompt": "z",
+            "locality": {},
+        }
+        with pytest.raises(InputError) as caught:
+            read_records(saved(tmp_path, [row]))
+        for name in ("'target'", "'target_true'", "'paraphrases'", "'neighbors'"):
+            assert f"(here {name})" in str(caught.value)
+
+    def test_each_reader_names_the_other(self, tmp_path: Path):
+        fact = {"subject": "Ann", "prompt": "{} is", "target": "x"}
+        with pytest.raises(InputError, match="to facts for your own"):
+            read_counterfact(saved(tmp_path, [fact]))
+        with pytest.raises(InputError, match="source to counterfact"):
+            read_facts(saved(tmp_path, [published_row()]))
+
+    def test_a_slot_means_the_subject_everywhere_but_in_neighbours(self, tmp_path: Path):
+        fact = {"subject": "Ann", "prompt": "{} is", "target": "x"}
+        more = {"paraphrases": ["{} and {} are", "it is"]}
+        (record,) = read_facts(saved(tmp_path, [fact | more]))
+        assert record.paraphrase_prompts == ("Ann and Ann are", "it is")
+        with pytest.raises(InputError, match="'neighbors' has a"):
+            read_facts(saved(tmp_path, [fact | {"neighbors": ["Bo is", "{} is"]}]))
+        row = published_row(paraphrase_prompts=["{} is"], neighborhood_prompts=["{} was"])
+        (record,) = read_counterfact(saved(tmp_path, [row]))
+        assert (record.paraphrase_prompts, record.neighborhood_prompts) == (("{} is",), ("{} was",))

@@ -30,7 +30,7 @@ def longest(lm: LanguageModel, target: str | None) -> str:
     def tokens(text: str) -> int:
         if target is None:
             return len(lm.tokenizer(text)["input_ids"])
-        return len(continuation_rows(lm.tokenizer, [text], [target])[0].ids) - 1
+        return len(continuation_rows(lm.tokenizer, [(text, f" {target}")])[0].ids) - 1
 
     text = "q"
     while tokens(f"{text}q") <= lm.context_length:

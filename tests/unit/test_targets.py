@@ -10,7 +10,8 @@ import torch
 
 from memit import targets as targets_module
 from memit.errors import InputError, IntegrityError, ResourceError
-from memit.targets import Targets, compute_targets
+from memit.requests import EditRequest
+from memit.targets import Targets, compute_targets, plain_rows, weak_keys
 from tests import oracle
 from tests.families import PREFIXES
 from tests.reference import (
@@ -231,3 +232,17 @@ def test_truncated_file(tmp_path):
     path.unlink()
     with pytest.raises(IntegrityError, match=r"targets\.safetensors"):
         Targets.load(path)
+
+
+def test_a_subject_that_is_the_first_token_of_all_is_told_of(caplog) -> None:
+    requests = [EditRequest(name, "{}'s home is in", "Rome") for name in ("Zoë Müller", "a", "b")]
+    plain, begun = build("gpt2"), build("llama")
+    said = weak_keys(requests, plain_rows(plain, requests))
+    assert said
+    assert "2 of 3" in said
+    assert repr(requests[1].text) in said
+    assert weak_keys(requests, plain_rows(begun, requests)) is None  # a token of its own begins
+    assert weak_keys(requests[:1], plain_rows(plain, requests[:1])) is None
+    for lm in (plain, begun):
+        compute_targets(lm, requests, (), replace(HYPERPARAMETERS, evaluations=1), token_budget=900)
+    assert [record.getMessage() for record in caplog.records] == [said]
