@@ -80,8 +80,10 @@ bench: $(STAMP) ## time every step against the oracle and the machine's limits
 
 SEED ?= 0
 KILLS ?= 100
-chaos: $(STAMP) ## kill the experiment at random (SEED=, KILLS=): the tables in docs/reliability.md
-	@$(BIN)/python -m tests.acceptance.chaos --seed $(SEED) --kills $(KILLS) --write
+SIZE ?= default
+chaos: $(STAMP) ## kill the experiment at random (SEED=, KILLS=, SIZE=small): docs/reliability.md
+	@$(BIN)/python -m tests.acceptance.chaos --seed $(SEED) --kills $(KILLS) --size $(SIZE) \
+	  $(if $(filter default,$(SIZE)),--write)
 
 ui: $(STAMP) ## MLflow in the browser (PREFECT=1: Prefect's server too)
 	@PREFECT="$(PREFECT)" $(BIN)/python -m flows.ui

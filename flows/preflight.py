@@ -49,7 +49,7 @@ def check_inputs(parameters: Parameters, *, compares: bool = False) -> None:
     Raises:
         MemitError: the first thing that would stop the experiment later.
     """
-    _check_proxies()
+    _check_surroundings()
     check_workers(workers_of(parameters))
     _check_device(parameters.model.device)
     records = _read_requests(parameters)
@@ -115,7 +115,11 @@ def _editable(parameters: Parameters) -> int:
     return len(edited)
 
 
-def _check_proxies() -> None:
+def _check_surroundings() -> None:
+    if set("?%") & set(str(project_root())):
+        raise InputError(
+            f"{project_root()}: an address of a data base cannot have ? or %: rename the directory."
+        )
     try:
         httpx.Client().close()
     except (ImportError, ValueError, httpx.InvalidURL) as error:

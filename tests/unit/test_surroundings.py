@@ -11,6 +11,7 @@ import pytest
 
 from flows.parameters import Parameters
 from flows.preflight import check_inputs
+from flows.record import commit_stages
 from memit.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -67,11 +68,52 @@ def test_a_proxy_that_cannot_be_used_is_told_at_the_start(
         check_inputs(Parameters())
 
 
+@pytest.mark.parametrize("name", ["a%20b", "why?"])
+def test_a_directory_that_no_address_can_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / name))
+    with pytest.raises(InputError, match="rename the directory"):
+        check_inputs(Parameters())
+
+
 def test_windows_is_told_in_a_sentence() -> None:
     ended = run("import sys; sys.platform = 'win32'; import flows.experiment")
     assert ended.returncode != 0
     assert ended.stderr.startswith("error: ")
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_user_without_a_name_has_one_and_a_home() -> None:
+    unnamed = "import os, pwd; pwd.getpwuid = lambda number: {}[number]\n"
+    unnamed += "for name in ('HOME', 'USER', 'LOGNAME'): os.environ.pop(name, None)\n"
+    ask = "import flows, getpass; print(getpass.getuser(), os.path.expanduser('~'))"
+    assert run(unnamed + ask).stdout.split() == [str(os.getuid()), os.getcwd()]
+
+
+@pytest.mark.parametrize(("cause", "cure"), [("no git", "git init"), ("a link", "dvc cache dir")])
+def test_what_helps_where_dvc_cannot_take_the_results(
+    cause: str,
+    cure: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = tmp_path / "project"
+    (place / ".dvc").mkdir(parents=True)
+    (place / ".dvc" / "config").write_bytes((ROOT / ".dvc" / "config").read_bytes())
+    (place / "dvc.yaml").write_text("stages: {model: {cmd: 'true', outs: [artifacts/a]}}\n")
+    (place / "params.yaml").write_text("{}\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").touch()
+    (place / "artifacts").symlink_to(tmp_path / "elsewhere")
+    if cause == "a link":
+        subprocess.run(["git", "init", "-q"], cwd=place, check=True)
+    monkeypatch.chdir(place)
+    commit_stages(Parameters(), ["model"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("warning: DVC did not take the results")
+    assert cure in said
 
 
 def made(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
