@@ -22,7 +22,7 @@ from tasks.stopping import GO_ON, INTERRUPTED, TERMINATED, end_when_asked, leave
 
 BAD_INPUT = 2
 """Exit status when the user can put it right."""
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 Result = TypeVar("Result")
 
@@ -102,8 +102,8 @@ def _known(error: BaseException | None) -> MemitError | None:
             )
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             return ResourceError(
-                f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room or "
-                "use another disk."
+                f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room, "
+                "change its permissions, or use another disk."
             )
         error = error.__cause__ or error.__context__
     return None

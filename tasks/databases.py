@@ -23,6 +23,7 @@ def check_database(path: Path, owner: str, migrations: Path) -> None:
     try:
         with closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as base:
             base.execute("begin immediate")
+            base.execute("create table written (here text)")  # and taken back below
             tables = {name for (name,) in base.execute("select name from sqlite_master")}
             schema = "select version_num from alembic_version"
             found = base.execute(schema).fetchall() if "alembic_version" in tables else []
