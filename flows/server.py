@@ -82,8 +82,7 @@ def _started(wanted: int) -> Iterator[str]:
         while not _answers(address):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise UnreachableError(
-                    f"Prefect's server did not come up: the end of {log} says why; if it is the "
-                    f"data base, move {database} away, which holds no results."
+                    f"Prefect's server did not come up: the end of {log} says why."
                 )
             time.sleep(0.2)
         yield address
