@@ -41,7 +41,7 @@ try:
     pwd.getpwuid(os.getuid())
 except KeyError:  # containers have users without a name, whom DVC and MLflow ask for it
     os.environ.setdefault("USER", str(os.getuid()))
-    os.environ.setdefault("HOME", str(_ROOT))
+    os.environ.setdefault("HOME", str(_ROOT / ".cache"))
 
 # Prefect's server, and MLflow's, are on this machine, where no proxy leads.
 _LOOPBACK = "127.0.0.1,localhost,::1"

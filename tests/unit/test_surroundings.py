@@ -88,7 +88,7 @@ def test_a_user_without_a_name_has_one_and_a_home() -> None:
     unnamed = "import os, pwd; pwd.getpwuid = lambda number: {}[number]\n"
     unnamed += "for name in ('HOME', 'USER', 'LOGNAME'): os.environ.pop(name, None)\n"
     ask = "import flows, getpass; print(getpass.getuser(), os.path.expanduser('~'))"
-    assert run(unnamed + ask).stdout.split() == [str(os.getuid()), os.getcwd()]
+    assert run(unnamed + ask).stdout.split() == [str(os.getuid()), f"{os.getcwd()}/.cache"]
 
 
 @pytest.mark.parametrize(("cause", "cure"), [("no git", "git init"), ("a link", "dvc cache dir")])
