@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from flows.command import console, given_parameters, reporting
 from flows.parameters import Parameters
 from flows.server import prefect_server
-from flows.watched import watched
+from flows.watched import end, watched
 
 MLFLOW_PORT, PREFECT_PORT = 5_000, 4_200
 
@@ -33,8 +33,10 @@ def show(parameters: Parameters) -> None:
             console.print(f"Prefect: {api.removesuffix('/api')}")
         console.print("Stop with Ctrl-C.")
         words = watched("mlflow", "ui", "--backend-store-uri", uri, *place)
+        process = subprocess.Popen(words, env=environment)
+        stack.callback(end, process.pid)
         with suppress(KeyboardInterrupt):
-            subprocess.run(words, env=environment, check=False)
+            process.wait()
 
 
 if __name__ == "__main__":
