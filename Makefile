@@ -4,13 +4,17 @@ PYTHON ?= python3
 # An index for torch, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu where no GPU is wanted.
 # Empty: pip's own configuration.
 TORCH_INDEX ?=
-VENV := $(CURDIR)/.venv
+# Relative, and only its Python is called by path: the project may lie anywhere and be moved.
+VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-export PATH := $(BIN):$(PATH)
+export PATH := $(if $(filter /%,$(BIN)),,$(CURDIR)/)$(BIN):$(PATH)
+ifneq (,$(findstring :,$(CURDIR)))
+$(error a colon in the path of this directory separates paths: rename $(CURDIR))
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install run repro deploy compare scale test lint format stages golden audit bench chaos ui clean
@@ -32,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch "$(STAMP)"
 
 run: $(STAMP) ## the experiment that params.yaml describes; what is done already comes from caches
-	@$(BIN)/memit run
+	@$(BIN)/python -m flows.experiment
 
 repro: $(STAMP) ## the same through DVC, with one Prefect server for all stages
 	@$(BIN)/python -m flows.reproduce
@@ -56,7 +60,7 @@ test: $(STAMP) ## the whole test suite
 lint: $(STAMP) ## format, lint and type checks, changing nothing
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/pyright
+	@$(BIN)/python -m pyright
 
 format: $(STAMP) ## put the code into its format
 	@$(BIN)/ruff format .
@@ -71,7 +75,7 @@ golden: $(STAMP) ## DIR=...: compare with a recorded run of the published method
 
 audit: $(STAMP) ## look the pinned dependencies up among known vulnerabilities (needs PyPI's service)
 	@test -x "$(BIN)/pip-audit" || $(PIP) install -c constraints.txt pip-audit
-	@$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt || \
+	@$(BIN)/python -m pip_audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt || \
 	  { echo "not passed: the lines above name what is vulnerable or could not be looked up"; exit 1; }
 
 bench: $(STAMP) ## time every step against the oracle and the machine's limits
@@ -79,8 +83,10 @@ bench: $(STAMP) ## time every step against the oracle and the machine's limits
 
 SEED ?= 0
 KILLS ?= 100
-chaos: $(STAMP) ## kill the experiment at random (SEED=, KILLS=): the tables in docs/reliability.md
-	@$(BIN)/python -m tests.acceptance.chaos --seed $(SEED) --kills $(KILLS) --write
+SIZE ?= default
+chaos: $(STAMP) ## kill the experiment at random (SEED=, KILLS=, SIZE=small): docs/reliability.md
+	@$(BIN)/python -m tests.acceptance.chaos --seed $(SEED) --kills $(KILLS) --size $(SIZE) \
+	  $(if $(filter default,$(SIZE)),--write)
 
 ui: $(STAMP) ## MLflow in the browser (PREFECT=1: Prefect's server too)
 	@PREFECT="$(PREFECT)" $(BIN)/python -m flows.ui

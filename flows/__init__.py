@@ -5,21 +5,22 @@ What stands in the environment already is left alone.
 """
 
 import os
+import sys
 from pathlib import Path
+from urllib.request import getproxies_environment
+
+if sys.platform == "win32":
+    sys.exit("error: memit runs on Linux and macOS; on Windows run it inside of WSL.")
+
+import pwd
 
 _ROOT = Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
 _SETTINGS = {
     "PREFECT_HOME": str(_ROOT / ".prefect"),
-    # The first start makes a data base, which takes longer than Prefect's 20 s on a slow machine.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # Its shutdown prints harmless tracebacks otherwise.
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     # The terminal shows progress and one sentence when something fails; the log is in the UI.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
-    # Five tries take a minute for each request, and a run whose server is gone makes several.
-    "PREFECT_CLIENT_MAX_RETRIES": "4",
     # A server that is started again must still know who holds the GPU, and until when.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
         "prefect.server.concurrency.lease_storage.filesystem"
@@ -35,3 +36,16 @@ _SETTINGS = {
 }
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
+
+try:
+    pwd.getpwuid(os.getuid())
+except KeyError:  # containers have users without a name, whom DVC and MLflow ask for it
+    os.environ.setdefault("USER", str(os.getuid()))
+    os.environ.setdefault("HOME", str(_ROOT / ".cache"))
+
+# Prefect's server, and MLflow's, are on this machine, where no proxy leads.
+_LOOPBACK = "127.0.0.1,localhost,::1"
+_PROXIES = getproxies_environment()
+_EXCEPTED = _PROXIES.get("no", "")
+if _PROXIES and _EXCEPTED != "*":
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{_EXCEPTED},{_LOOPBACK}".lstrip(",")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from types import TracebackType
 from typing import NoReturn, TypeVar
@@ -16,11 +18,11 @@ from rich.console import Console
 from flows.alone import alone
 from flows.parameters import Parameters, read_parameters
 from memit.errors import MemitError, ResourceError, UnreachableError
-from tasks.stopping import INTERRUPTED, TERMINATED, end_when_asked, leave
+from tasks.stopping import GO_ON, INTERRUPTED, TERMINATED, end_when_asked, leave
 
 BAD_INPUT = 2
 """Exit status when the user can put it right."""
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 Result = TypeVar("Result")
 
@@ -60,26 +62,17 @@ def run_flow(
     logging.raiseExceptions = False  # a server that has gone is told of once, not for each record
     if check is not None:
         reporting(lambda: check(parameters))
-    reporting(lambda: _run_alone(flow, parameters))
+    reporting(lambda: _run_served(flow, parameters))
 
 
-def _run_alone(flow: Callable[[Parameters], object], parameters: Parameters) -> object:
+def _run_served(flow: Callable[[Parameters], object], parameters: Parameters) -> object:
+    from flows.server import end_without, prefect_server
+
     with alone():
-        if parameters.runner.kind == "threads":
-            return flow(parameters)
-        return _with_server(lambda: flow(parameters))
-
-
-def _with_server(work: Callable[[], object]) -> object:
-    """Do the work with a server that workers in other processes can reach."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    from flows.server import prefect_server
-
-    if PREFECT_API_URL.value():
-        return work()
-    with prefect_server() as address, temporary_settings({PREFECT_API_URL: address}):
-        return work()
+        server = ExitStack()
+        atexit.register(server.close)  # Prefect's threads send what is left before that
+        end_without(server.enter_context(prefect_server()))
+        return flow(parameters)
 
 
 def reporting(work: Callable[[], Result]) -> Result:
@@ -104,13 +97,13 @@ def _known(error: BaseException | None) -> MemitError | None:
     while error is not None:
         if isinstance(error, TransportError):
             return UnreachableError(
-                f"Prefect's server does not answer any more ({type(error).__name__}): finished "
-                "pieces are kept; run it again to go on."
+                f"Prefect's server does not answer ({type(error).__name__}): start the one that "
+                f"PREFECT_API_URL names, or unset that; {GO_ON}"
             )
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             return ResourceError(
-                f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room or "
-                "use another disk."
+                f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room, "
+                "change its permissions, or use another disk."
             )
         error = error.__cause__ or error.__context__
     return None

@@ -23,27 +23,23 @@ from flows.parameters import read_parameters
 if __name__ == "__main__":
     given_parameters()
 
-import psutil
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
 from flows.gpu import make_limit
 from flows.preflight import check_inputs
-from flows.server import prefect_server, stop
+from flows.server import end_without, prefect_server
+from flows.watched import end, watched
 from memit.errors import MemitError, UnreachableError
 from tasks.stopping import TERMINATED
 
-PREFECT = (sys.executable, "-m", "prefect")
 POOL = "local"
 FIRST = "experiment/local"
 """The deployment that is run."""
 PORT = 4_200
 """Of a server that is started here, if it is free."""
-PATIENCE = 6.0
-"""Seconds for a run, and for the worker, to note that it is stopped."""
 
 
 def prepare(gpu_runs: int) -> dict[str, Any]:
@@ -57,8 +53,8 @@ def prepare(gpu_runs: int) -> dict[str, Any]:
 
 def deploy(once: bool) -> int:
     """Do all that; gives 0 if the run completed."""
-    # Prefect has read its settings before the server was there.
-    with prefect_server(PORT) as api, temporary_settings({PREFECT_API_URL: api}):
+    with prefect_server(PORT) as api:
+        end_without(api)
         address = api.removesuffix("/api")
         console.print(f"Prefect's server is up: {address}")
         _make_pool()
@@ -89,7 +85,7 @@ def _deploy_all() -> None:
     log = Path(os.environ["PREFECT_HOME"]) / "deploy.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
-        words = [*PREFECT, "--no-prompt", "deploy", "--all"]
+        words = watched("prefect", "--no-prompt", "deploy", "--all")
         status = subprocess.run(words, stdout=file, stderr=file, check=False).returncode
     if status:
         said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
@@ -102,27 +98,14 @@ def _deploy_all() -> None:
 @contextmanager
 def _worker() -> Iterator[subprocess.Popen[bytes]]:
     """A process worker of the pool, stopped at the end together with what it runs."""
-    words = ["worker", "start", "--pool", POOL, "--type", "process"]
+    words = watched("prefect", "worker", "start", "--pool", POOL, "--type", "process")
     # Ctrl-C is for this process, which stops the run first and then the worker.
-    process = subprocess.Popen([*PREFECT, *words], start_new_session=True)
+    process = subprocess.Popen(words, start_new_session=True)
     try:
         yield process
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not leave processes behind
-        _stop_runs(process)
-        stop(process, PATIENCE)
-
-
-def _stop_runs(worker: subprocess.Popen[bytes]) -> None:
-    """End the runs of a worker, which it would leave behind, and whatever they have started."""
-    with suppress(psutil.NoSuchProcess):
-        running = psutil.Process(worker.pid).children(recursive=True)
-        for process in running:
-            with suppress(psutil.NoSuchProcess):
-                process.terminate()
-        for process in psutil.wait_procs(running, timeout=PATIENCE)[1]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        end(process.pid)
 
 
 def _run(worker: subprocess.Popen[bytes]) -> bool:

@@ -7,6 +7,7 @@ slot when its lease runs out.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from flows.parameters import Parameters
+from flows.server import PRIVATE
 from memit.errors import InputError
 
 GPU_LIMIT = "gpu"
@@ -39,13 +41,13 @@ def taking_turns(step: Callable[[Parameters], None]) -> Callable[[Parameters], N
 def gpu_turn(device: str) -> Iterator[None]:
     """Hold a slot of the limit while the body runs; a CPU needs none.
 
-    Nor does a run with a temporary server of its own: nobody else could see the slot.
+    Nor does a run with a server of its own: nobody else could see the slot.
 
     Raises:
         InputError: the server has no such limit.
     """
     server = get_current_settings().api.url
-    if server is None or not is_gpu(device):
+    if server in (None, os.environ.get(PRIVATE)) or not is_gpu(device):
         yield
         return
     with get_client(sync_client=True) as client:

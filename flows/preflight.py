@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
+
 from flows.parameters import Parameters
 from flows.runner import workers_of
 from memit.corpus import read_documents
@@ -47,6 +49,7 @@ def check_inputs(parameters: Parameters, *, compares: bool = False) -> None:
     Raises:
         MemitError: the first thing that would stop the experiment later.
     """
+    _check_surroundings()
     check_workers(workers_of(parameters))
     _check_device(parameters.model.device)
     records = _read_requests(parameters)
@@ -112,6 +115,20 @@ def _editable(parameters: Parameters) -> int:
             "of compare.systems."
         )
     return len(edited)
+
+
+def _check_surroundings() -> None:
+    if set("?%") & set(str(project_root())):
+        raise InputError(
+            f"{project_root()}: an address of a data base cannot have ? or %: rename the directory."
+        )
+    try:
+        httpx.Client().close()
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise InputError(
+            f"the proxy of the environment cannot be used ({error}): correct HTTP_PROXY, "
+            "HTTPS_PROXY or ALL_PROXY."
+        ) from error
 
 
 def _check_device(device: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,11 @@ RWLOCK = Path(".dvc/tmp/rwlock")
 RESULTS = (Path("artifacts"), Path("evaluation"), Path("report"))
 COPIES = Path(".dvc/cache/files/md5")
 """Where DVC keeps its copies of them."""
+CURES = {
+    "not a git repository": "`git init`, or `dvc config core.no_scm true`, and then ",
+    "is outside of": "put a directory in the link's place (`dvc cache dir` uses other disks), and ",
+}
+"""What helps where DVC says these words."""
 
 
 def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
@@ -47,9 +51,11 @@ def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
     if failed and LOCK.exists():
         failed = _commit_anew(STEPS[: STEPS.index(stages[-1]) + 1]) and failed
     if failed:
-        reason = failed.splitlines()[0]
+        lines = failed.splitlines()
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+        cure = next((cure for words, cure in CURES.items() if words in reason), "")
         console.print(
-            f"[yellow]warning:[/] DVC did not take the results ({reason}); they stand, and "
+            f"[yellow]warning:[/] DVC did not take the results ({reason}); they stand: {cure}"
             "`dvc commit -f` enters them."
         )
 
@@ -92,7 +98,7 @@ def _drop_damaged_copies() -> None:
 def _commit(stages: Sequence[str]) -> str:
     """What DVC says when it fails, nothing when it does not."""
     result = subprocess.run(
-        [dvc_command(), "commit", "--force", *stages],
+        [sys.executable, "-m", "dvc", "commit", "--force", *stages],
         capture_output=True,
         text=True,
         check=False,
@@ -118,9 +124,3 @@ def stand_in_the_file(parameters: Parameters) -> bool:
 
 def _without_runner(parameters: Parameters) -> dict[str, object]:
     return parameters.model_dump(exclude={"runner"})  # no result depends on it
-
-
-def dvc_command() -> str:
-    """DVC beside this Python, or on the path."""
-    beside = Path(sys.executable).with_name("dvc")
-    return str(beside) if beside.exists() else (shutil.which("dvc") or "dvc")

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 from flows.command import console, given_parameters, reporting
 from flows.parameters import complete_parameters
@@ -23,18 +21,14 @@ if __name__ == "__main__":
 import yaml
 from prefect import flow
 from prefect.logging import get_run_logger
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.gpu import make_limit
 from flows.preflight import check_inputs
-from flows.record import dvc_command
-from flows.server import prefect_server
+from flows.server import end_without, prefect_server
+from flows.watched import watched
 from memit.errors import InputError, MemitError
 
 NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}")
 SETTING = re.compile(r"([a-z][a-z0-9_]*(?:\.[a-z0-9_]+)+)=(.*)")
-PATIENCE = 20.0
-"""Seconds that DVC has for its own end when a run is cancelled."""
 
 
 @flow(name="reproduce", validate_parameters=False)
@@ -95,41 +89,22 @@ def _run_dvc(words: Sequence[str]) -> None:
     # The stages are flows of their own, not parts of this process's run.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT__")}
     process = subprocess.Popen(
-        [dvc_command(), *words],
+        watched("dvc", *words),
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # it and its stages can be stopped together
+        start_new_session=True,  # it ends after this run, however that ends
     )
     said: list[str] = []
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip():
-                logger.info(line.rstrip())
-                console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
-                said.append(line.strip())
-    finally:
-        _end(process)
-    if process.returncode:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip():
+            logger.info(line.rstrip())
+            console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+            said.append(line.strip())
+    if process.wait():
         raise MemitError(f"dvc {words[0]}: {_reason(said)}")
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Wait for DVC; if this run is being cancelled, stop it and its stages first."""
-    if sys.exc_info()[0] is not None:
-        _signal_all(process, signal.SIGTERM)
-    try:
-        process.wait(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        _signal_all(process, signal.SIGKILL)
-        process.wait()
-
-
-def _signal_all(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
 
 
 def _reason(said: Sequence[str]) -> str:
@@ -140,11 +115,9 @@ def _reason(said: Sequence[str]) -> str:
 
 def reproduce_here(options: Sequence[str]) -> int:
     """Run ``dvc repro`` with these options in the terminal; gives its exit status."""
-    own_server = "PREFECT_API_URL" not in os.environ
-    with prefect_server() as api, temporary_settings({PREFECT_API_URL: api}):
-        if own_server:
-            make_limit(1)  # the stages ask for it, where they compute on a GPU
-        return subprocess.run([dvc_command(), "repro", *options], check=False).returncode
+    with prefect_server() as address:
+        end_without(address)
+        return subprocess.run(watched("dvc", "repro", *options), check=False).returncode
 
 
 if __name__ == "__main__":

@@ -7,41 +7,35 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
+from contextlib import ExitStack, suppress
 
 from flows.command import console, given_parameters, reporting
 from flows.parameters import Parameters
-from flows.server import server_options
+from flows.server import prefect_server
+from flows.watched import end, watched
 
 MLFLOW_PORT, PREFECT_PORT = 5_000, 4_200
 
 
 def show(parameters: Parameters) -> None:
     """Start the servers and wait until Ctrl-C."""
-    from tasks.tracking import tracking_uri
+    from tasks.tracking import open_store, tracking_uri
 
     uri = tracking_uri(parameters.report.tracking_uri)
+    open_store(uri)
     # It would start eight processes for jobs that nobody submits here.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     place = ["--host", "127.0.0.1", "--port", str(MLFLOW_PORT)]
-    commands = [["mlflow", "ui", "--backend-store-uri", uri, *place]]
-    console.print(f"MLflow:  http://127.0.0.1:{MLFLOW_PORT}  (ready in a quarter of a minute)")
-    if os.environ.get("PREFECT"):
-        commands.append(["prefect", *server_options(PREFECT_PORT)])
-        console.print(f"Prefect: http://127.0.0.1:{PREFECT_PORT}")
-    console.print("Stop with Ctrl-C.")
-    processes = [
-        subprocess.Popen([sys.executable, "-m", *command], env=environment) for command in commands
-    ]
-    try:
-        for process in processes:
-            process.wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
+    with ExitStack() as stack:
+        console.print(f"MLflow:  http://127.0.0.1:{MLFLOW_PORT}  (ready in a quarter of a minute)")
+        if os.environ.get("PREFECT"):
+            api = stack.enter_context(prefect_server(PREFECT_PORT))
+            console.print(f"Prefect: {api.removesuffix('/api')}")
+        console.print("Stop with Ctrl-C.")
+        words = watched("mlflow", "ui", "--backend-store-uri", uri, *place)
+        process = subprocess.Popen(words, env=environment)
+        stack.callback(end, process.pid)
+        with suppress(KeyboardInterrupt):
             process.wait()
 
 

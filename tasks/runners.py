@@ -82,7 +82,7 @@ def mapping_over(workers: Workers) -> Iterator[None]:
     """
     check_workers(workers)
     with ExitStack() as stack:
-        stack.enter_context(_environment(_told(workers)))
+        stack.enter_context(environment(_told(workers)))
         if workers.kind == "dask":
             stack.enter_context(_dask(workers))
         elif workers.kind == "ray":
@@ -113,7 +113,8 @@ def _told(workers: Workers) -> dict[str, str]:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the time of the body, also for what it starts."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

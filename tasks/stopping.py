@@ -18,15 +18,19 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 TERMINATED = 143
 """Exit status after SIGTERM."""
+GO_ON = "finished pieces are kept; run it again to go on."
 PATIENCE = 4.0
 """Seconds for Prefect to note the end of its runs."""
 
 
-def leave(status: int) -> NoReturn:
+def leave(status: int, sentence: str = f"stopped: {GO_ON}") -> NoReturn:
     """Say how to go on and end the process, whatever its threads are doing."""
-    sys.stderr.write("stopped: finished pieces are kept; run it again to go on.\n")
+    sys.stderr.write(f"{sentence}\n")
     sys.stderr.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what fails on the way out concerns nobody
+    late = threading.Timer(2 * PATIENCE, os._exit, (status,))
+    late.daemon = True
+    late.start()
     atexit._run_exitfuncs()  # a temporary Prefect server or cluster is stopped here
     os._exit(status)
 

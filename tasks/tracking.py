@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from memit.errors import ResourceError, UnreachableError
 from memit.redaction import redacted
 from memit.whole_files import write_whole
 from tasks import figures
 from tasks.artifacts import FileLocks, project_root
+from tasks.databases import LOCK_SECONDS, check_database
 from tasks.loading import ModelFiles
 from tasks.measure import Cost
 from tasks.report import read_json, read_losses
@@ -54,8 +56,6 @@ if TYPE_CHECKING:
 DIGEST_TAG = "memit.experiment"
 COMPLETE_TAG = "memit.complete"
 WRITER_TAG = "memit.writer"
-LOCK_SECONDS = 10.0
-"""How long another process may hold the store."""
 BATCH = 1_000
 """Metrics in one request, the most that MLflow takes."""
 LONGEST = 6_000
@@ -116,8 +116,7 @@ def _taking(uri: str, command: str) -> Iterator[None]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     with _one_at_a_time(), _quiet():
         try:
-            _make_store(uri)
-            _probe(uri)
+            open_store(uri)
             yield
         except (
             MlflowException,
@@ -126,33 +125,58 @@ def _taking(uri: str, command: str) -> Iterator[None]:
             OSError,
             ResourceError,
         ) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UnreachableError(
                 f"MLflow at {uri} did not take the run ({reason}); the "
                 f"results stand, and the next `{command}` logs them."
             ) from error
 
 
-def _make_store(uri: str) -> None:
-    """Make a store that is a file whole or not at all: half a data base could never be opened."""
+def open_store(uri: str) -> None:
+    """Make a store that is a file, or see that it can be used and names this project's place.
+
+    Raises:
+        ResourceError: it cannot be made or used.
+    """
+    import mlflow
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or path.exists():
+    if not uri.startswith("sqlite:///"):
         return
-    artifacts = (project_root() / "mlartifacts").as_uri()
-    write_whole(
-        path, lambda partial: SqlAlchemyStore(f"sqlite:///{partial}", artifacts).engine.dispose()
-    )
+    if path.exists() and path.stat().st_size:
+        schemas = Path(mlflow.__file__).parent / "store/db_migrations/versions"
+        check_database(path, "MLflow", schemas)
+        _follow(path)
+        return
+    place = (project_root() / "mlartifacts").as_uri()
+    # Whole or not at all: half a data base could never be opened.
+    write_whole(path, lambda part: SqlAlchemyStore(f"sqlite:///{part}", place).engine.dispose())
 
 
-def _probe(uri: str) -> None:
-    """Fail within seconds where MLflow would try for minutes: a file that is locked or no store."""
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and path.exists():
-        with closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as store:
-            store.execute("begin immediate")
-            store.rollback()
+def _follow(path: Path) -> None:
+    """Note where the files of a project are that was moved or copied: MLflow keeps absolute places.
+
+    In a store outside of this project others have theirs, too: a place stays while it exists.
+    """
+    shared = path.resolve().parent != project_root()
+    first = ("experiments", "artifact_location")
+    rest = (("runs", "artifact_uri"), ("logged_models", "artifact_location"))
+    with closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as store, store:
+        known = store.execute("select experiment_id, name, artifact_location from experiments")
+        for number, name, former in known.fetchall():
+            now, place = _artifacts(name), Path(unquote(urlsplit(former).path))
+            ours = former.startswith("file:") and place.parts[-2:] == now.parts[-2:]
+            if not ours or place == now or (shared and place.exists()):
+                continue
+            for table, column in (first, *(rest if now.is_dir() else ())):
+                change = f"update {table} set {column} = replace({column}, ?, ?)"
+                store.execute(f"{change} where experiment_id = ?", (former, now.as_uri(), number))
+
+
+def _artifacts(name: str) -> Path:
+    """Where an experiment's files lie. Its name is a user's text and never becomes a path."""
+    return project_root() / "mlartifacts" / hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 def _log_once(uri: str, name: str, digest: str, log: Callable[[MlflowClient, str], str]) -> str:
@@ -206,10 +230,7 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
         if known.lifecycle_stage == "deleted":
             client.restore_experiment(known.experiment_id)
         return known.experiment_id
-    # The name is a user's text and never becomes a path.
-    folder = hashlib.sha256(name.encode()).hexdigest()[:12]
-    place = project_root() / "mlartifacts" / folder
-    return client.create_experiment(name, artifact_location=place.as_uri())
+    return client.create_experiment(name, artifact_location=_artifacts(name).as_uri())
 
 
 def _log_run(client: MlflowClient, experiment_id: str, experiment: Experiment) -> str:

@@ -39,7 +39,7 @@ from memit.tensor_files import load_metadata
 from tasks.artifacts import PARTIAL
 from tasks.results import STEPS
 from tasks.runners import WORKERS
-from tests.acceptance.project import ROOT, TINY, Project, server
+from tests.acceptance.project import ROOT, TINY, Project, hear_interrupts, server
 
 PHASES = ("start", *STEPS)
 """What a run is at: Python's start and Prefect's handshake come before the first step."""
@@ -48,6 +48,8 @@ PATIENCE = 1_200.0
 """Seconds after which a run counts as hanging."""
 STOPPED_WITHIN = 10.0
 """Seconds that a run may take to stop when it is asked to."""
+LOST_WITHIN = 60.0
+"""Seconds that a run may go on without Prefect's server."""
 TABLES = ROOT / "docs" / "reliability.md"
 MARK = "<!-- written by make chaos -->"
 
@@ -76,6 +78,7 @@ class Attempt:
                 stdout=said,
                 stderr=said,
                 start_new_session=True,
+                preexec_fn=hear_interrupts,
             )
         atexit.register(self.abandon)
 
@@ -440,6 +443,8 @@ class Chaos:
                 longest = max(longest, time.time() - died)
             if status not in (0, 2) or "Traceback" in attempt.said:
                 self.faults.append(f"server lost in {phase}: {status}, {attempt.said[-2000:]}")
+        if longest > LOST_WITHIN:
+            self.faults.append(f"a run went on for {longest:.0f} s without Prefect's server")
         self._go_on(project, "server lost")
         return f"one sentence and exit status 2, after {longest:.0f} s at most; then the same bytes"
 
@@ -645,8 +650,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args(arguments)
-    # Where this runs in the background, its children would ignore Ctrl-C like itself.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         folder = Path(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -103,6 +104,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=hear_interrupts,
         )
 
     def results(self) -> dict[str, bytes]:
@@ -123,6 +125,11 @@ class Project:
         """How many finished pieces of a step there are; of the model, checkpoints."""
         folder = self.place / ".cache" / ("unfinished" if step == "model" else f"pieces/{step}")
         return sum(not path.name.endswith(PARTIAL) for path in folder.rglob("*.*"))
+
+
+def hear_interrupts() -> None:
+    """For a child: it would ignore Ctrl-C where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager

@@ -25,12 +25,13 @@ def test_killed_at_random_it_ends_with_the_same_bytes(chaos: Chaos) -> None:
     assert chaos.faults == []
 
 
-@pytest.mark.parametrize("fault", ["full", "damaged", "shared"])
+@pytest.mark.parametrize("fault", ["full", "damaged", "shared", "lost"])
 def test_other_faults_cost_no_result_either(chaos: Chaos, fault: str) -> None:
     work = {
         "full": partial(chaos.fail_writing, "ENOSPC", 1),
         "damaged": partial(chaos.damage, 1, 20),
         "shared": chaos.share_store,
+        "lost": partial(chaos.lose_server, 1),
     }
     work[fault]()
     assert chaos.faults == []

@@ -19,7 +19,7 @@ import pytest
 from flows.gpu import gpu_turn
 from flows.parameters import Parameters
 from memit.errors import InputError
-from tests.acceptance.project import ROOT, Project
+from tests.acceptance.project import ROOT, Project, hear_interrupts
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -69,6 +69,7 @@ class Deployment:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
+                preexec_fn=hear_interrupts,
             )
 
     def wait_for(self, words: str, seconds: float = 300.0) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import time
 from contextlib import closing
@@ -11,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from memit.errors import UnreachableError
-from tasks import tracking
+from tasks import databases, tracking
 from tasks.tracking import Experiment, log_experiment
 
 EXPERIMENT = Experiment(name="x", parameters={"a": 1}, manifests={}, timings={}, tags={})
@@ -20,7 +21,7 @@ EXPERIMENT = Experiment(name="x", parameters={"a": 1}, manifests={}, timings={},
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(tracking, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(databases, "LOCK_SECONDS", 0.2)
     return tmp_path
 
 
@@ -62,6 +63,76 @@ def test_a_server_that_does_not_answer_and_its_password() -> None:
     assert "http://***@127.0.0.1:9" in said
 
 
+def logged(uri: str, digest: str) -> None:
+    """One run with a file."""
+
+    def log(client: MlflowClient, experiment: str) -> str:
+        run = client.create_run(experiment, tags=tracking._known_by(digest, {})).info.run_id
+        client.log_text(run, digest, "note.txt")
+        return run
+
+    tracking.open_store(uri)
+    tracking._log_once(uri, "x", digest, log)
+
+
+def notes(uri: str) -> list[str]:
+    """What the runs of a store hold, as MLflow finds it."""
+    client = MlflowClient(uri)
+    runs = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()]
+    )
+    files = [client.download_artifacts(run.info.run_id, "note.txt") for run in runs]
+    return sorted(Path(file).read_text() for file in files)
+
+
+def files_of(place: Path) -> set[str]:
+    return {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_moved_project_keeps_its_files_where_it_is(
+    project: Path, monkeypatch: pytest.MonkeyPatch, outside: bool
+) -> None:
+    former, now = project / "a b", project / "ä#c"
+    former.mkdir()
+    monkeypatch.setenv("DVC_ROOT", str(former))
+    store = project if outside else former
+    logged(f"sqlite:///{store / 'mlflow.db'}", "before")
+    former.rename(now)
+    monkeypatch.setenv("DVC_ROOT", str(now))
+    uri = f"sqlite:///{(project if outside else now) / 'mlflow.db'}"
+    logged(uri, "after")
+    assert not former.exists()
+    assert notes(uri) == ["after", "before"]
+
+
+def test_a_copy_leaves_the_original_its_own(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, other = project / "original", project / "copy"
+    original.mkdir()
+    monkeypatch.setenv("DVC_ROOT", str(original))
+    logged(f"sqlite:///{original / 'mlflow.db'}", "first")
+    shutil.copytree(original, other)
+    before = files_of(original)
+    monkeypatch.setenv("DVC_ROOT", str(other))
+    uri = f"sqlite:///{other / 'mlflow.db'}"
+    logged(uri, "second")
+    assert files_of(original) == before
+    assert notes(f"sqlite:///{original / 'mlflow.db'}") == ["first"]
+    shutil.rmtree(original)
+    assert notes(uri) == ["first", "second"]
+
+
+def test_projects_that_share_a_store_leave_each_other_alone(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{project / 'mlflow.db'}"
+    for name in ("one", "two"):
+        (project / name).mkdir()
+        monkeypatch.setenv("DVC_ROOT", str(project / name))
+        logged(uri, name)
+    assert notes(uri) == ["one", "two"]
+
+
 def test_what_a_killed_process_left_is_deleted(project: Path) -> None:
     uri = f"sqlite:///{project / 'mlflow.db'}"
 
@@ -78,7 +149,7 @@ def test_what_a_killed_process_left_is_deleted(project: Path) -> None:
         client.set_tag(run, tracking.COMPLETE_TAG, "true")
         return run
 
-    tracking._make_store(uri)
+    tracking.open_store(uri)
     assert [path.name for path in project.iterdir()] == ["mlflow.db"]
     with pytest.raises(KeyboardInterrupt):
         tracking._log_once(uri, "x", "a", die)

@@ -1,0 +1,41 @@
+"""Files of Prefect's and MLflow's that hold a data base: one that is of no use is found at once."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from memit.errors import ResourceError
+
+LOCK_SECONDS = 10.0
+"""How long another process may hold one."""
+
+
+def check_database(path: Path, owner: str, migrations: Path) -> None:
+    """See that a data base, if it is there, can be written and has a schema that ``owner`` knows.
+
+    Raises:
+        ResourceError: it is locked, damaged, read-only, or of a version not among ``migrations``.
+    """
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as base:
+            base.execute("begin immediate")
+            base.execute("create table written (here text)")  # and taken back below
+            tables = {name for (name,) in base.execute("select name from sqlite_master")}
+            schema = "select version_num from alembic_version"
+            found = base.execute(schema).fetchall() if "alembic_version" in tables else []
+            base.rollback()
+    except sqlite3.Error as error:
+        cure = "make it readable and writable, or move it away: it holds no results"
+        if "locked" in str(error):
+            cure = "end the program that holds it"
+        raise ResourceError(f"{path} cannot be used ({error}): {cure}.") from error
+    known = "".join(file.read_text(encoding="utf-8") for file in migrations.glob("*.py"))
+    if any(str(version) not in known for (version,) in found):
+        raise ResourceError(
+            f"{path} was written by a newer {owner} than the one here: install that, or move the "
+            "file away: it holds no results."
+        )
