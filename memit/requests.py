@@ -11,7 +11,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -23,6 +22,7 @@ from typing import Any
 
 from memit.errors import ConflictError, InputError
 from memit.reading import parse_json, read_text
+from memit.whole_files import write_whole
 
 LONGEST_TEXT = 10_000
 """Characters of the longest text in a record; no model's context holds much more."""
@@ -133,9 +133,8 @@ def read_facts(path: str | Path) -> list[Record]:
 def write_records(records: Iterable[Record], path: str | Path) -> None:
     """Write records in the CounterFact schema; equal records give equal bytes."""
     rows = [_counterfact_row(record) for record in records]
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+    write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def conflict_groups(records: Iterable[Record]) -> list[list[Record]]:
