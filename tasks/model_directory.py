@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memit.errors import InputError, IntegrityError, NumericsError, ResourceError
+from memit.errors import InputError, IntegrityError, ResourceError
 from memit.whole_files import temporary
 from tasks.artifacts import copy_file, write_file, write_json
 from tasks.loading import WEIGHT_FILES, weight_files
@@ -27,7 +27,6 @@ from tasks.loading import WEIGHT_FILES, weight_files
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memit.weight_delta import WeightDelta
 
 EDITS = "memit-edits"
 LARGEST_HEADER = 100_000_000
@@ -63,14 +62,14 @@ def apply_edit(directory: Path, delta_file: Path) -> Path:
         IntegrityError: the delta was made for other weights.
         ResourceError: there is no room.
     """
-    from memit.weight_delta import WeightDelta
+    from memit.weight_delta import WeightDelta, added, check_weights
 
     delta = WeightDelta.load(delta_file)
     _check_finished(directory)
     places = _locate(directory, weight_files(directory), delta.changes)
     base = {name: _read(place) for name, place in places.items()}
-    _check_base(delta, base)
-    edited = {name: _edited(base[name], delta, name) for name in places}
+    check_weights(delta, base.items(), directory)
+    edited = {name: added(base[name], delta, name).to(base[name].dtype) for name in places}
     number = 1 + max((int(folder.name) for folder in applied_edits(directory)), default=0)
     folder = directory / EDITS / f"{number:04}"
     _write_record(folder, delta_file, places, base, edited)
@@ -124,33 +123,6 @@ def _check_finished(directory: Path) -> None:
                 f"the last edit in {directory} was interrupted or its weights were changed since: "
                 f"run `memit revert {directory}` first."
             )
-
-
-def _check_base(delta: WeightDelta, base: Mapping[str, Tensor]) -> None:
-    import torch
-
-    made_for = delta.provenance.get("base") or {}
-    dtype = getattr(torch, str(made_for.get("dtype")), None)
-    for name, matrix in base.items():
-        if dtype is None or _digest(matrix.to(dtype)) != made_for["sha256"].get(name):
-            raise IntegrityError(
-                f"the delta was made for other weights than those of {name} here (it names "
-                f"{delta.provenance.get('model')}): use that model and revision, and revert later "
-                "edits first."
-            )
-
-
-def _edited(matrix: Tensor, delta: WeightDelta, name: str) -> Tensor:
-    import torch
-
-    from memit.weight_delta import check_rounded
-
-    change = delta.changes[name].dense()
-    if change.shape != matrix.shape or not bool(torch.isfinite(change).all()):
-        raise NumericsError(f"the delta of {name} has another shape or is not finite.")
-    edited = matrix.float() + change
-    check_rounded(edited, matrix.dtype, name)
-    return edited.to(matrix.dtype)
 
 
 def _digest(matrix: Tensor) -> str:
