@@ -15,6 +15,7 @@ from memit.errors import ResourceError
 from memit.generation import generate_texts
 from memit.language_model import DTYPES
 from memit.weight_delta import WeightDelta, check_rounded
+from memit.whole_files import temporary
 
 if TYPE_CHECKING:
     from memit.language_model import LanguageModel
@@ -71,12 +72,7 @@ def save_edited(lm: LanguageModel, delta_file: Path, directory: Path, dtype: str
             f"the model takes {needed / 1e9:.1f} GB, and {directory.parent} has "
             f"{free / 1e9:.1f} GB free: choose another place or a smaller dtype."
         )
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}-0.partial")
-    try:
+    with temporary(directory) as partial:
         lm.model.save_pretrained(partial)
         lm.tokenizer.save_pretrained(partial)
-        if directory.exists():
-            directory.rmdir()
-        os.replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.replace(partial, directory)  # which takes the place of an empty one, and no other

@@ -36,7 +36,7 @@ from flows.systems import (
     prepare,
 )
 from memit.errors import UnreachableError
-from tasks.artifacts import keep_only, write_file, write_json, write_text
+from tasks.artifacts import write_file, write_json, write_text
 from tasks.compare import Comparison, csv_text, markdown, plain, table_rows
 from tasks.evaluation import DECIMALS, metrics_of
 from tasks.generation import having_prompts
@@ -62,7 +62,9 @@ def compare(parameters: Parameters) -> None:
     comparison = _compare(bench, sample, measured)
     files = _write(comparison, measured)
     costs = [cost for each in measured.values() for cost in each.costs]
-    manifest = finish_step("compare", [*files, *sorted(STATISTICS.glob("*"))], given, costs)
+    manifest = finish_step(
+        "compare", [*files, *sorted(STATISTICS.glob("layer-[0-9]*"))], given, costs
+    )
     create_table_artifact(key="comparison", table=table_rows(comparison))
     try:
         log_family(
@@ -72,7 +74,7 @@ def compare(parameters: Parameters) -> None:
                 digest=manifest.digest,
                 parameters=parameters.model_dump(),
                 tags=origin(parameters, {"compare": manifest}),
-                folder=COMPARISON,
+                files=files,
                 systems={
                     name: [(key, value, 0) for key, value in metrics.items()]
                     for name, metrics in comparison.systems.items()
@@ -179,6 +181,8 @@ def _write(comparison: Comparison, measured: dict[str, Measured]) -> list[Path]:
     import pyarrow
     import pyarrow.parquet as parquet
 
+    from memit.evaluation.generations import SCHEMA
+
     def with_system(name: str, table: pyarrow.Table) -> pyarrow.Table:
         return table.add_column(0, "system", pyarrow.array([name] * len(table), pyarrow.string()))
 
@@ -187,23 +191,19 @@ def _write(comparison: Comparison, measured: dict[str, Measured]) -> list[Path]:
             with_system(name, each.prompts) for name, each in measured.items()
         ],
         COMPARISON / "generations.parquet": [
-            with_system(name, each.texts)
+            with_system(name, SCHEMA.empty_table() if each.texts is None else each.texts)
             for name, each in measured.items()
-            if each.texts is not None
         ],
     }
-    files = []
     for path, parts in tables.items():
-        if parts:
-            whole = pyarrow.concat_tables(parts)
-            write_file(path, lambda partial, whole=whole: parquet.write_table(whole, partial))
-            files.append(path)
+        whole = pyarrow.concat_tables(parts)
+        write_file(path, lambda partial, whole=whole: parquet.write_table(whole, partial))
+    files = [*tables]
     for name, text in (("table.md", markdown(comparison)), ("table.csv", csv_text(comparison))):
         write_text(COMPARISON / name, text)
         files.append(COMPARISON / name)
     write_json(COMPARISON / "metrics.json", plain(comparison))
     files.append(COMPARISON / "metrics.json")
-    keep_only(COMPARISON, {path.name for path in files})
     return files
 
 

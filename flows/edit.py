@@ -15,14 +15,13 @@ if __name__ == "__main__":
 from prefect import flow
 
 from flows.gpu import taking_turns
-from tasks.artifacts import copy_file, keep_only
+from tasks.artifacts import copy_file
 from tasks.edit import spread_edit
 from tasks.loading import token_budget
 from tasks.model import open_model
 from tasks.prefixes import read_prefixes
 from tasks.results import (
     DELTA_FILE,
-    EDIT,
     EDIT_FILE,
     EDITED_WEIGHTS_FILE,
     PREFIXES_FILE,
@@ -59,7 +58,6 @@ def edit(parameters: Parameters) -> None:
     copy_file(made.weights.checked(), EDITED_WEIGHTS_FILE)
     copy_file(made.summary.checked(), EDIT_FILE)
     files = [DELTA_FILE, EDITED_WEIGHTS_FILE, EDIT_FILE]
-    keep_only(EDIT, {path.name for path in files})
     finish_step("edit", files, given, [made.cost])
 
 

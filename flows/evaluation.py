@@ -25,7 +25,7 @@ from flows.requests import records_source
 from flows.runner import with_runner
 from flows.statistics import corpus_of
 from memit.requests import Record, read_counterfact
-from tasks.artifacts import Artifact, keep_only, write_file, write_json
+from tasks.artifacts import Artifact, write_file, write_json
 from tasks.evaluation import (
     DECIMALS,
     described_edit,
@@ -42,7 +42,6 @@ from tasks.model import open_model
 from tasks.results import (
     DELTA_FILE,
     EDIT_FILE,
-    EVALUATION,
     FACTS_FILE,
     GENERATIONS_FILE,
     HELD_OUT_FILE,
@@ -158,19 +157,16 @@ def _write_tables(before: State, after: State) -> list[Path]:
     import pyarrow.parquet
 
     from memit.evaluation.counterfact import before_and_after, facts_table
-    from memit.evaluation.generations import side_by_side
+    from memit.evaluation.generations import SCHEMA, side_by_side
 
     joined = before_and_after(before.prompts, after.prompts)
     facts = facts_table(before.prompts, after.prompts)
+    nothing = SCHEMA.empty_table()  # DVC knows the file by its name
+    texts = side_by_side(*(nothing if s.texts is None else s.texts for s in (before, after)))
     write_file(PROMPTS_FILE, lambda path: pyarrow.parquet.write_table(joined, path))
     write_file(FACTS_FILE, lambda path: pyarrow.csv.write_csv(facts, path))
-    files = [PROMPTS_FILE, FACTS_FILE]
-    if before.texts is not None and after.texts is not None:
-        texts = side_by_side(before.texts, after.texts)
-        write_file(GENERATIONS_FILE, lambda path: pyarrow.parquet.write_table(texts, path))
-        files.append(GENERATIONS_FILE)
-    keep_only(EVALUATION, {path.name for path in files})
-    return files
+    write_file(GENERATIONS_FILE, lambda path: pyarrow.parquet.write_table(texts, path))
+    return [PROMPTS_FILE, FACTS_FILE, GENERATIONS_FILE]
 
 
 if __name__ == "__main__":

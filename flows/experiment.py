@@ -13,8 +13,6 @@ from flows.parameters import Parameters, deployable
 if __name__ == "__main__":
     given_parameters()
 
-from pathlib import Path
-
 from prefect import Flow, flow
 from prefect.artifacts import create_table_artifact
 from rich.table import Table
@@ -31,14 +29,12 @@ from flows.requests import requests
 from flows.runner import with_runner
 from flows.statistics import statistics
 from flows.targets import targets
-from tasks.artifacts import cache_directory, remove_leftovers
+from tasks.artifacts import remove_leftovers
 from tasks.report import read_json, rows, rows_by_name
 from tasks.results import METRICS_FILE, STEPS
 
 FLOWS = (model, requests, prefixes, statistics, targets, edit, evaluation, report)
 """The steps, in order."""
-
-RESULT_FOLDERS = tuple(map(Path, (".", "artifacts", "evaluation", "report")))
 
 
 @flow(name="experiment", validate_parameters=False)
@@ -48,7 +44,7 @@ RESULT_FOLDERS = tuple(map(Path, (".", "artifacts", "evaluation", "report")))
 def experiment(parameters: Parameters) -> None:
     """Run all steps and show what came out."""
     check_inputs(parameters)
-    remove_leftovers([cache_directory() / "pieces", *RESULT_FOLDERS])
+    remove_leftovers()
     started = time.monotonic()
     for number, step in enumerate(FLOWS, 1):
         if step is report:

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 from prefect import flow
 
 from flows.gpu import taking_turns
-from tasks.artifacts import copy_file, describe, keep_only, write_json
+from tasks.artifacts import copy_file, describe, write_json
 from tasks.loading import ModelFiles, ModelReference
 from tasks.measure import Cost
 from tasks.model import (
@@ -43,6 +43,8 @@ def model(parameters: Parameters) -> None:
         described, files, costs = _make_small_model(parameters)
     else:
         described, files, costs = _describe(section), [], []
+    for folder in (WEIGHTS, WORLD):  # DVC expects them
+        folder.mkdir(parents=True, exist_ok=True)
     write_json(MODEL_FILE, described.model_dump())
     finish_step("model", [MODEL_FILE, *files], {}, costs)
 
@@ -61,8 +63,9 @@ def _make_small_model(parameters: Parameters) -> tuple[ModelFiles, list[Path], l
         for name, artifact in artifacts.items():
             copy_file(artifact.checked(), folder / name)
             files.append(folder / name)
-        keep_only(folder, set(artifacts))
-    described = describe_model("synthetic", "synthetic", None, WEIGHTS)
+    described = describe_model("synthetic", "synthetic", None, WEIGHTS).model_copy(
+        update={"files": {name: artifact.sha256 for name, artifact in made.weights.items()}}
+    )
     reference = ModelReference(
         directory=str(WEIGHTS.resolve()),
         model=described,

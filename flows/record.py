@@ -14,16 +14,15 @@ from pathlib import Path
 from flows.command import console
 from flows.parameters import Parameters, read_parameters
 from memit.errors import InputError
+from tasks.artifacts import cache_directory, copy_file
 from tasks.results import STEPS, Manifest, flow_runs
 from tasks.tracking import origin_tags
 
-LOCK, SET_ASIDE = Path("dvc.lock"), Path("dvc.lock.partial")
+LOCK = Path("dvc.lock")
 RWLOCK = Path(".dvc/tmp/rwlock")
 """Files that DVC writes in place, so that a kill can tear them."""
 
 RESULTS = (Path("artifacts"), Path("evaluation"), Path("report"))
-COPIES = Path(".dvc/cache/files/md5")
-"""Where DVC keeps its copies of them."""
 CURES = {
     "not a git repository": "`git init`, or `dvc config core.no_scm true`, and then ",
     "is outside of": "put a directory in the link's place (`dvc cache dir` uses other disks), and ",
@@ -61,13 +60,16 @@ def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
 
 
 def _commit_anew(stages: Sequence[str]) -> str:
-    """Commit to a new ``dvc.lock``, since the old one may be torn; put it back if that fails."""
-    os.replace(LOCK, SET_ASIDE)
+    """Commit to a new ``dvc.lock``, since the old one may be torn; put it back if that fails.
+
+    The old one is kept in ``.cache/``: it may know stages of the user's.
+    """
+    kept = cache_directory() / "dvc.lock"
+    copy_file(LOCK, kept)
+    LOCK.unlink()
     failed = _commit(stages)
     if failed:
-        os.replace(SET_ASIDE, LOCK)
-    else:
-        SET_ASIDE.unlink()
+        copy_file(kept, LOCK)
     return failed
 
 
@@ -87,23 +89,24 @@ def _drop_damaged_copies() -> None:
     Results are links into it: what was damaged in place is damaged there, too, and DVC would link
     the result that was made anew to that copy, which it does not look at again.
     """
+    copies = Path(_ask_dvc("cache", "dir").stdout.strip() or ".dvc/cache", "files/md5")
     for path in (path for folder in RESULTS for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "md5").hexdigest()
-        copy = COPIES / digest[:2] / digest[2:]
+        copy = copies / digest[:2] / digest[2:]
         if copy.exists() and not copy.samefile(path) and not cmp(path, copy, shallow=False):
             copy.unlink()
 
 
 def _commit(stages: Sequence[str]) -> str:
     """What DVC says when it fails, nothing when it does not."""
-    result = subprocess.run(
-        [sys.executable, "-m", "dvc", "commit", "--force", *stages],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = _ask_dvc("commit", "--force", *stages)
     return (result.stderr.strip() or "no reason given") if result.returncode != 0 else ""
+
+
+def _ask_dvc(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dvc", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def origin(parameters: Parameters, manifests: Mapping[str, Manifest]) -> dict[str, str]:

@@ -31,7 +31,7 @@ from flows.systems import (
 )
 from memit.errors import UnreachableError
 from memit.requests import Record
-from tasks.artifacts import keep_only, write_file, write_json, write_text
+from tasks.artifacts import write_file, write_json, write_text
 from tasks.evaluation import metrics_of
 from tasks.measure import Cost
 from tasks.results import finish_step, upstream
@@ -55,7 +55,9 @@ def scaling(parameters: Parameters) -> None:
     costs: list[Cost] = []
     points = list(_points(bench, samples, costs))
     files = _write(bench, points)
-    manifest = finish_step("scaling", [*files, *sorted(STATISTICS.glob("*"))], given, costs)
+    manifest = finish_step(
+        "scaling", [*files, *sorted(STATISTICS.glob("layer-[0-9]*"))], given, costs
+    )
     try:
         log_family(
             Family(
@@ -64,7 +66,7 @@ def scaling(parameters: Parameters) -> None:
                 digest=manifest.digest,
                 parameters=parameters.model_dump(),
                 tags=origin(parameters, {"scaling": manifest}),
-                folder=SCALING,
+                files=files,
                 systems={system: _logged(points, system) for system in systems_of(points)},
             ),
             tracking_uri(parameters.report.tracking_uri),
@@ -167,7 +169,6 @@ def _write(bench: Bench, points: list[Point]) -> list[Path]:
     write_text(files[1], csv_text(points))
     write_file(files[2], lambda path: draw_scaling(points, path))
     write_json(files[3], plain(points))
-    keep_only(SCALING, set(names))
     return files
 
 

@@ -24,7 +24,7 @@ from prefect import flow
 from flows.gpu import taking_turns
 from flows.runner import with_runner
 from memit.reading import check_file
-from tasks.artifacts import Artifact, copy_file, describe, keep_only, write_json
+from tasks.artifacts import Artifact, copy_file, describe, write_json
 from tasks.corpus import Corpus, CorpusSource, collect_corpus
 from tasks.loading import ModelReference, token_budget
 from tasks.measure import Cost
@@ -86,7 +86,6 @@ def statistics(parameters: Parameters) -> None:
     if found.held_out is not None:
         copy_file(found.held_out.checked(), HELD_OUT_FILE)
         files.append(HELD_OUT_FILE)
-    keep_only(STATISTICS, {path.name for path in files})
     finish_step("statistics", files, given, found.costs)
 
 

@@ -180,6 +180,7 @@ def _moments(
     paths = {layer: STATISTICS / f"layer-{layer:02}.parquet" for layer in needed}
     there = {n: statistics.file(p) for n, p in paths.items() if str(p) in statistics.files}
     missing = [layer for layer in needed if layer not in there]
+    folder.mkdir(parents=True, exist_ok=True)  # DVC expects it
     if not missing:
         return there
     collected, _ = collect_layers(parameters, model, missing).write(folder)

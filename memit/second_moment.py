@@ -23,6 +23,7 @@ from memit.batches import in_batches
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.forward import keys_of, pad
 from memit.language_model import LanguageModel
+from memit.whole_files import write_whole
 
 WINDOW = 256
 """Documents that are tokenised and sorted by length together."""
@@ -171,7 +172,8 @@ def write_moment(moment: SecondMoment, path: Path, provenance: Mapping[str, Any]
     column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
     metadata = {"count": str(moment.count), "provenance": json.dumps(provenance, sort_keys=True)}
     table = pa.table({"sum": column}).replace_schema_metadata(metadata)
-    pq.write_table(table, path, compression="none", write_page_checksum=True)
+    plain = {"compression": "none", "write_page_checksum": True}
+    write_whole(Path(path), lambda partial: pq.write_table(table, partial, **plain))
 
 
 def read_moment(path: Path) -> tuple[SecondMoment, dict[str, Any]]:

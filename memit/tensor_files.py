@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memit.errors import IntegrityError
+from memit.whole_files import write_whole
 
 ENTRY = "memit"
 """The one entry of the file's metadata, JSON: of several the format would not keep the order."""
@@ -29,10 +30,12 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors and what is said of them; equal content gives equal bytes."""
+    """Write tensors and what is said of them, whole or not at all; equal content gives equal bytes.
+    Raises `ResourceError` if the disk does not take them."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = {"metadata": dict(metadata), "sha256": _checksum(plain, metadata)}
-    save_file(plain, path, {ENTRY: json.dumps(described, sort_keys=True, ensure_ascii=False)})
+    entry = {ENTRY: json.dumps(described, sort_keys=True, ensure_ascii=False)}
+    write_whole(Path(path), lambda partial: save_file(plain, partial, entry))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

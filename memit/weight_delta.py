@@ -137,22 +137,26 @@ def check_base(lm: LanguageModel, delta: WeightDelta) -> None:
 
     Weights in another dtype are compared after rounding them to the one that the delta was made in.
     """
+    for name in delta.changes.keys() - {name for name, _ in lm.model.named_parameters()}:
+        raise IntegrityError(
+            f"the delta changes {name}, which {lm.name} does not have; "
+            f"it was made for {delta.provenance.get('model')}."
+        )
+    check_weights(delta, ((name, lm.parameter(name)) for name in delta.changes), lm.name)
+
+
+def check_weights(delta: WeightDelta, weights: Iterable[tuple[str, Tensor]], where: object) -> None:
+    """Raise `IntegrityError` unless the delta was made for these weights, see `check_base`."""
     made_for = delta.provenance.get("base")
     if made_for is None:
         raise IntegrityError(
             "the delta does not say which weights it was made for; make it again with this version."
         )
-    names = {name for name, _ in lm.model.named_parameters()}
     dtype = getattr(torch, made_for["dtype"])
-    for name in delta.changes:
-        if name not in names:
+    for name, weight in weights:
+        if tensor_digest(weight.to(dtype)) != made_for["sha256"].get(name):
             raise IntegrityError(
-                f"the delta changes {name}, which {lm.name} does not have; "
-                f"it was made for {delta.provenance.get('model')}."
-            )
-        if tensor_digest(lm.parameter(name).to(dtype)) != made_for["sha256"].get(name):
-            raise IntegrityError(
-                f"the delta was made for other weights than those of {name} in {lm.name} "
+                f"the delta was made for other weights than those of {name} in {where} "
                 f"(it names {delta.provenance.get('model')}); use the same model and revision, and "
                 "revert later edits first."
             )
@@ -168,14 +172,16 @@ def apply(lm: LanguageModel, delta: WeightDelta) -> None:
     check_base(lm, delta)
     weights = {name: lm.parameter(name) for name in delta.changes}
     base = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
-    changed = {name: _added(weight, delta, name) for name, weight in weights.items()}
+    changed = {name: added(weight, delta, name) for name, weight in weights.items()}
     for name in weights:
         lm.set_parameter(name, changed[name])
     digests = {name: tensor_digest(weight) for name, weight in base.items()}
     lm.applied.append(AppliedDelta(delta, base, digests))
 
 
-def _added(weight: Tensor, delta: WeightDelta, name: str) -> Tensor:
+def added(weight: Tensor, delta: WeightDelta, name: str) -> Tensor:
+    """W + Δ in float32. Raises `IntegrityError` for another shape and `NumericsError` for what is
+    not finite, also when it is rounded to the weight's dtype."""
     change = delta.changes[name].dense().to(weight.device)
     if change.shape != weight.shape:
         raise IntegrityError(f"the delta of {name} has another shape than the weight.")

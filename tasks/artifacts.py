@@ -13,9 +13,11 @@ import dataclasses
 import fcntl
 import json
 import os
-import secrets
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from glob import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from prefect.context import TaskRunContext
 from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportUsage]
 from pydantic import BaseModel, ConfigDict
 
-from memit.errors import IntegrityError, ResourceError
+from memit import whole_files
+from memit.errors import IntegrityError
 from memit.reading import file_sha256
 from memit.whole_files import PARTIAL, write_whole
 from tasks.code import code_of
@@ -105,8 +108,7 @@ class Artifact(BaseModel):
 
 def describe(path: Path) -> Artifact:
     """The artifact for a file that is already in place."""
-    path = path.resolve()
-    return Artifact(path=str(path), sha256=file_sha256(path), size=path.stat().st_size)
+    return Artifact(path=str(path.absolute()), sha256=file_sha256(path), size=path.stat().st_size)
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> Artifact:
@@ -115,7 +117,6 @@ def write_file(path: Path, write: Callable[[Path], object]) -> Artifact:
     Raises:
         ResourceError: the disk is full or cannot be written.
     """
-    path = path.resolve()
     described: list[Artifact] = []
 
     def fill(partial: Path) -> None:
@@ -123,7 +124,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> Artifact:
         described.append(describe(partial))
 
     write_whole(path, fill)
-    return described[0].model_copy(update={"path": str(path)})
+    return described[0].model_copy(update={"path": str(path.absolute())})
 
 
 def write_text(path: Path, text: str) -> Artifact:
@@ -139,28 +140,21 @@ def write_json(path: Path, content: object) -> Artifact:
 
 def copy_file(source: Path, target: Path) -> Artifact:
     """Copy a file whole or not at all."""
-
-    def copy(partial: Path) -> None:
-        with open(source, "rb") as reader, open(partial, "wb") as writer:
-            while block := reader.read(1 << 24):
-                writer.write(block)
-
-    return write_file(target, copy)
+    return write_file(target, lambda partial: shutil.copyfile(source, partial))
 
 
 def store_piece(step: str, suffix: str, write: Callable[[Path], object]) -> Artifact:
     """Let ``write`` fill a file and keep it in ``.cache/pieces/<step>/``, named by its content."""
-    folder = cache_directory() / "pieces" / step
-    unnamed = write_file(folder / f"{os.getpid()}-{secrets.token_hex(8)}{PARTIAL}", write)
-    name = unnamed.sha256[:40] + suffix
-    try:
-        os.replace(unnamed.path, folder / name)
-    except OSError as error:
-        Path(unnamed.path).unlink(missing_ok=True)
-        raise ResourceError(
-            f"{folder / name} cannot be written ({error.strerror}): make room or use another disk."
-        ) from error
-    piece = Artifact(path=f"pieces/{step}/{name}", sha256=unnamed.sha256, size=unnamed.size)
+    pieces: list[Artifact] = []
+
+    def name(partial: Path) -> str:
+        found = describe(partial)
+        name = found.sha256[:40] + suffix
+        pieces.append(found.model_copy(update={"path": f"pieces/{step}/{name}"}))
+        return name
+
+    write_whole(cache_directory() / "pieces" / step / "new piece", write, name)
+    (piece,) = pieces
     piece.share()
     return piece
 
@@ -194,40 +188,41 @@ def _stored_name(sha256: str) -> str:
     return f"files/{sha256[:2]}/{sha256}"
 
 
-def remove_leftovers(folders: Sequence[Path]) -> None:
-    """Delete half-written files of processes that are gone. Those of living ones stay."""
-    for folder in folders:
-        for path in folder.rglob(f"*{PARTIAL}*") if folder.is_dir() else ():
-            if not _alive(_writer(path.name)):
-                path.unlink(missing_ok=True)
+@contextmanager
+def _noted(partial: Path) -> Iterator[None]:
+    """Keep a note of a temporary name in ``.cache/``, under a lock that a killed process loses.
+
+    Where there is no ``.cache/`` to write to there is no note, and what is left there stays.
+    """
+    note = _notes() / partial.name
+    with ExitStack() as stack:
+        with suppress(OSError):
+            if note.parent.parent.is_dir():
+                note.parent.mkdir(exist_ok=True)
+                stream = stack.enter_context(note.open("wb", buffering=0))
+                stack.callback(note.unlink, missing_ok=True)
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                stream.write(os.fsencode(partial.absolute()))
+        yield
 
 
-def keep_only(folder: Path, names: set[str]) -> None:
-    """Delete from a result directory the files that do not belong to it (of earlier settings)."""
-    for path in folder.iterdir():
-        if path.is_file() and path.name not in names and not path.name.endswith(PARTIAL):
-            path.unlink()
+whole_files.noted = _noted
 
 
-def _writer(name: str) -> int:
-    """The process id inside a partial file's name, 0 if there is none."""
-    for part in name.split("."):
-        head, _, tail = part.partition("-")
-        if head.isdigit() and tail:
-            return int(head)
-    return 0
+def remove_leftovers() -> None:
+    """Delete what killed processes of this project were writing: what their notes name, no more."""
+    for note in _notes().glob(f".*{PARTIAL}"):
+        with suppress(OSError), note.open("r+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial = Path(os.fsdecode(stream.read()))
+            if partial.name == note.name:  # else the note was torn
+                for path in partial.parent.glob(f"{escape(partial.name)}*"):  # SQLite's journal
+                    whole_files.remove(path)
+            note.unlink()
 
 
-def _alive(process: int) -> bool:
-    if process == 0:
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+def _notes() -> Path:
+    return cache_directory() / "writing"
 
 
 # --- the cache of finished pieces ---------------------------------------------------------------

@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from memit.errors import InputError, IntegrityError, ResourceError, UnreachableError
-from memit.reading import parse_json, read_text
 from tasks.artifacts import Artifact, cached_task, store_piece
-from tasks.loading import ModelFiles, ModelReference, directory_digests, loaded
+from tasks.loading import (
+    WEIGHT_FILES,
+    ModelFiles,
+    ModelReference,
+    directory_digests,
+    loaded,
+    weight_files,
+)
 from tasks.measure import Cost, Meter
 from tasks.progress import progress_bar
 from tasks.results import MODEL_FILE, WEIGHTS
@@ -154,15 +160,20 @@ def fetch_model(name: str, commit: str) -> Path:
         UnreachableError: the hub does not answer.
     """
     directory = _snapshot(name, commit, DESCRIPTION_PATTERNS)
-    if not any(directory.glob("*.safetensors")):
+    if not _has_weights(directory):
         _check_room(name, commit)
         directory = _snapshot(name, commit, [*WEIGHT_PATTERNS, *DESCRIPTION_PATTERNS])
-    if not any(directory.glob("*.safetensors")):
+    if not _has_weights(directory):
         raise InputError(
             f"{name} at {commit} has no safetensors weights, and no others are loaded: name a "
             "revision that has them (often refs/pr/N), or convert them and use model.source: local."
         )
     return directory
+
+
+def _has_weights(directory: Path) -> bool:
+    names = weight_files(directory)
+    return bool(names) and all((directory / name).is_file() for name in names)
 
 
 def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
@@ -223,18 +234,18 @@ def check_weights(directory: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    files = {path.name: path for path in sorted(directory.glob("*.safetensors"))}
-    for index in directory.glob("*.safetensors.index.json"):
-        shards = parse_json(read_text(index, "the names of the weights"), index)
-        named = shards.get("weight_map", {}) if isinstance(shards, dict) else {}
-        for name in sorted({str(file) for file in named.values()} - files.keys()):
-            raise IntegrityError(f"{index} names {name}, which is not there: fetch it again.")
+    files = [directory / name for name in weight_files(directory)]
     if not files:
         raise InputError(
-            f"{directory} has no safetensors weights, and no others are loaded: a pickle "
-            "(pytorch_model.bin) can run code, so convert it with a tool that you trust."
+            f"{directory} has no safetensors weights ({' or '.join(WEIGHT_FILES)}), and no others "
+            "are loaded: a pickle (pytorch_model.bin) can run code, so convert it with a tool that "
+            "you trust."
         )
-    for path in files.values():
+    for path in files:
+        if not path.is_file():
+            raise IntegrityError(
+                f"{directory} names {path.name}, which is not there: fetch it again."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memit.errors import InputError, IntegrityError, NumericsError, ResourceError
-from tasks.artifacts import PARTIAL, copy_file, write_file, write_json
+from memit.errors import InputError, IntegrityError, ResourceError
+from memit.whole_files import temporary
+from tasks.artifacts import copy_file, write_file, write_json
+from tasks.loading import WEIGHT_FILES, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memit.weight_delta import WeightDelta
 
 EDITS = "memit-edits"
 LARGEST_HEADER = 100_000_000
@@ -59,15 +62,15 @@ def apply_edit(directory: Path, delta_file: Path) -> Path:
         IntegrityError: the delta was made for other weights.
         ResourceError: there is no room.
     """
-    from memit.weight_delta import WeightDelta
+    from memit.weight_delta import WeightDelta, added, check_weights
 
     delta = WeightDelta.load(delta_file)
     _check_finished(directory)
-    places = _locate(directory, list(delta.changes))
+    places = _locate(directory, weight_files(directory), delta.changes)
     base = {name: _read(place) for name, place in places.items()}
-    _check_base(delta, base)
-    edited = {name: _edited(base[name], delta, name) for name in places}
-    number = len(applied_edits(directory)) + 1
+    check_weights(delta, base.items(), directory)
+    edited = {name: added(base[name], delta, name).to(base[name].dtype) for name in places}
+    number = 1 + max((int(folder.name) for folder in applied_edits(directory)), default=0)
     folder = directory / EDITS / f"{number:04}"
     _write_record(folder, delta_file, places, base, edited)
     _write_matrices(places, edited)
@@ -92,7 +95,7 @@ def revert_edit(directory: Path) -> Path:
         base = load_file(folder / "base.safetensors")
     except Exception as error:
         raise IntegrityError(f"{folder}/base.safetensors is damaged ({error}).") from error
-    places = _locate(directory, list(record["base"]))
+    places = _locate(directory, record["files"], record["base"])
     for name, place in places.items():
         if _digest(base[name]) != record["base"][name]:
             raise IntegrityError(f"{folder}/base.safetensors is damaged at {name}.")
@@ -101,49 +104,25 @@ def revert_edit(directory: Path) -> Path:
                 f"{name} in {place.file} was changed after the edit was applied: it is left alone."
             )
     _write_matrices(places, base)
-    gone = folder.with_name(f".{folder.name}.{os.getpid()}-0{PARTIAL}")
+    gone = folder.with_name(f"{folder.name}-reverted-{secrets.token_hex(4)}")
     os.replace(folder, gone)
-    shutil.rmtree(gone)
+    for name in ("base.safetensors", "delta.safetensors", "edit.json"):
+        (gone / name).unlink(missing_ok=True)
+    with suppress(OSError):  # what the user put there stays
+        gone.rmdir()
     return folder
 
 
 def _check_finished(directory: Path) -> None:
     for folder in applied_edits(directory)[-1:]:
         record = _read_record(folder)
-        places = _locate(directory, list(record["edited"]))
+        places = _locate(directory, record["files"], record["edited"])
         found = {name: _digest(_read(place)) for name, place in places.items()}
         if found != record["edited"]:
             raise InputError(
                 f"the last edit in {directory} was interrupted or its weights were changed since: "
                 f"run `memit revert {directory}` first."
             )
-
-
-def _check_base(delta: WeightDelta, base: Mapping[str, Tensor]) -> None:
-    import torch
-
-    made_for = delta.provenance.get("base") or {}
-    dtype = getattr(torch, str(made_for.get("dtype")), None)
-    for name, matrix in base.items():
-        if dtype is None or _digest(matrix.to(dtype)) != made_for["sha256"].get(name):
-            raise IntegrityError(
-                f"the delta was made for other weights than those of {name} here (it names "
-                f"{delta.provenance.get('model')}): use that model and revision, and revert later "
-                "edits first."
-            )
-
-
-def _edited(matrix: Tensor, delta: WeightDelta, name: str) -> Tensor:
-    import torch
-
-    from memit.weight_delta import check_rounded
-
-    change = delta.changes[name].dense()
-    if change.shape != matrix.shape or not bool(torch.isfinite(change).all()):
-        raise NumericsError(f"the delta of {name} has another shape or is not finite.")
-    edited = matrix.float() + change
-    check_rounded(edited, matrix.dtype, name)
-    return edited.to(matrix.dtype)
 
 
 def _digest(matrix: Tensor) -> str:
@@ -162,17 +141,17 @@ def _write_record(
     """Keep everything that undoes the edit before anything is changed."""
     from safetensors.torch import save_file
 
-    making = folder.with_name(f".{folder.name}.{os.getpid()}-0{PARTIAL}")
-    shutil.rmtree(making, ignore_errors=True)
-    write_file(making / "base.safetensors", lambda path: save_file(dict(base), path))
-    copy_file(delta_file, making / "delta.safetensors")
     record = {
         "base": {name: _digest(matrix) for name, matrix in base.items()},
         "edited": {name: _digest(matrix) for name, matrix in edited.items()},
         "files": sorted({place.file.name for place in places.values()}),
     }
-    write_json(making / "edit.json", record)
-    os.replace(making, folder)
+    folder.parent.mkdir(exist_ok=True)
+    with temporary(folder) as making:
+        write_file(making / "base.safetensors", lambda path: save_file(dict(base), path))
+        copy_file(delta_file, making / "delta.safetensors")
+        write_json(making / "edit.json", record)
+        os.replace(making, folder)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -215,31 +194,36 @@ def _read(place: StoredMatrix) -> Tensor:
         return file.get_tensor(place.key)
 
 
-def _locate(directory: Path, names: list[str]) -> dict[str, StoredMatrix]:
-    """Find parameters in the safetensors files of a model directory."""
-    files = sorted(directory.glob("*.safetensors"))
+def _locate(directory: Path, files: Sequence[str], names: Iterable[str]) -> dict[str, StoredMatrix]:
+    """Find parameters in some of a model directory's safetensors files."""
     if not files:
-        raise InputError(f"{directory} holds no safetensors weights: give a model directory.")
-    known: dict[str, StoredMatrix] = {}
-    for file in files:
-        known.update(_index(file))
-    found = {name: _match(name, known) for name in names}
-    for name, place in found.items():
-        if place is None:
-            raise InputError(
-                f"{directory} has no weights named {name}: the edit belongs to another model."
-            )
-    return {name: place for name, place in found.items() if place is not None}
+        raise InputError(
+            f"{directory} holds no safetensors weights ({' or '.join(WEIGHT_FILES)}): give a model "
+            "directory."
+        )
+    known = [place for file in files for place in _index(directory / file)]
+    return {name: _match(directory, name, known) for name in names}
 
 
-def _match(name: str, known: Mapping[str, StoredMatrix]) -> StoredMatrix | None:
-    """A parameter under its own name, or without the prefix of the model's class."""
-    while name not in known and "." in name:
-        name = name.partition(".")[2]
-    return known.get(name)
+def _match(directory: Path, name: str, known: Sequence[StoredMatrix]) -> StoredMatrix:
+    """The place of a parameter, under its own name or without the prefix of the model's class."""
+    parts = name.split(".")
+    names = {".".join(parts[first:]) for first in range(len(parts))}
+    found = [place for place in known if place.key in names]
+    if not found:
+        raise InputError(
+            f"{directory} has no weights named {name}: the edit belongs to another model."
+        )
+    if len(found) > 1:
+        one, other = (f"{place.key} in {place.file.name}" for place in found[:2])
+        raise IntegrityError(
+            f"{directory} holds {one} and {other}, so that it cannot be told which is read: remove "
+            "the files that do not belong to it."
+        )
+    return found[0]
 
 
-def _index(file: Path) -> dict[str, StoredMatrix]:
+def _index(file: Path) -> list[StoredMatrix]:
     try:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -248,8 +232,8 @@ def _index(file: Path) -> dict[str, StoredMatrix]:
             header = json.loads(stream.read(length))
     except (OSError, struct.error, ValueError) as error:
         raise IntegrityError(f"{file} is no safetensors file ({error}).") from error
-    return {
-        key: StoredMatrix(file, key, *(8 + length + offset for offset in entry["data_offsets"]))
+    return [
+        StoredMatrix(file, key, *(8 + length + offset for offset in entry["data_offsets"]))
         for key, entry in header.items()
         if key != "__metadata__"
-    }
+    ]

@@ -12,9 +12,9 @@ from typing import Any
 from memit.errors import IntegrityError
 from memit.redaction import one_line
 from tasks import figures
-from tasks.artifacts import keep_only, write_file, write_json, write_text
+from tasks.artifacts import write_file, write_json, write_text
 from tasks.measure import Cost
-from tasks.results import EDIT_FILE, METRICS_FILE, REPORT, TARGETS_FILE, TIMINGS_FILE
+from tasks.results import EDIT_FILE, METRICS_FILE, REPORT_FILES, TARGETS_FILE, TIMINGS_FILE
 
 ROWS = (
     ("score", "Score S", "harmonic mean of the next three"),
@@ -31,19 +31,17 @@ ROWS = (
 """Metric, its name in tables, and what it says."""
 
 
-def write_report(timings: Mapping[str, Cost]) -> list[Path]:
-    """Draw the figures and write the tables; gives the paths of all of them."""
+def write_report(timings: Mapping[str, Cost]) -> None:
+    """Draw the figures and write the tables."""
     metrics = read_json(METRICS_FILE)
     edit = read_json(EDIT_FILE)
     losses = read_losses(TARGETS_FILE)
-    paths = [REPORT / name for name in ("metrics.png", "updates.png", "losses.png", "results.md")]
-    write_file(paths[0], lambda path: figures.draw_metrics(metrics, path))
-    write_file(paths[1], lambda path: figures.draw_updates(edit, path))
-    write_file(paths[2], lambda path: figures.draw_losses(losses, path))
-    write_text(paths[3], markdown(metrics, timings, edit["dropped"]))
-    keep_only(REPORT, {path.name for path in paths})
+    drawn_metrics, drawn_updates, drawn_losses, page = REPORT_FILES
+    write_file(drawn_metrics, lambda path: figures.draw_metrics(metrics, path))
+    write_file(drawn_updates, lambda path: figures.draw_updates(edit, path))
+    write_file(drawn_losses, lambda path: figures.draw_losses(losses, path))
+    write_text(page, markdown(metrics, timings, edit["dropped"]))
     write_json(TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
-    return [*paths, TIMINGS_FILE]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from prefect.context import FlowRunContext
@@ -51,7 +52,9 @@ GENERATIONS_FILE = EVALUATION / "generations.parquet"
 FACTS_FILE = EVALUATION / "facts.csv"
 METRICS_FILE = Path("metrics.json")
 TIMINGS_FILE = Path("timings.json")
-REPORT = Path("report")
+REPORT_FILES = tuple(
+    Path("report", name) for name in ("metrics.png", "updates.png", "losses.png", "results.md")
+)
 MEND = Path("artifacts/mend")
 MEND_NETWORK_FILE = MEND / "network.safetensors"
 SERAC = Path("artifacts/serac")
@@ -80,7 +83,7 @@ class Manifest(BaseModel):
     def file(self, path: Path) -> Artifact:
         """One of the results, as the input of a task."""
         return Artifact(
-            path=str(path.resolve()), sha256=self.files[str(path)], size=path.stat().st_size
+            path=str(path.absolute()), sha256=self.files[str(path)], size=path.stat().st_size
         )
 
 
@@ -93,10 +96,21 @@ def finish_step(
         files={str(path): describe(path).sha256 for path in sorted(files)},
         inputs={name: given.digest for name, given in sorted(inputs.items())},
     )
+    _remove_stale(manifest)
     write_json(TIMINGS / f"{step}.json", total_cost(costs).model_dump())
     write_json(MANIFESTS / f"{step}.json", manifest.model_dump())
     _remember_flow_run(manifest)
     return manifest
+
+
+def _remove_stale(manifest: Manifest) -> None:
+    """Delete what the step wrote beside its results with other settings, unless it was changed."""
+    folders = {Path(name).parent for name in manifest.files}
+    with suppress(IntegrityError):
+        for name, digest in _read_manifest(manifest.step).files.items():
+            is_stale = name not in manifest.files and Path(name).parent in folders
+            if is_stale and Path(name).is_file() and file_sha256(name) == digest:
+                Path(name).unlink()
 
 
 def flow_runs(manifests: Mapping[str, Manifest]) -> dict[str, str]:

@@ -41,7 +41,7 @@ from tasks.results import (
     MODEL_FILE,
     PREFIXES_FILE,
     PROMPTS_FILE,
-    REPORT,
+    REPORT_FILES,
     REQUESTS_FILE,
     STATISTICS_FILE,
     TARGETS_FILE,
@@ -275,8 +275,8 @@ class Family:
     """Of the step's parameters and results; equal for a repetition."""
     parameters: Mapping[str, Any]
     tags: Mapping[str, str]
-    folder: Path
-    """Whose files the parent holds."""
+    files: Sequence[Path]
+    """What the parent holds."""
     systems: Mapping[str, Sequence[tuple[str, float, int]]]
     """Metric, value and step (number of edits) of each system."""
 
@@ -307,9 +307,8 @@ def _log_family(client: MlflowClient, experiment_id: str, family: Family) -> str
     ).info.run_id
     for batch in _batches(_parameters(family.parameters), 100):
         client.log_batch(parent, params=batch)
-    for path in sorted(family.folder.iterdir()):
-        if path.is_file():
-            client.log_artifact(parent, str(path), family.folder.name)
+    for path in family.files:
+        client.log_artifact(parent, str(path), path.parent.name)
     now = int(time.time() * 1000)
     for system, points in family.systems.items():
         child = client.create_run(
@@ -359,7 +358,7 @@ def _points(metrics: Mapping[str, Any], timings: Mapping[str, Cost]) -> list[Met
 
 
 def _log_files(client: MlflowClient, run_id: str) -> None:
-    for path in sorted(REPORT.iterdir()):
+    for path in REPORT_FILES:
         client.log_artifact(run_id, str(path), "report")
     for path in (PROMPTS_FILE, FACTS_FILE):
         client.log_artifact(run_id, str(path), "evaluation")

@@ -31,7 +31,6 @@ from memit.requests import EditRequest
 from memit.second_moment import cholesky
 from memit.targets import MlpOutput, compute_targets, edit_rows
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
-from memit.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +215,7 @@ class _Done:
         left = torch.cat([update.left for update in self.updates], 1)
         right = torch.cat([update.right for update in self.updates], 1)
         described = {"left_out": self.left_out, "origin": self.origin}
-        write_whole(self.path, WeightDelta({"updates": LowRank(left, right)}, described).save)
+        WeightDelta({"updates": LowRank(left, right)}, described).save(self.path)
 
     def tell(self, progress: Callable[[int], None] | None, count: int) -> None:
         """Report newly finished edits."""

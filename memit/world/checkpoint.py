@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from memit.errors import IntegrityError
 from memit.tensor_files import load_tensors, save_tensors
-from memit.whole_files import write_whole
 
 
 def save_checkpoint(
@@ -28,7 +27,7 @@ def save_checkpoint(
         tensors[f"first/{name}"] = state["exp_avg"]
         tensors[f"second/{name}"] = state["exp_avg_sq"]
     metadata = {"losses": json.dumps(losses), "origin": origin}
-    write_whole(path, lambda partial: save_tensors(tensors, partial, metadata))
+    save_tensors(tensors, path, metadata)
 
 
 def resume(path: Path, model: nn.Module, optimizer: torch.optim.AdamW, origin: str) -> list[float]:

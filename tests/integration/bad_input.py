@@ -224,6 +224,13 @@ def zipped() -> bytes:
     return target.getvalue()
 
 
+def absent_shards() -> None:
+    """A model directory whose index names a file that is not there."""
+    Path("model/model.safetensors").unlink()
+    index = '{"weight_map": {"a": "part-2.safetensors"}}'
+    Path("model/model.safetensors.index.json").write_text(index)
+
+
 class Malicious:
     """Unpickling it leaves a file behind."""
 
@@ -695,7 +702,7 @@ MODELS = [
     Kind("weights in whole numbers", weights(lambda t: {n: w.long() for n, w in t.items()}), "I64"),
     Kind(
         "an index of absent shards",
-        file("model/model.safetensors.index.json", '{"weight_map": {"a": "part-2.safetensors"}}'),
+        absent_shards,
         "names part-2.safetensors",
     ),
     Kind("a model for no disk", configuration(n_embd=1 << 20, n_head=1), "GB free"),

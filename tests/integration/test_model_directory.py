@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from memit.errors import InputError, IntegrityError
 from memit.language_model import LanguageModel, load_model
 from memit.weight_delta import LowRank, WeightDelta, base_digests
 from tasks import model_directory
+from tasks.loading import directory_digests, weight_files
+from tasks.model import check_weights
 from tasks.model_directory import applied_edits, apply_edit, revert_edit
 from tests.families import families
 
@@ -82,15 +88,177 @@ def test_edits_come_off_last_in_first_out(tmp_path: Path) -> None:
         revert_edit(directory)
 
 
-def test_what_links_to_the_weights_keeps_its_content(tmp_path: Path) -> None:
+def one_file(directory: Path) -> None:
+    """The weights in one file, as small models have them."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    for path in directory.glob("model*.safetensors*"):
+        path.unlink()
+    model.save_pretrained(directory)
+
+
+def backups(directory: Path) -> None:
+    """Copies beside the weights, and formats of other programs."""
+    (directory / "original").mkdir()
+    for path in sorted(directory.glob("*.safetensors")):
+        for name in (f"a_{path.name}", f"z_{path.name}", f"original/{path.name}"):
+            shutil.copy(path, directory / name)
+    for name in ("model.fp16", "consolidated", "adapter_model", "original", "model_backup"):
+        shutil.copy(path, directory / f"{name}.safetensors")
+    index = {"weight_map": {"a": "gone.safetensors"}}
+    (directory / "consolidated.safetensors.index.json").write_text(json.dumps(index))
+
+
+def backups_of_one_file(directory: Path) -> None:
+    """The same beside one file."""
+    one_file(directory)
+    backups(directory)
+
+
+def shards_beside_one_file(directory: Path) -> None:
+    """Weights in one file and, left from before, in several: the one file is read."""
+    kept = {path: path.read_bytes() for path in directory.glob("model*")}
+    one_file(directory)
+    for path, data in kept.items():
+        path.write_bytes(data)
+
+
+def one_file_of_another_name(directory: Path) -> None:
+    """A configuration that names the file."""
+    one_file(directory)
+    shutil.copy(directory / "model.safetensors", directory / "mine.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    named = {**config, "transformers_weights": "mine.safetensors"}
+    (directory / "config.json").write_text(json.dumps(named))
+
+
+LAYOUTS = (
+    one_file,
+    backups,
+    backups_of_one_file,
+    shards_beside_one_file,
+    one_file_of_another_name,
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_weights_that_are_loaded_are_edited_and_no_others(
+    tmp_path: Path, layout: Callable[[Path], None]
+) -> None:
     directory = build(tmp_path / "model")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    for path in directory.glob("*.safetensors"):
-        os.link(path, elsewhere / path.name)
-    before = content(elsewhere)
+    layout(directory)
+    lm = load_model(directory, device="cpu")
+    before = content(directory)
+    delta = make_delta(lm, tmp_path / "delta.safetensors")
+    folder = apply_edit(directory, delta)
+    changed = {name for name, data in content(directory).items() if data != before[name]}
+    assert changed == set(json.loads((folder / "edit.json").read_text())["files"])
+    assert changed <= set(weight_files(directory))
+    edited = load_model(directory, device="cpu")
+    WeightDelta.load(delta).apply(lm)
+    for name in WeightDelta.load(delta).changes:
+        assert torch.equal(edited.parameter(name), lm.parameter(name))
+    revert_edit(directory)
+    assert content(directory) == before
+
+
+def test_what_is_not_loaded_is_neither_checked_nor_part_of_the_model(tmp_path: Path) -> None:
+    directory = build(tmp_path / "model")
+    before = directory_digests(directory)
+    (directory / "model_backup.safetensors").write_text("no weights at all")
+    (directory / "consolidated.safetensors").symlink_to("nowhere")
+    check_weights(directory)
+    assert directory_digests(directory) == before
+    shard = sorted(directory.glob("model-*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes() + b" ")
+    assert directory_digests(directory) != before
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ({"weight_map": ["a"]}, "names no weights of its own"),
+        ({"weight_map": {"a": "../other.safetensors"}}, "names no weights of its own"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "names no weights of its own"),
+        ([], "names no weights of its own"),
+        ({"weight_map": {}}, "no safetensors weights"),
+    ],
+)
+def test_an_index_of_something_else_is_refused(tmp_path: Path, index: object, said: str) -> None:
+    directory = build(tmp_path / "model")
+    delta = make_delta(load_model(directory, device="cpu"), tmp_path / "d")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=said):
+        apply_edit(directory, delta)
+    with pytest.raises(InputError, match=said):
+        check_weights(directory)
+
+
+@pytest.mark.parametrize("prefix", ["", "without its prefix"])
+def test_a_name_in_two_places_is_refused(tmp_path: Path, prefix: str) -> None:
+    directory = build(tmp_path / "model")
+    delta = make_delta(load_model(directory, device="cpu"), tmp_path / "d")
+    name = next(iter(WeightDelta.load(delta).changes))
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    where = directory / index["weight_map"][name]
+    other = next(path for path in directory.glob("model-*.safetensors") if path != where)
+    twice = name.partition(".")[2] if prefix else name
+    save_file({**load_file(other), twice: load_file(where)[name]}, other, {"format": "pt"})
+    before = content(directory)
+    with pytest.raises(IntegrityError, match="cannot be told which is read"):
+        apply_edit(directory, delta)
+    assert content(directory) == before
+    assert not (directory / "memit-edits").exists()
+
+
+def test_an_edit_comes_out_of_the_files_that_it_was_put_in(tmp_path: Path) -> None:
+    directory = build(tmp_path / "model")
+    before = content(directory)
     apply_edit(directory, make_delta(load_model(directory, device="cpu"), tmp_path / "d"))
-    assert content(elsewhere) == before
+    edited = load_model(directory, device="cpu").model
+    edited.save_pretrained(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole" / "model.safetensors", directory)  # now this one is loaded
+    revert_edit(directory)
+    (directory / "model.safetensors").unlink()
+    assert content(directory) == before
+
+
+@pytest.mark.parametrize("kind", ["hub", "absolute", "hard"])
+def test_what_links_lead_to_keeps_its_content(tmp_path: Path, kind: str) -> None:
+    directory = build(tmp_path / "hub" / "snapshots" / "abc")
+    blobs = tmp_path / "hub" / "blobs"
+    blobs.mkdir()
+    for path in directory.iterdir():
+        blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(blob)
+        if kind == "hard":
+            os.link(blob, path)
+        else:
+            path.symlink_to(Path("../../blobs", blob.name) if kind == "hub" else blob)
+    before, loaded = content(blobs), content(directory)
+    apply_edit(directory, make_delta(load_model(directory, device="cpu"), tmp_path / "d"))
+    assert content(directory) != loaded
+    assert content(blobs) == before
+    revert_edit(directory)
+    assert content(directory) == loaded
+    assert content(blobs) == before
+
+
+def test_notes_beside_an_edit_stay(tmp_path: Path) -> None:
+    directory = build(tmp_path / "model")
+    for seed in range(2):
+        folder = apply_edit(
+            directory,
+            make_delta(load_model(directory, device="cpu"), tmp_path / f"{seed}", seed),
+        )
+        (folder / "why.md").write_text("mine")
+    (folder.parent / "all.md").write_text("mine")
+    for _ in range(2):
+        revert_edit(directory)
+    assert applied_edits(directory) == []
+    assert len(list(folder.parent.rglob("*.md"))) == 3
+    assert [p.name for p in folder.parent.rglob("*.safetensors")] == []
+    apply_edit(directory, tmp_path / "0")
+    revert_edit(directory)
 
 
 def test_an_interrupted_apply_is_refused_and_reverted(

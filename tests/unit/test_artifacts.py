@@ -6,8 +6,6 @@ import errno
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,14 +13,11 @@ import pytest
 
 from memit.errors import IntegrityError, ResourceError
 from memit.hyperparameters import Hyperparameters
-from tasks import artifacts
 from tasks.artifacts import (
     Artifact,
     FileLocks,
     content_key,
     describe,
-    keep_only,
-    remove_leftovers,
     store_piece,
     write_file,
     write_json,
@@ -108,26 +103,6 @@ def test_json_has_one_form_and_no_nan(project: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(project / "a.json", {"a": float("nan")})
     assert json.loads((project / "a.json").read_text()) == {"a": "é", "b": 1}
-
-
-def test_only_leftovers_of_the_dead_are_removed(project: Path) -> None:
-    finished = subprocess.Popen([sys.executable, "-c", ""])
-    finished.wait()
-    dead = project / "artifacts" / f".x.json.{finished.pid}-ab12{artifacts.PARTIAL}"
-    living = project / "artifacts" / f".x.json.{os.getpid()}-ab12{artifacts.PARTIAL}"
-    result = project / "artifacts" / "x.json"
-    dead.parent.mkdir()
-    for path in (dead, living, result):
-        path.touch()
-    remove_leftovers([project / "artifacts", project / "absent"])
-    assert sorted(p.name for p in dead.parent.iterdir()) == sorted([living.name, result.name])
-
-
-def test_a_result_directory_loses_what_is_not_its_own(project: Path) -> None:
-    for name in ("layer-00.parquet", "layer-07.parquet"):
-        (project / name).touch()
-    keep_only(project, {"layer-00.parquet"})
-    assert [p.name for p in project.iterdir()] == ["layer-00.parquet"]
 
 
 # --- keys -----------------------------------------------------------------------------------------
