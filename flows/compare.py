@@ -23,30 +23,23 @@ from rich.table import Table
 
 from flows.gpu import taking_turns
 from flows.preflight import check_comparison
-from flows.record import origin
 from flows.runner import with_runner
 from flows.systems import (
     Bench,
     Goals,
-    Measured,
     Sample,
-    edit_sample,
-    learning_steps,
-    measure,
+    Tried,
+    finish,
     prepare,
+    try_system,
 )
-from memit.errors import UnreachableError
 from tasks.artifacts import write_file, write_json, write_text
 from tasks.compare import Comparison, csv_text, markdown, plain, table_rows
-from tasks.evaluation import DECIMALS, metrics_of
 from tasks.generation import having_prompts
 from tasks.paper import published
-from tasks.results import finish_step, upstream
 from tasks.runners import thread_runner
-from tasks.tracking import Family, log_family, tracking_uri
 
 COMPARISON = Path("comparison")
-STATISTICS = COMPARISON / "statistics"
 
 
 @flow(name="compare", validate_parameters=False, task_runner=thread_runner())
@@ -54,36 +47,23 @@ STATISTICS = COMPARISON / "statistics"
 @with_runner
 def compare(parameters: Parameters) -> None:
     """Edit with each system, measure it, and put all of them into one table."""
-    given = upstream("model", "prefixes", "statistics", *learning_steps(parameters))
-    bench = prepare(parameters, given, STATISTICS)
+    bench = prepare(parameters, COMPARISON)
     section = parameters.compare
     sample = bench.draw(section.count, section.seed)
-    measured = dict(_measure_all(bench, sample))
-    comparison = _compare(bench, sample, measured)
-    files = _write(comparison, measured)
-    costs = [cost for each in measured.values() for cost in each.costs]
-    manifest = finish_step(
-        "compare", [*files, *sorted(STATISTICS.glob("layer-[0-9]*"))], given, costs
+    tried = dict(_try_all(bench, sample))
+    comparison = _compare(bench, sample, tried)
+    files = _write(comparison, tried)
+    finish(
+        "compare",
+        bench,
+        files,
+        [cost for edit, measured in tried.values() for cost in (edit.cost, *measured.costs)],
+        {
+            name: [(key, value, 0) for key, value in metrics.items()]
+            for name, metrics in comparison.systems.items()
+        },
     )
     create_table_artifact(key="comparison", table=table_rows(comparison))
-    try:
-        log_family(
-            Family(
-                experiment=parameters.report.experiment,
-                step="compare",
-                digest=manifest.digest,
-                parameters=parameters.model_dump(),
-                tags=origin(parameters, {"compare": manifest}),
-                files=files,
-                systems={
-                    name: [(key, value, 0) for key, value in metrics.items()]
-                    for name, metrics in comparison.systems.items()
-                },
-            ),
-            tracking_uri(parameters.report.tracking_uri),
-        )
-    except UnreachableError as error:
-        console.print(f"[yellow]warning:[/] {error}")
     show_results(comparison)
 
 
@@ -104,37 +84,32 @@ def show_results(comparison: Comparison) -> None:
     )
 
 
-def _measure_all(bench: Bench, sample: Sample) -> Iterator[tuple[str, Measured]]:
-    """Each system's name with what was measured of it."""
+def _try_all(bench: Bench, sample: Sample) -> Iterator[tuple[str, Tried]]:
+    """Each system's name with what it did."""
     section = bench.parameters.compare
     goals = Goals(bench, sample.records if "memit" in section.systems else ())
     for system in bench.systems:
-        edit = edit_sample(bench, system, sample, goals, section.seed)
-        yield (
-            system.name,
-            measure(
-                bench,
-                edit,
-                sample,
-                texts_of=section.generation_records,
-                seed=section.seed,
-                thorough=True,
-            ),
+        edit, measured = try_system(
+            bench,
+            system,
+            sample,
+            goals,
+            texts_of=section.generation_records,
+            seed=section.seed,
+            thorough=True,
         )
+        yield system.name, (edit, measured)
         console.print(f"[green]✓[/] {system.label:<10} {edit.cost.seconds:9.1f} s of editing")
 
 
-def _compare(bench: Bench, sample: Sample, measured: dict[str, Measured]) -> Comparison:
+def _compare(bench: Bench, sample: Sample, tried: dict[str, Tried]) -> Comparison:
     from memit.evaluation.entropy import word_tokenizer
 
-    parameters = bench.parameters
-    wanted = references(parameters) if bench.questions is None else {}
-    systems: dict[str, dict[str, float]] = {}
-    for name, each in measured.items():
-        systems[name] = metrics_of(each.prompts, each.texts, sample.records, wanted)
-        if each.perplexity is not None:
-            systems[name]["perplexity"] = round(each.perplexity, DECIMALS)
-        systems[name]["seconds"] = each.edit.cost.seconds
+    wanted = references(bench.parameters) if bench.questions is None else {}
+    systems = {
+        name: measured.metrics(sample.records, wanted) | {"seconds": edit.cost.seconds}
+        for name, (edit, measured) in tried.items()
+    }
     count = len(sample.records)
     return Comparison(
         model=bench.model.model.id,
@@ -142,7 +117,7 @@ def _compare(bench: Bench, sample: Sample, measured: dict[str, Measured]) -> Com
         systems=systems,
         exact_entropy=word_tokenizer()[1],
         published=published(_data_set(bench), bench.model.model.id, count),
-        notes=(*_notes(bench, sample), *_dropped(bench, measured)),
+        notes=(*_notes(bench, sample), *_dropped(bench, tried)),
     )
 
 
@@ -169,30 +144,27 @@ def _notes(bench: Bench, sample: Sample) -> tuple[str, ...]:
     return (*notes, *(f"{system.label}: {system.editor}" for system in bench.systems))
 
 
-def _dropped(bench: Bench, measured: dict[str, Measured]) -> Iterator[str]:
+def _dropped(bench: Bench, tried: dict[str, Tried]) -> Iterator[str]:
     for system in bench.systems:
-        count = measured[system.name].edit.dropped
+        count = tried[system.name][0].dropped
         if count:
             yield f"{system.label}: {count} requests could not be written and count as failures."
 
 
-def _write(comparison: Comparison, measured: dict[str, Measured]) -> list[Path]:
+def _write(comparison: Comparison, tried: dict[str, Tried]) -> list[Path]:
     """Write the results and give their paths."""
     import pyarrow
     import pyarrow.parquet as parquet
-
-    from memit.evaluation.generations import SCHEMA
 
     def with_system(name: str, table: pyarrow.Table) -> pyarrow.Table:
         return table.add_column(0, "system", pyarrow.array([name] * len(table), pyarrow.string()))
 
     tables = {
         COMPARISON / "prompts.parquet": [
-            with_system(name, each.prompts) for name, each in measured.items()
+            with_system(name, measured.prompts) for name, (_, measured) in tried.items()
         ],
         COMPARISON / "generations.parquet": [
-            with_system(name, SCHEMA.empty_table() if each.texts is None else each.texts)
-            for name, each in measured.items()
+            with_system(name, measured.texts) for name, (_, measured) in tried.items()
         ],
     }
     for path, parts in tables.items():

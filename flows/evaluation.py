@@ -7,18 +7,18 @@ Results: ``evaluation/prompts.parquet``, ``evaluation/generations.parquet``,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flows.command import given_parameters, run_flow
-from flows.parameters import Parameters
+from flows.parameters import EvaluationSection, Parameters
 
 if __name__ == "__main__":
     given_parameters()
 
-from prefect import flow
+from prefect import Task, flow
 
 from flows.gpu import taking_turns
 from flows.requests import records_source
@@ -28,11 +28,11 @@ from memit.requests import Record, read_counterfact
 from tasks.artifacts import Artifact, write_file, write_json
 from tasks.evaluation import (
     DECIMALS,
+    ScoredPiece,
     described_edit,
     measure_perplexity,
     metrics_of,
     read_table,
-    score_in_pieces,
     score_piece,
 )
 from tasks.generation import collect_references, having_prompts, read_references, write_texts
@@ -53,7 +53,7 @@ from tasks.results import (
     finish_step,
     upstream,
 )
-from tasks.runners import thread_runner
+from tasks.runners import map_in_pieces, thread_runner
 
 if TYPE_CHECKING:
     import pyarrow
@@ -62,15 +62,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class State:
-    """What was found out about the model before or after the edit."""
+class Measured:
+    """What was found out about a model, edited or not; every number follows from it."""
 
     prompts: pyarrow.Table
-    texts: pyarrow.Table | None
-    """None where no record has generation prompts."""
+    """Scored prompts, or answers to zsRE's questions."""
+    texts: pyarrow.Table
+    """Generated texts; no rows where no record has generation prompts."""
     perplexity: float | None
     """None where there is no held-out text."""
     costs: tuple[Cost, ...]
+
+    def metrics(self, records: Sequence[Record], wanted: References) -> dict[str, float]:
+        """All metrics; generated texts are compared with those that are ``wanted``."""
+        metrics = metrics_of(self.prompts, self.texts, records, wanted)
+        if self.perplexity is not None:
+            metrics["perplexity"] = round(self.perplexity, DECIMALS)
+        return metrics
 
 
 @flow(
@@ -82,6 +90,8 @@ class State:
 @with_runner
 def evaluation(parameters: Parameters) -> None:
     """Score the prompts and write the texts that are missing, on both models, and sum up."""
+    from memit.evaluation.counterfact import prompts_of
+
     given = upstream("model", "requests", "statistics", "edit")
     section = parameters.evaluation
     records = read_counterfact(REQUESTS_FILE)
@@ -89,13 +99,22 @@ def evaluation(parameters: Parameters) -> None:
         update={"served_in": section.dtype}
     )
     before, after = (
-        _measure(parameters, given, model, edit, records)
+        measure(
+            model,
+            edit,
+            score_piece,
+            prompts_of(records),
+            having_prompts(records, section.generation_records),
+            held_out_text(given["statistics"]),
+            section,
+            section.seed,
+        )
         for edit in (None, given["edit"].file(DELTA_FILE))
     )
-    wanted = references(parameters) if before.texts is not None else {}
+    wanted = references(parameters) if len(before.texts) else {}
     metrics = {
-        "before": _metrics(before, records, wanted),
-        "after": _metrics(after, records, wanted),
+        "before": before.metrics(records, wanted),
+        "after": after.metrics(records, wanted),
         "edit": described_edit(json.loads(EDIT_FILE.read_text(encoding="utf-8"))),
     }
     files = _write_tables(before, after)
@@ -116,53 +135,55 @@ def references(parameters: Parameters) -> References:
     return read_references(collect_references(*records_source(parameters), corpus_of(parameters)))
 
 
-def _measure(
-    parameters: Parameters,
-    given: Mapping[str, Manifest],
+def held_out_text(statistics: Manifest) -> Artifact | None:
+    """The documents that the step ``statistics`` has set aside for the perplexity."""
+    described = json.loads(STATISTICS_FILE.read_text(encoding="utf-8"))
+    return statistics.file(HELD_OUT_FILE) if described["held_out_documents"] else None
+
+
+def measure(
     model: ModelReference,
     edit: Artifact | None,
-    records: Sequence[Record],
-) -> State:
-    from memit.evaluation.counterfact import prompts_of
-
-    section = parameters.evaluation
+    score: Task[..., ScoredPiece],
+    asked: Sequence[Any],
+    described: Sequence[Record],
+    held_out: Artifact | None,
+    section: EvaluationSection,
+    seed: int,
+) -> Measured:
+    """Let ``score`` judge what the model is ``asked``, in pieces; let the model write about records
+    that are to be ``described``, and take its perplexity on the held-out text."""
     budget = token_budget(section.token_budget, model)
-    scored = score_in_pieces(
-        score_piece, prompts_of(records), section.prompts_per_piece, model, edit, budget
+    scored: list[ScoredPiece] = map_in_pieces(
+        "evaluation",
+        "prompts",
+        score,
+        asked,
+        section.prompts_per_piece,
+        model=model,
+        edit=edit,
+        token_budget=budget,
     )
-    costs = [piece.cost for piece in scored]
-    texts = perplexity = None
-    described = having_prompts(records, section.generation_records)
-    if described:
-        texts, writing = write_texts(described, model, edit, section.seed, budget)
-        costs += writing
-    if json.loads(STATISTICS_FILE.read_text(encoding="utf-8"))["held_out_documents"]:
-        held_out = given["statistics"].file(HELD_OUT_FILE)
+    texts, writing = write_texts(described, model, edit, seed, budget)
+    costs, perplexity = [piece.cost for piece in scored] + writing, None
+    if held_out is not None:
         measured = measure_perplexity(held_out, model, edit, budget)
         perplexity = measured.perplexity
         costs.append(measured.cost)
-    return State(read_table(scored), texts, perplexity, tuple(costs))
+    return Measured(read_table(scored), texts, perplexity, tuple(costs))
 
 
-def _metrics(state: State, records: Sequence[Record], wanted: References) -> dict[str, float]:
-    metrics = metrics_of(state.prompts, state.texts, records, wanted)
-    if state.perplexity is not None:
-        metrics["perplexity"] = round(state.perplexity, DECIMALS)
-    return metrics
-
-
-def _write_tables(before: State, after: State) -> list[Path]:
+def _write_tables(before: Measured, after: Measured) -> list[Path]:
     """Write the results and give their paths."""
     import pyarrow.csv
     import pyarrow.parquet
 
     from memit.evaluation.counterfact import before_and_after, facts_table
-    from memit.evaluation.generations import SCHEMA, side_by_side
+    from memit.evaluation.generations import side_by_side
 
     joined = before_and_after(before.prompts, after.prompts)
     facts = facts_table(before.prompts, after.prompts)
-    nothing = SCHEMA.empty_table()  # DVC knows the file by its name
-    texts = side_by_side(*(nothing if s.texts is None else s.texts for s in (before, after)))
+    texts = side_by_side(before.texts, after.texts)
     write_file(PROMPTS_FILE, lambda path: pyarrow.parquet.write_table(joined, path))
     write_file(FACTS_FILE, lambda path: pyarrow.csv.write_csv(facts, path))
     write_file(GENERATIONS_FILE, lambda path: pyarrow.parquet.write_table(texts, path))

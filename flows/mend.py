@@ -15,37 +15,24 @@ from prefect import flow
 
 from flows.gpu import taking_turns
 from flows.statistics import corpus_source
-from flows.systems import split
-from tasks.artifacts import Artifact, copy_file
+from flows.systems import learn, split
+from tasks.artifacts import Artifact
 from tasks.corpus import collect_corpus
-from tasks.mend import Continuations, Trained, train_mend_network
+from tasks.mend import Continuations, train_mend_network
 from tasks.model import open_model
-from tasks.results import MEND, MEND_NETWORK_FILE, finish_step, upstream
-from tasks.unfinished import forget_work
+from tasks.results import upstream
 
 
 @flow(name="mend", validate_parameters=False)
 @taking_turns
 def mend(parameters: Parameters) -> None:
     """Train the network on records that are not edited, or find the one that was."""
-    given = upstream("model")
-    trained = trained_mend(parameters)
-    losses = MEND / "losses.json"
-    copy_file(trained.file.checked(), MEND_NETWORK_FILE)
-    copy_file(trained.losses.checked(), losses)
-    finish_step("mend", [MEND_NETWORK_FILE, losses], given, [trained.cost])
-
-
-def trained_mend(parameters: Parameters) -> Trained:
-    """The network for the model and the records that ``params.yaml`` names."""
     from memit.editors.mend import mend_preset
 
+    given = upstream("model")
     model = open_model(**parameters.model.placement())
     settings = overridden(mend_preset(model.model.id), parameters.mend)
-    learnt_from = _learnt_from(parameters)
-    trained = train_mend_network(model, learnt_from, settings)
-    forget_work("mend", model, learnt_from, settings)
-    return trained
+    learn("mend", given, train_mend_network, model, _learnt_from(parameters), settings)
 
 
 def _learnt_from(parameters: Parameters) -> Artifact | Continuations:

@@ -18,30 +18,16 @@ from prefect import flow
 
 from flows.gpu import taking_turns
 from flows.preflight import check_scaling
-from flows.record import origin
 from flows.runner import with_runner
-from flows.systems import (
-    Bench,
-    Goals,
-    Sample,
-    edit_sample,
-    learning_steps,
-    measure,
-    prepare,
-)
-from memit.errors import UnreachableError
+from flows.systems import Bench, Goals, Sample, finish, prepare, try_system
 from memit.requests import Record
 from tasks.artifacts import write_file, write_json, write_text
-from tasks.evaluation import metrics_of
 from tasks.measure import Cost
-from tasks.results import finish_step, upstream
 from tasks.runners import thread_runner
 from tasks.scaling import PANELS, Point, csv_text, curve, draw_scaling, markdown, plain, systems_of
 from tasks.systems import LABELS
-from tasks.tracking import Family, log_family, tracking_uri
 
 SCALING = Path("scaling")
-STATISTICS = SCALING / "statistics"
 
 
 @flow(name="scaling", validate_parameters=False, task_runner=thread_runner())
@@ -49,30 +35,13 @@ STATISTICS = SCALING / "statistics"
 @with_runner
 def scaling(parameters: Parameters) -> None:
     """Edit samples of every size with each system, measure it, and draw the curves."""
-    given = upstream("model", "prefixes", "statistics", *learning_steps(parameters))
-    bench = prepare(parameters, given, STATISTICS)
+    bench = prepare(parameters, SCALING)
     samples = _draw(bench)
     costs: list[Cost] = []
     points = list(_points(bench, samples, costs))
     files = _write(bench, points)
-    manifest = finish_step(
-        "scaling", [*files, *sorted(STATISTICS.glob("layer-[0-9]*"))], given, costs
-    )
-    try:
-        log_family(
-            Family(
-                experiment=parameters.report.experiment,
-                step="scaling",
-                digest=manifest.digest,
-                parameters=parameters.model_dump(),
-                tags=origin(parameters, {"scaling": manifest}),
-                files=files,
-                systems={system: _logged(points, system) for system in systems_of(points)},
-            ),
-            tracking_uri(parameters.report.tracking_uri),
-        )
-    except UnreachableError as error:
-        console.print(f"[yellow]warning:[/] {error}")
+    metrics = {system: _logged(points, system) for system in systems_of(points)}
+    finish("scaling", bench, files, costs, metrics)
     console.print(f"\n  [bold]{SCALING}/table.md[/], scaling.png and table.csv beside it")
 
 
@@ -103,21 +72,15 @@ def _samples(bench: Bench, count: int) -> int:
 
 
 def _points(bench: Bench, samples: list[tuple[int, Sample]], costs: list[Cost]) -> Iterator[Point]:
-    most = bench.parameters.scaling.generation_records
+    texts_of = bench.parameters.scaling.generation_records
     goals = Goals(bench, _union(samples) if "memit" in bench.parameters.compare.systems else [])
     for seed, sample in samples:
         for system in bench.systems:
-            edit = edit_sample(bench, system, sample, goals, seed)
-            measured = measure(
-                bench,
-                edit,
-                sample,
-                texts_of=most,
-                seed=seed,
-                thorough=False,
+            edit, measured = try_system(
+                bench, system, sample, goals, texts_of=texts_of, seed=seed, thorough=False
             )
-            costs += measured.costs
-            metrics = metrics_of(measured.prompts, measured.texts, sample.records, {})
+            costs += [edit.cost, *measured.costs]
+            metrics = measured.metrics(sample.records, {})
             count = len(sample.records)
             yield Point(
                 system.name,

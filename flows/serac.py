@@ -20,14 +20,11 @@ if __name__ == "__main__":
 from prefect import flow
 
 from flows.gpu import taking_turns
-from flows.systems import split
-from tasks.artifacts import copy_file
+from flows.systems import learn, split
 from tasks.loading import directory_digests
-from tasks.mend import Trained
 from tasks.model import open_model, resolve_commit
-from tasks.results import SERAC, SERAC_MODELS_FILE, finish_step, upstream
+from tasks.results import upstream
 from tasks.serac import train_serac_models
-from tasks.unfinished import forget_work
 
 if TYPE_CHECKING:
     from memit.editors.serac import SeracSettings
@@ -37,24 +34,12 @@ if TYPE_CHECKING:
 @taking_turns
 def serac(parameters: Parameters) -> None:
     """Train both models on records that are not edited, or find those that were."""
-    given = upstream("model")
-    trained = trained_serac(parameters)
-    losses = SERAC / "losses.json"
-    copy_file(trained.file.checked(), SERAC_MODELS_FILE)
-    copy_file(trained.losses.checked(), losses)
-    finish_step("serac", [SERAC_MODELS_FILE, losses], given, [trained.cost])
-
-
-def trained_serac(parameters: Parameters) -> Trained:
-    """The models for the records that ``params.yaml`` names."""
     from memit.editors.serac import serac_preset
 
+    given = upstream("model")
     model = open_model(**parameters.model.placement())
     settings = _pinned(overridden(serac_preset(model.model.id), parameters.serac))
-    records = split(parameters).training
-    trained = train_serac_models(model, records, settings)
-    forget_work("serac", model, records, settings)
-    return trained
+    learn("serac", given, train_serac_models, model, split(parameters).training, settings)
 
 
 def _pinned(settings: SeracSettings) -> SeracSettings:

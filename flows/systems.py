@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.command import console
+from flows.evaluation import Measured, held_out_text, measure
 from flows.parameters import Parameters, overridden
+from flows.record import origin
 from flows.requests import records_source
 from flows.statistics import collect_layers
+from flows.targets import targets_of
+from memit.errors import UnreachableError
 from memit.requests import Record, read_counterfact
-from tasks.artifacts import Artifact, describe
+from tasks.artifacts import Artifact, copy_file, describe
 from tasks.edit import spread_edit
-from tasks.evaluation import (
-    ScoredPiece,
-    measure_perplexity,
-    read_table,
-    score_in_pieces,
-    score_piece,
-)
-from tasks.generation import having_prompts, write_texts
+from tasks.evaluation import score_piece
+from tasks.generation import having_prompts
 from tasks.loading import ModelReference, token_budget
 from tasks.measure import Cost, total_cost
+from tasks.mend import Trained
 from tasks.model import open_model
 from tasks.prefixes import read_prefixes
-from tasks.progress import gather
 from tasks.requests import choose_requests, locate_records
 from tasks.results import (
-    HELD_OUT_FILE,
     MEND_NETWORK_FILE,
     PREFIXES_FILE,
     SERAC_MODELS_FILE,
     STATISTICS,
-    STATISTICS_FILE,
     Manifest,
+    finish_step,
+    upstream,
 )
-from tasks.runners import scatter
 from tasks.systems import (
     Split,
     System,
@@ -49,12 +47,10 @@ from tasks.systems import (
     select_targets,
     split_records,
 )
-from tasks.targets import TargetsPiece, optimise_targets, target_settings
+from tasks.tracking import Family, log_family, tracking_uri
 from tasks.unfinished import forget_work
 
 if TYPE_CHECKING:
-    import pyarrow
-
     from memit.evaluation.zsre import ZsreRecord
     from memit.hyperparameters import Hyperparameters
 
@@ -76,6 +72,8 @@ class Bench:
     """Everything that the systems of one comparison have in common."""
 
     parameters: Parameters
+    given: Mapping[str, Manifest]
+    """What the steps before left."""
     model: ModelReference
     hyperparameters: Hyperparameters
     systems: tuple[System, ...]
@@ -103,11 +101,13 @@ class Bench:
         return Sample(file, tuple(read_counterfact(file.checked())))
 
 
-def prepare(parameters: Parameters, given: Mapping[str, Manifest], folder: Path) -> Bench:
+def prepare(parameters: Parameters, folder: Path) -> Bench:
     """Read the settings and the earlier steps' results, and collect what is missing.
 
-    ``folder`` is where second moments of layers are kept that the step ``statistics`` left out.
+    The results will be in ``folder``, and below it the second moments of layers that the step
+    ``statistics`` left out.
     """
+    given = upstream("model", "prefixes", "statistics", *learning_steps(parameters))
     model = open_model(**parameters.model.placement())
     hyperparameters = parameters.hyperparameters(model.model.id, model.model.layers)
     section = parameters.compare
@@ -120,17 +120,17 @@ def prepare(parameters: Parameters, given: Mapping[str, Manifest], folder: Path)
         section.editors,
     )
     systems = [_with_section(system, parameters, model.model.id) for system in systems]
-    held_out = json.loads(STATISTICS_FILE.read_text(encoding="utf-8"))["held_out_documents"]
     return Bench(
         parameters=parameters,
+        given=given,
         model=model,
         hyperparameters=hyperparameters,
         systems=tuple(systems),
         split=split(parameters),
         prefixes=read_prefixes(PREFIXES_FILE),
-        moments=_moments(parameters, given["statistics"], model, systems, folder),
+        moments=_moments(parameters, given["statistics"], model, systems, folder / "statistics"),
         trained={step: given[step].file(LEARNT[step]) for step in learning_steps(parameters)},
-        held_out=given["statistics"].file(HELD_OUT_FILE) if held_out else None,
+        held_out=held_out_text(given["statistics"]),
         questions=_questions(section.zsre),
     )
 
@@ -197,38 +197,19 @@ class Goals:
     """
 
     def __init__(self, bench: Bench, records: Sequence[Record]) -> None:
-        section = bench.parameters.targets
-        size = section.requests_per_piece
-        parts = [records[first : first + size] for first in range(0, len(records), size)]
-        above = bench.model.model.layers - 1 - bench.hyperparameters.layers[-1]
+        requests = [record.request for record in records]
         self.bench = bench
-        self.pieces: list[TargetsPiece] = gather(
-            "targets",
-            "edits",
-            scatter(
-                optimise_targets,
-                [[record.request for record in part] for part in parts],
-                model=bench.model,
-                prefixes=bench.prefixes,
-                hyperparameters=target_settings(bench.hyperparameters),
-                token_budget=token_budget(section.token_budget, bench.model, trained_blocks=above),
-            ),
-            [len(part) for part in parts],
-        )
-        self.sizes = [len(part) for part in parts]
-        self.place = {
-            record.case_id: (piece, row)
-            for piece, part in enumerate(parts)
-            for row, record in enumerate(part)
-        }
+        self.pieces = targets_of(requests, bench.parameters, bench.model, bench.prefixes)
+        self.rows = {record.case_id: row for row, record in enumerate(records)}
 
     def edit(self, sample: Sample) -> SystemEdit:
         """MEMIT's edit of a sample; its seconds are those of its share of the targets, too."""
-        places = [self.place[record.case_id] for record in sample.records]
-        used = sorted({piece for piece, _ in places})
+        rows = [self.rows[record.case_id] for record in sample.records]
+        size = self.bench.parameters.targets.requests_per_piece
+        used = sorted({row // size for row in rows})
         targets = select_targets(
             [self.pieces[piece].targets for piece in used],
-            [(used.index(piece), row) for piece, row in places],
+            [used.index(row // size) * size + row % size for row in rows],
         )
         bench = self.bench
         layers = bench.hyperparameters.layers
@@ -242,11 +223,11 @@ class Goals:
             token_budget(bench.parameters.edit.token_budget, bench.model, trained_blocks=0),
             bench.parameters.edit.on_failure,
         )
-        shares = [self.pieces[p].cost.seconds / self.sizes[p] for p, _ in places]
+        spent = total_cost([piece.cost for piece in self.pieces]).seconds
         summary = json.loads(made.summary.checked().read_text(encoding="utf-8"))
         return SystemEdit(
             edit=made.delta,
-            cost=total_cost([Cost(seconds=sum(shares)), made.cost]),
+            cost=total_cost([Cost(seconds=spent * len(rows) / len(self.rows)), made.cost]),
             dropped=len(summary["dropped"]),
         )
 
@@ -281,58 +262,83 @@ def edit_sample(
 # --- measuring ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was found out about a system; every number follows from it."""
-
-    prompts: pyarrow.Table
-    """Scored prompts."""
-    texts: pyarrow.Table | None
-    """Generated texts; None where there is nothing to generate."""
-    perplexity: float | None
-    edit: SystemEdit
-    costs: tuple[Cost, ...]
+Tried = tuple[SystemEdit, Measured]
+"""What a system made of a sample, and what that did."""
 
 
-def measure(
+def try_system(
     bench: Bench,
-    edit: SystemEdit,
+    system: System,
     sample: Sample,
+    goals: Goals,
     *,
     texts_of: int | None,
     seed: int,
     thorough: bool,
-) -> Measured:
-    """Score the sample's prompts, and let the model write about ``texts_of`` of its records.
+) -> Tried:
+    """Edit, score the sample's prompts, and let the model write about ``texts_of`` of its records.
 
     A thorough measurement takes the perplexity, and asks the neighbourhood prompts behind the
     edited fact, too (CounterFact+).
     """
-    scored = _score(bench, edit, sample, thorough)
-    costs = [piece.cost for piece in scored]
-    budget = token_budget(bench.parameters.evaluation.token_budget, bench.model)
-    described = having_prompts(sample.records, texts_of)
-    texts = perplexity = None
-    if described:
-        texts, writing = write_texts(described, bench.model, edit.edit, seed, budget)
-        costs += writing
-    if thorough and bench.held_out is not None:
-        measured = measure_perplexity(bench.held_out, bench.model, edit.edit, budget)
-        perplexity = measured.perplexity
-        costs.append(measured.cost)
-    return Measured(read_table(scored), texts, perplexity, edit, (edit.cost, *costs))
-
-
-def _score(bench: Bench, edit: SystemEdit, sample: Sample, thorough: bool) -> list[ScoredPiece]:
-    """Tables of all prompts or questions, in pieces."""
     from memit.evaluation.counterfact import plus_prompts_of, prompts_of
 
-    items: list[Any]
+    edit = edit_sample(bench, system, sample, goals, seed)
+    asked: list[Any]
     if bench.questions is not None:
-        score, items = answer_piece, [bench.questions[r.case_id] for r in sample.records]
+        score, asked = answer_piece, [bench.questions[r.case_id] for r in sample.records]
     else:
-        score, items = score_piece, prompts_of(sample.records)
-        items += plus_prompts_of(sample.records) if thorough else []
-    section = bench.parameters.evaluation
-    budget = token_budget(section.token_budget, bench.model)
-    return score_in_pieces(score, items, section.prompts_per_piece, bench.model, edit.edit, budget)
+        score, asked = score_piece, prompts_of(sample.records)
+        asked += plus_prompts_of(sample.records) if thorough else []
+    measured = measure(
+        bench.model,
+        edit.edit,
+        score,
+        asked,
+        having_prompts(sample.records, texts_of),
+        bench.held_out if thorough else None,
+        bench.parameters.evaluation,
+        seed,
+    )
+    return edit, measured
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def finish(
+    step: str,
+    bench: Bench,
+    files: Sequence[Path],
+    costs: Sequence[Cost],
+    metrics: Mapping[str, list[tuple[str, float, int]]],
+) -> None:
+    """Write the manifest of a comparison, and log it to MLflow with each system's ``metrics``:
+    name, value and step."""
+    moments = sorted((files[0].parent / "statistics").glob("layer-[0-9]*"))
+    manifest = finish_step(step, [*files, *moments], bench.given, costs)
+    family = Family(
+        experiment=bench.parameters.report.experiment,
+        step=step,
+        digest=manifest.digest,
+        parameters=bench.parameters.model_dump(),
+        tags=origin(bench.parameters, {step: manifest}),
+        files=files,
+        systems=metrics,
+    )
+    try:
+        log_family(family, tracking_uri(bench.parameters.report.tracking_uri))
+    except UnreachableError as error:
+        console.print(f"[yellow]warning:[/] {error}")
+
+
+def learn(
+    step: str, given: Mapping[str, Manifest], train: Callable[..., Trained], *inputs: Any
+) -> None:
+    """Train what a system needs, or find what was trained on these inputs, and finish its step."""
+    trained = train(*inputs)
+    forget_work(step, *inputs)
+    losses = LEARNT[step].parent / "losses.json"
+    copy_file(trained.file.checked(), LEARNT[step])
+    copy_file(trained.losses.checked(), losses)
+    finish_step(step, [LEARNT[step], losses], given, [trained.cost])

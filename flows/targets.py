@@ -5,6 +5,8 @@ Result: ``artifacts/targets.safetensors``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flows.command import given_parameters, run_flow
 from flows.parameters import Parameters
 
@@ -15,15 +17,14 @@ from prefect import flow
 
 from flows.gpu import taking_turns
 from flows.runner import with_runner
-from memit.requests import read_counterfact
+from memit.requests import EditRequest, read_counterfact
 from tasks.artifacts import write_file
-from tasks.loading import token_budget
+from tasks.loading import ModelReference, token_budget
 from tasks.model import open_model
 from tasks.prefixes import read_prefixes
-from tasks.progress import gather
 from tasks.results import PREFIXES_FILE, REQUESTS_FILE, TARGETS_FILE, finish_step, upstream
-from tasks.runners import scatter, thread_runner
-from tasks.targets import optimise_targets, target_settings
+from tasks.runners import map_in_pieces, thread_runner
+from tasks.targets import TargetsPiece, optimise_targets, target_settings
 
 
 @flow(
@@ -38,29 +39,35 @@ def targets(parameters: Parameters) -> None:
     from memit.targets import Targets
 
     given = upstream("model", "requests", "prefixes")
-    section = parameters.targets
     model = open_model(**parameters.model.placement())
     chosen = [record.request for record in read_counterfact(REQUESTS_FILE)]
-    size = section.requests_per_piece
-    pieces = [chosen[first : first + size] for first in range(0, len(chosen), size)]
-    hyperparameters = parameters.hyperparameters(model.model.id, model.model.layers)
-    above = model.model.layers - 1 - hyperparameters.layers[-1]
-    finished = gather(
-        "targets",
-        "edits",
-        scatter(
-            optimise_targets,
-            pieces,
-            model=model,
-            prefixes=read_prefixes(PREFIXES_FILE),
-            hyperparameters=target_settings(hyperparameters),
-            token_budget=token_budget(section.token_budget, model, trained_blocks=above),
-        ),
-        [len(piece) for piece in pieces],
-    )
+    finished = targets_of(chosen, parameters, model, read_prefixes(PREFIXES_FILE))
     joined = Targets.concatenate([Targets.load(piece.targets.checked()) for piece in finished])
     write_file(TARGETS_FILE, joined.save)
     finish_step("targets", [TARGETS_FILE], given, [piece.cost for piece in finished])
+
+
+def targets_of(
+    requests: Sequence[EditRequest],
+    parameters: Parameters,
+    model: ModelReference,
+    prefixes: Sequence[str],
+) -> list[TargetsPiece]:
+    """The targets of requests, in pieces of the size that the section ``targets`` names."""
+    section = parameters.targets
+    hyperparameters = parameters.hyperparameters(model.model.id, model.model.layers)
+    above = model.model.layers - 1 - hyperparameters.layers[-1]
+    return map_in_pieces(
+        "targets",
+        "edits",
+        optimise_targets,
+        requests,
+        section.requests_per_piece,
+        model=model,
+        prefixes=prefixes,
+        hyperparameters=target_settings(hyperparameters),
+        token_budget=token_budget(section.token_budget, model, trained_blocks=above),
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from prefect import Task
 from pydantic import BaseModel, ConfigDict
 
 from memit.errors import InputError
@@ -15,8 +14,7 @@ from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.corpus import read_texts
 from tasks.loading import ModelReference, with_edit
 from tasks.measure import Cost, Meter
-from tasks.progress import gather, piece_progress
-from tasks.runners import scatter
+from tasks.progress import piece_progress
 
 if TYPE_CHECKING:
     import pyarrow
@@ -65,24 +63,6 @@ def score_piece(
     return ScoredPiece(table=piece, cost=meter.cost)
 
 
-def score_in_pieces(
-    score: Task[..., Any],
-    items: Sequence[Any],
-    size: int,
-    model: ModelReference,
-    edit: Artifact | None,
-    token_budget: int,
-) -> list[ScoredPiece]:
-    """Map ``score`` over ``items``, ``size`` of them at a time, and give the pieces in order."""
-    pieces = [items[first : first + size] for first in range(0, len(items), size)]
-    return gather(
-        "evaluation",
-        "prompts",
-        scatter(score, pieces, model=model, edit=edit, token_budget=token_budget),
-        [len(piece) for piece in pieces],
-    )
-
-
 @cached_task("perplexity")
 def measure_perplexity(
     held_out: Artifact, model: ModelReference, edit: Artifact | None, token_budget: int
@@ -108,7 +88,7 @@ def read_table(pieces: Sequence[ScoredPiece]) -> pyarrow.Table:
 
 def metrics_of(
     prompts: pyarrow.Table,
-    texts: pyarrow.Table | None,
+    texts: pyarrow.Table,
     records: Sequence[Record],
     references: References,
 ) -> dict[str, float]:
@@ -122,11 +102,10 @@ def metrics_of(
         means, summary = _of_answers(prompts)
     else:
         means, summary = dict(record_means(prompts)), summarise(prompts)
-    if texts is not None:
-        ordered = sorted(records, key=lambda record: record.case_id)
-        written = generation_record_means(texts, ordered, references)
-        means |= written
-        summary |= {name: float(np.nanmean(values)) for name, values in written.items()}
+    ordered = sorted(records, key=lambda record: record.case_id)
+    written = generation_record_means(texts, ordered, references)
+    means |= written
+    summary |= {name: float(np.nanmean(values)) for name, values in written.items()}
     intervals = bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)
     return {name: _rounded(value) for name, value in (summary | intervals).items()}
 

@@ -13,9 +13,9 @@ from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.corpus import Corpus, read_texts
 from tasks.loading import ModelReference, with_edit
 from tasks.measure import Cost, Meter
-from tasks.progress import gather, piece_progress
+from tasks.progress import piece_progress
 from tasks.requests import Source, read_source
-from tasks.runners import scatter
+from tasks.runners import map_in_pieces
 
 if TYPE_CHECKING:
     import pyarrow
@@ -77,13 +77,21 @@ def write_texts(
     import pyarrow
     import pyarrow.parquet as parquet
 
-    size = RECORDS_PER_PIECE
-    pieces = [records[first : first + size] for first in range(0, len(records), size)]
-    written: list[WrittenPiece] = gather(
+    from memit.evaluation.generations import SCHEMA
+
+    if not records:
+        return SCHEMA.empty_table(), []
+    written: list[WrittenPiece] = map_in_pieces(
         "generation",
         "texts",
-        scatter(write_piece, pieces, model=model, edit=edit, seed=seed, token_budget=token_budget),
-        [sum(len(record.generation_prompts) for record in piece) for piece in pieces],
+        write_piece,
+        records,
+        RECORDS_PER_PIECE,
+        lambda piece: sum(len(record.generation_prompts) for record in piece),
+        model=model,
+        edit=edit,
+        seed=seed,
+        token_budget=token_budget,
     )
     tables = [parquet.read_table(piece.table.checked()) for piece in written]
     return pyarrow.concat_tables(tables), [piece.cost for piece in written]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from memit.errors import InputError, UnreachableError
 from tasks.artifacts import artifacts_in, project_root
 from tasks.loading import ModelReference
+from tasks.progress import gather
 from tasks.store import VARIABLE, shared_store
 
 if TYPE_CHECKING:
@@ -103,6 +104,21 @@ def scatter(task: Task[..., Any], pieces: Sequence[Any], **shared: Any) -> list[
                 value.share()
     constant: dict[str, Any] = {name: unmapped(value) for name, value in shared.items()}
     return list(task.map(list(pieces), **constant))
+
+
+def map_in_pieces(
+    name: str,
+    unit: str,
+    task: Task[..., Any],
+    items: Sequence[Any],
+    size: int,
+    weigh: Callable[[Any], int] = len,
+    **shared: Any,
+) -> list[Any]:
+    """Map a task over ``items``, ``size`` of them at a time, and give the results in order; the bar
+    counts the units that ``weigh`` finds in a piece. See `scatter` and `gather`."""
+    pieces = [items[first : first + size] for first in range(0, len(items), size)]
+    return gather(name, unit, scatter(task, pieces, **shared), list(map(weigh, pieces)))
 
 
 def _told(workers: Workers) -> dict[str, str]:

@@ -326,18 +326,12 @@ def edit_with(
 
 
 @cached_task("select_targets")
-def select_targets(pieces: Sequence[Artifact], rows: Sequence[tuple[int, int]]) -> Artifact:
-    """Targets of some requests, each given by its piece and its row there, as one file."""
+def select_targets(pieces: Sequence[Artifact], rows: Sequence[int]) -> Artifact:
+    """Targets of some requests, each given by its row in all of the pieces, as one file."""
     from memit.targets import Targets
 
-    parts = [Targets.load(piece.checked()) for piece in pieces]
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + len(part.z))
-    whole = Targets.concatenate(parts)
-    places = [starts[piece] + row for piece, row in rows]
-    chosen = Targets(**{name: part[places] for name, part in whole.__dict__.items()})
-    return store_piece("targets", ".safetensors", chosen.save)
+    whole = Targets.concatenate([Targets.load(piece.checked()) for piece in pieces])
+    return store_piece("targets", ".safetensors", whole.chosen(rows).save)
 
 
 # --- answers ------------------------------------------------------------------------------------

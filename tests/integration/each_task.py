@@ -192,7 +192,7 @@ def system() -> None:
 def select_targets() -> None:
     from tasks.systems import select_targets
 
-    select_targets.fn([file("targets")], [(0, 1), (0, 0)])
+    select_targets.fn([file("targets")], [1, 0])
 
 
 def zsre() -> None:

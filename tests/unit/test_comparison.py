@@ -136,7 +136,7 @@ TEXTS = pa.table({"case_id": [1, 0], "prompt": ["a", "b"], "text": ["a red fox d
 
 def test_metrics_have_intervals_and_are_absent_where_the_records_lack_them():
     records = RECORDS[:4]
-    metrics = metrics_of(_table(("rewrite", "paraphrase"), records), None, records, {})
+    metrics = metrics_of(_table(("rewrite", "paraphrase"), records), TEXTS[:0], records, {})
     assert metrics["efficacy"] == 50.0
     assert metrics["efficacy_low"] < 50.0 < metrics["efficacy_high"]
     missing = {"score", "neighborhood", "neighborhood_plus", "entropy", "reference"}
@@ -163,7 +163,7 @@ def test_zsre_has_its_own_metrics_under_the_same_names():
         for kind in kinds
     ]
     answers = pa.Table.from_pylist(rows, schema=zsre.SCHEMA)
-    metrics = metrics_of(answers, None, RECORDS[:3], {})
+    metrics = metrics_of(answers, TEXTS[:0], RECORDS[:3], {})
     assert metrics["score"] == pytest.approx(harmonic_mean([100.0, 50.0, 50.0]))
     assert [metrics[name] for name in ("efficacy", "paraphrase", "neighborhood")] == [100, 50, 50]
     assert metrics["neighborhood_low"] == metrics["neighborhood_high"] == 50.0
