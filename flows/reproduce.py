@@ -13,12 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from flows.command import console, given_parameters, reporting
-from flows.parameters import complete_parameters
 
 if __name__ == "__main__":
     given_parameters()
 
-import yaml
 from prefect import flow
 from prefect.logging import get_run_logger
 
@@ -28,7 +26,6 @@ from flows.watched import watched
 from memit.errors import InputError, MemitError
 
 NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}")
-SETTING = re.compile(r"([a-z][a-z0-9_]*(?:\.[a-z0-9_]+)+)=(.*)")
 
 
 @flow(name="reproduce", validate_parameters=False)
@@ -43,40 +40,20 @@ def reproduce(settings: Sequence[str] = (), name: str | None = None) -> None:
 
 
 def dvc_words(settings: Sequence[str], name: str | None) -> list[str]:
-    """What DVC is asked for.
+    """What DVC is asked for; nothing that is handed over becomes another option. Whether settings
+    can be used is told by DVC, or by the first stage that reads them.
 
     Raises:
-        InputError: a setting is no ``section.key=value``, or ``params.yaml`` cannot take it.
+        InputError: they are no list of texts, or no name.
     """
     if not isinstance(settings, list | tuple) or not all(isinstance(one, str) for one in settings):
         raise InputError(f"settings is {settings!r}: write a list, such as ['requests.count=128'].")
     if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
         raise InputError(f"name is {name!r}: use letters, digits, _ and -, at most 100.")
-    complete_parameters(_tree(settings))
     if not settings and name is None:
         return ["repro"]
     named = [] if name is None else [f"--name={name}"]
     return ["exp", "run", *named, *(f"--set-param={setting}" for setting in settings)]
-
-
-def _tree(settings: Sequence[str]) -> dict[str, object]:
-    """Settings as sections of ``params.yaml``."""
-    tree: dict[str, object] = {}
-    for setting in settings:
-        parts = SETTING.fullmatch(setting)
-        if parts is None:
-            raise InputError(f"{setting!r} is no setting: write one like requests.count=128.")
-        *sections, key = parts[1].split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise InputError(f"{setting!r} is a setting inside of another one: remove either.")
-        try:
-            place[key] = yaml.safe_load(parts[2])
-        except yaml.YAMLError:
-            raise InputError(f"{setting!r} has a value that is not YAML: correct it.") from None
-    return tree
 
 
 def _run_dvc(words: Sequence[str]) -> None:
@@ -104,13 +81,13 @@ def _run_dvc(words: Sequence[str]) -> None:
             console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
             said.append(line.strip())
     if process.wait():
-        raise MemitError(f"dvc {words[0]}: {_reason(said)}")
+        raise MemitError(f"dvc {words[0]}: {reason(said)}")
 
 
-def _reason(said: Sequence[str]) -> str:
-    """The stage's own sentence if it said one, else the last thing that DVC said."""
-    sentences = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-    return (sentences or [*said[-1:]] or ["it ended with an error."])[0]
+def reason(said: Sequence[str]) -> str:
+    """The first error, the stage's own or DVC's, else the last thing that was said."""
+    errors = [line[len("error: ") :] for line in said if line.lower().startswith("error: ")]
+    return (errors or [*said[-1:]] or ["it ended with an error."])[0]
 
 
 def reproduce_here(options: Sequence[str]) -> int:

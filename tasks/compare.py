@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,26 +84,34 @@ def markdown(comparison: Comparison) -> str:
 
 
 def csv_text(comparison: Comparison) -> str:
-    """All numbers, a row for each system; empty where a metric is absent."""
-    names = list(dict.fromkeys(name for each in comparison.systems.values() for name in each))
+    """All numbers, a row for each system."""
+    return as_csv([{"system": name, **each} for name, each in comparison.systems.items()])
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows under the names of all their columns; empty where a row lacks one."""
     target = io.StringIO()
-    writer = csv.writer(target, lineterminator="\n")
-    writer.writerow(["system", *names])
-    for system, metrics in comparison.systems.items():
-        writer.writerow([system, *(metrics.get(name, "") for name in names)])
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(target, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return target.getvalue()
+
+
+def as_table(corner: str, titles: Iterable[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table with the cells of each system."""
+    head = f"|{corner}| {' | '.join(titles)} |"
+    lines = [head, f"|---|{'---:|' * (head.count('|') - 2)}"]
+    return lines + [f"| {LABELS.get(n, n)} | {' | '.join(cells)} |" for n, cells in rows.items()]
 
 
 def _table(comparison: Comparison, columns: Sequence[tuple[str, str]]) -> list[str]:
     shown = _present(comparison, columns)
-    lines = [
-        f"| | {' | '.join(title for _, title in shown)} |",
-        f"|---|{'---:|' * len(shown)}",
-    ]
-    for name, metrics in comparison.systems.items():
-        cells = [_with_interval(metrics, key) for key, _ in shown]
-        lines.append(f"| {LABELS.get(name, name)} | {' | '.join(cells)} |")
-    return lines
+    rows = {
+        name: [_with_interval(metrics, key) for key, _ in shown]
+        for name, metrics in comparison.systems.items()
+    }
+    return as_table(" ", [title for _, title in shown], rows)
 
 
 def _present(comparison: Comparison, columns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -129,20 +137,16 @@ def _number(value: float | None) -> str:
 def _published_table(comparison: Comparison) -> list[str]:
     """Ours, the paper's and the difference, for the systems that the paper has."""
     columns = [(key, title) for key, title in SUCCESS if _is_published(comparison, key)]
-    lines = [
-        "## Beside the paper's numbers",
-        "",
-        "Ours / the paper's / difference.",
-        "",
-        f"| | {' | '.join(title for _, title in columns)} |",
-        f"|---|{'---:|' * len(columns)}",
-    ]
-    for name, metrics in comparison.systems.items():
-        if name in comparison.published:
-            paper = comparison.published[name]
-            cells = [_beside(metrics.get(key), getattr(paper, key)) for key, _ in columns]
-            lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
-    return lines
+    rows = {
+        name: [
+            _beside(metrics.get(key), getattr(comparison.published[name], key))
+            for key, _ in columns
+        ]
+        for name, metrics in comparison.systems.items()
+        if name in comparison.published
+    }
+    table = as_table(" ", [title for _, title in columns], rows)
+    return ["## Beside the paper's numbers", "", "Ours / the paper's / difference.", "", *table]
 
 
 def _is_published(comparison: Comparison, key: str) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from memit.evaluation.counterfact import SCORE_OF, harmonic_mean
-from tasks.compare import ABSENT
+from tasks.compare import ABSENT, as_csv, as_table
 from tasks.evaluation import DECIMALS
 from tasks.systems import LABELS
 
@@ -100,15 +98,10 @@ def systems_of(points: Sequence[Point]) -> list[str]:
 
 
 def csv_text(points: Sequence[Point]) -> str:
-    """All numbers, a row for each system, number of edits and seed; empty where absent."""
-    names = list(dict.fromkeys(name for point in points for name in point.metrics))
-    target = io.StringIO()
-    writer = csv.writer(target, lineterminator="\n")
-    writer.writerow(["system", "edits", "seed", *names])
-    for point in points:
-        values = (point.metrics.get(name, "") for name in names)
-        writer.writerow([point.system, point.edits, point.seed, *values])
-    return target.getvalue()
+    """All numbers, a row for each system, number of edits and seed."""
+    return as_csv(
+        [{"system": p.system, "edits": p.edits, "seed": p.seed, **p.metrics} for p in points]
+    )
 
 
 def markdown(points: Sequence[Point], notes: Sequence[str]) -> str:
@@ -116,17 +109,12 @@ def markdown(points: Sequence[Point], notes: Sequence[str]) -> str:
     counts = sorted({point.edits for point in points})
     lines = ["# Scaling", ""]
     for metric, title in PANELS:
-        lines += [
-            f"**{title}**",
-            "",
-            f"| edits | {' | '.join(f'{count:,}' for count in counts)} |",
-            f"|---|{'---:|' * len(counts)}",
-        ]
+        rows = {}
         for system in systems_of(points):
             found = {mean.edits: mean for mean in curve(points, system, metric)}
-            cells = [_cell(found.get(count)) for count in counts]
-            lines.append(f"| {LABELS.get(system, system)} | {' | '.join(cells)} |")
-        lines.append("")
+            rows[system] = [_cell(found.get(count)) for count in counts]
+        table = as_table(" edits ", [f"{count:,}" for count in counts], rows)
+        lines += [f"**{title}**", "", *table, ""]
     lines += ["± is the standard deviation over samples.", ""]
     lines += [f"- {note}" for note in notes]
     return "\n".join([*lines, "", "![scaling](scaling.png)"]) + "\n"

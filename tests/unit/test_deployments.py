@@ -12,7 +12,7 @@ import yaml
 from flows.gpu import is_gpu
 from flows.parameters import Parameters, complete_parameters
 from flows.record import stand_in_the_file
-from flows.reproduce import dvc_words
+from flows.reproduce import dvc_words, reason
 from memit.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,7 @@ def test_what_dvc_is_asked_for() -> None:
         "--set-param=requests.count=16",
         "--set-param=edit.layers=[0, 1]",
     ]
+    assert dvc_words(["--force"], None) == ["exp", "run", "--set-param=--force"]
 
 
 @pytest.mark.parametrize(
@@ -82,12 +83,6 @@ def test_what_dvc_is_asked_for() -> None:
     [
         ("requests.count=16", None, "write a list"),
         ([3], None, "write a list"),
-        (["--force"], None, "is no setting"),
-        (["requests.count"], None, "is no setting"),
-        (["+requests.more=1"], None, "is no setting"),
-        (["requests.count=0"], None, "parameters: requests.count is 0"),
-        (["requests.count=[1"], None, "is not YAML"),
-        (["requests.seed=1", "requests.seed.x=2"], None, "inside of another"),
         ([], "--all", "name is '--all'"),
         ([], "../x", "name is '../x'"),
         ([], 3, "name is 3"),
@@ -98,6 +93,22 @@ def test_what_dvc_is_not_asked_for(settings: Any, name: Any, sentence: str) -> N
         dvc_words(settings, name)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (["> python -m flows.model", "error: no key a", "ERROR: failed to reproduce"], "no key a"),
+        (
+            ["ERROR: Invalid `--set-param` value", "object_type=dict", "See"],
+            "Invalid `--set-param` value",
+        ),
+        (["Killed"], "Killed"),
+        ([], "it ended with an error."),
+    ],
+)
+def test_what_is_told_of_an_error(said: list[str], told: str) -> None:
+    assert reason(said) == told
 
 
 def test_which_devices_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
