@@ -30,16 +30,14 @@ from prefect.workers.process import ProcessWorker
 
 from flows.gpu import make_limit
 from flows.preflight import check_inputs
-from flows.server import end_without, prefect_server
-from flows.watched import end, watched
+from flows.server import PORT, end_without, prefect_server
+from flows.watched import running, watched
 from memit.errors import MemitError, UnreachableError
 from tasks.stopping import TERMINATED
 
 POOL = "local"
 FIRST = "experiment/local"
 """The deployment that is run."""
-PORT = 4_200
-"""Of a server that is started here, if it is free."""
 
 
 def prepare(gpu_runs: int) -> dict[str, Any]:
@@ -98,14 +96,13 @@ def _deploy_all() -> None:
 @contextmanager
 def _worker() -> Iterator[subprocess.Popen[bytes]]:
     """A process worker of the pool, stopped at the end together with what it runs."""
-    words = watched("prefect", "worker", "start", "--pool", POOL, "--type", "process")
+    words = ("prefect", "worker", "start", "--pool", POOL, "--type", "process")
     # Ctrl-C is for this process, which stops the run first and then the worker.
-    process = subprocess.Popen(words, start_new_session=True)
-    try:
-        yield process
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not leave processes behind
-        end(process.pid)
+    with running(*words, start_new_session=True) as process:
+        try:
+            yield process
+        finally:  # impatience must not leave processes behind
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(worker: subprocess.Popen[bytes]) -> bool:
@@ -131,13 +128,9 @@ def _run(worker: subprocess.Popen[bytes]) -> bool:
     return state.is_completed()
 
 
-def _exit_when_terminated(*_: object) -> None:
-    sys.exit(TERMINATED)
-
-
 if __name__ == "__main__":
     parameters = given_parameters()
     reporting(lambda: check_inputs(parameters))
-    signal.signal(signal.SIGTERM, _exit_when_terminated)
-    signal.signal(signal.SIGHUP, _exit_when_terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(TERMINATED))
     sys.exit(reporting(lambda: deploy("--once" in sys.argv[1:])))

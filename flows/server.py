@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import threading
 import time
 import urllib.error
@@ -14,11 +13,13 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
-from flows.watched import end, watched
+from flows.watched import running
 from memit.errors import UnreachableError
 from tasks.databases import check_database
 from tasks.stopping import GO_ON, leave
 
+PORT = 4_200
+"""Of a server that others see, if it is free."""
 START_SECONDS = 180.0
 """A first start makes the data base, which takes half a minute on a slow machine."""
 PING_SECONDS = 5.0
@@ -70,14 +71,11 @@ def _started(wanted: int) -> Iterator[str]:
     words = [*server_options(port), "--log-level", "ERROR", "--ui" if wanted else "--no-ui"]
     address = f"http://127.0.0.1:{port}/api"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
-        process = subprocess.Popen(
-            watched("prefect", *words),
-            stdout=file,
-            stderr=file,
-            start_new_session=True,  # Ctrl-C is for the stages; the server ends after them
-        )
-    try:
+    # Ctrl-C is for the stages; the server ends after them.
+    with (
+        open(log, "ab") as file,
+        running("prefect", *words, stdout=file, stderr=file, start_new_session=True) as process,
+    ):
         deadline = time.monotonic() + START_SECONDS
         while not _answers(address):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -86,9 +84,6 @@ def _started(wanted: int) -> Iterator[str]:
                 )
             time.sleep(0.2)
         yield address
-    finally:
-        end(process.pid)
-        process.wait()
 
 
 def _answers(address: str) -> bool:

@@ -6,15 +6,14 @@ MLflow always; Prefect's server and UI too where the environment says ``PREFECT=
 from __future__ import annotations
 
 import os
-import subprocess
 from contextlib import ExitStack, suppress
 
 from flows.command import console, given_parameters, reporting
 from flows.parameters import Parameters
-from flows.server import prefect_server
-from flows.watched import end, watched
+from flows.server import PORT, prefect_server
+from flows.watched import running
 
-MLFLOW_PORT, PREFECT_PORT = 5_000, 4_200
+MLFLOW_PORT = 5_000
 
 
 def show(parameters: Parameters) -> None:
@@ -29,12 +28,11 @@ def show(parameters: Parameters) -> None:
     with ExitStack() as stack:
         console.print(f"MLflow:  http://127.0.0.1:{MLFLOW_PORT}  (ready in a quarter of a minute)")
         if os.environ.get("PREFECT"):
-            api = stack.enter_context(prefect_server(PREFECT_PORT))
+            api = stack.enter_context(prefect_server(PORT))
             console.print(f"Prefect: {api.removesuffix('/api')}")
         console.print("Stop with Ctrl-C.")
-        words = watched("mlflow", "ui", "--backend-store-uri", uri, *place)
-        process = subprocess.Popen(words, env=environment)
-        stack.callback(end, process.pid)
+        words = ("mlflow", "ui", "--backend-store-uri", uri, *place)
+        process = stack.enter_context(running(*words, env=environment))
         with suppress(KeyboardInterrupt):
             process.wait()
 

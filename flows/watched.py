@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import runpy
+import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import psutil
 
@@ -21,6 +24,17 @@ PATIENCE = 6.0
 def watched(*words: str) -> list[str]:
     """A module and its arguments, as a command that ends with this process."""
     return [sys.executable, "-P", __file__, str(os.getpid()), *words]
+
+
+@contextmanager
+def running(*words: str, **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """Such a command while the body runs; ``options`` are those of `subprocess.Popen`."""
+    process = subprocess.Popen(watched(*words), **options)
+    try:
+        yield process
+    finally:
+        end(process.pid)
+        process.wait()
 
 
 def end(number: int) -> None:
