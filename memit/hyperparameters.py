@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -46,10 +47,22 @@ PRESETS = {
 """Published settings by the last part of the model's name, and those of the embedded default."""
 
 
+def short_name(model_name: str) -> str:
+    """The last part of a model's name, in small letters, by which tables know it."""
+    return model_name.rstrip("/").split("/")[-1].lower()
+
+
+def published_layer(layers: Mapping[str, int], model_name: str, depth: int) -> int:
+    """The layer of a model of `depth` blocks in a table by `short_name`; of other models the one at
+    the relative depth of GPT-J's."""
+    known = layers.get(short_name(model_name))
+    return known if known is not None and known < depth else round(layers["gpt-j-6b"] * depth / 28)
+
+
 def preset(model_name: str, depth: int) -> Hyperparameters:
     """Settings for a model of `depth` blocks: the published ones where its name is known; else
     GPT-J's with its layers at the same relative depth."""
-    known = PRESETS.get(model_name.rstrip("/").split("/")[-1].lower())
+    known = PRESETS.get(short_name(model_name))
     if known is not None and known.layers[-1] < depth:
         return known
     general = PRESETS["gpt-j-6b"]

@@ -89,6 +89,11 @@ class EditRequest:
         """The prompt with the subject in its place."""
         return fill(self.prompt, self.subject)
 
+    @property
+    def fact(self) -> tuple[str, str]:
+        """Subject and relation; the prompt stands for a relation without an identifier."""
+        return self.subject, self.relation_id or self.prompt
+
     def ending(self, prompt: str | None = None, target: str | None = None) -> str:
         """How a prompt (the request's own) ends in an object (the new one)."""
         return ending(prompt or self.text, target or self.target_new, self.between)
@@ -165,7 +170,7 @@ def conflict_groups(records: Iterable[Record]) -> list[list[Record]]:
     """Groups of records that share subject and relation and do not all ask for one object."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        groups.setdefault(_relation_key(record.request), []).append(record)
+        groups.setdefault(record.request.fact, []).append(record)
     return [group for group in groups.values() if len({r.request.target_new for r in group}) > 1]
 
 
@@ -179,7 +184,7 @@ def drop_conflicts(records: Iterable[Record]) -> tuple[list[Record], int]:
     dropped = 0
     objects: dict[tuple[str, str], str] = {}
     for record in records:
-        first = objects.setdefault(_relation_key(record.request), record.request.target_new)
+        first = objects.setdefault(record.request.fact, record.request.target_new)
         if first == record.request.target_new:
             kept.append(record)
         else:
@@ -244,10 +249,6 @@ def located(path: str | Path, number: int, row: object) -> Iterator[None]:
     except InputError as error:
         place = f"{path}, record {number}" + ("" if case is None else f" (case_id {case})")
         raise InputError(f"{place}: {error}") from None
-
-
-def _relation_key(request: EditRequest) -> tuple[str, str]:
-    return request.subject, request.relation_id or request.prompt
 
 
 def _holds_counterfact(path: Path) -> bool:

@@ -112,11 +112,10 @@ def metrics_of(
 
 def _of_answers(answers: pyarrow.Table) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """zsRE's metrics under the names that they have in all tables; NS is its specificity."""
-    from memit.evaluation.counterfact import SCORE_OF, harmonic_mean
-    from memit.evaluation.zsre import KINDS, zsre_record_means
+    from memit.evaluation.counterfact import harmonic_mean
+    from memit.evaluation.zsre import zsre_record_means
 
-    found = zsre_record_means(answers)
-    means = {name: found[f"zsre_{kind}"] for name, kind in zip(SCORE_OF, KINDS, strict=True)}
+    means = zsre_record_means(answers)
     values = {name: float(of.mean()) for name, of in means.items()}
     return means, {"score": harmonic_mean(list(values.values()))} | values
 

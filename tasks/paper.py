@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from memit.hyperparameters import short_name
+
 
 @dataclass(frozen=True)
 class Published:
@@ -51,4 +53,4 @@ def published(data_set: str, model: str, records: int) -> Mapping[str, Published
     """The paper's rows by system, none unless it has edited this model with as many records."""
     if records != RECORDS:
         return {}
-    return TABLES.get((data_set, model.rstrip("/").split("/")[-1].lower()), {})
+    return TABLES.get((data_set, short_name(model)), {})

@@ -111,22 +111,23 @@ def make_systems(
 def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int) -> Editor:
     from memit.editors import known_editors
     from memit.editors.fine_tuning import (
+        PUBLISHED_LAYERS,
         FineTuning,
         constrained_fine_tuning,
         fine_tuning_with_decay,
-        tuned_layer,
     )
     from memit.editors.memit import Memit
     from memit.editors.rome import rome_preset
+    from memit.hyperparameters import published_layer
 
     if name == "memit":
         return Memit(hyperparameters)
     if name == "rome":
         return rome_preset(model, depth)
     if name == "ft":
-        return FineTuning(tuned_layer(model, depth))
+        return FineTuning(published_layer(PUBLISHED_LAYERS, model, depth))
     if name == "ft_w":
-        return fine_tuning_with_decay(tuned_layer(model, depth))
+        return fine_tuning_with_decay(published_layer(PUBLISHED_LAYERS, model, depth))
     if name == "ft_l":
         return constrained_fine_tuning()
     editors = known_editors()

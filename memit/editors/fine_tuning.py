@@ -142,13 +142,6 @@ class FineTuning(Editor):
         return means
 
 
-def tuned_layer(model_name: str, depth: int) -> int:
-    """The block that the paper tunes, where the model's name is known, else the one at the
-    relative depth of GPT-J's."""
-    known = PUBLISHED_LAYERS.get(model_name.rstrip("/").split("/")[-1].lower())
-    return known if known is not None and known < depth else round(21 * depth / 28)
-
-
 def fine_tuning_with_decay(layer: int, weight_decay: float = 5e-4) -> FineTuning:
     """FT-W, the paper's baseline: one block, learning rate and weight decay 5e-4."""
     return FineTuning(layer, weight_decay=weight_decay)

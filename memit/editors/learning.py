@@ -64,7 +64,8 @@ def run_training(
     with the same weights. Raises `NumericsError` if the loss is no longer finite or has grown
     tenfold, with the loss curve saved; `ResourceError` if the disk is full.
     """
-    losses = _resume(training, network, optimizer)
+    kept = training.checkpoint
+    losses = resume(kept, network, optimizer, training.name) if kept else []
     if training.progress is not None and losses:
         training.progress(len(losses))
     parameters = list(network.parameters())
@@ -84,17 +85,11 @@ def run_training(
             group["lr"] = height * min(1.0, (step + 1) / max(1, training.warmup_steps))
         optimizer.step()
         due = (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == training.steps
-        if training.checkpoint and due:
-            save_checkpoint(training.checkpoint, network, optimizer, losses, training.name)
+        if kept and due:
+            save_checkpoint(kept, network, optimizer, losses, training.name)
         if training.progress is not None:
             training.progress(1)
     return losses
-
-
-def _resume(training: Training, network: nn.Module, optimizer: torch.optim.AdamW) -> list[float]:
-    if training.checkpoint is None:
-        return []
-    return resume(training.checkpoint, network, optimizer, training.name)
 
 
 def _fill_gradients(parameters: list[nn.Parameter]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.forward import block_output, pad, reading_keys
-from memit.hyperparameters import Hyperparameters
+from memit.hyperparameters import Hyperparameters, published_layer
 from memit.language_model import LanguageModel
 from memit.placement import solving_device
 from memit.positions import TokenRow
@@ -156,10 +156,8 @@ class Rome(Editor):
 
 
 def rome_preset(model_name: str, depth: int) -> Rome:
-    """Settings for a model of `depth` blocks: the published layer where its name is known, else
-    the one at the relative depth of GPT-J's."""
-    known = PUBLISHED_LAYERS.get(model_name.rstrip("/").split("/")[-1].lower())
-    return Rome(known if known is not None and known < depth else round(5 * depth / 28))
+    """Settings for a model of `depth` blocks; see `published_layer`."""
+    return Rome(published_layer(PUBLISHED_LAYERS, model_name, depth))
 
 
 class _Done:

@@ -15,7 +15,7 @@ from random import Random
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from memit.editors.base import Editor, Resources, provenance, register
@@ -166,25 +166,32 @@ def train_serac(
     name = content_digest(origin)[:16]
     models = SeracModels(_new_classifier(lm, settings), _new_counterfactual(lm, settings), origin)
     models.to(lm.device)
-    scope = Training(
-        f"serac-classifier-{name}",
-        settings.classifier_steps,
-        directory,
-        settings.warmup_steps,
-        progress,
-    )
-    answers = Training(
-        f"serac-counterfactual-{name}",
-        settings.counterfactual_steps,
-        directory,
-        settings.warmup_steps,
-        progress,
-    )
-    losses = {
-        "classifier": _train_classifier(models.classifier, records, settings, scope),
-        "counterfactual": _train_counterfactual(models.counterfactual, records, settings, answers),
+    small = models.counterfactual.model
+    parts = {
+        "classifier": (models.classifier, settings.classifier_steps, _scope_loss),
+        "counterfactual": (small, settings.counterfactual_steps, _answer_loss),
     }
-    return models, losses
+    return models, {
+        part: _train(
+            module,
+            Training(f"serac-{part}-{name}", steps, directory, settings.warmup_steps, progress),
+            settings,
+            loss_of(models, records, settings),
+        )
+        for part, (module, steps, loss_of) in parts.items()
+    }
+
+
+def _train(
+    module: nn.Module, training: Training, settings: SeracSettings, loss: Callable[[int], Tensor]
+) -> list[float]:
+    module.train().requires_grad_()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    losses = run_training(
+        training, module, optimizer, loss, largest_gradient=settings.largest_gradient
+    )
+    module.eval().requires_grad_(False)
+    return losses
 
 
 def _new_classifier(lm: LanguageModel, settings: SeracSettings) -> ScopeClassifier:
@@ -223,29 +230,20 @@ def _new_counterfactual(lm: LanguageModel, settings: SeracSettings) -> LanguageM
     return LanguageModel(model, lm.tokenizer, name="counterfactual model")
 
 
-def _train_classifier(
-    classifier: ScopeClassifier,
-    records: Sequence[Record],
-    settings: SeracSettings,
-    training: Training,
-) -> list[float]:
+def _scope_loss(
+    models: SeracModels, records: Sequence[Record], settings: SeracSettings
+) -> Callable[[int], Tensor]:
+    """The classifier's loss at each step."""
     same: dict[str, list[Record]] = {}
     for record in records:
         same.setdefault(record.request.subject, []).append(record)
-    classifier.train().requires_grad_()
-    optimizer = torch.optim.AdamW(
-        classifier.parameters(), lr=settings.learning_rate, weight_decay=0.0
-    )
 
     def loss(step: int) -> Tensor:
         random = Random(f"scope {settings.seed} {step}")
-        return scope_loss(classifier, _with_siblings(records, same, settings, random), random)
+        batch = _with_siblings(records, same, settings, random)
+        return scope_loss(models.classifier, batch, random)
 
-    losses = run_training(
-        training, classifier, optimizer, loss, largest_gradient=settings.largest_gradient
-    )
-    classifier.eval().requires_grad_(False)
-    return losses
+    return loss
 
 
 def _with_siblings(
@@ -282,24 +280,14 @@ def scope_loss(classifier: ScopeClassifier, records: Sequence[Record], random: R
 
 def _asks_for(prompt: str, owner: Record, other: Record) -> bool:
     """Whether a neighbourhood prompt of `owner` is about the subject and relation of `other`."""
-    return other.request.subject in prompt and _relation(owner) == _relation(other)
+    return other.request.subject in prompt and owner.request.fact[1] == other.request.fact[1]
 
 
-def _relation(record: Record) -> str:
-    return record.request.relation_id or record.request.prompt
-
-
-def _train_counterfactual(
-    lm: LanguageModel,
-    records: Sequence[Record],
-    settings: SeracSettings,
-    training: Training,
-) -> list[float]:
-    objects = _objects(records)
-    lm.model.train().requires_grad_()
-    optimizer = torch.optim.AdamW(
-        lm.model.parameters(), lr=settings.learning_rate, weight_decay=0.0
-    )
+def _answer_loss(
+    models: SeracModels, records: Sequence[Record], settings: SeracSettings
+) -> Callable[[int], Tensor]:
+    """The counterfactual model's loss at each step."""
+    objects, lm = _objects(records), models.counterfactual
 
     def loss(step: int) -> Tensor:
         random = Random(f"counterfactual {settings.seed} {step}")
@@ -307,11 +295,7 @@ def _train_counterfactual(
         pairs = [_lesson(record, objects, random) for record in chosen]
         return mean_nll(lm, pair_rows(lm, pairs)).mean()
 
-    losses = run_training(
-        training, lm.model, optimizer, loss, largest_gradient=settings.largest_gradient
-    )
-    lm.model.eval().requires_grad_(False)
-    return losses
+    return loss
 
 
 def _objects(records: Sequence[Record]) -> dict[str | None, list[str]]:

@@ -6,13 +6,12 @@ import hashlib
 from collections.abc import Sequence
 
 from memit.errors import InputError
-from memit.requests import EditRequest, Record
+from memit.requests import EditRequest
 
 
 def fact_key(request: EditRequest) -> str:
-    """A short digest of subject and relation; the prompt stands for a relation without a name."""
-    relation = request.relation_id or request.prompt
-    return hashlib.sha256(f"{request.subject}\0{relation}".encode()).hexdigest()[:16]
+    """A short digest of subject and relation."""
+    return hashlib.sha256("\0".join(request.fact).encode()).hexdigest()[:16]
 
 
 def check_unseen(requests: Sequence[EditRequest], seen: frozenset[str], method: str) -> None:
@@ -23,7 +22,3 @@ def check_unseen(requests: Sequence[EditRequest], seen: frozenset[str], method: 
             f"{method} was trained on {known.text!r}, so that editing it would measure nothing: "
             "train on records that are disjoint from the edits."
         )
-
-
-def _prompts(record: Record) -> tuple[str, ...]:
-    return (record.request.text, *record.paraphrase_prompts, *record.neighborhood_prompts)

@@ -124,10 +124,10 @@ def _own_scores(
     stems = _stems(lm, questions)
     if not can_branch(lm, max((stem.length for stem in stems), default=0)):
         stems = [part for stem in stems for part in stem.apart()]
-    head_cost = _head_cost(lm, token_budget)
+    cost = head_cost(lm, token_budget)
 
     def shape(stem: _Stem) -> tuple[int, int]:
-        return 1, max(stem.length, ceil(head_cost * stem.scored))
+        return 1, max(stem.length, ceil(cost * stem.scored))
 
     def measure(batch: Sequence[_Stem]) -> list[Score]:
         return _measure(lm, batch)
@@ -160,7 +160,7 @@ def _bands(
         yield band
 
 
-def _head_cost(lm: LanguageModel, token_budget: int) -> float:
+def head_cost(lm: LanguageModel, token_budget: int) -> float:
     """How many tokens of the budget one position's logits count for."""
     return token_budget * lm.model.config.get_text_config().vocab_size / LOGITS_AT_ONCE
 

@@ -115,7 +115,7 @@ def record_means(table: pa.Table) -> dict[str, np.ndarray]:
     for kind, name in METRICS.items():
         chosen = kinds == kind
         for suffix, values in _values(kind, columns).items():
-            mean = _grouped_means(owner, np.where(chosen, values, np.nan))
+            mean = grouped_means(owner, np.where(chosen, values, np.nan))
             if not np.isnan(mean).all():
                 means[name + suffix] = mean
     return means
@@ -257,7 +257,7 @@ def _values(kind: Kind, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     }
 
 
-def _grouped_means(owner: np.ndarray, values: np.ndarray) -> np.ndarray:
+def grouped_means(owner: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Mean of each owner's values that are not NaN (owners)."""
     valid = ~np.isnan(values)
     count = int(owner.max(initial=-1)) + 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memit.batches import in_batches
 from memit.errors import InputError
-from memit.evaluation.continuations import LOGITS_AT_ONCE
+from memit.evaluation.continuations import head_cost
 from memit.forward import logits_at, pad
 from memit.language_model import LanguageModel
 from memit.placement import solving_device
@@ -48,10 +48,10 @@ def document_losses(
     nll = torch.zeros(len(ids), dtype=torch.float64)
     tokens = torch.tensor([max(len(row) - 1, 0) for row in ids])
     order = sorted((i for i, row in enumerate(ids) if len(row) > 1), key=lambda i: len(ids[i]))
-    row_cost = token_budget * lm.model.config.get_text_config().vocab_size / LOGITS_AT_ONCE
+    cost = max(1.0, head_cost(lm, token_budget))
 
     def shape(index: int) -> tuple[int, int]:
-        return 1, ceil(len(ids[index]) * max(1.0, row_cost))
+        return 1, ceil(len(ids[index]) * cost)
 
     def run(indices: Sequence[int]) -> Tensor:
         return _losses(lm, [ids[index] for index in indices])

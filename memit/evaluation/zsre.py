@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from memit.errors import InputError
 from memit.evaluation.continuations import Question, score_continuations
+from memit.evaluation.counterfact import SCORE_OF, grouped_means
 from memit.language_model import LanguageModel
 from memit.reading import parse_json, read_text
 from memit.requests import EditRequest, Record, check_text, located
@@ -91,16 +92,15 @@ def score_zsre(
 
 
 def zsre_record_means(table: pa.Table) -> dict[str, np.ndarray]:
-    """`zsre_efficacy`, `_paraphrase` and `_specificity` of each record (0–100), by case id."""
+    """Efficacy, paraphrase and, as `neighborhood`, specificity of each record (0–100), in the order
+    of the case ids."""
     kinds = np.array(table["kind"].to_pylist())
-    cases, owner = np.unique(table["case_id"].to_numpy(), return_inverse=True)
+    _, owner = np.unique(table["case_id"].to_numpy(), return_inverse=True)
     shares = 100.0 * table["right"].to_numpy() / table["tokens"].to_numpy()
-    means = {}
-    for kind in KINDS:
-        chosen = kinds == kind
-        sums = np.bincount(owner[chosen], shares[chosen], len(cases))
-        means[f"zsre_{kind}"] = sums / np.bincount(owner[chosen], minlength=len(cases))
-    return means
+    return {
+        name: grouped_means(owner, np.where(kinds == kind, shares, np.nan))
+        for name, kind in zip(SCORE_OF, KINDS, strict=True)
+    }
 
 
 def questions_of(record: ZsreRecord) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from memit.errors import InputError
+from memit.evaluation import continuations
 from memit.evaluation import perplexity as module
 from memit.evaluation.perplexity import document_losses, perplexity
 from memit.language_model import LanguageModel
@@ -52,7 +53,7 @@ def test_a_large_vocabulary_makes_small_batches(monkeypatch: pytest.MonkeyPatch)
     lm = model("gpt2")
     expected = perplexity(lm, DOCS, token_budget=4096)
     most = 200 * lm.model.config.vocab_size
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", most)
+    monkeypatch.setattr(continuations, "LOGITS_AT_ONCE", most)
     seen: list[int] = []
     plain = module.logits_at
 

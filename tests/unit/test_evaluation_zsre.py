@@ -108,7 +108,7 @@ def test_shares_agree_with_one_forward_a_token(tmp_path: Path):
     found = table["right"].to_numpy() / table["tokens"].to_numpy()
     assert found.tolist() == pytest.approx(shares)
     assert 0 < max(shares) < 1
-    assert zsre_record_means(table)["zsre_paraphrase"].tolist() == pytest.approx(
+    assert zsre_record_means(table)["paraphrase"].tolist() == pytest.approx(
         [100 * shares[1], 100 * shares[4]]
     )
 
