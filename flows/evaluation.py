@@ -28,7 +28,7 @@ from memit.requests import Record, read_counterfact
 from tasks.artifacts import Artifact, write_file, write_json
 from tasks.evaluation import (
     DECIMALS,
-    ScoredPiece,
+    TablePiece,
     described_edit,
     measure_perplexity,
     metrics_of,
@@ -144,7 +144,7 @@ def held_out_text(statistics: Manifest) -> Artifact | None:
 def measure(
     model: ModelReference,
     edit: Artifact | None,
-    score: Task[..., ScoredPiece],
+    score: Task[..., TablePiece],
     asked: Sequence[Any],
     described: Sequence[Record],
     held_out: Artifact | None,
@@ -154,7 +154,7 @@ def measure(
     """Let ``score`` judge what the model is ``asked``, in pieces; let the model write about records
     that are to be ``described``, and take its perplexity on the held-out text."""
     budget = token_budget(section.token_budget, model)
-    scored: list[ScoredPiece] = map_in_pieces(
+    scored: list[TablePiece] = map_in_pieces(
         "evaluation",
         "prompts",
         score,

@@ -52,10 +52,14 @@ def cache_directory() -> Path:
     return project_root() / ".cache"
 
 
-class Artifact(BaseModel):
-    """A file and what it must contain. Inside ``.cache/`` the path is relative to it."""
+class Value(BaseModel):
+    """What tasks take and give: plain, and with no other fields than its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Artifact(Value):
+    """A file and what it must contain. Inside ``.cache/`` the path is relative to it."""
 
     path: str
     sha256: str

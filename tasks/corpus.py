@@ -11,18 +11,14 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from memit.errors import InputError
-from tasks.artifacts import Artifact, cached_task, store_piece
+from tasks.artifacts import Artifact, Value, cached_task, store_piece
 from tasks.measure import Cost, Meter
 from tasks.retrying import patient
 
 
-class CorpusSource(BaseModel):
+class CorpusSource(Value):
     """Where documents come from; streamed, never held in memory as a whole."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: Artifact | None = None
     """A text file (a document a line), JSONL or Parquet."""
@@ -48,19 +44,15 @@ class CorpusSource(BaseModel):
         return _read(self.held_out, self)
 
 
-class Range(BaseModel):
+class Range(Value):
     """Consecutive documents, in a file of their own (Parquet with one column, ``text``)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     texts: Artifact
     count: int
 
 
-class Corpus(BaseModel):
+class Corpus(Value):
     """The documents that statistics are collected over, and those kept for the perplexity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ranges: tuple[Range, ...]
     held_out: Range

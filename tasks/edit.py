@@ -9,12 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from memit.errors import EditError, IntegrityError
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record, read_counterfact
-from tasks.artifacts import Artifact, cached_task, store_piece
+from tasks.artifacts import Artifact, Value, cached_task, store_piece
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
 from tasks.progress import progress_bar
@@ -33,10 +31,8 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
-class Edit(BaseModel):
+class Edit(Value):
     """An edit of all requests."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     delta: Artifact
     """Low-rank factors of the updates, with their provenance (safetensors)."""

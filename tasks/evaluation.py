@@ -7,10 +7,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from memit.errors import InputError
-from tasks.artifacts import Artifact, cached_task, store_piece
+from tasks.artifacts import Artifact, Value, cached_task, store_piece
 from tasks.corpus import read_texts
 from tasks.loading import ModelReference, with_edit
 from tasks.measure import Cost, Meter
@@ -27,19 +26,15 @@ DECIMALS = 6
 """Places after the point in ``metrics.json``."""
 
 
-class ScoredPiece(BaseModel):
-    """The scores of consecutive prompts (Parquet)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class TablePiece(Value):
+    """What was found of consecutive prompts or records (Parquet)."""
 
     table: Artifact
     cost: Cost
 
 
-class MeasuredPerplexity(BaseModel):
+class MeasuredPerplexity(Value):
     """Perplexity on held-out text; None where no document has two tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     perplexity: float | None
     cost: Cost
@@ -51,16 +46,21 @@ def score_piece(
     model: ModelReference,
     edit: Artifact | None,
     token_budget: int,
-) -> ScoredPiece:
+) -> TablePiece:
     """Score some prompts against both objects, on the unedited model or with a delta in it."""
-    import pyarrow.parquet as parquet
-
     from memit.evaluation.counterfact import score_prompts
 
     with with_edit(model, edit) as lm, Meter() as meter, piece_progress("evaluation") as progress:
         table = score_prompts(lm, prompts, token_budget=token_budget, progress=progress)
-    piece = store_piece("evaluation", ".parquet", lambda path: parquet.write_table(table, path))
-    return ScoredPiece(table=piece, cost=meter.cost)
+    return kept_table("evaluation", table, meter.cost)
+
+
+def kept_table(step: str, table: pyarrow.Table, cost: Cost) -> TablePiece:
+    """Put what a piece has found into the cache."""
+    import pyarrow.parquet as parquet
+
+    piece = store_piece(step, ".parquet", lambda path: parquet.write_table(table, path))
+    return TablePiece(table=piece, cost=cost)
 
 
 @cached_task("perplexity")
@@ -78,7 +78,7 @@ def measure_perplexity(
     return MeasuredPerplexity(perplexity=value, cost=meter.cost)
 
 
-def read_table(pieces: Sequence[ScoredPiece]) -> pyarrow.Table:
+def read_table(pieces: Sequence[TablePiece]) -> pyarrow.Table:
     """The rows of all pieces, in order."""
     import pyarrow
     import pyarrow.parquet as parquet

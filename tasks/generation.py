@@ -6,11 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from memit.requests import Record
 from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.corpus import Corpus, read_texts
+from tasks.evaluation import TablePiece, kept_table, read_table
 from tasks.loading import ModelReference, with_edit
 from tasks.measure import Cost, Meter
 from tasks.progress import piece_progress
@@ -26,15 +25,6 @@ RECORDS_PER_PIECE = 16
 """A text takes a hundred steps, so that a few records are work enough for a piece."""
 
 
-class WrittenPiece(BaseModel):
-    """Texts about consecutive records (Parquet)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    table: Artifact
-    cost: Cost
-
-
 @cached_task("generation")
 def write_piece(
     records: Sequence[Record],
@@ -42,10 +32,8 @@ def write_piece(
     edit: Artifact | None,
     seed: int,
     token_budget: int,
-) -> WrittenPiece:
+) -> TablePiece:
     """Continue the generation prompts of some records."""
-    import pyarrow.parquet as parquet
-
     from memit.evaluation.generations import TOTAL_TOKENS, write_about
 
     with with_edit(model, edit) as lm, Meter() as meter, piece_progress("generation") as progress:
@@ -57,8 +45,7 @@ def write_piece(
             total_tokens=min(TOTAL_TOKENS, lm.context_length),
             progress=progress,
         )
-    piece = store_piece("generation", ".parquet", lambda path: parquet.write_table(table, path))
-    return WrittenPiece(table=piece, cost=meter.cost)
+    return kept_table("generation", table, meter.cost)
 
 
 def having_prompts(records: Sequence[Record], most: int | None) -> list[Record]:
@@ -74,14 +61,11 @@ def write_texts(
     token_budget: int,
 ) -> tuple[pyarrow.Table, list[Cost]]:
     """The texts about all of some records, in order, and what each piece cost."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
     from memit.evaluation.generations import SCHEMA
 
     if not records:
         return SCHEMA.empty_table(), []
-    written: list[WrittenPiece] = map_in_pieces(
+    written: list[TablePiece] = map_in_pieces(
         "generation",
         "texts",
         write_piece,
@@ -93,8 +77,7 @@ def write_texts(
         seed=seed,
         token_budget=token_budget,
     )
-    tables = [parquet.read_table(piece.table.checked()) for piece in written]
-    return pyarrow.concat_tables(tables), [piece.cost for piece in written]
+    return read_table(written), [piece.cost for piece in written]
 
 
 @cached_task("references")

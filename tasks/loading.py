@@ -14,12 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from memit.costs import Shape
 from memit.errors import InputError, IntegrityError, ResourceError
 from memit.reading import file_sha256, parse_json, read_text
-from tasks.artifacts import Artifact, cache_directory, describe, fetch_stored
+from tasks.artifacts import Artifact, Value, cache_directory, describe, fetch_stored
 from tasks.store import shared_store
 
 if TYPE_CHECKING:
@@ -33,10 +31,8 @@ BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 """Size of a number."""
 
 
-class ModelFiles(BaseModel):
+class ModelFiles(Value):
     """``model.json``: which model it is, to the last bit."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     id: str
@@ -66,10 +62,8 @@ class ModelFiles(BaseModel):
         return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
 
 
-class ModelReference(BaseModel):
+class ModelReference(Value):
     """A model for a task: what it is, where it lies, and how it computes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     directory: str
     model: ModelFiles

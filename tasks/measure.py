@@ -10,13 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from pydantic import BaseModel, ConfigDict
+from tasks.artifacts import Value
 
 
-class Cost(BaseModel):
+class Cost(Value):
     """Seconds and bytes of one piece, or of a step when pieces are put together."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seconds: float = 0.0
     peak_memory: int = 0

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from memit.requests import read_counterfact
-from tasks.artifacts import Artifact, cached_task, store_piece
+from tasks.artifacts import Artifact, Value, cached_task, store_piece
 from tasks.corpus import read_texts
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
@@ -28,10 +26,8 @@ TOKEN_BUDGET = 4_096
 """Tokens in a batch while they are sampled."""
 
 
-class Trained(BaseModel):
+class Trained(Value):
     """What was trained, and how that went."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: Artifact
     """The trained weights (safetensors)."""

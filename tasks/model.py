@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from memit.errors import InputError, IntegrityError, ResourceError, UnreachableError
-from tasks.artifacts import Artifact, cached_task, store_piece
+from tasks.artifacts import Artifact, Value, cached_task, store_piece
 from tasks.loading import (
     WEIGHT_FILES,
     ModelFiles,
@@ -40,10 +38,8 @@ MOST_BLOCKS = 1_000
 """Making the blocks of a model takes time even without weights."""
 
 
-class SmallModel(BaseModel):
+class SmallModel(Value):
     """A model trained here, and the world that it knows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: dict[str, Artifact]
     """The files of its directory."""
@@ -52,10 +48,8 @@ class SmallModel(BaseModel):
     cost: Cost
 
 
-class Recall(BaseModel):
+class Recall(Value):
     """How many of its facts a model knows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     percent: float
     cost: Cost

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
-from tasks.artifacts import cached_task
+from tasks.artifacts import Value, cached_task
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
 
 
-class SampledPrefixes(BaseModel):
+class SampledPrefixes(Value):
     """The five prefixes x_j; the plain prompt is the sixth context."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prefixes: tuple[str, ...]
     cost: Cost

@@ -7,8 +7,6 @@ from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from memit.errors import InputError, IntegrityError, UnreachableError
 from memit.reading import check_file, file_sha256, verify_sha256
 from memit.requests import (
@@ -19,7 +17,7 @@ from memit.requests import (
     sample_records,
     write_records,
 )
-from tasks.artifacts import Artifact, cache_directory, cached_task, store_piece
+from tasks.artifacts import Artifact, Value, cache_directory, cached_task, store_piece
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
 from tasks.retrying import patient
@@ -34,10 +32,8 @@ TOKEN_BUDGET = 2_048
 Source = Literal["synthetic", "counterfact", "facts"]
 
 
-class ChosenRequests(BaseModel):
+class ChosenRequests(Value):
     """The records of the experiment."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     records: Artifact
     dropped: int

@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from prefect.context import FlowRunContext
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from memit.errors import IntegrityError
 from memit.reading import file_sha256
-from tasks.artifacts import Artifact, cache_directory, describe, write_json, write_text
+from tasks.artifacts import Artifact, Value, cache_directory, describe, write_json, write_text
 from tasks.measure import Cost, total_cost
 
 STEPS = (
@@ -63,10 +63,8 @@ MANIFESTS = Path("artifacts/manifests")
 TIMINGS = Path("artifacts/timings")
 
 
-class Manifest(BaseModel):
+class Manifest(Value):
     """What a step made, and from what."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: str
     files: dict[str, str]

@@ -17,10 +17,9 @@ from prefect import Task, unmapped
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
-from pydantic import BaseModel, ConfigDict
 
 from memit.errors import InputError, UnreachableError
-from tasks.artifacts import artifacts_in, project_root
+from tasks.artifacts import Value, artifacts_in, project_root
 from tasks.loading import ModelReference
 from tasks.progress import gather
 from tasks.store import VARIABLE, shared_store
@@ -38,10 +37,8 @@ RESTARTS = 3
 Kind = Literal["threads", "dask", "ray"]
 
 
-class Workers(BaseModel):
+class Workers(Value):
     """Where pieces are computed. No result depends on it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind
     address: str | None

@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from memit.errors import InputError, IntegrityError
-from tasks.artifacts import Artifact, cached_task, store_piece, write_file
+from tasks.artifacts import Artifact, Value, cached_task, store_piece, write_file
 from tasks.corpus import read_texts
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
@@ -23,10 +21,8 @@ if TYPE_CHECKING:
     from memit.language_model import LanguageModel
 
 
-class Shard(BaseModel):
+class Shard(Value):
     """The sums of one range of documents."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     moments: dict[int, Artifact]
     """The file of each layer (Parquet)."""

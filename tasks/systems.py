@@ -9,8 +9,6 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from memit.errors import InputError
 from memit.reading import check_file
 from memit.requests import (
@@ -20,10 +18,10 @@ from memit.requests import (
     sample_records,
     write_records,
 )
-from tasks.artifacts import Artifact, cached_task, store_piece
+from tasks.artifacts import Artifact, Value, cached_task, store_piece
 from tasks.code import code_of_class
 from tasks.edit import StoredMoments
-from tasks.evaluation import ScoredPiece
+from tasks.evaluation import TablePiece, kept_table
 from tasks.loading import ModelReference, loaded, with_edit
 from tasks.measure import Cost, Meter
 from tasks.progress import piece_progress, progress_bar
@@ -173,10 +171,8 @@ def _check_setting(name: str, value: Any, preset: Any) -> None:
 # --- which records are edited, and from which may be learnt --------------------------------------
 
 
-class Split(BaseModel):
+class Split(Value):
     """All records without contradictions, in two parts that share no subject."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     edited: Artifact
     """Those that are sampled for editing."""
@@ -268,10 +264,8 @@ def sample_questions(edited: Artifact, count: int | None, seed: int) -> Artifact
 # --- editing ------------------------------------------------------------------------------------
 
 
-class SystemEdit(BaseModel):
+class SystemEdit(Value):
     """What a system made of the requests."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     edit: Artifact
     cost: Cost
@@ -344,13 +338,10 @@ def answer_piece(
     model: ModelReference,
     edit: Artifact | None,
     token_budget: int,
-) -> ScoredPiece:
+) -> TablePiece:
     """Answer some of zsRE's questions under teacher forcing."""
-    import pyarrow.parquet as parquet
-
     from memit.evaluation.zsre import score_zsre
 
     with with_edit(model, edit) as lm, Meter() as meter, piece_progress("evaluation") as progress:
         table = score_zsre(lm, questions, token_budget=token_budget, progress=progress)
-    piece = store_piece("evaluation", ".parquet", lambda path: parquet.write_table(table, path))
-    return ScoredPiece(table=piece, cost=meter.cost)
+    return kept_table("evaluation", table, meter.cost)

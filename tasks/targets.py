@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pydantic import BaseModel, ConfigDict
-
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest
-from tasks.artifacts import Artifact, cached_task, store_piece
+from tasks.artifacts import Artifact, Value, cached_task, store_piece
 from tasks.loading import ModelReference, loaded
 from tasks.measure import Cost, Meter
 from tasks.progress import piece_progress
 
 
-class TargetsPiece(BaseModel):
+class TargetsPiece(Value):
     """The targets of consecutive requests."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     targets: Artifact
     cost: Cost
