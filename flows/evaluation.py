@@ -165,7 +165,8 @@ def measure(
         token_budget=budget,
     )
     texts, writing = write_texts(described, model, edit, seed, budget)
-    costs, perplexity = [piece.cost for piece in scored] + writing, None
+    costs = [piece.cost for piece in scored] + writing
+    perplexity = None
     if held_out is not None:
         measured = measure_perplexity(held_out, model, edit, budget)
         perplexity = measured.perplexity
