@@ -6,6 +6,7 @@ import socket
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import Literal
+from urllib.request import Request
 
 from memit.errors import InputError, IntegrityError, UnreachableError
 from memit.reading import check_file, file_sha256, verify_sha256
@@ -70,10 +71,11 @@ def fetch(url: str, sha256: str, to: Path) -> Path:
 
     if to.is_file() and file_sha256(to) == sha256:
         return to
-    to.parent.mkdir(parents=True, exist_ok=True)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENT_SECONDS)
     try:
+        Request(url)  # what is no address leaves nothing here
+        to.parent.mkdir(parents=True, exist_ok=True)
         download_url_to_file(url, str(to), hash_prefix=sha256, progress=False)
     except RuntimeError as error:
         raise IntegrityError(f"{url} sent something else ({error}): correct either.") from None

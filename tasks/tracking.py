@@ -163,6 +163,9 @@ def _follow(path: Path) -> None:
     first = ("experiments", "artifact_location")
     rest = (("runs", "artifact_uri"), ("logged_models", "artifact_location"))
     with closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as store, store:
+        tables = {name for (name,) in store.execute("select name from sqlite_master")}
+        if not tables.issuperset(table for table, _ in (first, *rest)):
+            return  # MLflow makes them
         known = store.execute("select experiment_id, name, artifact_location from experiments")
         for number, name, former in known.fetchall():
             now, place = _artifacts(name), Path(unquote(urlsplit(former).path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,20 @@ def project(tmp_path_factory: pytest.TempPathFactory, api: str) -> Project:
     tokenizer.save_pretrained(made.place / "small")
     (made.place / "corpus.txt").write_text("\n".join(DOCUMENTS * 5))
     write_facts(made, "Rome")
+    # As where the cache lies on another disk: results are symbolic links into it.
+    made.do("dvc", "config", "--local", "cache.type", "symlink")
     made.run()
     assert "up to date" in made.do("dvc", "status")
+    assert (made.place / "artifacts" / "requests.json").is_symlink()
     return made
+
+
+def damaged(project: Project) -> list[str]:
+    """The files of DVC's cache that are not what their names say."""
+    stored = [p for p in project.place.glob(".dvc/cache/files/md5/*/*") if p.is_file()]
+    assert len(stored) > 15
+    digests = {path: hashlib.md5(path.read_bytes()).hexdigest() for path in stored}
+    return [p.name for p in stored if digests[p] != p.parent.name + p.name.removesuffix(".dir")]
 
 
 def tasks_run(project: Project, known: set[str]) -> set[str]:
@@ -77,7 +89,8 @@ def test_facts_that_change_in_place_are_edited_by_dvc(project: Project) -> None:
 
 
 def test_facts_and_code_that_change_are_seen_by_a_run(project: Project) -> None:
-    known = records(project)
+    known, lock, results = records(project), project.place / "dvc.lock", project.results()
+    before = lock.read_bytes()
     write_facts(project, "Bonn")
     append(project.place / "memit" / "walk.py")
     assert outdated(project) == {"requests", "edit", "evaluation"}
@@ -85,6 +98,15 @@ def test_facts_and_code_that_change_are_seen_by_a_run(project: Project) -> None:
     assert "Bonn" in (project.place / "artifacts" / "requests.json").read_text()
     assert tasks_run(project, known) == {"requests", "targets", "edit", "evaluation", "perplexity"}
     assert outdated(project) == set()
+    assert damaged(project) == []
+    # The results of before come back as they were.
+    after, found = lock.read_bytes(), project.results()
+    lock.write_bytes(before)
+    project.do("dvc", "checkout")
+    assert project.results() | {"metrics.json": b""} == results | {"metrics.json": b""}
+    lock.write_bytes(after)
+    project.do("dvc", "checkout")
+    assert project.results() == found
 
 
 def test_the_module_that_walks_the_layers_recomputes_the_edit_alone(project: Project) -> None:

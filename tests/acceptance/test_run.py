@@ -103,6 +103,6 @@ def test_bad_input_is_told_before_anything_is_touched(finished: Project) -> None
         path.write_text(good)
         (finished.place / "facts.jsonl").unlink()
     assert process.returncode == 2
-    assert said.startswith("error: facts.jsonl: records 0 and 1 contradict each other")
+    assert said.startswith("error: facts.jsonl: records 1 and 2 contradict each other")
     assert len(said.splitlines()) == 1
     assert finished.results() == before

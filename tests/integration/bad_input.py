@@ -446,7 +446,7 @@ ADDRESSES = [
         ("with a password", "http://me:secret-word@127.0.0.1/x", "requests.url holds a password"),
         ("with a token", "http://127.0.0.1/x?token=secret-word", "requests.url holds a password"),
         ("with spaces", "http://a b/c", "give an http or https address"),
-        ("with half a bracket", "http://[::1/x", "is no address"),
+        ("with half a bracket", "http://[::1/x", "cannot be fetched"),
     )
 ] + [
     Kind(
@@ -482,7 +482,7 @@ PARAMETERS = [
     Kind("params.yaml: a name of Python", parameters("a: !!python/name:os.system"), "is not YAML"),
     Kind("params.yaml: depth", parameters("[" * 500), "is not YAML"),
     Kind("params.yaml: depth of objects", parameters("{a: " * 400 + "}" * 400), "params.yaml"),
-    Kind("params.yaml: a list as key", parameters("? [a, b]\n: 1\n"), "is not YAML"),
+    Kind("params.yaml: a list as key", parameters("? [a, b]\n: 1\n"), "value of no use"),
     Kind("params.yaml: a date as key", parameters("2020-01-01: 1\n"), "value of no use"),
     Kind("params.yaml: a number as key", parameters("1: 2\n"), "there is no key 1"),
     Kind("params.yaml: too large", parameters("#" * (1 << 21)), "more than the 1048576"),
@@ -495,7 +495,7 @@ PARAMETERS = [
     Kind("a section of null", setting(targets=None), "targets is null"),
     Kind("a list as section", setting(targets=[1]), "targets is [1]"),
     Kind("a text for a number", setting(requests={"count": "64"}), "not a number: write 64"),
-    Kind("YAML's text 1.5e4", setting(edit={"covariance_weight": "1.5e4"}), "write 15000.0"),
+    Kind("a number in quotes", parameters('edit: {covariance_weight: "15000"}'), "write 15000.0"),
     Kind("true for a number", setting(requests={"count": True}), "requests.count is true"),
     Kind("a fraction of records", setting(requests={"count": 6.5}), "requests.count is 6.5"),
     Kind("no records", setting(requests={"count": 0}), "requests.count is 0"),

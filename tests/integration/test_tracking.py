@@ -122,6 +122,14 @@ def test_a_copy_leaves_the_original_its_own(project: Path, monkeypatch: pytest.M
     assert notes(uri) == ["first", "second"]
 
 
+def test_a_data_base_without_tables_becomes_a_store(project: Path) -> None:
+    with closing(sqlite3.connect(project / "mlflow.db")) as base, base:
+        base.execute("create table held (x)")
+    uri = f"sqlite:///{project / 'mlflow.db'}"
+    logged(uri, "first")
+    assert notes(uri) == ["first"]
+
+
 def test_projects_that_share_a_store_leave_each_other_alone(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,14 +95,20 @@ def test_a_server_that_is_busy_is_not_lost(busy: str) -> None:
 def test_a_server_is_not_started_on_a_useless_data_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, temporary_settings
+    from prefect.settings import (
+        PREFECT_API_DATABASE_CONNECTION_URL,
+        PREFECT_API_URL,
+        temporary_settings,
+    )
 
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     (tmp_path / "prefect.db").write_bytes(b"no data base at all" * 100)
     address = f"sqlite+aiosqlite:///{tmp_path}/prefect.db"
     with (
-        temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: address}),
+        temporary_settings(
+            {PREFECT_API_DATABASE_CONNECTION_URL: address}, restore_defaults={PREFECT_API_URL}
+        ),
         pytest.raises(ResourceError, match=r"prefect\.db"),
         prefect_server(),
     ):
