@@ -34,7 +34,7 @@ def read_documents(
     them. Raises `InputError` naming the file and the line, or `UnreachableError`.
     """
     path = Path(source)
-    if not is_file(source):
+    if path.suffix not in _FILE_KINDS and not path.exists():
         documents = _streamed(str(source), column, config, revision)
     elif path.suffix == ".parquet":
         documents = _parquet_rows(path, column)
@@ -48,12 +48,6 @@ def read_documents(
             "name of a data set on the hub."
         )
     return (document for document in islice(documents, stop) if document.strip())
-
-
-def is_file(source: str | Path) -> bool:
-    """Whether a corpus is a file rather than a data set on the hub."""
-    path = Path(source)
-    return path.suffix in _FILE_KINDS or path.exists()
 
 
 def _lines(path: Path) -> Iterator[str]:

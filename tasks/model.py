@@ -29,8 +29,6 @@ from tasks.retrying import patient
 from tasks.unfinished import work_directory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from memit.language_model import LanguageModel
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
@@ -177,13 +175,6 @@ def _has_weights(directory: Path) -> bool:
     return bool(names) and all((directory / name).is_file() for name in names)
 
 
-def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model directory; no code of the directory's is run."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-
-
 def model_without_weights(name: str, revision: str | None, directory: Path) -> LanguageModel:
     """A model directory's structure and tokenizer, with no numbers in the weights.
 
@@ -249,8 +240,8 @@ def check_weights(directory: Path) -> None:
             )
         try:
             with safe_open(path, framework="pt") as file:
-                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                kinds = {name: part.get_dtype() for name, part in parts.items()}
+                names = list(file.keys())
+                kinds = {name: file.get_slice(name).get_dtype() for name in names}
         except (SafetensorError, OSError) as error:
             raise IntegrityError(f"{path} is damaged ({error}): fetch it again.") from None
         for name, kind in kinds.items():
