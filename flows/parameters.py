@@ -57,6 +57,9 @@ USERS_FILES = (
     "compare.editors",
     "compare.zsre",
 )
+Written = Annotated[
+    int | None, Field(ge=0, le=10_000_000, description="whose texts are generated; null: all")
+]
 Settings = TypeVar("Settings")
 SCRATCH = "scratch"
 """In place of a model of the hub: a small one that is made here."""
@@ -174,12 +177,7 @@ class ModelSection(Section):
 
     def placement(self) -> dict[str, Any]:
         """How the model computes, and where it lies if it is a local one."""
-        return {
-            "dtype": self.dtype,
-            "device": self.device,
-            "threads": self.threads,
-            "path": self.path,
-        }
+        return self.model_dump(include={"dtype", "device", "threads", "path"})
 
     @model_validator(mode="after")
     def _source_is_named(self) -> ModelSection:
@@ -303,9 +301,7 @@ class EvaluationSection(Section):
         default=None, description="null: that of the model; else as served"
     )
     prompts_per_piece: int = Field(default=512, ge=1, le=10_000_000)
-    generation_records: int | None = Field(
-        default=32, ge=0, le=10_000_000, description="whose texts are generated; null: all"
-    )
+    generation_records: Written = 32
     snippets: UsersFile = Field(
         default=None, description="CounterFact's attribute snippets; none: texts of the corpus"
     )
@@ -410,9 +406,7 @@ class CompareSection(Section):
     training_records: int = Field(
         default=100, ge=0, le=10_000_000, description="set aside for editors that learn"
     )
-    generation_records: int | None = Field(
-        default=32, ge=0, le=10_000_000, description="whose texts are generated; null: all"
-    )
+    generation_records: Written = 32
     zsre: UsersFile = Field(
         default=None, description="zsRE's questions, to be edited instead of the section requests"
     )
@@ -436,9 +430,7 @@ class ScalingSection(Section):
     least_records: int = Field(
         default=10, ge=1, le=100_000, description="few edits are repeated until so many are made"
     )
-    generation_records: int | None = Field(
-        default=16, ge=0, le=10_000_000, description="whose texts are generated; null: all"
-    )
+    generation_records: Written = 16
 
 
 class Parameters(Section):
@@ -464,10 +456,7 @@ class Parameters(Section):
         Raises:
             InputError: a layer is named that the model does not have.
         """
-        settings = {**self.targets.model_dump(), **self.edit.model_dump()}
-        names = {field.name for field in fields(Hyperparameters)}
-        chosen = {name: settings[name] for name in names if settings[name] is not None}
-        hyperparameters = replace(preset(model, depth), **chosen)
+        hyperparameters = overridden(overridden(preset(model, depth), self.targets), self.edit)
         for layer in hyperparameters.layers:
             if layer >= depth:
                 raise InputError(
@@ -592,9 +581,8 @@ def complete_parameters(given: object) -> Parameters:
     here = read_parameters()
     if given is None:
         return here
-    if not isinstance(given, dict):
-        return check_parameters(given, "parameters")
-    return check_parameters(_laid_over(here, given), "parameters")
+    tree = _laid_over(here, given) if isinstance(given, dict) else given
+    return check_parameters(tree, "parameters")
 
 
 def deployable(run: Callable[[Parameters], None]) -> Callable[[Parameters], None]:
@@ -662,7 +650,7 @@ def _sentence(error: ValidationError) -> str:
         plain = int(number) if kind == "int_type" and number.is_integer() else number
         return f"{key} is the text {value!r}, not a number: write {plain}."
     expected = [p["msg"] for p in problems if _key_parts(p["loc"]) == parts]
-    demand = "; or ".join(dict.fromkeys(_lower(message) for message in expected))
+    demand = "; or ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in expected))
     shown = json.dumps(value, default=str)
     if len(shown) > LONGEST_VALUE:
         shown = f"{shown[: LONGEST_VALUE - 3]}..."
@@ -686,10 +674,6 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
 
 
 def _unknown_key(key: str, parts: list[str]) -> str:

@@ -14,6 +14,7 @@ import httpx
 from flows.parameters import Parameters
 from flows.runner import workers_of
 from memit.corpus import read_documents
+from memit.costs import moment_bytes, solve_bytes
 from memit.errors import InputError, ResourceError
 from memit.evaluation.reference import read_snippets
 from memit.evaluation.zsre import as_records, read_zsre
@@ -55,12 +56,12 @@ def check_inputs(parameters: Parameters, *, compares: bool = False) -> None:
     records = _read_requests(parameters)
     _check_corpus(parameters)
     _check_evaluation_files(parameters)
-    described = _describe_model(parameters)
+    described, directory = _describe_model(parameters)
     systems = _check_systems(parameters, described)
     if described is not None:
         _check_disk(parameters, described)
         _check_memory(parameters, described)
-        lm = _without_weights(parameters, described)
+        lm = model_without_weights(described.id, described.revision, directory)
         _check_layers(parameters, lm, systems if compares else ())
         _check_tokens(parameters, lm, records)
         if compares:
@@ -89,16 +90,13 @@ def check_scaling(parameters: Parameters) -> None:
         MemitError: the first thing that would stop it later.
     """
     check_inputs(parameters, compares=True)
-    smallest, there_are = min(parameters.scaling.counts, key=_size), _editable(parameters)
-    if smallest is not None and smallest > there_are:
+    smallest = min(count or math.inf for count in parameters.scaling.counts)
+    there_are = _editable(parameters)
+    if there_are < smallest < math.inf:
         raise InputError(
             f"scaling.counts begins with {smallest}, and {there_are} records can be edited besides "
             "those of compare.training_records: name a smaller size."
         )
-
-
-def _size(count: int | None) -> float:
-    return math.inf if count is None else count
 
 
 def _editable(parameters: Parameters) -> int:
@@ -153,10 +151,12 @@ def _read_requests(parameters: Parameters) -> list[Record]:
     section = parameters.requests
     if section.source == "synthetic":
         return []
-    records, _ = read_source(
-        section.source, locate_records(section.path, section.url, section.sha256)
-    )
-    return sample(records, section.count, section.seed)
+    return sample(_read_file(parameters), section.count, section.seed)
+
+
+def _read_file(parameters: Parameters) -> list[Record]:
+    section = parameters.requests
+    return read_source(section.source, locate_records(section.path, section.url, section.sha256))[0]
 
 
 def _check_corpus(parameters: Parameters) -> None:
@@ -205,32 +205,25 @@ def _all_records(parameters: Parameters) -> list[Record]:
     if section.source == "synthetic":
         model = parameters.model
         return list(make_world(WorldParameters(model.seed, **model.world.model_dump())).records)
-    return read_source(section.source, locate_records(section.path, section.url, section.sha256))[0]
+    return _read_file(parameters)
 
 
-def _describe_model(parameters: Parameters) -> ModelFiles | None:
-    """The structure of a model that is not made here, without its weights."""
+def _describe_model(parameters: Parameters) -> tuple[ModelFiles | None, Path]:
+    """The structure of a model that is not made here, without its weights, and where it lies."""
     section = parameters.model
+    directory = Path(str(section.path))
     if section.source == "hub":
         name = str(section.id)
         commit = resolve_commit(name, str(section.revision))
-        return describe_model("hub", name, commit, fetch_description(name, commit))
+        directory = fetch_description(name, commit)
+        return describe_model("hub", name, commit, directory), directory
     if section.source == "local":
-        directory = Path(str(section.path))
         if not os.path.isdir(directory):
             raise InputError(f"{directory} is no directory: correct model.path in params.yaml.")
         described = describe_model("local", directory.resolve().name, None, directory)
         check_weights(directory)
-        return described
-    return None
-
-
-def _without_weights(parameters: Parameters, model: ModelFiles) -> LanguageModel:
-    """The structure and the tokenizer of a model that is not made here."""
-    directory = Path(str(parameters.model.path))
-    if model.source == "hub":
-        directory = fetch_description(model.id, str(model.revision))
-    return model_without_weights(model.id, model.revision, directory)
+        return described, directory
+    return None, directory
 
 
 def _check_tokens(parameters: Parameters, lm: LanguageModel, records: list[Record]) -> None:
@@ -269,7 +262,7 @@ def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
     """Compare the space that the statistics and the edit take with what is free."""
     layers = len(parameters.hyperparameters(model.id, model.layers).layers)
     section = parameters.statistics
-    moment = 4 * model.inner_width**2
+    moment = moment_bytes(model.shape)
     documents = 1 if section.source == "published" else section.documents or 1
     shards = -(-documents // section.documents_per_shard)
     changed = 3 * 4 * model.inner_width * model.width
@@ -277,11 +270,9 @@ def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
     free = shutil.disk_usage(project_root()).free
     if needed > free:
         fitting = int((free / layers - changed) / moment - 1)
-        advice = (
-            f"use fewer, larger shards (at most {fitting}: raise statistics.documents_per_shard)"
-            if fitting > 0
-            else "make room, or edit fewer layers"
-        )
+        advice = "make room, or edit fewer layers"
+        if fitting > 0:
+            advice = f"at most {fitting} shards fit: raise statistics.documents_per_shard"
         raise ResourceError(
             f"the statistics of {layers} layers in {shards} shards and the edit take "
             f"{needed / 1e9:.1f} GB, and {project_root()} has {free / 1e9:.1f} GB free: {advice}."
@@ -293,7 +284,7 @@ def _check_memory(parameters: Parameters, model: ModelFiles) -> None:
     section = parameters.model
     is_sharded = section.device == "sharded"  # then weights without room wait on the disk
     weights = 0 if is_sharded else model.parameters * BYTES[section.dtype]
-    solve = 3 * 8 * model.inner_width**2
+    solve = solve_bytes(model.shape)
     room, where = _memory(section.device)
     if weights + solve > room:
         raise ResourceError(
@@ -308,9 +299,7 @@ def _memory(device: str) -> tuple[int, str]:
     import psutil
     import torch
 
-    main = psutil.virtual_memory().available
-    cards = range(torch.cuda.device_count()) if device in ("auto", "sharded", "cuda") else ()
-    sizes = [torch.cuda.get_device_properties(card).total_memory for card in cards]
-    if device.startswith("cuda:") and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device).total_memory, device
-    return (sizes[0], "the GPU") if sizes else (main, "this machine's memory")
+    if device not in ("cpu", "mps") and torch.cuda.is_available():
+        card = device if device.startswith("cuda:") else "cuda:0"
+        return torch.cuda.get_device_properties(card).total_memory, "the GPU"
+    return psutil.virtual_memory().available, "this machine's memory"

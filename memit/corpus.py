@@ -21,55 +21,33 @@ _FILE_KINDS = (".txt", ".jsonl", ".parquet")
 def read_documents(
     source: str | Path,
     *,
-    start: int = 0,
     stop: int | None = None,
     column: str = "text",
     config: str | None = None,
     revision: str | None = None,
 ) -> Iterator[str]:
-    """Documents `start` to `stop` (exclusive) of a corpus, in its order; blank ones are left out.
+    """The documents of a corpus in its order, blank ones left out.
 
     `source` is a `.txt` file (a document a line), a `.jsonl` or `.parquet` file with a text
     `column`, or the name of a data set on the Hugging Face hub, streamed from its train split, with
-    its `config` and `revision`. A document's number is its line or row, so that ranges of any
-    size put together give the whole corpus. Raises `InputError` naming the file and the line, or
-    `UnreachableError`.
+    its `config` and `revision`. `stop` is the number of lines or rows that are read; None: all of
+    them. Raises `InputError` naming the file and the line, or `UnreachableError`.
     """
-    documents = _documents(source, start, stop, column, config, revision)
-    return (document for document in documents if document.strip())
-
-
-def is_file(source: str | Path) -> bool:
-    """Whether a corpus is a file rather than a data set on the hub."""
     path = Path(source)
-    return path.suffix in _FILE_KINDS or path.exists()
-
-
-def _documents(
-    source: str | Path,
-    start: int,
-    stop: int | None,
-    column: str,
-    config: str | None,
-    revision: str | None,
-) -> Iterator[str]:
-    if not is_file(source):
-        return _streamed(str(source), start, stop, column, config, revision)
-    path = Path(source)
-    if path.suffix == ".parquet":
-        return _parquet_rows(path, start, stop, column)
-    if path.suffix == ".jsonl":
-        return islice(_json_texts(path, start, column), _count(start, stop))
-    if path.suffix == ".txt":
-        return islice(_lines(path), start, stop)
-    raise InputError(
-        f"{path} is no corpus that can be read: give a {', '.join(_FILE_KINDS)} file or the name "
-        "of a data set on the hub."
-    )
-
-
-def _count(start: int, stop: int | None) -> int | None:
-    return None if stop is None else max(0, stop - start)
+    if path.suffix not in _FILE_KINDS and not path.exists():
+        documents = _streamed(str(source), column, config, revision)
+    elif path.suffix == ".parquet":
+        documents = _parquet_rows(path, column)
+    elif path.suffix == ".jsonl":
+        documents = _json_texts(path, column)
+    elif path.suffix == ".txt":
+        documents = _lines(path)
+    else:
+        raise InputError(
+            f"{path} is no corpus that can be read: give a {', '.join(_FILE_KINDS)} file or the "
+            "name of a data set on the hub."
+        )
+    return (document for document in islice(documents, stop) if document.strip())
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -87,10 +65,8 @@ def _lines(path: Path) -> Iterator[str]:
         raise InputError(f"{path} cannot be read ({error.strerror}): check the path.") from None
 
 
-def _json_texts(path: Path, start: int, column: str) -> Iterator[str]:
+def _json_texts(path: Path, column: str) -> Iterator[str]:
     for number, line in enumerate(_lines(path), start=1):
-        if number <= start:
-            continue
         yield _json_text(path, number, line, column) if line.strip() else ""
 
 
@@ -109,34 +85,19 @@ def _json_text(path: Path, number: int, line: str, column: str) -> str:
     return text
 
 
-def _parquet(path: Path) -> Any:
+def _parquet_rows(path: Path, column: str) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     check_file(path, "the corpus", size_limit=None)
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+        with pq.ParquetFile(path) as file:
+            _check_column(path, file.schema_arrow, column)
+            for batch in file.iter_batches(columns=[column]):
+                for text in batch.column(0):
+                    yield text.as_py() or ""
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no whole Parquet file ({error}): fetch it again.") from None
-
-
-def _parquet_rows(path: Path, start: int, stop: int | None, column: str) -> Iterator[str]:
-    import pyarrow as pa
-
-    with _parquet(path) as file:
-        _check_column(path, file.schema_arrow, column)
-        skipped = 0
-        try:
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if skipped + rows > start and (stop is None or skipped < stop):
-                    texts = file.read_row_group(group, columns=[column])[column]
-                    end = rows if stop is None else min(rows, stop - skipped)
-                    for text in texts.slice(max(0, start - skipped), end - max(0, start - skipped)):
-                        yield text.as_py() or ""
-                skipped += rows
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is damaged ({error}): fetch it again.") from None
 
 
 def _check_column(path: Path, schema: Any, column: str) -> None:
@@ -151,22 +112,13 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
         raise InputError(f"{path} holds {kind} under {column!r}: name a column of texts.")
 
 
-def _streamed(
-    name: str,
-    start: int,
-    stop: int | None,
-    column: str,
-    config: str | None,
-    revision: str | None,
-) -> Iterator[str]:
+def _streamed(name: str, column: str, config: str | None, revision: str | None) -> Iterator[str]:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        rows = datasets.load_dataset(
-            name, config, split="train", streaming=True, revision=revision
-        ).skip(start)
-        for row in rows if stop is None else rows.take(max(0, stop - start)):
+        rows = datasets.load_dataset(name, config, split="train", streaming=True, revision=revision)
+        for row in rows:
             if not isinstance(row.get(column), str):
                 raise InputError(
                     f"the data set {name} has no text column {column!r}: "

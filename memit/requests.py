@@ -14,7 +14,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,7 +123,10 @@ def read_records(path: str | Path) -> list[Record]:
 
     Raises `InputError` naming file and record if something in it cannot be used.
     """
-    return read_counterfact(path) if _holds_counterfact(Path(path)) else read_facts(path)
+    text = read_text(path, "the records").lstrip()
+    rows = parse_json(text, path) if text.startswith("[") else []
+    is_counterfact = any(isinstance(row, dict) and "requested_rewrite" in row for row in rows[:1])
+    return read_counterfact(path) if is_counterfact else read_facts(path)
 
 
 def read_counterfact(path: str | Path) -> list[Record]:
@@ -134,11 +137,7 @@ def read_counterfact(path: str | Path) -> list[Record]:
     rows = parse_json(read_text(path, "the records"), path)
     if not isinstance(rows, list):
         raise InputError(f"{path} holds no list of records: CounterFact is one JSON list.")
-    records = []
-    for number, row in enumerate(rows, start=1):
-        with located(path, number, row):
-            records.append(_counterfact_record(row, number - 1))
-    return _checked(records, path)
+    return _checked(rows, _counterfact_record, path)
 
 
 def read_facts(path: str | Path) -> list[Record]:
@@ -147,11 +146,7 @@ def read_facts(path: str | Path) -> list[Record]:
     Raises `InputError` naming file and record if something in it cannot be used, `ConflictError`
     if two of its records ask for different objects.
     """
-    records = []
-    for number, row in enumerate(_fact_rows(Path(path)), start=1):
-        with located(path, number, row):
-            records.append(_fact_record(row, number - 1))
-    records = _checked(records, path)
+    records = _checked(_fact_rows(Path(path)), _fact_record, path)
     try:
         check_conflicts(records)
     except ConflictError as conflict:
@@ -249,12 +244,6 @@ def located(path: str | Path, number: int, row: object) -> Iterator[None]:
     except InputError as error:
         place = f"{path}, record {number}" + ("" if case is None else f" (case_id {case})")
         raise InputError(f"{place}: {error}") from None
-
-
-def _holds_counterfact(path: Path) -> bool:
-    text = read_text(path, "the records").lstrip()
-    rows = parse_json(text, path) if text.startswith("[") else []
-    return any(isinstance(row, dict) and "requested_rewrite" in row for row in rows[:1])
 
 
 def _fact_rows(path: Path) -> list[Any]:
@@ -390,11 +379,15 @@ def _counterfact_row(record: Record) -> dict[str, Any]:
     }
 
 
-def _checked(records: list[Record], path: str | Path) -> list[Record]:
-    if not records:
+def _checked(rows: list[Any], read: Callable[[Any, int], Record], path: str | Path) -> list[Record]:
+    if not rows:
         raise InputError(f"{path} holds no records: give at least one.")
+    records: list[Record] = []
     numbers: dict[int, int] = {}
-    for number, record in enumerate(records, start=1):
+    for number, row in enumerate(rows, start=1):
+        with located(path, number, row):
+            record = read(row, number - 1)
+        records.append(record)
         first = numbers.setdefault(record.case_id, number)
         if first != number:
             raise InputError(

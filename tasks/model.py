@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,12 +27,10 @@ from tasks.retrying import patient
 from tasks.unfinished import work_directory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from memit.language_model import LanguageModel
 
-WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
-DESCRIPTION_PATTERNS = ["*.json", "*.txt", "*.model"]
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+DESCRIPTION_PATTERNS = ("*.json", "*.txt", "*.model")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """Numbers in safetensors files that weights can be read from."""
 MOST_BLOCKS = 1_000
@@ -142,7 +141,7 @@ def resolve_commit(name: str, revision: str, kind: Literal["model", "dataset"] =
 
 def fetch_description(name: str, commit: str) -> Path:
     """Configuration and tokenizer of a hub model, without its weights."""
-    return _snapshot(name, commit, DESCRIPTION_PATTERNS)
+    return _snapshot(name, commit)
 
 
 def fetch_model(name: str, commit: str) -> Path:
@@ -153,10 +152,10 @@ def fetch_model(name: str, commit: str) -> Path:
         ResourceError: the weights do not fit on the disk.
         UnreachableError: the hub does not answer.
     """
-    directory = _snapshot(name, commit, DESCRIPTION_PATTERNS)
+    directory = fetch_description(name, commit)
     if not _has_weights(directory):
         _check_room(name, commit)
-        directory = _snapshot(name, commit, [*WEIGHT_PATTERNS, *DESCRIPTION_PATTERNS])
+        directory = _snapshot(name, commit, *WEIGHT_PATTERNS)
     if not _has_weights(directory):
         raise InputError(
             f"{name} at {commit} has no safetensors weights, and no others are loaded: name a "
@@ -168,13 +167,6 @@ def fetch_model(name: str, commit: str) -> Path:
 def _has_weights(directory: Path) -> bool:
     names = weight_files(directory)
     return bool(names) and all((directory / name).is_file() for name in names)
-
-
-def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model directory; no code of the directory's is run."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def model_without_weights(name: str, revision: str | None, directory: Path) -> LanguageModel:
@@ -242,8 +234,8 @@ def check_weights(directory: Path) -> None:
             )
         try:
             with safe_open(path, framework="pt") as file:
-                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                kinds = {name: part.get_dtype() for name, part in parts.items()}
+                names = list(file.keys())
+                kinds = {name: file.get_slice(name).get_dtype() for name in names}
         except (SafetensorError, OSError) as error:
             raise IntegrityError(f"{path} is damaged ({error}): fetch it again.") from None
         for name, kind in kinds.items():
@@ -255,26 +247,20 @@ def check_weights(directory: Path) -> None:
 
 
 @patient
-def _snapshot(name: str, commit: str, patterns: list[str]) -> Path:
+def _snapshot(name: str, commit: str, *more: str) -> Path:
+    """The description of a hub model, from here if it is here; with ``more``, from the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def fetch(offline: bool) -> Path:
-        return Path(
-            snapshot_download(
-                name, revision=commit, allow_patterns=patterns, local_files_only=offline
-            )
-        )
-
+    patterns = [*more, *DESCRIPTION_PATTERNS]
+    fetch = partial(snapshot_download, name, revision=commit, allow_patterns=patterns)
     with _asking_hub(name, commit):
-        if any(pattern in DESCRIPTION_PATTERNS for pattern in patterns):
-            try:
-                found = fetch(offline=True)
-                if (found / "config.json").exists() and WEIGHT_PATTERNS[0] not in patterns:
+        if not more:
+            with suppress(LocalEntryNotFoundError):
+                found = Path(fetch(local_files_only=True))
+                if (found / "config.json").exists():
                     return found
-            except LocalEntryNotFoundError:
-                pass
-        return fetch(offline=False)
+        return Path(fetch())
 
 
 @contextmanager
@@ -283,7 +269,6 @@ def _asking_hub(name: str, revision: str) -> Iterator[None]:
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -297,15 +282,15 @@ def _asking_hub(name: str, revision: str) -> Iterator[None]:
         ) from None
     except HFValidationError:
         raise InputError(f"{name!r} is no name on the hub: write owner/name.") from None
-    except LocalEntryNotFoundError as error:
-        raise _unreachable(name, error) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 503
-        if status >= 500 or status in (408, 425, 429):
-            raise _unreachable(name, error) from error
-        raise InputError(f"the hub refuses {name} ({_first_line(error)}): check it.") from None
     except Exception as error:  # the clients beneath raise errors of many libraries
-        raise _unreachable(name, error) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        status = getattr(getattr(error, "response", None), "status_code", 503)
+        if isinstance(error, HfHubHTTPError) and status < 500 and status not in (408, 425, 429):
+            raise InputError(f"the hub refuses {name} ({reason}): check it.") from None
+        raise UnreachableError(
+            f"the hub cannot be reached for {name} ({reason}): check the network, or "
+            "download it elsewhere and name a local path."
+        ) from error
 
 
 def _check_room(name: str, commit: str) -> None:
@@ -324,17 +309,6 @@ def _check_room(name: str, commit: str) -> None:
             f"the weights of {name} take {needed / 1e9:.1f} GB, and {place} has "
             f"{free / 1e9:.1f} GB free: make room or set HF_HOME to another disk."
         )
-
-
-def _unreachable(name: str, error: Exception) -> UnreachableError:
-    return UnreachableError(
-        f"the hub cannot be reached for {name} ({_first_line(error)}): check the network, or "
-        "download it elsewhere and name a local path."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def open_model(dtype: str, device: str, threads: int, path: str | None) -> ModelReference:

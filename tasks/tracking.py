@@ -15,10 +15,10 @@ import socket
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -51,13 +51,10 @@ from tasks.results import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param
+    from mlflow.entities import DatasetInput, Metric, Param
 
 DIGEST_TAG = "memit.experiment"
-COMPLETE_TAG = "memit.complete"
 WRITER_TAG = "memit.writer"
-BATCH = 1_000
-"""Metrics in one request, the most that MLflow takes."""
 LONGEST = 6_000
 """Characters of a parameter, the most that MLflow takes."""
 
@@ -98,12 +95,8 @@ def log_experiment(experiment: Experiment, uri: str) -> str:
         UnreachableError: the store cannot be reached or does not take the run.
     """
     with _taking(uri, "python -m flows.report"):
-        return _log_once(
-            uri,
-            experiment.name,
-            experiment.digest,
-            lambda client, experiment_id: _log_run(client, experiment_id, experiment),
-        )
+        log = partial(_log_run, experiment)
+        return _log_once(uri, experiment.name, experiment.digest, log)
 
 
 @contextmanager
@@ -114,17 +107,19 @@ def _taking(uri: str, command: str) -> Iterator[None]:
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    with _one_at_a_time(), _quiet():
+    refusals = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ResourceError)
+    locks, holder = FileLocks(), f"report-{os.getpid()}"
+    with ExitStack() as stack:
+        # Two processes, also of experiments that DVC runs elsewhere, must not both find no run.
+        locks.acquire_lock("report", holder)
+        stack.callback(locks.release_lock, "report", holder)
+        # The store's migration log stays out of the terminal.
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
         try:
             open_store(uri)
             yield
-        except (
-            MlflowException,
-            SQLAlchemyError,
-            sqlite3.Error,
-            OSError,
-            ResourceError,
-        ) as error:
+        except refusals as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UnreachableError(
                 f"MLflow at {uri} did not take the run ({reason}); the "
@@ -183,7 +178,7 @@ def _artifacts(name: str) -> Path:
 
 
 def _log_once(uri: str, name: str, digest: str, log: Callable[[MlflowClient, str], str]) -> str:
-    """The id of the complete run with this digest, logged if there is none.
+    """The id of the finished run with this digest, logged if there is none.
 
     Runs that killed processes of this project left unfinished are deleted.
     """
@@ -194,36 +189,30 @@ def _log_once(uri: str, name: str, digest: str, log: Callable[[MlflowClient, str
     client = MlflowClient(uri)
     experiment_id = _experiment_id(client, name)
     unfinished = f"tags.`{WRITER_TAG}` = '{_writer()}' and attributes.status = 'RUNNING'"
-    for run in client.search_runs([experiment_id], unfinished, max_results=1_000):
-        _delete_family(client, experiment_id, run.info.run_id)
     same = f"tags.`{DIGEST_TAG}` = '{digest}'"
-    for run in client.search_runs([experiment_id], same, max_results=1_000):
-        if run.data.tags.get(COMPLETE_TAG) == "true":
-            return run.info.run_id
-        _delete_family(client, experiment_id, run.info.run_id)
+    for condition in (unfinished, same):
+        for run in client.search_runs([experiment_id], condition, max_results=1_000):
+            if run.info.status == "FINISHED":
+                return run.info.run_id
+            _delete_family(client, experiment_id, run.info.run_id)
     return log(client, experiment_id)
 
 
 def _writer() -> str:
-    """This project on this machine: whoever logs for it holds its lock, see `_one_at_a_time`."""
+    """This project on this machine: whoever logs for it holds its lock, see `_taking`."""
     place = f"{socket.gethostname()}:{project_root()}"
     return hashlib.sha256(place.encode()).hexdigest()[:32]
 
 
 def _delete_family(client: MlflowClient, experiment_id: str, run_id: str) -> None:
     """Delete a run, those nested in it, and the models that it logged."""
-    import mlflow
-
     nested = f"tags.`mlflow.parentRunId` = '{run_id}'"
     children = client.search_runs([experiment_id], nested, max_results=1_000)
     for run in (*(child.info.run_id for child in children), run_id):
         client.set_terminated(run, "KILLED")  # a deleted run could be restored
         client.delete_run(run)
-    for model in mlflow.search_logged_models(
-        experiment_ids=[experiment_id],
-        filter_string=f"source_run_id = '{run_id}'",
-        output_format="list",
-    ):
+    logged = f"source_run_id = '{run_id}'"
+    for model in client.search_logged_models([experiment_id], logged):
         client.delete_logged_model(model.model_id)
 
 
@@ -236,8 +225,8 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
     return client.create_experiment(name, artifact_location=_artifacts(name).as_uri())
 
 
-def _log_run(client: MlflowClient, experiment_id: str, experiment: Experiment) -> str:
-    from mlflow.entities import LoggedModelInput, LoggedModelOutput, RunTag
+def _log_run(experiment: Experiment, client: MlflowClient, experiment_id: str) -> str:
+    from mlflow.entities import LoggedModelInput, LoggedModelOutput
 
     metrics = read_json(METRICS_FILE)
     model = ModelFiles.model_validate(read_json(MODEL_FILE))
@@ -246,23 +235,19 @@ def _log_run(client: MlflowClient, experiment_id: str, experiment: Experiment) -
         experiment_id, tags=_known_by(experiment.digest, experiment.tags), run_name=name
     )
     run_id = run.info.run_id
-    for batch in _batches(_parameters(experiment.parameters), 100):
-        client.log_batch(run_id, params=batch)
     points = _points(metrics, experiment.timings)
-    for batch in _batches(points, BATCH):
-        client.log_batch(run_id, metrics=batch)
+    client.log_batch(run_id, points, _parameters(experiment.parameters))
     _log_files(client, run_id)
     base = _base_model(experiment_id, model)
     edited = _edited_model(experiment_id, run_id, experiment, metrics)
     client.log_inputs(run_id, datasets=_datasets(), models=[LoggedModelInput(base)])
     client.log_outputs(run_id, [LoggedModelOutput(edited, 0)])
     client.set_terminated(run_id, "FINISHED")
-    client.log_batch(run_id, tags=[RunTag(COMPLETE_TAG, "true")])
     return run_id
 
 
 def _known_by(digest: str, tags: Mapping[str, str]) -> dict[str, str]:
-    """Tags of a run that may be found again, complete or not."""
+    """Tags of a run that may be found again, finished or not."""
     return {**tags, DIGEST_TAG: digest, WRITER_TAG: _writer()}
 
 
@@ -291,16 +276,11 @@ def log_family(family: Family, uri: str) -> str:
         UnreachableError: the store cannot be reached or does not take the runs.
     """
     with _taking(uri, f"python -m flows.{family.step}"):
-        return _log_once(
-            uri,
-            family.experiment,
-            family.digest,
-            lambda client, experiment_id: _log_family(client, experiment_id, family),
-        )
+        return _log_once(uri, family.experiment, family.digest, partial(_log_family, family))
 
 
-def _log_family(client: MlflowClient, experiment_id: str, family: Family) -> str:
-    from mlflow.entities import Metric, Param, RunTag
+def _log_family(family: Family, client: MlflowClient, experiment_id: str) -> str:
+    from mlflow.entities import Metric, Param
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
     parent = client.create_run(
@@ -308,8 +288,7 @@ def _log_family(client: MlflowClient, experiment_id: str, family: Family) -> str
         tags=_known_by(family.digest, family.tags),
         run_name=f"{family.step}-{family.digest[:6]}",
     ).info.run_id
-    for batch in _batches(_parameters(family.parameters), 100):
-        client.log_batch(parent, params=batch)
+    client.log_batch(parent, params=_parameters(family.parameters))
     for path in family.files:
         client.log_artifact(parent, str(path), path.parent.name)
     now = int(time.time() * 1000)
@@ -319,13 +298,10 @@ def _log_family(client: MlflowClient, experiment_id: str, family: Family) -> str
             tags={**family.tags, MLFLOW_PARENT_RUN_ID: parent},
             run_name=system,
         ).info.run_id
-        client.log_batch(child, params=[Param("system", system)])
         metrics = [Metric(key, float(value), now, step) for key, value, step in points]
-        for batch in _batches(metrics, BATCH):
-            client.log_batch(child, metrics=batch)
+        client.log_batch(child, metrics, [Param("system", system)])
         client.set_terminated(child, "FINISHED")
     client.set_terminated(parent, "FINISHED")
-    client.log_batch(parent, tags=[RunTag(COMPLETE_TAG, "true")])
     return parent
 
 
@@ -340,8 +316,8 @@ def _points(metrics: Mapping[str, Any], timings: Mapping[str, Cost]) -> list[Met
         for name, value in metrics[state].items()
     ]
     edit = read_json(EDIT_FILE)
-    values += [(f"edit/{name}", edit[name], 0) for name in ("count", "target_shift")]
-    values += [("edit/residual_left", edit["residual_left"], 0)]
+    single = ("count", "target_shift", "residual_left")
+    values += [(f"edit/{name}", edit[name], 0) for name in single]
     for name in ("update_ratio", "residuals"):
         values += [(f"edit/{name}", value, int(layer)) for layer, value in edit[name].items()]
     steps, middle, low, high = figures.loss_curve(read_losses(TARGETS_FILE))
@@ -369,47 +345,33 @@ def _log_files(client: MlflowClient, run_id: str) -> None:
         client.log_artifact(run_id, str(path), "results")
 
 
-def _datasets() -> list[Any]:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
+def _datasets() -> list[DatasetInput]:
     statistics = read_json(STATISTICS_FILE)
     requests = hashlib.sha256(REQUESTS_FILE.read_bytes()).hexdigest()
-    count = len(json.loads(REQUESTS_FILE.read_text(encoding="utf-8")))
-    described = (
-        ("requests", requests, "edit", REQUESTS_FILE, {"records": count}),
-        (
-            "corpus",
-            statistics["corpus"],
-            "statistics",
-            STATISTICS_FILE,
-            {"documents": statistics["documents"], "tokens": statistics["tokens"]},
-        ),
-    )
+    records = {"records": len(json.loads(REQUESTS_FILE.read_text(encoding="utf-8")))}
+    read = {name: statistics[name] for name in ("documents", "tokens")}
     return [
-        DatasetInput(
-            Dataset(
-                name=name,
-                digest=digest[:36],
-                source_type="dvc",
-                source=json.dumps({"path": str(path), "sha256": digest}),
-                profile=json.dumps(profile),
-            ),
-            [InputTag("mlflow.data.context", context)],
-        )
-        for name, digest, context, path, profile in described
+        _dataset("requests", "edit", REQUESTS_FILE, requests, records),
+        _dataset("corpus", "statistics", STATISTICS_FILE, statistics["corpus"], read),
     ]
+
+
+def _dataset(
+    name: str, context: str, path: Path, digest: str, profile: Mapping[str, Any]
+) -> DatasetInput:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"path": str(path), "sha256": digest})
+    known = Dataset(name, digest[:36], "dvc", source, profile=json.dumps(profile))
+    return DatasetInput(known, [InputTag("mlflow.data.context", context)])
 
 
 def _base_model(experiment_id: str, model: ModelFiles) -> str:
     """The logged model that stands for the unedited one, the same for all runs on it."""
     import mlflow
 
-    found = mlflow.search_logged_models(
-        experiment_ids=[experiment_id],
-        filter_string=f"tags.digest = '{model.digest}'",
-        max_results=1,
-        output_format="list",
-    )
+    same = f"tags.digest = '{model.digest}'"
+    found = mlflow.MlflowClient().search_logged_models([experiment_id], same, max_results=1)
     if found:
         return found[0].model_id
     return mlflow.create_external_model(
@@ -492,32 +454,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:
-    pending = iter(items)
-    while batch := list(islice(pending, size)):
-        yield batch
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Two processes must not both find that there is no run yet."""
-    locks = FileLocks()
-    holder = f"report-{os.getpid()}"
-    locks.acquire_lock("report", holder)
-    try:
-        yield
-    finally:
-        locks.release_lock("report", holder)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the store's migration log out of the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
