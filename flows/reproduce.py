@@ -13,10 +13,14 @@ import sys
 from collections.abc import Sequence
 
 from flows.command import console, given_parameters, reporting
+from flows.parameters import complete_parameters
 
 if __name__ == "__main__":
     given_parameters()
 
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from prefect import flow
 from prefect.logging import get_run_logger
 
@@ -40,16 +44,21 @@ def reproduce(settings: Sequence[str] = (), name: str | None = None) -> None:
 
 
 def dvc_words(settings: Sequence[str], name: str | None) -> list[str]:
-    """What DVC is asked for; nothing that is handed over becomes another option. Whether settings
-    can be used is told by DVC, or by the first stage that reads them.
+    """What DVC is asked for; nothing that is handed over becomes another option.
 
     Raises:
-        InputError: they are no list of texts, or no name.
+        InputError: a setting or the name is none, or ``params.yaml``, into which DVC writes before
+            anything is checked, cannot take it.
     """
     if not isinstance(settings, list | tuple) or not all(isinstance(one, str) for one in settings):
         raise InputError(f"settings is {settings!r}: write a list, such as ['requests.count=128'].")
     if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
         raise InputError(f"name is {name!r}: use letters, digits, _ and -, at most 100.")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(f"the settings {settings!r} cannot be read ({error}).") from None
+    complete_parameters(tree)
     if not settings and name is None:
         return ["repro"]
     named = [] if name is None else [f"--name={name}"]

@@ -75,7 +75,6 @@ def test_what_dvc_is_asked_for() -> None:
         "--set-param=requests.count=16",
         "--set-param=edit.layers=[0, 1]",
     ]
-    assert dvc_words(["--force"], None) == ["exp", "run", "--set-param=--force"]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +82,12 @@ def test_what_dvc_is_asked_for() -> None:
     [
         ("requests.count=16", None, "write a list"),
         ([3], None, "write a list"),
+        (["--force"], None, "no key --force"),
+        (["requests.seed"], None, "requests.seed"),
+        (["+requests.more=1"], None, "+requests"),
+        (["requests.count=0"], None, "requests.count is 0"),
+        (["requests.count=[1"], None, "cannot be read"),
+        (["requests.seed.x=2"], None, "requests.seed"),
         ([], "--all", "name is '--all'"),
         ([], "../x", "name is '../x'"),
         ([], 3, "name is 3"),
