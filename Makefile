@@ -55,7 +55,7 @@ scale: $(STAMP) systems/dvc.yaml ## all systems on ever more edits: table and fi
 	@$(BIN)/python -m flows.reproduce systems/dvc.yaml:scaling
 
 test: $(STAMP) ## the whole test suite
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## format, lint and type checks, changing nothing
 	@$(BIN)/ruff format --check .

@@ -122,8 +122,10 @@ def made(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
     for name in ("Makefile", "constraints.txt", "pyproject.toml"):
         (place / name).write_bytes((ROOT / name).read_bytes())
     (place / ".venv" / ".installed").touch()
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # of the make that runs these tests
+    alone = {name: value for name, value in os.environ.items() if name not in outer}
     return subprocess.run(
-        ["make", *words], cwd=place, capture_output=True, text=True, check=False, env=os.environ
+        ["make", *words], cwd=place, capture_output=True, text=True, check=False, env=alone
     )
 
 
