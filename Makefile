@@ -39,20 +39,20 @@ run: $(STAMP) ## the experiment that params.yaml describes; what is done already
 	@$(BIN)/python -m flows.experiment
 
 repro: $(STAMP) ## the same through DVC, with one Prefect server for all stages
-	@$(BIN)/python -m flows.reproduce
+	@$(BIN)/python -m flows.service.reproduce
 
 deploy: $(STAMP) ## Prefect's server, deployments and a worker, and a run through them (ONCE=1: stop then)
-	@$(BIN)/python -m flows.deploy $(if $(ONCE),--once)
+	@$(BIN)/python -m flows.service.deploy $(if $(ONCE),--once)
 
 # DVC counts every dvc.yaml below here as pending work; this one comes into being when it is wanted.
-systems/dvc.yaml: systems/stages.yaml
+methods/dvc.yaml: methods/stages.yaml
 	@cp $< $@
 
-compare: $(STAMP) systems/dvc.yaml ## all systems on the same records: the table in comparison/
-	@$(BIN)/python -m flows.reproduce systems/dvc.yaml:compare
+compare: $(STAMP) methods/dvc.yaml ## all methods on the same records: the table in comparison/
+	@$(BIN)/python -m flows.service.reproduce methods/dvc.yaml:compare
 
-scale: $(STAMP) systems/dvc.yaml ## all systems on ever more edits: table and figure in scaling/
-	@$(BIN)/python -m flows.reproduce systems/dvc.yaml:scaling
+scale: $(STAMP) methods/dvc.yaml ## all methods on ever more edits: table and figure in scaling/
+	@$(BIN)/python -m flows.service.reproduce methods/dvc.yaml:scaling
 
 test: $(STAMP) ## the whole test suite
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -67,7 +67,7 @@ format: $(STAMP) ## put the code into its format
 	@$(BIN)/ruff check --fix .
 
 stages: $(STAMP) ## write the code that stages depend on, read off the imports, into their files
-	@$(BIN)/python -m flows.stages
+	@$(BIN)/python -m flows.command.stages
 
 golden: $(STAMP) ## DIR=...: compare with a recorded run of the published method
 	@test -n "$(DIR)" || { echo "say which: make golden DIR=path/to/golden"; exit 2; }
@@ -89,7 +89,7 @@ chaos: $(STAMP) ## kill the experiment at random (SEED=, KILLS=, SIZE=small): do
 	  $(if $(filter default,$(SIZE)),--write)
 
 ui: $(STAMP) ## MLflow in the browser (PREFECT=1: Prefect's server too)
-	@PREFECT="$(PREFECT)" $(BIN)/python -m flows.ui
+	@PREFECT="$(PREFECT)" $(BIN)/python -m flows.service.ui
 
 clean: ## delete caches and results, keep .venv, MLflow's store, DVC's cache and files of yours
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis

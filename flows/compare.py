@@ -1,4 +1,4 @@
-"""All systems on the same model and the same records: the paper's table.
+"""All methods on the same model and the same records: the paper's table.
 
 Results: ``comparison/`` with the table (Markdown and CSV), every scored prompt, every generated
 text, and ``metrics.json``.
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.command import console, given_parameters, run_flow
+from flows.command.parameters import Parameters
+from flows.command.script import console, given_parameters, run_flow
 from flows.evaluation import references
-from flows.parameters import Parameters
 
 if __name__ == "__main__":
     given_parameters()
@@ -21,23 +21,23 @@ from prefect.artifacts import create_table_artifact
 from rich.box import SIMPLE
 from rich.table import Table
 
-from flows.gpu import taking_turns
-from flows.preflight import check_comparison
-from flows.runner import with_runner
-from flows.systems import (
+from flows.command.checks import check_comparison
+from flows.methods import (
     Bench,
     Goals,
     Sample,
     Tried,
     finish,
     prepare,
-    try_system,
+    try_method,
 )
-from tasks.artifacts import write_file, write_json, write_text
-from tasks.compare import Comparison, csv_text, markdown, plain, table_rows
+from flows.service.gpu_slot import taking_turns
+from flows.service.workers import with_runner
+from tasks.engine.artifacts import write_file, write_json, write_text
+from tasks.engine.workers import thread_runner
 from tasks.generation import having_prompts
-from tasks.paper import published
-from tasks.runners import thread_runner
+from tasks.reporting.comparison import Comparison, csv_text, markdown, plain, table_rows
+from tasks.reporting.published import published
 
 COMPARISON = Path("comparison")
 
@@ -46,7 +46,7 @@ COMPARISON = Path("comparison")
 @taking_turns
 @with_runner
 def compare(parameters: Parameters) -> None:
-    """Edit with each system, measure it, and put all of them into one table."""
+    """Edit with each method, measure it, and put all of them into one table."""
     bench = prepare(parameters, COMPARISON)
     section = parameters.compare
     sample = bench.draw(section.count, section.seed)
@@ -60,7 +60,7 @@ def compare(parameters: Parameters) -> None:
         [cost for edit, measured in tried.values() for cost in (edit.cost, *measured.costs)],
         {
             name: [(key, value, 0) for key, value in metrics.items()]
-            for name, metrics in comparison.systems.items()
+            for name, metrics in comparison.methods.items()
         },
     )
     create_table_artifact(key="comparison", table=table_rows(comparison))
@@ -73,7 +73,7 @@ def show_results(comparison: Comparison) -> None:
     title = f"{comparison.records} edits of {comparison.model}"
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, collapse_padding=True)
     for name in rows[0]:
-        table.add_column(name, justify="left" if name == "system" else "right")
+        table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
         table.add_row(*row.values())
     console.print()
@@ -85,28 +85,28 @@ def show_results(comparison: Comparison) -> None:
 
 
 def _try_all(bench: Bench, sample: Sample) -> Iterator[tuple[str, Tried]]:
-    """Each system's name with what it did."""
+    """Each method's name with what it did."""
     section = bench.parameters.compare
-    goals = Goals(bench, sample.records if "memit" in section.systems else ())
-    for system in bench.systems:
-        edit, measured = try_system(
+    goals = Goals(bench, sample.records if "memit" in section.methods else ())
+    for method in bench.methods:
+        edit, measured = try_method(
             bench,
-            system,
+            method,
             sample,
             goals,
             texts_of=section.generation_records,
             seed=section.seed,
             thorough=True,
         )
-        yield system.name, (edit, measured)
-        console.print(f"[green]✓[/] {system.label:<10} {edit.cost.seconds:9.1f} s of editing")
+        yield method.name, (edit, measured)
+        console.print(f"[green]✓[/] {method.label:<10} {edit.cost.seconds:9.1f} s of editing")
 
 
 def _compare(bench: Bench, sample: Sample, tried: dict[str, Tried]) -> Comparison:
     from memit.evaluation.entropy import word_tokenizer
 
     wanted = references(bench.parameters) if bench.questions is None else {}
-    systems = {
+    methods = {
         name: measured.metrics(sample.records, wanted) | {"seconds": edit.cost.seconds}
         for name, (edit, measured) in tried.items()
     }
@@ -114,7 +114,7 @@ def _compare(bench: Bench, sample: Sample, tried: dict[str, Tried]) -> Compariso
     return Comparison(
         model=bench.model.model.id,
         records=count,
-        systems=systems,
+        methods=methods,
         exact_entropy=word_tokenizer()[1],
         published=published(_data_set(bench), bench.model.model.id, count),
         notes=(*_notes(bench, sample), *_dropped(bench, tried)),
@@ -141,14 +141,14 @@ def _notes(bench: Bench, sample: Sample) -> tuple[str, ...]:
         )
     if written:
         notes.append(f"GE and RS are of the texts of {written} records.")
-    return (*notes, *(f"{system.label}: {system.editor}" for system in bench.systems))
+    return (*notes, *(f"{method.label}: {method.editor}" for method in bench.methods))
 
 
 def _dropped(bench: Bench, tried: dict[str, Tried]) -> Iterator[str]:
-    for system in bench.systems:
-        count = tried[system.name][0].dropped
+    for method in bench.methods:
+        count = tried[method.name][0].dropped
         if count:
-            yield f"{system.label}: {count} requests could not be written and count as failures."
+            yield f"{method.label}: {count} requests could not be written and count as failures."
 
 
 def _write(comparison: Comparison, tried: dict[str, Tried]) -> list[Path]:
@@ -156,15 +156,15 @@ def _write(comparison: Comparison, tried: dict[str, Tried]) -> list[Path]:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    def with_system(name: str, table: pyarrow.Table) -> pyarrow.Table:
-        return table.add_column(0, "system", pyarrow.array([name] * len(table), pyarrow.string()))
+    def with_method(name: str, table: pyarrow.Table) -> pyarrow.Table:
+        return table.add_column(0, "method", pyarrow.array([name] * len(table), pyarrow.string()))
 
     tables = {
         COMPARISON / "prompts.parquet": [
-            with_system(name, measured.prompts) for name, (_, measured) in tried.items()
+            with_method(name, measured.prompts) for name, (_, measured) in tried.items()
         ],
         COMPARISON / "generations.parquet": [
-            with_system(name, measured.texts) for name, (_, measured) in tried.items()
+            with_method(name, measured.texts) for name, (_, measured) in tried.items()
         ],
     }
     for path, parts in tables.items():

@@ -6,21 +6,19 @@ and ``edit.json`` saying how large everything is.
 
 from __future__ import annotations
 
-from flows.command import given_parameters, run_flow
-from flows.parameters import Parameters
+from flows.command.parameters import Parameters
+from flows.command.script import given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow
 
-from flows.gpu import taking_turns
-from tasks.artifacts import copy_file
+from flows.service.gpu_slot import taking_turns
 from tasks.edit import spread_edit
-from tasks.loading import token_budget
-from tasks.model import open_model
-from tasks.prefixes import read_prefixes
-from tasks.results import (
+from tasks.engine.artifacts import copy_file
+from tasks.engine.loaded_model import token_budget
+from tasks.engine.results import (
     DELTA_FILE,
     EDIT_FILE,
     EDITED_WEIGHTS_FILE,
@@ -31,6 +29,8 @@ from tasks.results import (
     finish_step,
     upstream,
 )
+from tasks.model import open_model
+from tasks.prefixes import read_prefixes
 
 
 @flow(name="edit", validate_parameters=False)

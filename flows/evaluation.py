@@ -12,34 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.command import given_parameters, run_flow
-from flows.parameters import EvaluationSection, Parameters
+from flows.command.parameters import EvaluationSection, Parameters
+from flows.command.script import given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()
 
 from prefect import Task, flow
 
-from flows.gpu import taking_turns
 from flows.requests import records_source
-from flows.runner import with_runner
+from flows.service.gpu_slot import taking_turns
+from flows.service.workers import with_runner
 from flows.statistics import corpus_of
 from memit.requests import Record, read_counterfact
-from tasks.artifacts import Artifact, write_file, write_json
-from tasks.evaluation import (
-    DECIMALS,
-    TablePiece,
-    described_edit,
-    measure_perplexity,
-    metrics_of,
-    read_table,
-    score_piece,
-)
-from tasks.generation import collect_references, having_prompts, read_references, write_texts
-from tasks.loading import ModelReference, token_budget
-from tasks.measure import Cost
-from tasks.model import open_model
-from tasks.results import (
+from tasks.engine.artifacts import Artifact, write_file, write_json
+from tasks.engine.cost import Cost
+from tasks.engine.loaded_model import ModelReference, token_budget
+from tasks.engine.results import (
     DELTA_FILE,
     EDIT_FILE,
     FACTS_FILE,
@@ -53,7 +42,18 @@ from tasks.results import (
     finish_step,
     upstream,
 )
-from tasks.runners import map_in_pieces, thread_runner
+from tasks.engine.workers import map_in_pieces, thread_runner
+from tasks.evaluation import (
+    DECIMALS,
+    TablePiece,
+    described_edit,
+    measure_perplexity,
+    metrics_of,
+    read_table,
+    score_piece,
+)
+from tasks.generation import collect_references, having_prompts, read_references, write_texts
+from tasks.model import open_model
 
 if TYPE_CHECKING:
     import pyarrow

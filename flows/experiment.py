@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 
-from flows.command import console, given_parameters, run_flow
-from flows.parameters import Parameters, deployable
+from flows.command.parameters import Parameters, deployable
+from flows.command.script import console, given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()
@@ -17,21 +17,21 @@ from prefect import Flow, flow
 from prefect.artifacts import create_table_artifact
 from rich.table import Table
 
-from flows.alone import alone
+from flows.command.checks import check_inputs
 from flows.edit import edit
 from flows.evaluation import evaluation
 from flows.model import model
 from flows.prefixes import prefixes
-from flows.preflight import check_inputs
-from flows.record import commit_stages
 from flows.report import report
 from flows.requests import requests
-from flows.runner import with_runner
+from flows.service.dvc_lock import commit_stages
+from flows.service.run_lock import alone
+from flows.service.workers import with_runner
 from flows.statistics import statistics
 from flows.targets import targets
-from tasks.artifacts import remove_leftovers
+from tasks.engine.artifacts import remove_leftovers
+from tasks.engine.results import METRICS_FILE, STEPS
 from tasks.report import read_json, rows, rows_by_name
-from tasks.results import METRICS_FILE, STEPS
 
 FLOWS = (model, requests, prefixes, statistics, targets, edit, evaluation, report)
 """The steps, in order."""

@@ -5,22 +5,22 @@ Results: ``artifacts/mend/`` with the network and the loss of each training step
 
 from __future__ import annotations
 
-from flows.command import given_parameters, run_flow
-from flows.parameters import Parameters, overridden
+from flows.command.parameters import Parameters, overridden
+from flows.command.script import given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow
 
-from flows.gpu import taking_turns
+from flows.methods import learn, split
+from flows.service.gpu_slot import taking_turns
 from flows.statistics import corpus_source
-from flows.systems import learn, split
-from tasks.artifacts import Artifact
 from tasks.corpus import collect_corpus
+from tasks.engine.artifacts import Artifact
+from tasks.engine.results import upstream
 from tasks.mend import Continuations, train_mend_network
 from tasks.model import open_model
-from tasks.results import upstream
 
 
 @flow(name="mend", validate_parameters=False)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flows.command import given_parameters, run_flow
-from flows.parameters import ModelSection, Parameters
+from flows.command.parameters import ModelSection, Parameters
+from flows.command.script import given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()  # a slip in params.yaml is told before anything slow is imported
 
 from prefect import flow
 
-from flows.gpu import taking_turns
-from tasks.artifacts import copy_file, describe, write_json
-from tasks.loading import ModelFiles, ModelReference
-from tasks.measure import Cost
+from flows.service.gpu_slot import taking_turns
+from tasks.engine.artifacts import copy_file, describe, write_json
+from tasks.engine.checkpoints import forget_work
+from tasks.engine.cost import Cost
+from tasks.engine.loaded_model import ModelFiles, ModelReference
+from tasks.engine.results import MODEL_FILE, WEIGHTS, WORLD, finish_step
 from tasks.model import (
     check_weights,
     describe_model,
@@ -27,8 +29,6 @@ from tasks.model import (
     resolve_commit,
     train_small_model,
 )
-from tasks.results import MODEL_FILE, WEIGHTS, WORLD, finish_step
-from tasks.unfinished import forget_work
 
 RECALL_TOKEN_BUDGET = 4_096
 """Tokens in a batch while the facts of a model made here are asked for."""

@@ -5,19 +5,19 @@ Result: ``artifacts/prefixes.json``.
 
 from __future__ import annotations
 
-from flows.command import given_parameters, run_flow
-from flows.parameters import Parameters
+from flows.command.parameters import Parameters
+from flows.command.script import given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow
 
-from flows.gpu import taking_turns
-from tasks.artifacts import write_json
+from flows.service.gpu_slot import taking_turns
+from tasks.engine.artifacts import write_json
+from tasks.engine.results import PREFIXES_FILE, finish_step, upstream
 from tasks.model import open_model
 from tasks.prefixes import draw_prefixes
-from tasks.results import PREFIXES_FILE, finish_step, upstream
 
 
 @flow(name="prefixes", validate_parameters=False)

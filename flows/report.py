@@ -5,19 +5,19 @@ Results: ``report/`` and ``timings.json``.
 
 from __future__ import annotations
 
-from flows.command import console, given_parameters, run_flow
-from flows.parameters import Parameters
+from flows.command.parameters import Parameters
+from flows.command.script import console, given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow
 
-from flows.record import origin
+from flows.service.dvc_lock import origin
 from memit.errors import UnreachableError
+from tasks.engine.results import STEPS, read_timings, upstream
 from tasks.report import write_report
-from tasks.results import STEPS, read_timings, upstream
-from tasks.tracking import Experiment, log_experiment, tracking_uri
+from tasks.reporting.tracking import Experiment, log_experiment, tracking_uri
 
 
 @flow(name="report", validate_parameters=False)

@@ -5,8 +5,8 @@ Result: ``artifacts/requests.json``, records in the CounterFact schema.
 
 from __future__ import annotations
 
-from flows.command import console, given_parameters, run_flow
-from flows.parameters import Parameters
+from flows.command.parameters import Parameters
+from flows.command.script import console, given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()
@@ -14,11 +14,11 @@ if __name__ == "__main__":
 from prefect import flow
 from rich.text import Text
 
-from flows.gpu import taking_turns
-from tasks.artifacts import Artifact, copy_file, describe
+from flows.service.gpu_slot import taking_turns
+from tasks.engine.artifacts import Artifact, copy_file, describe
+from tasks.engine.results import REQUESTS_FILE, WORLD, finish_step, upstream
 from tasks.model import open_model
 from tasks.requests import Source, choose_requests, locate_records
-from tasks.results import REQUESTS_FILE, WORLD, finish_step, upstream
 
 
 @flow(name="requests", validate_parameters=False)

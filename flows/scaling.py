@@ -1,4 +1,4 @@
-"""All systems on ever more edits: the paper's scaling curves.
+"""All methods on ever more edits: the paper's scaling curves.
 
 Results: ``scaling/`` with the table (Markdown and CSV), the figure, and ``metrics.json``.
 """
@@ -8,24 +8,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.command import console, given_parameters, run_flow
-from flows.parameters import Parameters
+from flows.command.parameters import Parameters
+from flows.command.script import console, given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow
 
-from flows.gpu import taking_turns
-from flows.preflight import check_scaling
-from flows.runner import with_runner
-from flows.systems import Bench, Goals, Sample, finish, prepare, try_system
+from flows.command.checks import check_scaling
+from flows.methods import Bench, Goals, Sample, finish, prepare, try_method
+from flows.service.gpu_slot import taking_turns
+from flows.service.workers import with_runner
 from memit.requests import Record
-from tasks.artifacts import write_file, write_json, write_text
-from tasks.measure import Cost
-from tasks.runners import thread_runner
-from tasks.scaling import PANELS, Point, csv_text, curve, draw_scaling, markdown, plain, systems_of
-from tasks.systems import LABELS
+from tasks.compare import LABELS
+from tasks.engine.artifacts import write_file, write_json, write_text
+from tasks.engine.cost import Cost
+from tasks.engine.workers import thread_runner
+from tasks.reporting.scaling import (
+    PANELS,
+    Point,
+    csv_text,
+    curve,
+    draw_scaling,
+    markdown,
+    methods_of,
+    plain,
+)
 
 SCALING = Path("scaling")
 
@@ -34,13 +43,13 @@ SCALING = Path("scaling")
 @taking_turns
 @with_runner
 def scaling(parameters: Parameters) -> None:
-    """Edit samples of every size with each system, measure it, and draw the curves."""
+    """Edit samples of every size with each method, measure it, and draw the curves."""
     bench = prepare(parameters, SCALING)
     samples = _draw(bench)
     costs: list[Cost] = []
     points = list(_points(bench, samples, costs))
     files = _write(bench, points)
-    metrics = {system: _logged(points, system) for system in systems_of(points)}
+    metrics = {method: _logged(points, method) for method in methods_of(points)}
     finish("scaling", bench, files, costs, metrics)
     console.print(f"\n  [bold]{SCALING}/table.md[/], scaling.png and table.csv beside it")
 
@@ -73,23 +82,23 @@ def _samples(bench: Bench, count: int) -> int:
 
 def _points(bench: Bench, samples: list[tuple[int, Sample]], costs: list[Cost]) -> Iterator[Point]:
     texts_of = bench.parameters.scaling.generation_records
-    goals = Goals(bench, _union(samples) if "memit" in bench.parameters.compare.systems else [])
+    goals = Goals(bench, _union(samples) if "memit" in bench.parameters.compare.methods else [])
     for seed, sample in samples:
-        for system in bench.systems:
-            edit, measured = try_system(
-                bench, system, sample, goals, texts_of=texts_of, seed=seed, thorough=False
+        for method in bench.methods:
+            edit, measured = try_method(
+                bench, method, sample, goals, texts_of=texts_of, seed=seed, thorough=False
             )
             costs += [edit.cost, *measured.costs]
             metrics = measured.metrics(sample.records, {})
             count = len(sample.records)
             yield Point(
-                system.name,
+                method.name,
                 count,
                 seed,
                 metrics | {"seconds": edit.cost.seconds, "dropped": edit.dropped},
             )
             console.print(
-                f"[green]✓[/] {count:>6} edits  {system.label:<10} "
+                f"[green]✓[/] {count:>6} edits  {method.label:<10} "
                 f"S {metrics.get('score', float('nan')):5.1f}  {edit.cost.seconds:9.1f} s"
             )
 
@@ -100,11 +109,11 @@ def _union(samples: list[tuple[int, Sample]]) -> list[Record]:
     return [found[case] for case in sorted(found)]
 
 
-def _logged(points: list[Point], system: str) -> list[tuple[str, float, int]]:
+def _logged(points: list[Point], method: str) -> list[tuple[str, float, int]]:
     return [
         (metric, mean.value, mean.edits)
         for metric, _ in PANELS
-        for mean in curve(points, system, metric)
+        for mean in curve(points, method, metric)
     ]
 
 
@@ -118,9 +127,9 @@ def _write(bench: Bench, points: list[Point]) -> list[Path]:
         f"GE is of the texts of at most {section.generation_records} records"
         if section.generation_records is not None
         else "GE is of the texts of all records",
-        *(f"{system.label}: {system.editor}" for system in bench.systems),
+        *(f"{method.label}: {method.editor}" for method in bench.methods),
         *(
-            f"{LABELS.get(p.system, p.system)}: {p.metrics['dropped']} of {p.edits} requests (seed "
+            f"{LABELS.get(p.method, p.method)}: {p.metrics['dropped']} of {p.edits} requests (seed "
             f"{p.seed}) could not be written and count as failures"
             for p in points
             if p.metrics["dropped"]

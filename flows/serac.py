@@ -11,19 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.command import given_parameters, run_flow
-from flows.parameters import Parameters, overridden
+from flows.command.parameters import Parameters, overridden
+from flows.command.script import given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow
 
-from flows.gpu import taking_turns
-from flows.systems import learn, split
-from tasks.loading import directory_digests
+from flows.methods import learn, split
+from flows.service.gpu_slot import taking_turns
+from tasks.engine.loaded_model import directory_digests
+from tasks.engine.results import upstream
 from tasks.model import open_model, resolve_commit
-from tasks.results import upstream
 from tasks.serac import train_serac_models
 
 if TYPE_CHECKING:

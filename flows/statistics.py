@@ -13,25 +13,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.command import given_parameters, run_flow
-from flows.parameters import Parameters
+from flows.command.parameters import Parameters
+from flows.command.script import given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow
 
-from flows.gpu import taking_turns
-from flows.runner import with_runner
-from memit.reading import check_file
-from tasks.artifacts import Artifact, copy_file, describe, write_json
+from flows.service.gpu_slot import taking_turns
+from flows.service.workers import with_runner
+from memit.files.reading import check_file
 from tasks.corpus import Corpus, CorpusSource, collect_corpus
-from tasks.loading import ModelReference, token_budget
-from tasks.measure import Cost
+from tasks.engine.artifacts import Artifact, copy_file, describe, write_json
+from tasks.engine.cost import Cost
+from tasks.engine.loaded_model import ModelReference, token_budget
+from tasks.engine.progress import gather
+from tasks.engine.results import (
+    HELD_OUT_FILE,
+    STATISTICS,
+    STATISTICS_FILE,
+    WORLD,
+    finish_step,
+    upstream,
+)
+from tasks.engine.workers import scatter, thread_runner
 from tasks.model import model_without_weights, open_model, resolve_commit
-from tasks.progress import gather
-from tasks.results import HELD_OUT_FILE, STATISTICS, STATISTICS_FILE, WORLD, finish_step, upstream
-from tasks.runners import scatter, thread_runner
 from tasks.statistics import (
     Shard,
     collect_shard,

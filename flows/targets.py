@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flows.command import given_parameters, run_flow
-from flows.parameters import Parameters
+from flows.command.parameters import Parameters
+from flows.command.script import given_parameters, run_flow
 
 if __name__ == "__main__":
     given_parameters()
 
 from prefect import flow
 
-from flows.gpu import taking_turns
-from flows.runner import with_runner
+from flows.service.gpu_slot import taking_turns
+from flows.service.workers import with_runner
 from memit.requests import EditRequest, read_counterfact
-from tasks.artifacts import write_file
-from tasks.loading import ModelReference, token_budget
+from tasks.engine.artifacts import write_file
+from tasks.engine.loaded_model import ModelReference, token_budget
+from tasks.engine.results import PREFIXES_FILE, REQUESTS_FILE, TARGETS_FILE, finish_step, upstream
+from tasks.engine.workers import map_in_pieces, thread_runner
 from tasks.model import open_model
 from tasks.prefixes import read_prefixes
-from tasks.results import PREFIXES_FILE, REQUESTS_FILE, TARGETS_FILE, finish_step, upstream
-from tasks.runners import map_in_pieces, thread_runner
 from tasks.targets import TargetsPiece, optimise_targets, target_settings
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memit.errors import InputError, UnreachableError
-from memit.reading import check_file
+from memit.files.reading import check_file
 
 LONGEST_LINE = 1 << 24
 """Characters of the longest line that is read."""

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from memit.errors import ConflictError, InputError
+from memit.files.atomic import write_whole
+from memit.files.reading import parse_json, read_text
 from memit.joining import ending
-from memit.reading import parse_json, read_text
-from memit.whole_files import write_whole
 
 LONGEST_TEXT = 10_000
 """Characters of the longest text in a record; no model's context holds much more."""

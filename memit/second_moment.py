@@ -21,9 +21,9 @@ from torch import Tensor
 
 from memit.batches import in_batches
 from memit.errors import InputError, IntegrityError, NumericsError
+from memit.files.atomic import write_whole
 from memit.forward import keys_of, pad
 from memit.language_model import LanguageModel
-from memit.whole_files import write_whole
 
 WINDOW = 256
 """Documents that are tokenised and sorted by length together."""

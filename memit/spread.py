@@ -16,11 +16,11 @@ from memit.costs import HELD_IN_MEMORY
 from memit.errors import EditError, NumericsError, ResourceError
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
+from memit.layer_walk import HeldStates, Walk
 from memit.placement import solving_device
 from memit.requests import EditRequest
 from memit.second_moment import SecondMoment, cholesky
 from memit.targets import edit_rows
-from memit.walk import HeldStates, Walk
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_rounded
 
 logger = logging.getLogger(__name__)

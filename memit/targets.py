@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from memit.batches import in_batches, release_memory
 from memit.errors import EditError, InputError, IntegrityError
+from memit.files.tensors import load_tensors, save_tensors
 from memit.forward import (
     KeyValues,
     Padded,
@@ -35,7 +36,6 @@ from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, locate, mark
 from memit.requests import EditRequest
-from memit.tensor_files import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from memit.errors import InputError, IntegrityError, NumericsError
+from memit.files.tensors import load_tensors, save_tensors, tensor_digest
 from memit.language_model import LanguageModel
-from memit.tensor_files import load_tensors, save_tensors, tensor_digest
 
 
 @dataclass(frozen=True)

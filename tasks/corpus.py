@@ -12,9 +12,10 @@ from itertools import islice
 from pathlib import Path
 
 from memit.errors import InputError
-from tasks.artifacts import Artifact, Value, cached_task, store_piece
-from tasks.measure import Cost, Meter
-from tasks.retrying import patient
+from tasks.engine.artifacts import Artifact, Value, store_piece
+from tasks.engine.cache import cached_task
+from tasks.engine.cost import Cost, Meter
+from tasks.engine.retry import patient
 
 
 class CorpusSource(Value):

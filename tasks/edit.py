@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from memit.errors import EditError, IntegrityError
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record, read_counterfact
-from tasks.artifacts import Artifact, Value, cached_task, store_piece
-from tasks.loading import ModelReference, loaded
-from tasks.measure import Cost, Meter
-from tasks.progress import progress_bar
+from tasks.engine.artifacts import Artifact, Value, store_piece
+from tasks.engine.cache import cached_task
+from tasks.engine.cost import Cost, Meter
+from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.progress import progress_bar
 
 if TYPE_CHECKING:
     from memit.language_model import LanguageModel

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memit.errors import InputError
-from tasks.artifacts import Artifact, Value, cached_task, store_piece
 from tasks.corpus import read_texts
-from tasks.loading import ModelReference, with_edit
-from tasks.measure import Cost, Meter
-from tasks.progress import piece_progress
+from tasks.engine.artifacts import Artifact, Value, store_piece
+from tasks.engine.cache import cached_task
+from tasks.engine.cost import Cost, Meter
+from tasks.engine.loaded_model import ModelReference, with_edit
+from tasks.engine.progress import piece_progress
 
 if TYPE_CHECKING:
     import pyarrow

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from memit.requests import Record
-from tasks.artifacts import Artifact, cached_task, store_piece
 from tasks.corpus import Corpus, read_texts
+from tasks.engine.artifacts import Artifact, store_piece
+from tasks.engine.cache import cached_task
+from tasks.engine.cost import Cost, Meter
+from tasks.engine.loaded_model import ModelReference, with_edit
+from tasks.engine.progress import piece_progress
+from tasks.engine.workers import map_in_pieces
 from tasks.evaluation import TablePiece, kept_table, read_table
-from tasks.loading import ModelReference, with_edit
-from tasks.measure import Cost, Meter
-from tasks.progress import piece_progress
 from tasks.requests import Source, read_source
-from tasks.runners import map_in_pieces
 
 if TYPE_CHECKING:
     import pyarrow

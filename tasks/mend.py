@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memit.requests import read_counterfact
-from tasks.artifacts import Artifact, Value, cached_task, store_piece
 from tasks.corpus import read_texts
-from tasks.loading import ModelReference, loaded
-from tasks.measure import Cost, Meter
-from tasks.progress import progress_bar
-from tasks.unfinished import work_directory
+from tasks.engine.artifacts import Artifact, Value, store_piece
+from tasks.engine.cache import cached_task
+from tasks.engine.checkpoints import work_directory
+from tasks.engine.cost import Cost, Meter
+from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.progress import progress_bar
 
 if TYPE_CHECKING:
     from memit.editors.mend import EditExample, MendSettings

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from memit.errors import InputError, IntegrityError, ResourceError, UnreachableError
-from tasks.artifacts import Artifact, Value, cached_task, store_piece
-from tasks.loading import (
+from tasks.engine.artifacts import Artifact, Value, store_piece
+from tasks.engine.cache import cached_task
+from tasks.engine.checkpoints import work_directory
+from tasks.engine.cost import Cost, Meter
+from tasks.engine.loaded_model import (
     WEIGHT_FILES,
     ModelFiles,
     ModelReference,
@@ -20,11 +23,9 @@ from tasks.loading import (
     loaded,
     weight_files,
 )
-from tasks.measure import Cost, Meter
-from tasks.progress import progress_bar
-from tasks.results import MODEL_FILE, WEIGHTS
-from tasks.retrying import patient
-from tasks.unfinished import work_directory
+from tasks.engine.progress import progress_bar
+from tasks.engine.results import MODEL_FILE, WEIGHTS
+from tasks.engine.retry import patient
 
 if TYPE_CHECKING:
     from memit.language_model import LanguageModel

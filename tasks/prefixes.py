@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tasks.artifacts import Value, cached_task
-from tasks.loading import ModelReference, loaded
-from tasks.measure import Cost, Meter
+from tasks.engine.artifacts import Value
+from tasks.engine.cache import cached_task
+from tasks.engine.cost import Cost, Meter
+from tasks.engine.loaded_model import ModelReference, loaded
 
 
 class SampledPrefixes(Value):

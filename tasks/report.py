@@ -11,10 +11,10 @@ from typing import Any
 
 from memit.errors import IntegrityError
 from memit.redaction import one_line
-from tasks import figures
-from tasks.artifacts import write_file, write_json, write_text
-from tasks.measure import Cost
-from tasks.results import EDIT_FILE, METRICS_FILE, REPORT_FILES, TARGETS_FILE, TIMINGS_FILE
+from tasks.engine.artifacts import write_file, write_json, write_text
+from tasks.engine.cost import Cost
+from tasks.engine.results import EDIT_FILE, METRICS_FILE, REPORT_FILES, TARGETS_FILE, TIMINGS_FILE
+from tasks.reporting import figures
 
 ROWS = (
     ("score", "Score S", "harmonic mean of the next three"),

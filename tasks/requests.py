@@ -9,7 +9,7 @@ from typing import Literal
 from urllib.request import Request
 
 from memit.errors import InputError, IntegrityError, UnreachableError
-from memit.reading import check_file, file_sha256, verify_sha256
+from memit.files.reading import check_file, file_sha256, verify_sha256
 from memit.requests import (
     Record,
     drop_conflicts,
@@ -18,10 +18,11 @@ from memit.requests import (
     sample_records,
     write_records,
 )
-from tasks.artifacts import Artifact, Value, cache_directory, cached_task, store_piece
-from tasks.loading import ModelReference, loaded
-from tasks.measure import Cost, Meter
-from tasks.retrying import patient
+from tasks.engine.artifacts import Artifact, Value, cache_directory, store_piece
+from tasks.engine.cache import cached_task
+from tasks.engine.cost import Cost, Meter
+from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.retry import patient
 
 SILENT_SECONDS = 60.0
 """How long an address may say nothing."""

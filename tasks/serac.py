@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memit.requests import read_counterfact
-from tasks.artifacts import Artifact, cached_task
-from tasks.loading import ModelReference, loaded
-from tasks.measure import Meter
+from tasks.engine.artifacts import Artifact
+from tasks.engine.cache import cached_task
+from tasks.engine.checkpoints import work_directory
+from tasks.engine.cost import Meter
+from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.progress import progress_bar
 from tasks.mend import Trained, finished
-from tasks.progress import progress_bar
-from tasks.unfinished import work_directory
 
 if TYPE_CHECKING:
     from memit.editors.serac import SeracSettings

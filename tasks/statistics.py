@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memit.errors import InputError, IntegrityError
-from tasks.artifacts import Artifact, Value, cached_task, store_piece, write_file
 from tasks.corpus import read_texts
-from tasks.loading import ModelReference, loaded
-from tasks.measure import Cost, Meter
-from tasks.progress import piece_progress
+from tasks.engine.artifacts import Artifact, Value, store_piece, write_file
+from tasks.engine.cache import cached_task
+from tasks.engine.cost import Cost, Meter
+from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.progress import piece_progress
 
 if TYPE_CHECKING:
     from memit.language_model import LanguageModel

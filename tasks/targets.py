@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest
-from tasks.artifacts import Artifact, Value, cached_task, store_piece
-from tasks.loading import ModelReference, loaded
-from tasks.measure import Cost, Meter
-from tasks.progress import piece_progress
+from tasks.engine.artifacts import Artifact, Value, store_piece
+from tasks.engine.cache import cached_task
+from tasks.engine.cost import Cost, Meter
+from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.progress import piece_progress
 
 
 class TargetsPiece(Value):

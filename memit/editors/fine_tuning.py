@@ -236,7 +236,7 @@ def _trainable(lm: LanguageModel, names: Sequence[str]) -> Iterator[list[_Master
     if any(lm.parameter(name) is not lm.model.get_parameter(name) for name in names):
         raise InputError(
             f"fine-tuning needs its block's weights on a device, and {lm.name} does not fit there: "
-            "leave fine-tuning out of the systems, or use a smaller dtype or larger devices."
+            "leave fine-tuning out of the methods, or use a smaller dtype or larger devices."
         )
     parameters = [lm.parameter(name) for name in names]
     kept = [parameter.detach().clone() for parameter in parameters]

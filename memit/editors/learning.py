@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from memit.errors import NumericsError
-from memit.whole_files import write_whole
-from memit.world.checkpoint import resume, save_checkpoint
+from memit.files.atomic import write_whole
+from memit.files.checkpoint import resume, save_checkpoint
 
 WINDOW = 50
 """Steps over which a loss is averaged before it is judged."""

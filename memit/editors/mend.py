@@ -23,10 +23,10 @@ from memit.editors.mend_network import Factors, Matrix, MendNetwork
 from memit.editors.teacher_forcing import Pair, mean_nll, pair_rows, row_means, target_places
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError
+from memit.files.reading import file_sha256
 from memit.forward import logits_at, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow
-from memit.reading import file_sha256
 from memit.requests import EditRequest, Record
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
 

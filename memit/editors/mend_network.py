@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memit.errors import IntegrityError
-from memit.tensor_files import load_tensors, save_tensors
+from memit.files.tensors import load_tensors, save_tensors
 from memit.weight_delta import LowRank
 
 SMALLEST_DEVIATION = 1e-7

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from memit.editors.base import Edit
-from memit.tensor_files import load_metadata
+from memit.files.tensors import load_metadata
 from memit.weight_delta import WeightDelta
 
 

@@ -25,10 +25,10 @@ from memit.editors.scope_classifier import ScopeClassifier, load_encoder, new_en
 from memit.editors.teacher_forcing import mean_nll, pair_rows
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError, IntegrityError
+from memit.files.reading import file_sha256
+from memit.files.tensors import load_tensors, save_tensors
 from memit.language_model import LanguageModel, load_model
-from memit.reading import file_sha256
 from memit.requests import EditRequest, Record
-from memit.tensor_files import load_tensors, save_tensors
 
 TOKEN_BUDGET = 4_096
 """Padded tokens that the classifier encodes at a time."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from memit.errors import InputError
-from memit.reading import parse_json, read_text
+from memit.files.reading import parse_json, read_text
 from memit.requests import Record
 
 References = Mapping[tuple[str, str], Sequence[str]]

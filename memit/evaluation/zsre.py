@@ -17,8 +17,8 @@ import pyarrow as pa
 from memit.errors import InputError
 from memit.evaluation.continuations import Question, score_continuations
 from memit.evaluation.counterfact import SCORE_OF, grouped_means
+from memit.files.reading import parse_json, read_text
 from memit.language_model import LanguageModel
-from memit.reading import parse_json, read_text
 from memit.requests import EditRequest, Record, check_text, located
 
 KINDS = ("efficacy", "paraphrase", "specificity")

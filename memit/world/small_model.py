@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from memit.errors import InputError, NumericsError, ResourceError
-from memit.world.checkpoint import resume, save_checkpoint
+from memit.files.checkpoint import resume, save_checkpoint
 from memit.world.people import World
 from memit.world.tokenizer import train_tokenizer
 

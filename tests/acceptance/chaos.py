@@ -33,12 +33,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from flows.server import server_options
+from flows.service.server import server_options
 from memit.errors import IntegrityError
-from memit.tensor_files import load_metadata
-from tasks.artifacts import PARTIAL
-from tasks.results import STEPS
-from tasks.runners import WORKERS
+from memit.files.tensors import load_metadata
+from tasks.engine.artifacts import PARTIAL
+from tasks.engine.results import STEPS
+from tasks.engine.workers import WORKERS
 from tests.acceptance.project import ROOT, TINY, Project, hear_interrupts, server
 
 PHASES = ("start", *STEPS)

@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from flows.parameters import Parameters
-from tasks.artifacts import PARTIAL
+from flows.command.parameters import Parameters
+from tasks.engine.artifacts import PARTIAL
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 TINY: dict[str, dict[str, Any]] = {
     "model": {
         "threads": 1,
@@ -55,7 +55,7 @@ class Project:
     ) -> None:
         self.place = place
         place.mkdir()
-        for name in ("flows", "tasks", "memit", "systems", "data", ".dvc"):
+        for name in ("flows", "tasks", "memit", "methods", "data", ".dvc"):
             shutil.copytree(source / name, place / name, ignore=_not_ours)
         for name in ("dvc.yaml", "constraints.txt", ".dvcignore", ".gitignore"):
             shutil.copy(source / name, place / name)
@@ -135,7 +135,7 @@ def hear_interrupts() -> None:
 @contextmanager
 def server(home: Path) -> Iterator[str]:
     """One Prefect server for all runs, whatever this process has set; gives its address."""
-    from flows.server import prefect_server
+    from flows.service.server import prefect_server
 
     kept = {name: os.environ.get(name) for name in ("PREFECT_HOME", "PREFECT_API_URL")}
     os.environ["PREFECT_HOME"] = str(home)

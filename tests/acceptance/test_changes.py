@@ -129,7 +129,7 @@ def test_the_module_that_walks_the_layers_recomputes_the_edit_alone(project: Pro
         | {"evaluation"}),
         ("memit/language_model.py", {"model", "requests", "prefixes", "statistics", "targets"}
         | {"edit", "evaluation"}),
-        ("tasks/progress.py", set()),
+        ("tasks/engine/progress.py", set()),
     ],
 )  # fmt: skip
 def test_dvc_sees_what_each_stage_depends_on(
@@ -145,7 +145,7 @@ def test_dvc_sees_what_each_stage_depends_on(
 
 
 def test_the_shipped_file_of_parameters_leads_dvc_to_a_file_everywhere() -> None:
-    from flows.parameters import NO_FILE, USERS_FILES, read_parameters
+    from flows.command.parameters import NO_FILE, USERS_FILES, read_parameters
 
     assert (ROOT / NO_FILE).is_file()
     text = (ROOT / "params.yaml").read_text()

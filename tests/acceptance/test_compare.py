@@ -28,14 +28,14 @@ LABELS = ("unedited", "FT-W", "MEND", "ROME", "MEMIT", "SERAC")
 def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A finished experiment, to which the stages of the comparison were added."""
     project = finished.copy(tmp_path_factory.mktemp("compare") / "project")
-    shutil.copy(project.place / "systems/stages.yaml", project.place / "systems/dvc.yaml")
+    shutil.copy(project.place / "methods/stages.yaml", project.place / "methods/dvc.yaml")
     return project
 
 
 @pytest.fixture(scope="module")
 def compared(project: Project) -> Path:
     """The comparison's results."""
-    said = project.do(sys.executable, "-m", "flows.reproduce", "systems/dvc.yaml:compare")
+    said = project.do(sys.executable, "-m", "flows.service.reproduce", "methods/dvc.yaml:compare")
     assert "Traceback" not in said
     return project.place / "comparison"
 
@@ -53,14 +53,14 @@ def test_the_table_follows_from_the_stored_prompts(compared: Path) -> None:
     metrics = json.loads((compared / "metrics.json").read_text())
     assert tuple(metrics) == tuple(sorted(SYSTEMS))
     rows = parquet.read_table(compared / "prompts.parquet").to_pylist()
-    for system in SYSTEMS:
-        own = [row for row in rows if row["system"] == system]
+    for method in SYSTEMS:
+        own = [row for row in rows if row["method"] == method]
         parts = [
             _success(own, "rewrite", "new", "true"),
             _success(own, "paraphrase", "new", "true"),
             _success(own, "neighborhood", "true", "new"),
         ]
-        found = metrics[system]
+        found = metrics[method]
         names = ("efficacy", "paraphrase", "neighborhood")
         assert [found[name] for name in names] == pytest.approx(parts, abs=1e-5)
         assert found["score"] == pytest.approx(harmonic_mean(parts), abs=1e-5)
@@ -69,12 +69,12 @@ def test_the_table_follows_from_the_stored_prompts(compared: Path) -> None:
     page = (compared / "table.md").read_text()
     assert all(f"| {label} |" in page for label in LABELS)
     with open(compared / "table.csv", newline="") as file:
-        assert [row["system"] for row in csv.DictReader(file)] == list(SYSTEMS)
+        assert [row["method"] for row in csv.DictReader(file)] == list(SYSTEMS)
     texts = parquet.read_table(compared / "generations.parquet").to_pylist()
-    assert {text["system"] for text in texts} == set(SYSTEMS)
+    assert {text["method"] for text in texts} == set(SYSTEMS)
 
 
-def test_it_is_one_run_with_a_nested_one_for_each_system(project: Project, compared: Path) -> None:
+def test_it_is_one_run_with_a_nested_one_for_each_method(project: Project, compared: Path) -> None:
     with sqlite3.connect(project.place / "mlflow.db") as store:
         names = "select run_uuid, value from tags where key = 'mlflow.parentRunId'"
         nested = store.execute(names).fetchall()
@@ -90,15 +90,15 @@ def test_a_repetition_has_nothing_to_do(project: Project, compared: Path) -> Non
         return {path.name: path.read_bytes() for path in compared.iterdir() if path.is_file()}
 
     before = files()
-    said = project.do("dvc", "repro", "systems/dvc.yaml:compare")
+    said = project.do("dvc", "repro", "methods/dvc.yaml:compare")
     assert "Running stage" not in said
     assert files() == before
 
 
 def test_scaling_goes_on_where_it_was_killed(project: Project, compared: Path) -> None:
-    edits = project.pieces("system")
+    edits = project.pieces("method")
     process = project.start("flows.scaling")
-    while project.pieces("system") == edits:
+    while project.pieces("method") == edits:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -108,8 +108,8 @@ def test_scaling_goes_on_where_it_was_killed(project: Project, compared: Path) -
     folder = project.place / "scaling"
     with open(folder / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {(row["system"], row["edits"]) for row in rows} == {
-        (system, count) for system in SYSTEMS for count in ("1", "6")
+    assert {(row["method"], row["edits"]) for row in rows} == {
+        (method, count) for method in SYSTEMS for count in ("1", "6")
     }
     assert all(float(row["efficacy"]) >= 0 for row in rows)
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
@@ -125,7 +125,7 @@ def test_what_a_deployment_runs_ends_with_the_same(
     before = {path.name: path.read_bytes() for path in place.glob("*.*")}
     assert before
     shutil.rmtree(place)
-    program = f"from flows.deployments import {name}; {name}({{}})"
+    program = f"from flows.service.deployments import {name}; {name}({{}})"
     said = project.do(sys.executable, "-c", program)
     assert "Traceback" not in said
     assert {path.name: path.read_bytes() for path in place.glob("*.*")} == before

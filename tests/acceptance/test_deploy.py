@@ -16,8 +16,8 @@ import httpx
 import psutil
 import pytest
 
-from flows.gpu import gpu_turn
-from flows.parameters import Parameters
+from flows.command.parameters import Parameters
+from flows.service.gpu_slot import gpu_turn
 from memit.errors import InputError
 from tests.acceptance.project import ROOT, Project, hear_interrupts
 
@@ -28,8 +28,8 @@ TURNS = """
 import sys, time
 from pathlib import Path
 from prefect import flow
-from flows.gpu import taking_turns
-from flows.parameters import check_parameters
+from flows.service.gpu_slot import taking_turns
+from flows.command.parameters import check_parameters
 
 def note(what):
     with open("turns.txt", "a") as file:

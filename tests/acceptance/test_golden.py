@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from tests import GOLDEN
 from tests.acceptance.golden import compare, within_tolerance
-
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="no recorded run beside the repository")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests import oracle
+from tests import GOLDEN, oracle
 
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 TENSOR_TOLERANCE = 1e-4
 NLL_TOLERANCE = 1e-3
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +11,9 @@ from memit.editors.memit import Memit
 from memit.evaluation.counterfact import prompts_of, score_prompts, summarise
 from memit.language_model import load_model
 from memit.second_moment import SecondMoment
+from tests import GOLDEN
 from tests.acceptance.golden import Golden, read_golden
 
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 TOKEN_BUDGET = 4096
 ONE_RECORD = 100 / 24 + 1e-6
 """Points that one of the 24 recorded edits counts for; on hundreds two points are the limit."""

@@ -25,9 +25,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from flows.parameters import read_parameters
-from flows.preflight import check_comparison
-from memit.reading import file_sha256
+from flows.command.checks import check_comparison
+from flows.command.parameters import read_parameters
+from memit.files.reading import file_sha256
 from memit.second_moment import import_published
 from memit.weight_delta import WeightDelta
 
@@ -60,7 +60,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "requests": {"source": "facts", "path": "facts.jsonl", "count": None},
     "statistics": {"source": "file", "path": "corpus.txt"},
     "edit": {"layers": [1, 2]},
-    "compare": {"systems": ["unedited", "memit"], "count": None, "training_records": 0},
+    "compare": {"methods": ["unedited", "memit"], "count": None, "training_records": 0},
 }
 
 Spoil = Callable[[], object]
@@ -479,7 +479,7 @@ PARAMETERS = [
         parameters("model: !!python/object/apply:os.mkdir ['pwned']"),
         "is not YAML",
     ),
-    Kind("params.yaml: a name of Python", parameters("a: !!python/name:os.system"), "is not YAML"),
+    Kind("params.yaml: a name of Python", parameters("a: !!python/name:os.method"), "is not YAML"),
     Kind("params.yaml: depth", parameters("[" * 500), "is not YAML"),
     Kind("params.yaml: depth of objects", parameters("{a: " * 400 + "}" * 400), "params.yaml"),
     Kind("params.yaml: a list as key", parameters("? [a, b]\n: 1\n"), "value of no use"),
@@ -550,24 +550,24 @@ PARAMETERS = [
         setting(model={"source": "hub", "id": "a/b", "path": None}),
         "needs model.revision",
     ),
-    Kind("a system twice", setting(compare={"systems": ["memit", "memit"]}), "memit twice"),
-    Kind("no systems", setting(compare={"systems": []}), "compare.systems is []"),
-    Kind("a system of no kind", setting(compare={"systems": ["memmit"]}), "which is unknown"),
-    Kind("a system that climbs", setting(compare={"systems": ["../x"]}), "compare.systems[0] is"),
-    Kind("settings of an absent system", setting(compare={"settings": {"rome": {}}}), "names rome"),
+    Kind("a method twice", setting(compare={"methods": ["memit", "memit"]}), "memit twice"),
+    Kind("no methods", setting(compare={"methods": []}), "compare.methods is []"),
+    Kind("a method of no kind", setting(compare={"methods": ["memmit"]}), "which is unknown"),
+    Kind("a method that climbs", setting(compare={"methods": ["../x"]}), "compare.methods[0] is"),
+    Kind("settings of an absent method", setting(compare={"settings": {"rome": {}}}), "names rome"),
     Kind(
         "a setting of no kind",
-        setting(compare={"systems": ["ft_w"], "settings": {"ft_w": {"rate": 1}}}),
+        setting(compare={"methods": ["ft_w"], "settings": {"ft_w": {"rate": 1}}}),
         "ft_w has no rate",
     ),
     Kind(
         "a setting in words",
-        setting(compare={"systems": ["ft_w"], "settings": {"ft_w": {"learning_rate": "fast"}}}),
+        setting(compare={"methods": ["ft_w"], "settings": {"ft_w": {"learning_rate": "fast"}}}),
         "learning_rate is 'fast'",
     ),
     Kind(
         "a negative setting",
-        setting(compare={"systems": ["ft_w"], "settings": {"ft_w": {"learning_rate": -1.0}}}),
+        setting(compare={"methods": ["ft_w"], "settings": {"ft_w": {"learning_rate": -1.0}}}),
         "learning_rate is -1.0",
     ),
     Kind("no size", setting(scaling={"counts": []}), "scaling.counts is []"),
@@ -624,7 +624,7 @@ CORPORA = [
         published_files(
             MOMENTS[1],
             MOMENTS[2],
-            compare={"systems": ["rome"], "settings": {"rome": {"layer": 0}}},
+            compare={"methods": ["rome"], "settings": {"rome": {"layer": 0}}},
         ),
         "moment of layer 0",
         compared,
@@ -738,7 +738,7 @@ COMPARISONS = [
     Kind("more edits than records", setting(compare={"count": 9}), "count is 9", compared),
     Kind(
         "nothing to learn from",
-        setting(compare={"systems": ["serac"]}),
+        setting(compare={"methods": ["serac"]}),
         "serac learns from records",
         compared,
     ),

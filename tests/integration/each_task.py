@@ -24,7 +24,7 @@ MODEL, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
 
 def file(name: str) -> Any:
     """A file of the folder, or what an earlier task left."""
-    from tasks.artifacts import Artifact, describe
+    from tasks.engine.artifacts import Artifact, describe
 
     kept = FOLDER / f"{name}.artifact"
     if kept.exists():
@@ -37,7 +37,7 @@ def keep(name: str, artifact: Any) -> None:
 
 
 def reference() -> Any:
-    from tasks.loading import ModelFiles, ModelReference
+    from tasks.engine.loaded_model import ModelFiles, ModelReference
 
     described = ModelFiles.model_validate_json((FOLDER / "model.json").read_text())
     return ModelReference(
@@ -158,22 +158,22 @@ def references() -> None:
 
 
 def split() -> None:
-    from tasks.systems import split_records
+    from tasks.compare import split_records
 
     keep("training", split_records.fn("zsre", file("zsre.json"), 4, 0).training)
 
 
 def questions() -> None:
-    from tasks.systems import sample_questions
+    from tasks.compare import sample_questions
 
     sample_questions.fn(file("records.json"), 2, 0)
 
 
-def system() -> None:
+def method() -> None:
     from memit.editors.fine_tuning import FineTuning
-    from tasks.systems import System, edit_with
+    from tasks.compare import Method, edit_with
 
-    made = System("ft", FineTuning(1, epochs=1))
+    made = Method("ft", FineTuning(1, epochs=1))
     edit_with.fn(
         made.name,
         made.editor,
@@ -190,14 +190,14 @@ def system() -> None:
 
 
 def select_targets() -> None:
-    from tasks.systems import select_targets
+    from tasks.compare import select_targets
 
     select_targets.fn([file("targets")], [1, 0])
 
 
 def zsre() -> None:
     from memit.evaluation.zsre import read_zsre
-    from tasks.systems import answer_piece
+    from tasks.compare import answer_piece
 
     answer_piece.fn(read_zsre(FOLDER / "zsre.json"), reference(), file("delta"), BUDGET)
 
@@ -228,7 +228,7 @@ def serac() -> None:
 
 IN_ORDER = (
     *(model, recall, requests, prefixes, corpus, statistics, import_, targets, edit),
-    *(evaluation, perplexity, generation, references, split, questions, system),
+    *(evaluation, perplexity, generation, references, split, questions, method),
     *(select_targets, zsre, mend, serac),
 )
 """A function for each task, with its name."""

@@ -13,13 +13,12 @@ import pytest
 import transformers
 import yaml
 
-from flows.parameters import read_parameters
-from flows.preflight import check_comparison, check_inputs
+from flows.command.checks import check_comparison, check_inputs
+from flows.command.parameters import read_parameters
 from memit.errors import MemitError
+from tests import ROOT
 from tests.families import families
 from tests.integration.bad_input import FACT, GOOD, KINDS, Kind, digests
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def _by_name(name: str) -> Kind:
     return next(kind for kind in KINDS if kind.name == name)
 
 
-MEMIT = ["-c", "from flows.cli import main; main()"]
+MEMIT = ["-c", "from flows.command.cli import main; main()"]
 
 
 @pytest.mark.parametrize(
@@ -124,8 +123,8 @@ MEMIT = ["-c", "from flows.cli import main; main()"]
         ([*MEMIT, "run"], "weights in a pickle only"),
         ([*MEMIT, "check", "facts.jsonl"], "a pipe"),
         (["-m", "flows.experiment"], "params.yaml: a billion laughs"),
-        (["-m", "flows.reproduce"], "a prompt with two {}"),
-        (["-m", "flows.compare"], "a system that climbs"),
+        (["-m", "flows.service.reproduce"], "a prompt with two {}"),
+        (["-m", "flows.compare"], "a method that climbs"),
     ],
 )
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flows import cli, command, estimate
+from flows.command import cli, estimate
+from flows.command import script as command
 from memit.language_model import load_model
 from tests.families import families
 from tests.integration.test_model_directory import content, make_delta
@@ -121,12 +122,12 @@ def test_check_counts_edits_that_will_be_weak(
         '{"subject": "a", "prompt": "{} lives in", "target": "Rome"}\n'
         '{"subject": "Ada", "prompt": "The home of {} is", "target": "Rome"}\n'
     )
-    monkeypatch.setattr("flows.estimate.MODEL_FILE", place / "model" / "config.json")
+    monkeypatch.setattr("flows.command.estimate.MODEL_FILE", place / "model" / "config.json")
     reference = SimpleNamespace(
         model=SimpleNamespace(id="small", revision=None, layers=4), directory=str(place / "model")
     )
-    monkeypatch.setattr("flows.estimate.open_model", lambda **_: reference)
-    monkeypatch.setattr("flows.estimate._add_estimate", lambda *_: None)
+    monkeypatch.setattr("flows.command.estimate.open_model", lambda **_: reference)
+    monkeypatch.setattr("flows.command.estimate._add_estimate", lambda *_: None)
     assert memit("check", "facts.jsonl") == 0
     assert "1 of 2 prompts" in said(capsys)
 
@@ -134,7 +135,7 @@ def test_check_counts_edits_that_will_be_weak(
 def test_an_estimate_grows_with_the_job() -> None:
     from memit.costs import Lengths
     from memit.hyperparameters import preset
-    from tasks.loading import ModelFiles, ModelReference
+    from tasks.engine.loaded_model import ModelFiles, ModelReference
 
     files = ModelFiles(
         source="hub",

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from memit.requests import write_records
-from tasks.artifacts import FUNCTIONS
-from tasks.code import method_modules, task_modules
+from tasks.engine.cache import FUNCTIONS
+from tasks.engine.code import method_modules, task_modules
 from tasks.model import describe_model
 from tests.families import families
 from tests.integration.test_tasks import DOCUMENTS, RECORDS
-from tests.unit.test_code import ROOT
+from tests.unit.tasks.engine.test_code import ROOT
 
 EDITOR = "memit.editors.fine_tuning"
-"""What edits in the task ``system``, which is keyed on its editor besides."""
+"""What edits in the task ``method``, which is keyed on its editor besides."""
 
 
 def _write_inputs(model: Path, folder: Path) -> None:
@@ -61,6 +61,6 @@ def test_each_task_is_keyed_on_all_that_it_loads(tmp_path: Path) -> None:
         assert isinstance(found, list), f"{name}: {found}"
         task = FUNCTIONS[name]
         keyed = task_modules(task.__module__, task.__qualname__)
-        if name == "system":
+        if name == "method":
             keyed |= method_modules(EDITOR)
         assert set(found) <= keyed, name

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from memit.errors import InputError, IntegrityError
 from memit.language_model import LanguageModel, load_model
 from memit.weight_delta import LowRank, WeightDelta, base_digests
-from tasks import model_directory
-from tasks.loading import directory_digests, weight_files
+from tasks.engine import model_directory
+from tasks.engine.loaded_model import directory_digests, weight_files
+from tasks.engine.model_directory import applied_edits, apply_edit, revert_edit
 from tasks.model import check_weights
-from tasks.model_directory import applied_edits, apply_edit, revert_edit
 from tests.families import families
 
 FAMILIES = ("gpt2", "llama", "gptj", "gpt_neox")

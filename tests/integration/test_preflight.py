@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from flows import preflight
-from flows.parameters import Parameters, check_parameters
-from flows.preflight import check_inputs
+from flows.command import checks as preflight
+from flows.command.checks import check_inputs
+from flows.command.parameters import Parameters, check_parameters
 from memit.errors import (
     ConflictError,
     InputError,
@@ -22,8 +22,8 @@ from memit.errors import (
     ResourceError,
     UnreachableError,
 )
-from memit.reading import file_sha256
-from tasks import runners
+from memit.files.reading import file_sha256
+from tasks.engine import workers as runners
 from tests.families import families
 
 FACT = {"subject": "Ada", "prompt": "{} lives in", "target": "Rome"}

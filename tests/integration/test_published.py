@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from flows import statistics
+from flows.command.parameters import Parameters, check_parameters
 from flows.evaluation import references
-from flows.parameters import Parameters, check_parameters
 from flows.statistics import collect_layers
 from memit.errors import InputError, MemitError
 from memit.second_moment import read_moment
-from tasks.loading import ModelReference
+from tasks.engine.loaded_model import ModelReference
 from tasks.model import describe_model
 from tasks.statistics import import_moment
 from tests.families import families

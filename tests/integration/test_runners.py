@@ -22,22 +22,22 @@ from prefect import flow, task
 from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 
+from flows.command.parameters import Parameters, check_parameters
 from flows.edit import edit
 from flows.evaluation import evaluation
 from flows.model import model
-from flows.parameters import Parameters, check_parameters
 from flows.prefixes import prefixes
 from flows.requests import requests
-from flows.runner import with_runner
+from flows.service.workers import with_runner
 from flows.statistics import statistics
 from flows.targets import targets
 from memit.errors import ResourceError
-from tasks.artifacts import PARTIAL
-from tasks.loading import ModelReference, loaded
+from tasks.engine.artifacts import PARTIAL
+from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.progress import gather
+from tasks.engine.results import TARGETS_FILE
+from tasks.engine.workers import scatter, thread_runner
 from tasks.model import open_model
-from tasks.progress import gather
-from tasks.results import TARGETS_FILE
-from tasks.runners import scatter, thread_runner
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 

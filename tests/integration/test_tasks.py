@@ -18,11 +18,11 @@ from memit.requests import EditRequest, Record, read_counterfact, write_records
 from memit.second_moment import read_moment
 from memit.targets import Targets
 from memit.weight_delta import WeightDelta
-from tasks.artifacts import Artifact, describe, write_file
 from tasks.corpus import CorpusSource, collect_corpus, read_texts
 from tasks.edit import spread_edit
+from tasks.engine.artifacts import Artifact, describe, write_file
+from tasks.engine.loaded_model import ModelReference, loaded, with_edit
 from tasks.evaluation import described_edit, measure_perplexity, metrics_of, read_table, score_piece
-from tasks.loading import ModelReference, loaded, with_edit
 from tasks.model import describe_model
 from tasks.prefixes import draw_prefixes
 from tasks.requests import choose_requests

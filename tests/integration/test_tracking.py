@@ -12,8 +12,9 @@ import pytest
 from mlflow import MlflowClient
 
 from memit.errors import UnreachableError
-from tasks import databases, tracking
-from tasks.tracking import Experiment, log_experiment
+from tasks.engine import databases
+from tasks.reporting import tracking
+from tasks.reporting.tracking import Experiment, log_experiment
 
 EXPERIMENT = Experiment(name="x", parameters={"a": 1}, manifests={}, timings={}, tags={})
 

@@ -6,11 +6,11 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 ABOVE = {
     "memit": {"tasks", "flows", "benchmarks", "prefect", "dvc", "mlflow", "pydantic", "cyclopts"},
     "tasks": {"flows", "benchmarks"},

@@ -1,0 +1,1 @@
+"""What a person types: the console script, params.yaml, and the checks before a run."""

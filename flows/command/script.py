@@ -1,0 +1,116 @@
+"""How a flow is run as a command: parameters first, then slow imports; errors as one sentence."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from types import TracebackType
+from typing import NoReturn, TypeVar
+
+from rich.console import Console
+
+from flows.command.parameters import Parameters, read_parameters
+from flows.service.run_lock import alone
+from memit.errors import MemitError, ResourceError, UnreachableError
+from tasks.engine.signals import GO_ON, INTERRUPTED, TERMINATED, end_when_asked, leave
+
+BAD_INPUT = 2
+"""Exit status when the user can put it right."""
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+Result = TypeVar("Result")
+
+console = Console(stderr=True)
+
+
+@cache
+def given_parameters() -> Parameters:
+    """``params.yaml`` in the working directory; if it is wrong, say so and exit.
+
+    The first thing that a command does: from here on it stops when it is asked to.
+    """
+    # Prefect marks its run as crashed and then calls whoever listened before it.
+    signal.signal(signal.SIGTERM, lambda *_: leave(TERMINATED))
+    sys.excepthook = _without_trace
+    return reporting(read_parameters)
+
+
+def _without_trace(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Ctrl-C while modules are imported is no error either."""
+    if issubclass(kind, KeyboardInterrupt):
+        leave(INTERRUPTED)
+    sys.__excepthook__(kind, error, trace)
+
+
+def run_flow(
+    flow: Callable[[Parameters], object], check: Callable[[Parameters], object] | None = None
+) -> None:
+    """Run a flow with ``params.yaml``; what the user can put right ends in one sentence.
+
+    What ``check`` finds is told before Prefect's server is started.
+    """
+    parameters = given_parameters()
+    end_when_asked()
+    logging.raiseExceptions = False  # a server that has gone is told of once, not for each record
+    if check is not None:
+        reporting(lambda: check(parameters))
+    reporting(lambda: _run_served(flow, parameters))
+
+
+def _run_served(flow: Callable[[Parameters], object], parameters: Parameters) -> object:
+    from flows.service.server import end_without, prefect_server
+
+    with alone():
+        server = ExitStack()
+        atexit.register(server.close)  # Prefect's threads send what is left before that
+        end_without(server.enter_context(prefect_server()))
+        return flow(parameters)
+
+
+def reporting(work: Callable[[], Result]) -> Result:
+    """Do the work; print the project's own errors as a sentence and exit."""
+    try:
+        return work()
+    except MemitError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        leave(INTERRUPTED)
+    except Exception as error:
+        known = _known(error)
+        if known is None:
+            raise
+        fail(known)
+
+
+def _known(error: BaseException | None) -> MemitError | None:
+    """What an error of the disk, or of Prefect's server, means; the hub's are told elsewhere."""
+    from httpx import TransportError
+
+    while error is not None:
+        if isinstance(error, TransportError):
+            return UnreachableError(
+                f"Prefect's server does not answer ({type(error).__name__}): start the one that "
+                f"PREFECT_API_URL names, or unset that; {GO_ON}"
+            )
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            return ResourceError(
+                f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room, "
+                "change its permissions, or use another disk."
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def fail(error: MemitError) -> NoReturn:
+    """Print an error's sentence and exit."""
+    console.print("[bold red]error:[/] ", end="")
+    console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(BAD_INPUT)

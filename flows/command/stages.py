@@ -1,0 +1,44 @@
+"""Write the code that DVC's stages depend on into their files (``make stages``).
+
+A stage depends on the modules behind its flow, see `tasks.engine.code`, and on the pinned
+libraries. The rest of its dependencies is written by hand.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from tasks.engine.code import ROOT, source_file, stage_modules
+
+FILES = tuple(map(Path, ("dvc.yaml", "methods/stages.yaml")))
+LIBRARIES = "constraints.txt"
+WITHOUT_LIBRARIES = ("report",)
+"""Stages that compute nothing."""
+
+
+def with_code(text: str) -> str:
+    """A file of stages with the code dependencies that they have now."""
+    form = YAML()
+    form.indent(mapping=2, sequence=4, offset=2)
+    form.width = 1_000
+    tree = form.load(text)
+    for name, stage in tree["stages"].items():
+        by_hand = [dep for dep in stage["deps"] if not dep.endswith(".py") and dep != LIBRARIES]
+        libraries = [] if name in WITHOUT_LIBRARIES else [LIBRARIES]
+        stage["deps"] = [*_code(name), *libraries, *by_hand]
+    written = io.StringIO()
+    form.dump(tree, written)
+    return written.getvalue()
+
+
+def _code(stage: str) -> list[str]:
+    files = (source_file(module) for module in stage_modules(f"flows.{stage}", stage))
+    return sorted(str(file.relative_to(ROOT)) for file in files)
+
+
+if __name__ == "__main__":
+    for path in FILES:
+        path.write_text(with_code(path.read_text(encoding="utf-8")), encoding="utf-8")

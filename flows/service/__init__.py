@@ -1,0 +1,1 @@
+"""What runs around a flow: Prefect's server, deployments, dvc.lock, locks, the GPU's slots."""

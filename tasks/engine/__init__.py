@@ -1,0 +1,1 @@
+"""How any piece of work runs: cache, records, locks, store, workers, progress."""

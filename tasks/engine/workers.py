@@ -1,0 +1,285 @@
+"""What the pieces of a step are mapped over: threads, or the processes of a Dask or Ray cluster.
+
+Workers are told where the cache lies, or the store in place of it; pieces travel as references.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+from prefect import Task, unmapped
+from prefect.context import FlowRunContext
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from memit.errors import InputError, UnreachableError
+from tasks.engine.artifacts import Value, artifacts_in, project_root
+from tasks.engine.loaded_model import ModelReference
+from tasks.engine.progress import gather
+from tasks.engine.store import VARIABLE, shared_store
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+WORKERS = 2
+"""Threads: one computes while the other reads, hashes and writes."""
+OBJECT_STORE_BYTES = 128 << 20
+"""What Ray keeps for results: references only."""
+RESTARTS = 3
+"""How often a piece is tried again after its worker died."""
+
+Kind = Literal["threads", "dask", "ray"]
+
+
+class Workers(Value):
+    """Where pieces are computed. No result depends on it."""
+
+    kind: Kind
+    address: str | None
+    """Of a cluster that is there already; None starts one on this machine."""
+    count: int
+    """Processes of a cluster that is started here."""
+    store: str | None
+    """What all workers reach; None: they see this project's ``.cache/`` under the same path."""
+    threads: int
+    """Cores that a piece occupies."""
+    device: str
+    """Where a piece's model lies, as in `ModelReference`."""
+
+
+def thread_runner() -> TaskRunner[Any]:
+    """Threads of this process, which share its model and take turns with it."""
+    return ThreadPoolTaskRunner(max_workers=WORKERS)  # pyright: ignore[reportReturnType]
+
+
+def check_workers(workers: Workers) -> None:
+    """Raise `InputError` if what the kind of workers needs is not installed."""
+    modules = {"dask": "prefect_dask", "ray": "prefect_ray"}
+    if workers.kind in modules and find_spec(modules[workers.kind]) is None:
+        raise InputError(
+            f"runner.kind is {workers.kind}, which is not installed: "
+            f'pip install -c constraints.txt -e ".[{workers.kind}]".'
+        )
+
+
+@contextmanager
+def mapping_over(workers: Workers) -> Iterator[None]:
+    """Let the flow that runs map its tasks over these workers.
+
+    A cluster that is started here serves inner flows, too, and ends with the outermost.
+
+    Raises:
+        InputError: an extra is not installed.
+        UnreachableError: the cluster does not answer.
+    """
+    check_workers(workers)
+    with ExitStack() as stack:
+        stack.enter_context(environment(_told(workers)))
+        if workers.kind == "dask":
+            stack.enter_context(_dask(workers))
+        elif workers.kind == "ray":
+            stack.enter_context(_ray(workers))
+        yield
+
+
+def scatter(task: Task[..., Any], pieces: Sequence[Any], **shared: Any) -> list[PrefectFuture[Any]]:
+    """Map a task over pieces, its first argument; the others are the same for all.
+
+    Files that arguments name are put into the store, if there is one.
+    """
+    if shared_store() is not None:
+        for artifact in artifacts_in([pieces, shared]):
+            artifact.share()
+        for value in shared.values():
+            if isinstance(value, ModelReference):
+                value.share()
+    constant: dict[str, Any] = {name: unmapped(value) for name, value in shared.items()}
+    return list(task.map(list(pieces), **constant))
+
+
+def map_in_pieces(
+    name: str,
+    unit: str,
+    task: Task[..., Any],
+    items: Sequence[Any],
+    size: int,
+    weigh: Callable[[Any], int] = len,
+    **shared: Any,
+) -> list[Any]:
+    """Map a task over ``items``, ``size`` of them at a time, and give the results in order; the bar
+    counts the units that ``weigh`` finds in a piece. See `scatter` and `gather`."""
+    pieces = [items[first : first + size] for first in range(0, len(items), size)]
+    return gather(name, unit, scatter(task, pieces, **shared), list(map(weigh, pieces)))
+
+
+def _told(workers: Workers) -> dict[str, str]:
+    """What workers must know of where files lie."""
+    if workers.store is None:
+        return {"DVC_ROOT": str(project_root())}
+    return {VARIABLE: workers.store}
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the time of the body, also for what it starts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _mapped_by(runner: TaskRunner[Any]) -> Iterator[None]:
+    """Let the flow that runs submit to another runner."""
+    context = FlowRunContext.get()
+    assert context is not None, "pieces are mapped inside a flow"
+    with context.model_copy(update={"task_runner": runner}):
+        yield
+
+
+# --- Dask ---------------------------------------------------------------------------------------
+
+_started: list[str] = []
+"""Address of the Dask cluster that was started here."""
+
+
+@contextmanager
+def _dask(workers: Workers) -> Iterator[None]:
+    from prefect_dask.task_runners import DaskTaskRunner
+
+    with ExitStack() as stack:
+        address = workers.address or next(iter(_started), None)
+        if address is None:
+            address = stack.enter_context(_dask_cluster(workers.count))
+        runner = stack.enter_context(DaskTaskRunner(address=address))
+        try:
+            client = runner.client
+        except OSError as error:
+            raise UnreachableError(
+                f"no Dask scheduler answers at {address} ({error}): correct runner.address."
+            ) from error
+        _prepare(client, _told(workers), started=workers.address is None)
+        stack.enter_context(_mapped_by(runner))
+        yield
+
+
+@contextmanager
+def _dask_cluster(count: int) -> Iterator[str]:
+    from distributed import LocalCluster
+
+    cluster = LocalCluster(
+        n_workers=count,
+        threads_per_worker=1,
+        dashboard_address=None,  # pyright: ignore[reportArgumentType]
+        memory_limit=None,  # a model is no cache that could be spilled
+        silence_logs=logging.CRITICAL,
+    )
+    with cluster:
+        _started.append(cluster.scheduler_address)
+        try:
+            yield cluster.scheduler_address
+        finally:
+            _started.clear()
+
+
+def _prepare(client: Client, environment: dict[str, str], *, started: bool) -> None:
+    """Set variables in all workers, also in those that come later."""
+    from distributed import WorkerPlugin
+
+    class Prepared(WorkerPlugin):
+        name = "memit"
+
+        def setup(self, worker: object) -> None:
+            os.environ.update(environment)
+            if started:  # Ctrl-C is for the flow, which then ends its workers
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    client.register_plugin(Prepared())
+
+
+# --- Ray ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ray(workers: Workers) -> Iterator[None]:
+    from prefect_ray import RayTaskRunner
+    from prefect_ray.context import remote_options
+
+    with ExitStack() as stack:
+        stack.enter_context(_ray_cluster(workers))
+        runner = stack.enter_context(RayTaskRunner())
+        stack.enter_context(
+            remote_options(
+                num_cpus=workers.threads,
+                num_gpus=_gpus(workers.device),
+                max_retries=RESTARTS,
+            )
+        )
+        stack.enter_context(_mapped_by(runner))
+        yield
+
+
+@contextmanager
+def _ray_cluster(workers: Workers) -> Iterator[None]:
+    """Connect to a cluster, or start one, unless an outer flow has done so."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    started = (
+        {}
+        if workers.address
+        else {
+            "num_cpus": workers.count * workers.threads,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    )
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            workers.address,
+            namespace="memit",
+            runtime_env={"env_vars": _told(workers)},
+            logging_level=logging.CRITICAL,
+            log_to_driver=False,
+            **started,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UnreachableError(
+            f"no Ray cluster answers at {workers.address} ({error}): correct runner.address."
+        ) from error
+    finally:
+        _restore(handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _gpus(device: str) -> int:
+    """How many GPUs a piece needs for itself; Ray hides the others from it."""
+    import torch
+
+    present = torch.cuda.device_count()
+    if device == "sharded":
+        return present
+    return int(present > 0 and device.startswith(("auto", "cuda")))
+
+
+def _restore(handler: Any) -> None:
+    """Ray takes SIGTERM for itself, without the flow's orderly end."""
+    with suppress(ValueError):  # in another thread, where nothing was changed either
+        signal.signal(signal.SIGTERM, handler)

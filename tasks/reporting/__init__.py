@@ -1,0 +1,1 @@
+"""Figures, the paper's published numbers, and MLflow."""

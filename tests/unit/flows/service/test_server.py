@@ -1,0 +1,116 @@
+"""A Prefect server ends with whoever started it, and is missed when it is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import pytest
+
+from flows.service.server import PING_SECONDS, PINGS, prefect_server
+from memit.errors import ResourceError
+from tasks.engine.signals import PATIENCE
+
+LOST_WITHIN = 60.0
+"""Seconds that a run without its server may go on."""
+
+SERVANT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+MASTER = """
+import subprocess
+from flows.service.watched import watched
+servant = subprocess.Popen(watched("servant"), start_new_session=True)
+print(servant.pid, flush=True)
+servant.wait()
+"""
+NEEDY = """
+import sys, time
+from flows.service import server
+server.PING_SECONDS = 0.1
+server.end_without(sys.argv[1])
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_what_was_started_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "servant.py").write_text(SERVANT)
+    with subprocess.Popen(
+        [sys.executable, "-c", MASTER], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as master:
+        assert master.stdout is not None
+        numbers = [int(master.stdout.readline()) for _ in range(2)]
+        started = [psutil.Process(number) for number in numbers]
+        master.kill()
+        assert psutil.wait_procs(started, timeout=20)[1] == []
+
+
+def needy(address: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", NEEDY, address, str(seconds)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_process_ends_whose_server_is_lost() -> None:
+    started = time.monotonic()
+    ended = needy("http://127.0.0.1:9/api", 600)
+    assert time.monotonic() - started < 30
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: Prefect's server at http://127.0.0.1:9/api")
+    assert len(ended.stderr.splitlines()) == 1
+    # A question takes 5 s at most, and leaving twice the patience.
+    assert PINGS * (PING_SECONDS + 1) + 2 * PATIENCE < LOST_WITHIN
+
+
+class Busy(BaseHTTPRequestHandler):
+    """Answers that it has no time."""
+
+    def do_GET(self) -> None:
+        self.send_error(503)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def busy() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/api"
+        server.shutdown()
+
+
+def test_a_server_that_is_busy_is_not_lost(busy: str) -> None:
+    assert needy(busy, 2).returncode == 0
+
+
+def test_a_server_is_not_started_on_a_useless_data_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.settings import (
+        PREFECT_API_DATABASE_CONNECTION_URL,
+        PREFECT_API_URL,
+        temporary_settings,
+    )
+
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    (tmp_path / "prefect.db").write_bytes(b"no data base at all" * 100)
+    address = f"sqlite+aiosqlite:///{tmp_path}/prefect.db"
+    with (
+        temporary_settings(
+            {PREFECT_API_DATABASE_CONNECTION_URL: address}, restore_defaults={PREFECT_API_URL}
+        ),
+        pytest.raises(ResourceError, match=r"prefect\.db"),
+        prefect_server(),
+    ):
+        pytest.fail("it came up")
+    assert not (tmp_path / "server.log").exists()

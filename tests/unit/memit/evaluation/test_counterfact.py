@@ -1,0 +1,279 @@
+"""CounterFact scores against a literal oracle, and what tables say against arithmetic by hand."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import pyarrow as pa
+import pytest
+import torch
+
+from memit.errors import InputError
+from memit.evaluation import continuations
+from memit.evaluation.continuations import Question, score_continuations
+from memit.evaluation.counterfact import (
+    SCHEMA,
+    ScoredPrompt,
+    before_and_after,
+    facts_table,
+    plus_prompts_of,
+    prompts_of,
+    score_prompts,
+    summarise,
+)
+from memit.language_model import LanguageModel, load_model
+from memit.requests import EditRequest, Record, read_counterfact
+from tests import GOLDEN
+from tests.families import CITIES, SENTENCES, SUBJECTS, families
+
+needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="no golden directory here")
+
+
+@functools.cache
+def model(family: str) -> LanguageModel:
+    network, tokenizer = families()[family]()
+    return LanguageModel(network, tokenizer, name=family)
+
+
+def records(true_objects: bool = True) -> list[Record]:
+    """Records with objects of one and of several tokens, and neighbours that they share."""
+    made = []
+    for number, subject in enumerate(SUBJECTS[:5]):
+        request = EditRequest(
+            subject,
+            SENTENCES[number % 3].format("{}", "").strip(" ."),
+            CITIES[number],
+            CITIES[(number + 2) % 6] if true_objects else None,
+        )
+        neighbors = tuple(f"{SUBJECTS[k]} lives in the city of" for k in (5, 6, 5 + number % 3))
+        made.append(Record(number, request, (f"Well: {subject} stays in",), neighbors))
+    return made
+
+
+@torch.no_grad()
+def one_at_a_time(lm: LanguageModel, prompt: str, target: str) -> tuple[float, bool]:
+    """Mean nll and argmax hit of one object after one prompt: a forward pass of its own."""
+    length = len(lm.tokenizer(prompt)["input_ids"])
+    ids = torch.tensor([lm.tokenizer(f"{prompt} {target}")["input_ids"]])
+    logits = lm.model(input_ids=ids).logits[0, length - 1 : -1].float()
+    wanted = ids[0, length:]
+    log_p = logits.log_softmax(-1)[torch.arange(len(wanted)), wanted]
+    return -float(log_p.mean()), bool((logits.argmax(-1) == wanted).all())
+
+
+FAMILIES = ["gpt2", "gptj", "gpt_neox", "llama", "mistral", "gemma2"]
+
+
+class TestScores:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("token_budget", [24, 4096])
+    def test_agree_with_one_forward_a_prompt_and_object(self, family: str, token_budget: int):
+        lm = model(family)
+        prompts = prompts_of(records())
+        finished: list[int] = []
+        table = score_prompts(
+            lm, prompts, token_budget=token_budget, progress=finished.append
+        ).to_pylist()
+        assert len(table) == len(prompts) == sum(finished)
+        for prompt, row in zip(prompts, table, strict=True):
+            assert prompt.target_true is not None
+            for name, target in (("new", prompt.target_new), ("true", prompt.target_true)):
+                nll, hit = one_at_a_time(lm, prompt.prompt, target)
+                assert row[f"nll_{name}"] == pytest.approx(nll, abs=2e-4)
+                assert row[f"hit_{name}"] == hit
+
+    def test_hits_are_found(self):
+        """Random models miss what is asked of them, so ask for what this one would say."""
+        lm = model("mistral")
+        prompt = "Paul Smith lives in the city of"
+        ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            best = lm.model(ids).logits[0, -1].argmax()
+        said = str(lm.tokenizer.decode(best)).strip()
+        answers = (said, f"{said} lies", "Rome")
+        question = Question(prompt, tuple(f" {answer}" for answer in answers))
+        (scores,) = score_continuations(lm, [question], token_budget=512)
+        assert scores[0].hit
+        assert 0 < scores[1].right < scores[1].tokens
+        for answer, score in zip(answers, scores, strict=True):
+            nll, hit = one_at_a_time(lm, prompt, answer)
+            assert score.hit == hit
+            assert score.nll == pytest.approx(nll, abs=2e-4)
+
+    def test_models_that_cannot_branch_give_the_same(self, monkeypatch: pytest.MonkeyPatch):
+        lm = model("llama")
+        prompts = prompts_of(records())
+        fast = score_prompts(lm, prompts, token_budget=4096)
+        monkeypatch.setattr(continuations, "can_branch", lambda *_: False)
+        whole = score_prompts(lm, prompts, token_budget=4096)
+        assert fast["nll_new"].to_pylist() == pytest.approx(whole["nll_new"].to_pylist(), abs=2e-4)
+
+    def test_equal_prompts_are_run_once(self, monkeypatch: pytest.MonkeyPatch):
+        lm = model("gpt2")
+        prompts = prompts_of(records())
+        run: list[int] = []
+        counted = continuations.logits_at
+
+        def count(lm, rows, *args, **kwargs):
+            run.append(rows.ids.numel())
+            return counted(lm, rows, *args, **kwargs)
+
+        monkeypatch.setattr(continuations, "logits_at", count)
+        table = score_prompts(lm, prompts, token_budget=4096)
+        once = sum(run)
+        run.clear()
+        assert score_prompts(lm, [*prompts, *prompts], token_budget=4096) == pa.concat_tables(
+            [table, table]
+        )
+        assert sum(run) == once
+        lengths = [len(lm.tokenizer(text)["input_ids"]) for text in {p.prompt for p in prompts}]
+        objects = [len(lm.tokenizer(f" {city}")["input_ids"]) for city in CITIES]
+        assert once < sum(lengths) + 2 * len(prompts) * max(objects)
+
+    def test_without_a_true_object(self):
+        table = score_prompts(model("gpt2"), prompts_of(records(False)), token_budget=4096)
+        assert table["nll_true"].null_count == table["hit_true"].null_count == len(table)
+        assert set(summarise(table)) == {"efficacy_accuracy", "paraphrase_accuracy", "records"}
+
+    def test_text_beyond_the_context_is_refused(self):
+        long = ScoredPrompt(0, "rewrite", "Paul Smith " * 200, "Rome", None)
+        with pytest.raises(InputError, match="shorten or remove it"):
+            score_prompts(model("gpt2"), [long], token_budget=4096)
+
+    @needs_golden
+    def test_agree_with_the_published_code(self):
+        lm = load_model(GOLDEN / "model", device="cpu")
+        expected = json.loads((GOLDEN / "expected.json").read_text())["pre"]
+        table = score_prompts(
+            lm, prompts_of(read_counterfact(GOLDEN / "requests.json")), token_budget=2048
+        )
+        rows = iter(table.to_pylist())
+        for record in expected:
+            for kind, wanted in (
+                ("rewrite", "new"),
+                ("paraphrase", "new"),
+                ("neighborhood", "true"),
+            ):
+                scores = record[f"{kind}_prompts_probs"]
+                for score, hit in zip(scores, record[f"{kind}_prompts_correct"], strict=True):
+                    row = next(rows)
+                    assert row["nll_new"] == pytest.approx(score["target_new"], abs=1e-3)
+                    assert row["nll_true"] == pytest.approx(score["target_true"], abs=1e-3)
+                    assert row[f"hit_{wanted}"] == hit
+        summary = summarise(table)
+        assert [summary[name] for name in ("efficacy", "paraphrase", "neighborhood")] == (
+            pytest.approx([100 / 24, 100 / 24, 100 * (1 - 1 / 48)])
+        )
+
+
+def row(case_id: int, kind: str, nll: float, rival: float | None, **hits: bool) -> dict:
+    return {
+        "case_id": case_id,
+        "kind": kind,
+        "prompt": f"{kind} {nll}",
+        "target_new": "Rome",
+        "target_true": None if rival is None else "Oslo",
+        "nll_new": nll,
+        "nll_true": rival,
+        "hit_new": hits.get("new", False),
+        "hit_true": None if rival is None else hits.get("true", False),
+    }
+
+
+def table_of(*rows: dict) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=SCHEMA)
+
+
+class TestSummary:
+    table = table_of(
+        row(3, "rewrite", 1.0, 2.0, new=True),
+        row(3, "paraphrase", 1.0, 2.0),
+        row(3, "paraphrase", 2.0, 2.0, new=True),
+        row(3, "neighborhood", 3.0, 1.0, true=True),
+        row(9, "rewrite", 1.0, 3.0),
+        row(9, "neighborhood", 1.0, 1.0),
+        row(9, "neighborhood", 2.0, 1.0, new=True),
+    )
+
+    def test_is_a_mean_over_records_of_a_mean_over_prompts_and_ties_fail(self):
+        summary = summarise(self.table)
+        assert summary["efficacy"] == 100.0
+        assert summary["paraphrase"] == 50.0  # one record has paraphrases, one of two is a tie
+        assert summary["neighborhood"] == 75.0  # (1 + ½) / 2
+        assert summary["score"] == pytest.approx(3 / (1 / 100 + 1 / 50 + 1 / 75))
+        assert summary["efficacy_accuracy"] == 50.0
+        assert summary["paraphrase_accuracy"] == 50.0
+        assert summary["neighborhood_accuracy"] == 50.0
+        p = [math.exp(-nll) for nll in range(4)]
+        assert summary["efficacy_magnitude"] == pytest.approx(100 * (p[1] - p[2] + p[1] - p[3]) / 2)
+        assert summary["neighborhood_magnitude"] == pytest.approx(
+            100 * (p[1] - p[3] + (p[1] - p[2]) / 2) / 2
+        )
+        assert summary["records"] == 2
+
+    def test_leaves_out_what_the_table_does_not_have(self):
+        summary = summarise(table_of(row(0, "rewrite", 1.0, 2.0)))
+        assert set(summary) == {"efficacy", "efficacy_accuracy", "efficacy_magnitude", "records"}
+
+    def test_a_score_with_a_zero_is_zero(self):
+        failed = table_of(
+            row(0, "rewrite", 2.0, 1.0), row(0, "paraphrase", 1, 2), row(0, "neighborhood", 2, 1)
+        )
+        assert summarise(failed)["score"] == 0.0
+
+    def test_does_not_depend_on_the_order_of_rows(self):
+        backwards = self.table.take(list(range(len(self.table)))[::-1])
+        assert summarise(backwards) == pytest.approx(summarise(self.table))
+
+
+class TestBeforeAndAfter:
+    before = table_of(
+        row(3, "rewrite", 1.0, 2.0),
+        row(3, "paraphrase", 1.0, 2.0),
+        row(3, "neighborhood", 4.0, 1.0),
+        row(3, "neighborhood", 5.0, 1.0),
+        row(9, "rewrite", 6.0, None),
+    )
+    after = before.drop_columns(["nll_true", "hit_new"])
+    after = after.append_column(
+        SCHEMA.field("nll_true"), pa.array([3.0, 0.5, 4.5, 1.0, None], pa.float64())
+    ).append_column(SCHEMA.field("hit_new"), pa.array([False, True, False, False, True]))
+    after = after.select(SCHEMA.names)
+
+    def test_two_states_are_joined(self):
+        joined = before_and_after(self.before, self.after)
+        assert "nll_true_after" in joined.column_names
+        for state, table in (("before", self.before), ("after", self.after)):
+            for name in ("nll_new", "nll_true", "hit_new", "hit_true"):
+                assert joined[f"{name}_{state}"] == table[name]
+        with pytest.raises(InputError, match="different prompts"):
+            before_and_after(self.before, self.after.slice(1))
+
+    def test_says_of_each_fact_what_became_of_it(self):
+        first, second = facts_table(self.before, self.after).to_pylist()
+        assert first["case_id"] == 3
+        assert first["took"] is True
+        assert first["answered"] is False
+        assert first["generalised"] is False
+        assert (first["neighbors"], first["neighbors_right_before"], first["hurt"]) == (2, 2, 1)
+        assert first["hurt_prompts"] == "neighborhood 4.0"
+        assert second["took"] is True  # no true object: the model gives the new one
+        assert second["generalised"] is second["hurt"] is None
+
+
+def test_prompts_of_a_record_in_their_order():
+    record = Record(
+        4, EditRequest("Ann", "{} lives in", "Rome", "Oslo"), ("Ann stays in",), ("Bo is", "Cy is")
+    )
+    assert [(p.kind, p.prompt) for p in prompts_of([record])] == [
+        ("rewrite", "Ann lives in"),
+        ("paraphrase", "Ann stays in"),
+        ("neighborhood", "Bo is"),
+        ("neighborhood", "Cy is"),
+    ]
+    assert [p.prompt for p in plus_prompts_of([record])] == [
+        "Ann lives in Rome. Bo is",
+        "Ann lives in Rome. Cy is",
+    ]

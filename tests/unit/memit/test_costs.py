@@ -1,0 +1,109 @@
+"""Counted costs: as small sums by hand, as the code computes, and as docs/scaling.md has them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.projection import tables
+from memit import costs
+from memit.costs import Lengths, Shape
+from memit.forward import can_resume
+from memit.language_model import LanguageModel
+from memit.second_moment import SecondMoment, collect_second_moments
+from memit.spread import solve, spread
+from memit.targets import compute_targets, edit_rows
+from memit.weight_delta import Dense, LowRank
+from tests import ROOT
+from tests.families import PREFIXES, families
+from tests.reference import HYPERPARAMETERS, REQUESTS
+
+SCALING = ROOT / "docs" / "scaling.md"
+LARGE = 1 << 20
+SHAPE = Shape(depth=10, width=8, inner_width=32, parameters=1_000)
+
+
+def test_small_sums_by_hand() -> None:
+    assert costs.statistics_operations(SHAPE, (1, 3), 5) == 5 * (2 * 100 * 4 + 2 * 32**2)
+    lengths = Lengths(before=3, after=2)
+    whole, again = 2 * 1_000 * 5, 4 * 100 * 6 * 2
+    assert costs.targets_operations(SHAPE, 3, 20, 7, lengths) == 7 * 6 * (whole + 20 * again)
+    walked = 6 * (4 + 2) + 2
+    assert costs.walk_operations(SHAPE, (1, 3), 7, lengths) == 7 * 2 * 100 * 3 * walked
+    assert costs.evaluation_operations(SHAPE, 9, 5) == 2 * 9 * 2 * 1_000 * 5
+    assert costs.keys_bytes(SHAPE, 7) == 7 * 8 * (32 + 3 * 8)
+    assert costs.held_bytes(SHAPE, 7, lengths, 2) == 7 * 6 * 3 * 8 * 2
+    assert costs.targets_bytes(SHAPE, 7, 20) == 7 * 4 * (16 + 20)
+
+
+@pytest.mark.parametrize("n", [3, 6, 7, 100])
+def test_the_kept_form_and_its_size_are_those_of_the_code(n: int) -> None:
+    K, R = torch.randn(32, n), torch.randn(8, n)
+    keys = torch.randn(200, 32)
+    change = solve(K, R, SecondMoment((keys.T @ keys).double(), 200), 1.0, "here")
+    assert isinstance(change, LowRank if costs.is_low_rank(SHAPE, n) else Dense)
+    held = sum(part.nbytes for part in vars(change).values() if isinstance(part, torch.Tensor))
+    assert held == costs.delta_bytes(SHAPE, n)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    """A model whose blocks, not its head and its attention, are what costs."""
+    tokenizer = families()["llama"]()[1]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=10,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LanguageModel(LlamaForCausalLM(config).eval(), tokenizer, name="counted")
+    assert can_resume(model)  # found out once, which is not to be counted
+    return model
+
+
+def test_products_are_counted_as_torch_counts_them(lm: LanguageModel) -> None:
+    """Up to attention, the head, padding and rows of the divergence term, all left out."""
+    blocks = lm.model.get_submodule("model.layers")
+    shape = Shape(10, 64, 256, sum(p.numel() for p in blocks.parameters()))
+    rows = [row for edit in edit_rows(lm, REQUESTS, PREFIXES) for row in edit.rows]
+    before = sum(row.subject_last + 1 for row in rows) / len(rows)
+    lengths = Lengths(before, sum(len(row.ids) for row in rows) / len(rows) - before)
+    hp = replace(HYPERPARAMETERS, layers=(2, 3), loss_threshold=0.0)
+    n = len(REQUESTS)
+
+    with FlopCounterMode(display=False) as counter:
+        moments = collect_second_moments(
+            lm, ["A text of some words."] * 40, (2, 3), token_budget=LARGE
+        )
+    counted = costs.statistics_operations(shape, (2, 3), moments[2].count)
+    in_place = moments[2].count * 2 * 256**2  # torch does not see these products
+    assert 0.9 < counter.get_total_flops() / (counted - in_place) < 1.1
+
+    with FlopCounterMode(display=False) as counter:
+        targets = compute_targets(lm, REQUESTS, PREFIXES, hp, token_budget=LARGE)
+    counted = costs.targets_operations(shape, 3, hp.evaluations, n, lengths)
+    assert 1.0 < counter.get_total_flops() / counted < 2.0
+
+    definite = {
+        layer: SecondMoment(each.sum + torch.eye(256), each.count)
+        for layer, each in moments.items()
+    }
+    with FlopCounterMode(display=False) as counter:
+        spread(lm, REQUESTS, PREFIXES, targets.z, definite, hp, token_budget=LARGE)
+    counted = costs.walk_operations(shape, (2, 3), n, lengths)
+    assert 0.8 < counter.get_total_flops() / counted < 1.2
+
+
+def test_the_page_has_the_tables_that_are_printed() -> None:
+    page = SCALING.read_text(encoding="utf-8")
+    for name, table in tables().items():
+        shown = re.search(rf"<!-- {name} -->\n\n(.*?)\n\n", page, re.S)
+        assert shown is not None, name
+        assert shown[1] == table, f"python -m benchmarks.projection prints another table {name}"

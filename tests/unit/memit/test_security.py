@@ -1,0 +1,217 @@
+"""What may never be done with what others wrote, and what may never be told."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flows.command.parameters import Parameters, Section, check_parameters
+from flows.service.server import server_options
+from memit.errors import InputError, MemitError
+from memit.redaction import LONGEST, holds_secret, one_line, redacted
+from memit.requests import EditRequest, Record, read_counterfact, read_facts, write_records
+from tasks.report import escaped, markdown
+from tasks.reporting import tracking
+from tests import ROOT
+from tests.integration.bad_input import digests
+
+OURS = [path for floor in ("memit", "tasks", "flows", "benchmarks") for path in
+        sorted((ROOT / floor).rglob("*.py"))]  # fmt: skip
+
+FORBIDDEN = {
+    "a pickle": r"\bimport (pickle|dill|shelve|marshal|joblib)\b|\bpickle\.|allow_pickle=True",
+    "torch.load": r"\btorch\.load\(",
+    "code of a model": r"trust_remote_code(?!=False)(?!`)",
+    "an unsafe loader of YAML": r"yaml\.(unsafe_load|full_load|load)\(|Loader=yaml\.(?!SafeLoader)",
+    "code from text": r"(?<![\w.])(eval|exec|__import__)\(",
+    "a shell": r"shell=True|\bos\.(system|popen)\(",
+    "an open server": r"0\.0\.0\.0|[\"']::[\"']",
+    "an unchecked certificate": r"verify=False|_create_unverified_context",
+}
+
+
+def test_there_is_something_to_look_through() -> None:
+    assert len(OURS) > 60
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_the_code_does_without(what: str) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in OURS
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(FORBIDDEN[what], line)
+    ]
+    assert not found
+
+
+def test_every_load_of_a_pretrained_thing_refuses_code_and_pickles() -> None:
+    """All calls that could run a repository's code say that they do not."""
+    calls = 0
+    for path in OURS:
+        text = path.read_text(encoding="utf-8")
+        for call in re.finditer(r"\.from_pretrained\b|\.from_config\(", text):
+            calls += 1
+            rest = text[call.start() :][:400]
+            assert "trust_remote_code=False" in rest, path
+            if (
+                "Model" in text[max(0, call.start() - 25) : call.start()]
+                and "pretrained" in call[0]
+            ):
+                assert "use_safetensors=True" in rest, path
+    assert calls >= 8
+
+
+def test_no_parameter_can_switch_on_code_of_a_model() -> None:
+    def names(section: type[Section]) -> list[str]:
+        found = list(section.model_fields)
+        for field in section.model_fields.values():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                found += names(field.annotation)
+        return found
+
+    assert not {name for name in names(Parameters) if re.search("trust|remote|pickle|unsafe", name)}
+
+
+def test_servers_stay_on_loopback() -> None:
+    assert server_options(1)[2:4] == ["--host", "127.0.0.1"]
+    assert '"--host", "127.0.0.1"' in (ROOT / "flows" / "ui.py").read_text()
+
+
+NAMES = [
+    *("../../x", "/etc/passwd", "..\\..\\x", "CON", "nul.txt", "~root", "-rf", ". .", "x" * 5000),
+    *("a/b/../../../c", "%2e%2e%2f", "\u202egpj.exe", "$(touch pwned)", "`touch pwned`", "file:x"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:20])
+def test_names_of_a_data_set_never_become_paths(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a name stands, the only file that comes into being is the one that was named."""
+    inside = tmp_path / "a" / "b" / "c"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    monkeypatch.setenv("DVC_ROOT", str(inside))
+    request = EditRequest(name, "{} is in", name, "Rome", relation_id=name)
+    record = Record(0, request, (name,), (name,), (name,), (name,), target_new_id=name)
+    write_records([record], "requests.json")
+    assert read_counterfact("requests.json") == [record]
+    assert list(digests(tmp_path)) == ["a", "a/b", "a/b/c", "a/b/c/requests.json"]
+
+
+def test_a_name_with_nul_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"subject": "a\\u0000b", "prompt": "{} is", "target": "x"}')
+    with pytest.raises(InputError, match="control character"):
+        read_facts(path)
+
+
+def test_an_experiment_named_like_a_path_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    asked: dict[str, str] = {}
+
+    class Client:
+        def get_experiment_by_name(self, name: str) -> None:
+            return None
+
+        def create_experiment(self, name: str, artifact_location: str) -> str:
+            asked.update(name=name, place=artifact_location)
+            return "1"
+
+    tracking._experiment_id(Client(), "../../x")  # pyright: ignore[reportArgumentType]
+    assert asked["name"] == "../../x"
+    assert re.fullmatch(
+        r"[0-9a-f]{12}", asked["place"].removeprefix(f"{tmp_path.as_uri()}/mlartifacts/")
+    )
+
+
+# --- what is told -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:pw@host/x", "https://***@host/x"),
+        (
+            "postgresql+psycopg2://u:p@db/mlflow failed",
+            "postgresql+psycopg2://***@db/mlflow failed",
+        ),
+        ("https://host/x?token=abc&y=1", "https://host/x?***"),
+        ("no address? none", "no address? none"),
+        ("with hf_abcdefghijklmnopqrstuvwxyz inside", "with *** inside"),
+        ("Authorization: Bearer abc.def-ghi", "Authorization: ***"),
+        ("shf_aaaaaaaaaaaaaaaaaaaa", "shf_aaaaaaaaaaaaaaaaaaaa"),
+    ],
+)
+def test_secrets_are_not_told(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+
+
+def test_secrets_of_the_environment_are_not_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct horse")
+    monkeypatch.setenv("MY_TOKEN", "battery-staple")
+    error = MemitError("a correct horse, a battery-staple and http://a:correct@b/c?d=e.")
+    assert str(error) == "a ***, a *** and http://***@b/c?***"
+    with caplog.at_level(logging.INFO):
+        logging.getLogger("memit").error("%s", error)
+    assert "horse" not in caplog.text
+    params = tracking._parameters({"report": {"x": "battery-staple"}, "y": "z" * 9_000})
+    assert {param.key: param.value for param in params} == {"report.x": "***", "y": "z" * 6_000}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://me:pw@host", "postgresql://me:pw@host/db", "https://h/x?api_key=1", "http://h?sig=x",
+     "hf_abcdefghijklmnopqrstuvwxyz", "ghp_abcdefghijklmnopqrst"],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["requests.url", "report.tracking_uri", "statistics.path"])
+def test_parameters_hold_no_secrets(text: str, place: str) -> None:
+    section, key = place.split(".")
+    assert holds_secret(text)
+    with pytest.raises(InputError, match=f"{section}.{key} holds a password or a token") as caught:
+        check_parameters({section: {key: text}})
+    assert text not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["http://me@host", "sqlite:///a:b.db", "https://h/x?y=1", "a@b:c", "./mlruns", ""]
+)
+def test_what_is_no_secret_may_stand_there(text: str) -> None:
+    assert not holds_secret(text)
+
+
+@given(st.text(max_size=300))
+def test_sentences_stay_on_one_line_and_steer_no_terminal(text: str) -> None:
+    said = str(MemitError(f"the {text} is wrong."))
+    assert said.isprintable()
+    assert one_line(said) == said
+    assert str(MemitError(said)) == said
+
+
+def test_sentences_are_of_bearable_length() -> None:
+    assert len(str(MemitError("x" * 10**6))) == LONGEST
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("[x](javascript:y) | `z`", r"\[x\](javascript:y) \| \`z\`"),
+        ("two\nlines", "two\\\\nlines"),
+        ("Zoë & co", "Zoë &amp; co"),
+    ],
+)
+def test_texts_of_a_data_set_are_no_markup_in_a_report(text: str, shown: str) -> None:
+    assert escaped(text) == shown
+    metrics = {"before": {}, "after": {}, "edit": {"count": 1, "layers": [1]}}
+    page = markdown(metrics, {}, [{"prompt": text, "case_id": 4, "reason": text}])
+    assert f"- {shown} (case 4): {shown}" in page
+    assert "<script>" not in page

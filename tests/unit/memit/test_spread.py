@@ -1,0 +1,294 @@
+"""The walk and its three solves against full forward passes and one LU solve a layer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memit import layer_walk as walk
+from memit.errors import NumericsError, ResourceError
+from memit.second_moment import SecondMoment
+from memit.spread import Spread, solve, spread
+from memit.weight_delta import Dense, LowRank
+from tests import oracle
+from tests.families import LAYERS, PREFIXES
+from tests.reference import (
+    FAMILIES,
+    HYPERPARAMETERS,
+    REQUESTS,
+    build,
+    reference,
+    relative,
+    short_of_memory,
+)
+
+TOLERANCE = 1e-4
+LARGE = 1 << 20
+
+
+def _moments(family: str) -> dict[int, SecondMoment]:
+    return {
+        layer: SecondMoment(covariance * 1000, 1000)
+        for layer, covariance in reference(family).covariances.items()
+    }
+
+
+def _spread(lm, family: str, hp=HYPERPARAMETERS, token_budget: int = LARGE, **options) -> Spread:
+    return spread(
+        lm,
+        REQUESTS,
+        PREFIXES,
+        reference(family).z,
+        _moments(family),
+        hp,
+        token_budget=token_budget,
+        **options,
+    )
+
+
+def _delta(lm, result: Spread, layer: int) -> torch.Tensor:
+    """Δ of a layer (d × f)."""
+    dense = result.delta.changes[lm.weight_name(layer)].dense()
+    return dense.T if lm.is_transposed(layer) else dense
+
+
+def _agrees(lm, result: Spread, updates: dict[int, oracle.LayerUpdate]) -> None:
+    assert len(result.delta.changes) == len(updates)
+    for layer, expected in updates.items():
+        assert relative(_delta(lm, result, layer), expected.delta) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_residuals_and_deltas_are_those_of_the_oracle(family):
+    lm, expected = build(family), reference(family)
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    seen = {}
+    result = _spread(lm, family, observe=lambda layer, K, R: seen.update({layer: (K, R)}))
+    _agrees(lm, result, expected.updates)
+    for layer, update in expected.updates.items():
+        K, R = seen[layer]
+        assert relative(K.T, update.keys) < TOLERANCE
+        assert relative(R.T, update.residuals) < TOLERANCE
+        left = len(LAYERS) - LAYERS.index(layer)
+        norm = float(update.residuals.norm(dim=1).mean()) * left
+        assert result.residuals[layer] == pytest.approx(norm, rel=TOLERANCE)
+        ratio = float(update.delta.norm() / oracle.weight(lm.model, layer).norm())
+        assert result.update_ratios[layer] == pytest.approx(ratio, rel=TOLERANCE)
+    assert all(torch.equal(value, before[n]) for n, value in lm.model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edit_lands(family):
+    """Most of the residual is gone, and the model says the new objects more readily."""
+    lm, expected = build(family), reference(family)
+    before = [oracle.score(lm.model, lm.tokenizer, r.text, r.target_new).nll for r in REQUESTS]
+    result = _spread(lm, family)
+    result.delta.apply(lm)
+    top = HYPERPARAMETERS.layers[-1]
+    hidden = torch.stack(
+        [
+            oracle.key_and_hidden(lm.model, lm.tokenizer, request, PREFIXES, top, HYPERPARAMETERS)[
+                1
+            ]
+            for request in REQUESTS
+        ]
+    )
+    left = (expected.z - hidden).norm(dim=1).mean()
+    assert result.residual_left == pytest.approx(float(left), rel=1e-3)
+    assert left < 0.6 * result.residuals[LAYERS[0]]  # a norm after the MLP takes some back
+    after = [oracle.score(lm.model, lm.tokenizer, r.text, r.target_new).nll for r in REQUESTS]
+    assert sum(after) < sum(before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt", "falcon", "mistral"])
+@pytest.mark.parametrize("token_budget", [1, 200, 600])
+def test_budgets_do_not_matter(family, token_budget):
+    lm = build(family)
+    told = []
+    result = _spread(lm, family, token_budget=token_budget, progress=told.append)
+    _agrees(lm, result, reference(family).updates)
+    assert sum(told) == len(LAYERS)
+
+
+def test_states_that_wait_on_disk_give_the_same():
+    lm = build("llama")
+    results = [_spread(lm, "llama", token_budget=200, held_bytes=size) for size in (0, 9000, LARGE)]
+    for result in results[1:]:
+        for layer in LAYERS:
+            assert torch.equal(_delta(lm, result, layer), _delta(lm, results[0], layer))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "opt_projected", "bloom"])
+def test_whole_rows_give_the_same(family, monkeypatch):
+    """The way of a family that cannot be resumed."""
+    monkeypatch.setattr(walk, "can_resume", lambda lm: False)
+    lm = build(family)
+    _agrees(lm, _spread(lm, family, token_budget=700), reference(family).updates)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "bloom"])
+@pytest.mark.parametrize(
+    "requests",
+    [
+        REQUESTS[1:2],
+        (REQUESTS[0], replace(REQUESTS[0], target_new="Rome")),
+        (REQUESTS[1], replace(REQUESTS[1], subject="北京")),
+    ],
+    ids=["one", "same subject", "one subject begins the other"],
+)
+def test_requests_that_begin_alike(family, requests):
+    lm = build(family)
+    z = reference(family).z[: len(requests)]
+    moments = _moments(family)
+    covariances = reference(family).covariances
+    updates = oracle.spread(
+        lm.model, lm.tokenizer, requests, PREFIXES, z, covariances, HYPERPARAMETERS
+    )
+    result = spread(lm, requests, PREFIXES, z, moments, HYPERPARAMETERS, token_budget=LARGE)
+    _agrees(lm, result, updates)
+
+
+def test_order_of_requests_does_not_matter():
+    lm, expected = build("qwen2"), reference("qwen2")
+    result = spread(
+        lm,
+        REQUESTS[::-1],
+        PREFIXES,
+        expected.z.flip(0),
+        _moments("qwen2"),
+        HYPERPARAMETERS,
+        token_budget=250,
+    )
+    _agrees(lm, result, expected.updates)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama3"])
+@pytest.mark.parametrize(
+    ("change", "prefixes"),
+    [
+        ({"key_average": "uniform"}, PREFIXES),
+        ({"key_average": "uniform"}, ()),
+        ({"layers": (2,)}, PREFIXES),
+        ({"layers": (0, 2, 3)}, PREFIXES[:2]),
+        ({"covariance_weight": 500.0}, ()),
+    ],
+    ids=str,
+)
+def test_settings(family, change, prefixes):
+    lm = build(family)
+    hp = replace(HYPERPARAMETERS, **change)
+    covariance = reference(family).covariances[1]
+    covariances = dict.fromkeys(hp.layers, covariance)
+    z = reference(family).z
+    updates = oracle.spread(lm.model, lm.tokenizer, REQUESTS, prefixes, z, covariances, hp)
+    moments = {layer: SecondMoment(covariance * 10, 10) for layer in hp.layers}
+    result = spread(lm, REQUESTS, prefixes, z, moments, hp, token_budget=LARGE)
+    _agrees(lm, result, updates)
+
+
+def test_averages_differ():
+    """Else the option would have no test."""
+    lm = build("gpt2")
+    uniform = _spread(lm, "gpt2", replace(HYPERPARAMETERS, key_average="uniform"))
+    nested = reference("gpt2").updates[1].delta
+    assert relative(_delta(lm, uniform, 1), nested) > 100 * TOLERANCE
+
+
+def test_model_is_given_back_after_an_error():
+    lm = build("phi")
+    before = lm.weight(1).clone(), lm.weight(2).clone()
+
+    def interrupt(layer, K, R):
+        if layer == 2:
+            assert not torch.equal(lm.weight(1), before[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _spread(lm, "phi", observe=interrupt)
+    assert torch.equal(lm.weight(1), before[0])
+    assert torch.equal(lm.weight(2), before[1])
+
+
+def test_memory_that_runs_out_starts_over_with_less(caplog):
+    lm = build("llama")
+    with caplog.at_level(logging.WARNING), short_of_memory(lm.blocks[2], rows=12):
+        result = _spread(lm, "llama", token_budget=4096)
+    _agrees(lm, result, reference("llama").updates)
+    assert "out of memory" in caplog.text
+
+
+def test_edit_that_never_fits_is_an_error():
+    lm = build("llama")
+    before = lm.weight(1).clone()
+    with short_of_memory(lm.blocks[2], rows=0), pytest.raises(ResourceError, match="memory"):
+        _spread(lm, "llama")
+    assert torch.equal(lm.weight(1), before)
+
+
+def test_bfloat16_weights_are_given_back_to_the_bit():
+    lm = build("llama")
+    lm.model.bfloat16()
+    before = lm.weight(1).clone(), lm.weight(2).clone()
+    result = _spread(lm, "llama")
+    assert torch.equal(lm.weight(1), before[0])
+    assert torch.equal(lm.weight(2), before[1])
+    assert relative(_delta(lm, result, 1), reference("llama").updates[1].delta) < 0.1
+
+
+# --- the closed form ---------------------------------------------------------------------------
+
+
+def _problem(d: int, f: int, n: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(rows, columns):
+        return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+    samples = random(3 * f, f) @ torch.diag(torch.logspace(-1.5, 0.5, f, dtype=torch.float64))
+    return random(f, n), random(d, n), SecondMoment(samples.T @ samples, 3 * f)
+
+
+@given(
+    d=st.integers(4, 40),
+    f=st.integers(4, 60),
+    n=st.integers(1, 80),
+    covariance_weight=st.sampled_from((0.5, 20.0, 15_000.0)),
+)
+def test_every_form_solves_the_equation(d, f, n, covariance_weight):
+    K, R, moment = _problem(d, f, n)
+    hp = replace(HYPERPARAMETERS, covariance_weight=covariance_weight)
+    expected = oracle.update(K.T, R.T, moment.mean, hp)
+    change = solve(K, R, moment, covariance_weight, "layer 3")
+    assert isinstance(change, LowRank if n * (d + f) < d * f else Dense)
+    assert relative(change.dense(), expected) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("n", "kind"),
+    [(1, LowRank), (19, LowRank), (20, Dense), (32, Dense), (33, Dense), (200, Dense)],
+)
+def test_form_by_number_of_edits(n, kind):
+    """d = 32, f = 48: factors are smaller than Δ below n = 19.2, more edits than d from 33 on."""
+    K, R, moment = _problem(32, 48, n)
+    change = solve(K, R, moment, 20.0, "layer 3")
+    assert type(change) is kind
+    expected = oracle.update(K.T, R.T, moment.mean, replace(HYPERPARAMETERS, covariance_weight=20))
+    assert relative(change.dense(), expected) < 2e-6
+    if isinstance(change, LowRank):
+        assert change.left.shape == (32, n)
+        assert change.right.shape == (48, n)
+    assert change.transposed().dense().shape == (48, 32)
+    assert relative(change.transposed().dense().T, expected) < 2e-6
+
+
+@pytest.mark.parametrize("n", [5, 30, 60])
+def test_moment_that_is_not_definite_is_named(n):
+    K, R, moment = _problem(32, 48, n)
+    negative = SecondMoment(-moment.sum, moment.count)
+    with pytest.raises(NumericsError, match="layer 3"):
+        solve(K, R, negative, 20.0, "layer 3")

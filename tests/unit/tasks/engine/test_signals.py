@@ -1,0 +1,39 @@
+"""Whoever asks a process to stop is heard, also where another handler goes on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tasks.engine.signals import INTERRUPTED, PATIENCE, TERMINATED
+
+DEAF = """
+import signal, time
+from tasks.engine.signals import end_when_asked
+end_when_asked()
+for asked in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(asked, lambda *_: time.sleep(60))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)]
+)
+def test_a_process_ends_whose_handler_does_not_end_it(sent: signal.Signals, status: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(sent)
+        asked = time.monotonic()
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert time.monotonic() - asked < PATIENCE + 10
+    assert "run it again to go on" in said
