@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch "$(STAMP)"
 
 run: $(STAMP) ## the experiment that params.yaml describes; what is done already comes from caches
-	@$(BIN)/python -m flows.experiment
+	@$(BIN)/python -m flows experiment
 
 repro: $(STAMP) ## the same through DVC, with one Prefect server for all stages
 	@$(BIN)/python -m flows.service.reproduce

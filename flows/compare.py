@@ -1,70 +1,276 @@
-"""All methods on the same model and the same records: the paper's table.
+"""Edit the same records of the same model with every method: the paper's table.
 
-Results: ``comparison/`` with the table (Markdown and CSV), every scored prompt, every generated
-text, and ``metrics.json``.
+Results: `comparison/` with the table (Markdown and CSV), every scored prompt, every generated text,
+and `metrics.json`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from flows.command.parameters import Parameters
-from flows.command.script import console, given_parameters, run_flow
-from flows.evaluation import references
-
-if __name__ == "__main__":
-    given_parameters()
-
-from prefect import flow
+import pyarrow
+import pyarrow.parquet as parquet
 from prefect.artifacts import create_table_artifact
 from rich.box import SIMPLE
 from rich.table import Table
 
-from flows.command.checks import check_comparison
-from flows.methods import (
-    Bench,
-    Goals,
-    Sample,
-    Tried,
-    finish,
-    prepare,
-    try_method,
-)
-from flows.service.gpu_slot import taking_turns
-from flows.service.workers import with_runner
-from tasks.engine.artifacts import write_file, write_json, write_text
-from tasks.engine.workers import thread_runner
-from tasks.generation import having_prompts
+from flows.command.parameters import Parameters, overridden
+from flows.command.script import console
+from flows.evaluation import Measured, held_out_text, measure, references_of
+from flows.report import log
+from flows.requests import split_source
+from flows.service.dvc_lock import origin
+from flows.service.step import Run, step
+from flows.statistics import collect_layers
+from flows.targets import optimise
+from memit.editors.mend import Mend, mend_preset
+from memit.editors.serac import Serac, serac_preset
+from memit.evaluation.counterfact import plus_prompts_of, prompts_of
+from memit.evaluation.entropy import word_tokenizer
+from memit.evaluation.zsre import ZsreRecord, read_zsre
+from memit.requests import Record, read_counterfact
+from tasks.compare import make_methods
+from tasks.edit import Method, MethodEdit, edit_with
+from tasks.engine.artifacts import Artifact, describe
+from tasks.engine.checkpoints import forget_work
+from tasks.engine.cost import Cost, total_cost
+from tasks.engine.results import MEND_NETWORK_FILE, SERAC_MODELS_FILE, STATISTICS
+from tasks.evaluation import answer_piece, having_prompts, score_piece
 from tasks.reporting.comparison import Comparison, csv_text, markdown, plain, table_rows
+from tasks.reporting.labels import label
 from tasks.reporting.published import published
+from tasks.reporting.tracking import Family, log_family
+from tasks.requests import Split, choose_requests, sample_questions
+from tasks.targets import TargetsPiece, select_targets
 
 COMPARISON = Path("comparison")
+LEARNT = {"mend": MEND_NETWORK_FILE, "serac": SERAC_MODELS_FILE}
+"""Methods that learn before they edit, in a step of their own, and the result of that step."""
 
 
-@flow(name="compare", validate_parameters=False, task_runner=thread_runner())
-@taking_turns
-@with_runner
-def compare(parameters: Parameters) -> None:
+@dataclass(frozen=True)
+class Sample:
+    """Records that are edited together."""
+
+    file: Artifact
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that the methods of one comparison have in common."""
+
+    run: Run
+    methods: tuple[Method, ...]
+    split: Split
+    moments: Mapping[int, Artifact]
+    """Second moments of every layer that a method needs."""
+    questions: Mapping[int, ZsreRecord] | None
+    """zsRE's questions by case; None for records of CounterFact's kind."""
+
+    def draw(self, count: int | None, seed: int) -> Sample:
+        """Records to edit; None draws all of them.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        if self.questions is not None:
+            file = sample_questions(self.split.edited, count, seed)
+        else:
+            chosen = choose_requests("counterfact", self.split.edited, count, seed, self.run.model)
+            file = chosen.records
+        return Sample(file, tuple(read_counterfact(file.checked())))
+
+
+@dataclass(frozen=True)
+class SharedTargets:
+    """Targets of many records, from which each sample takes its own."""
+
+    rows: Mapping[int, int]
+    """The row of each case."""
+    pieces: Sequence[TargetsPiece]
+
+    def of(self, sample: Sample) -> TargetsPiece:
+        """The targets of a sample, with its share of the cost."""
+        rows = [self.rows[record.case_id] for record in sample.records]
+        seconds = total_cost([piece.cost for piece in self.pieces]).seconds
+        return TargetsPiece(
+            targets=select_targets([piece.targets for piece in self.pieces], rows),
+            cost=Cost(seconds=seconds * len(rows) / len(self.rows)),
+        )
+
+
+@step("compare", reads=("model", "prefixes", "statistics"))
+def compare(run: Run) -> None:
     """Edit with each method, measure it, and put all of them into one table."""
-    bench = prepare(parameters, COMPARISON)
-    section = parameters.compare
-    sample = bench.draw(section.count, section.seed)
-    tried = dict(_try_all(bench, sample))
-    comparison = _compare(bench, sample, tried)
-    files = _write(comparison, tried)
-    finish(
-        "compare",
-        bench,
-        files,
-        [cost for edit, measured in tried.values() for cost in (edit.cost, *measured.costs)],
-        {
-            name: [(key, value, 0) for key, value in metrics.items()]
-            for name, metrics in comparison.methods.items()
-        },
-    )
+    setup = prepare(run, COMPARISON)
+    section = run.parameters.compare
+    sample = setup.draw(section.count, section.seed)
+    tried: dict[str, Tried] = {}
+    for method in setup.methods:
+        targets = shared_targets(setup, method, sample.records)
+        edit, measured = try_method(
+            setup, method, sample, targets, section.generation_records, section.seed, thorough=True
+        )
+        tried[method.name] = edit, measured
+        console.print(f"[green]✓[/] {label(method.name):<10} {edit.cost.seconds:9.1f} s of editing")
+    comparison = _compare(setup, sample, tried)
+    _write(run, comparison, tried)
+    logged = {
+        name: [(key, value, 0) for key, value in metrics.items()]
+        for name, metrics in comparison.methods.items()
+    }
+    finish(run, logged)
     create_table_artifact(key="comparison", table=table_rows(comparison))
     show_results(comparison)
+
+
+def prepare(run: Run, folder: Path) -> Setup:
+    """Read settings and earlier results, and collect the second moments that are missing.
+
+    The results will be in `folder`, and below it the second moments of layers that the step
+    `statistics` left out.
+    """
+    run.read(*learning_steps(run.parameters))
+    section, model = run.parameters.compare, run.model.model
+    methods = make_methods(
+        section.methods,
+        section.settings,
+        run.hyperparameters,
+        model.id,
+        model.layers,
+        section.editors,
+    )
+    methods = tuple(_with_section(method, run.parameters, model.id) for method in methods)
+    zsre = section.zsre
+    return Setup(
+        run=run,
+        methods=methods,
+        split=split_source(run.parameters),
+        moments=_moments(run, methods, folder / "statistics"),
+        questions=None if zsre is None else {one.case_id: one for one in read_zsre(zsre)},
+    )
+
+
+def learning_steps(parameters: Parameters) -> list[str]:
+    """The steps in which methods of the comparison learn."""
+    return [name for name in LEARNT if name in parameters.compare.methods]
+
+
+def _with_section(method: Method, parameters: Parameters, model: str) -> Method:
+    """A method that learns, with the settings of its section."""
+    if method.name == "mend":
+        return replace(method, editor=Mend(overridden(mend_preset(model), parameters.mend)))
+    if method.name == "serac":
+        return replace(method, editor=Serac(overridden(serac_preset(model), parameters.serac)))
+    return method
+
+
+def _moments(run: Run, methods: Sequence[Method], folder: Path) -> dict[int, Artifact]:
+    """The second moments of all layers that a method needs."""
+    needed = sorted({layer for method in methods for layer in method.editor.moment_layers})
+    paths = {layer: STATISTICS / f"layer-{layer:02}.parquet" for layer in needed}
+    collected = run.given["statistics"].files
+    found = {n: run.input("statistics", p) for n, p in paths.items() if str(p) in collected}
+    missing = [layer for layer in needed if layer not in found]
+    folder.mkdir(parents=True, exist_ok=True)  # DVC expects it
+    if missing:
+        written, _ = collect_layers(run, missing).write(folder)
+        run.files += written.values()
+        found |= {layer: describe(path) for layer, path in written.items()}
+    return found
+
+
+# --- editing and measuring ----------------------------------------------------------------------
+
+Tried = tuple[MethodEdit, Measured]
+"""What a method made of a sample, and what that did."""
+
+
+def shared_targets(setup: Setup, method: Method, records: Sequence[Record]) -> SharedTargets | None:
+    """The targets of all records that a method's samples draw from; None if it needs none."""
+    hyperparameters = method.editor.target_hyperparameters
+    if hyperparameters is None:
+        return None
+    pieces = optimise(setup.run, [record.request for record in records], hyperparameters)
+    rows = {record.case_id: row for row, record in enumerate(records)}
+    return SharedTargets(rows, pieces)
+
+
+def edit_sample(
+    setup: Setup, method: Method, sample: Sample, targets: SharedTargets | None, seed: int
+) -> MethodEdit:
+    """A method's edit of a sample; its cost includes the share of the targets."""
+    run, parameters, trained = setup.run, setup.run.parameters, LEARNT.get(method.name)
+    ready = targets and targets.of(sample)
+    if ready:
+        budget = run.token_budget(parameters.edit.token_budget, trained_blocks=0)
+    else:  # it may train any block
+        blocks = run.model.model.layers
+        budget = run.token_budget(parameters.targets.token_budget, trained_blocks=blocks)
+    made = run.compute(
+        edit_with,
+        method,
+        run.model,
+        sample.file,
+        prefixes=run.prefixes,
+        moments={layer: setup.moments[layer] for layer in method.editor.moment_layers},
+        targets=ready and ready.targets,
+        token_budget=budget,
+        on_failure=parameters.edit.on_failure,
+        training=setup.split.training,
+        trained=trained and run.input(method.name, trained),
+        seed=seed,
+    )
+    forget_work("edit", method, run.model, sample.file, seed)
+    return made.model_copy(update={"cost": total_cost([ready.cost, made.cost])}) if ready else made
+
+
+def try_method(
+    setup: Setup,
+    method: Method,
+    sample: Sample,
+    targets: SharedTargets | None,
+    texts_of: int | None,
+    seed: int,
+    *,
+    thorough: bool,
+) -> Tried:
+    """Edit, score the sample's prompts, and let the model write about `texts_of` of its records.
+
+    A thorough measurement takes the perplexity, and asks the neighborhood prompts behind the
+    edited fact, too (CounterFact+).
+    """
+    edit = edit_sample(setup, method, sample, targets, seed)
+    asked: list[Any]
+    if setup.questions is not None:
+        score, asked = answer_piece, [setup.questions[r.case_id] for r in sample.records]
+    else:
+        score, asked = score_piece, prompts_of(sample.records)
+        asked += plus_prompts_of(sample.records) if thorough else []
+    held_out = held_out_text(setup.run) if thorough else None
+    texts = having_prompts(sample.records, texts_of)
+    return edit, measure(setup.run, edit.edit, score, asked, texts, held_out, seed)
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def finish(run: Run, metrics: Mapping[str, list[tuple[str, float, int]]]) -> None:
+    """Record the results, and log to MLflow each method's metrics: name, value and step."""
+    family = Family(
+        experiment=run.parameters.report.experiment,
+        step=run.step,
+        digest=run.manifest.digest,
+        parameters=run.parameters.model_dump(),
+        tags=origin(run.parameters, {run.step: run.manifest}),
+        files=[path for path in run.files if path.parent.name != "statistics"],
+        methods=metrics,
+    )
+    log(run.parameters, log_family, family)
 
 
 def show_results(comparison: Comparison) -> None:
@@ -84,100 +290,58 @@ def show_results(comparison: Comparison) -> None:
     )
 
 
-def _try_all(bench: Bench, sample: Sample) -> Iterator[tuple[str, Tried]]:
-    """Each method's name with what it did."""
-    section = bench.parameters.compare
-    goals = Goals(bench, sample.records if "memit" in section.methods else ())
-    for method in bench.methods:
-        edit, measured = try_method(
-            bench,
-            method,
-            sample,
-            goals,
-            texts_of=section.generation_records,
-            seed=section.seed,
-            thorough=True,
-        )
-        yield method.name, (edit, measured)
-        console.print(f"[green]✓[/] {method.label:<10} {edit.cost.seconds:9.1f} s of editing")
-
-
-def _compare(bench: Bench, sample: Sample, tried: dict[str, Tried]) -> Comparison:
-    from memit.evaluation.entropy import word_tokenizer
-
-    wanted = references(bench.parameters) if bench.questions is None else {}
+def _compare(setup: Setup, sample: Sample, tried: Mapping[str, Tried]) -> Comparison:
+    parameters, model = setup.run.parameters, setup.run.model.model
+    references = references_of(parameters) if setup.questions is None else {}
     methods = {
-        name: measured.metrics(sample.records, wanted) | {"seconds": edit.cost.seconds}
+        name: measured.metrics(sample.records, references) | {"seconds": edit.cost.seconds}
         for name, (edit, measured) in tried.items()
     }
-    count = len(sample.records)
+    data_set = parameters.requests.source if setup.questions is None else "zsre"
     return Comparison(
-        model=bench.model.model.id,
-        records=count,
+        model=model.id,
+        records=len(sample.records),
         methods=methods,
         exact_entropy=word_tokenizer()[1],
-        published=published(_data_set(bench), bench.model.model.id, count),
-        notes=(*_notes(bench, sample), *_dropped(bench, tried)),
+        published=published(data_set, model.id, len(sample.records)),
+        notes=tuple(_notes(setup, sample, tried)),
     )
 
 
-def _data_set(bench: Bench) -> str:
-    return bench.parameters.requests.source if bench.questions is None else "zsre"
-
-
-def _notes(bench: Bench, sample: Sample) -> tuple[str, ...]:
-    split = bench.split
-    section = bench.parameters.compare
-    written = len(having_prompts(sample.records, section.generation_records))
-    notes = [
+def _notes(setup: Setup, sample: Sample, tried: Mapping[str, Tried]) -> Iterator[str]:
+    split, section = setup.split, setup.run.parameters.compare
+    yield (
         f"{len(sample.records)} of {split.count} records that can be edited; {split.dropped} were "
         f"left out because they contradict others, {split.training_count} were set aside for "
-        f"editors that learn, and {split.prompts_dropped} neighborhood prompts with them.",
-    ]
-    if bench.questions is not None:
-        notes.append(
+        f"editors that learn, and {split.prompts_dropped} neighborhood prompts with them."
+    )
+    if setup.questions is not None:
+        yield (
             "zsRE: ES, PS and NS are the share of the answer's tokens that the model would choose, "
             "for the edited question, its paraphrase, and a question about something else."
         )
-    if written:
-        notes.append(f"GE and RS are of the texts of {written} records.")
-    return (*notes, *(f"{method.label}: {method.editor}" for method in bench.methods))
+    if written := len(having_prompts(sample.records, section.generation_records)):
+        yield f"GE and RS are of the texts of {written} records."
+    for method in setup.methods:
+        yield f"{label(method.name)}: {method.editor}"
+    for name, (edit, _) in tried.items():
+        if edit.dropped:
+            count = len(edit.dropped)
+            yield f"{label(name)}: {count} requests could not be written and count as failures."
 
 
-def _dropped(bench: Bench, tried: dict[str, Tried]) -> Iterator[str]:
-    for method in bench.methods:
-        count = tried[method.name][0].dropped
-        if count:
-            yield f"{method.label}: {count} requests could not be written and count as failures."
-
-
-def _write(comparison: Comparison, tried: dict[str, Tried]) -> list[Path]:
-    """Write the results and give their paths."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    def with_method(name: str, table: pyarrow.Table) -> pyarrow.Table:
-        return table.add_column(0, "method", pyarrow.array([name] * len(table), pyarrow.string()))
-
-    tables = {
-        COMPARISON / "prompts.parquet": [
-            with_method(name, measured.prompts) for name, (_, measured) in tried.items()
-        ],
-        COMPARISON / "generations.parquet": [
-            with_method(name, measured.texts) for name, (_, measured) in tried.items()
-        ],
-    }
-    for path, parts in tables.items():
-        whole = pyarrow.concat_tables(parts)
-        write_file(path, lambda partial, whole=whole: parquet.write_table(whole, partial))
-    files = [*tables]
+def _write(run: Run, comparison: Comparison, tried: Mapping[str, Tried]) -> None:
+    for part in ("prompts", "texts"):
+        named = [
+            _with_method(name, getattr(measured, part)) for name, (_, measured) in tried.items()
+        ]
+        table = pyarrow.concat_tables(named)
+        path = COMPARISON / ("generations.parquet" if part == "texts" else "prompts.parquet")
+        run.write(path, lambda partial, table=table: parquet.write_table(table, partial))
     for name, text in (("table.md", markdown(comparison)), ("table.csv", csv_text(comparison))):
-        write_text(COMPARISON / name, text)
-        files.append(COMPARISON / name)
-    write_json(COMPARISON / "metrics.json", plain(comparison))
-    files.append(COMPARISON / "metrics.json")
-    return files
+        run.write_text(COMPARISON / name, text)
+    run.write_json(COMPARISON / "metrics.json", plain(comparison))
 
 
-if __name__ == "__main__":
-    run_flow(compare, check_comparison)
+def _with_method(name: str, table: pyarrow.Table) -> pyarrow.Table:
+    return table.add_column(0, "method", pyarrow.array([name] * len(table), pyarrow.string()))

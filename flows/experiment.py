@@ -1,66 +1,83 @@
-"""The whole experiment: every step in turn, then DVC is told, then the results are shown.
+"""Chains of steps: the whole experiment, and the comparisons with the steps that they need.
 
-This is what ``make run`` runs. Steps and pieces that are unchanged come from caches.
+Steps and pieces that are unchanged come from caches.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
-from flows.command.parameters import Parameters, deployable
-from flows.command.script import console, given_parameters, run_flow
-
-if __name__ == "__main__":
-    given_parameters()
-
-from prefect import Flow, flow
+from prefect import Flow
 from prefect.artifacts import create_table_artifact
 from rich.table import Table
 
-from flows.command.checks import check_inputs
+from flows.command.checks import check_comparison, check_inputs, check_scaling
+from flows.command.parameters import Parameters
+from flows.command.script import console
+from flows.compare import compare, learning_steps
 from flows.edit import edit
 from flows.evaluation import evaluation
+from flows.mend import mend
 from flows.model import model
 from flows.prefixes import prefixes
 from flows.report import report
 from flows.requests import requests
+from flows.scaling import scaling
+from flows.serac import serac
 from flows.service.dvc_lock import commit_stages
-from flows.service.run_lock import alone
-from flows.service.workers import with_runner
+from flows.service.step import chain
 from flows.statistics import statistics
 from flows.targets import targets
 from tasks.engine.artifacts import remove_leftovers
 from tasks.engine.results import METRICS_FILE, STEPS
 from tasks.report import read_json, rows, rows_by_name
 
-FLOWS = (model, requests, prefixes, statistics, targets, edit, evaluation, report)
-"""The steps, in order."""
+Step = Flow[[Parameters], None]
+LEARNING: dict[str, Step] = {"mend": mend, "serac": serac}
+"""The steps in which methods learn before they edit."""
 
 
-@flow(name="experiment", validate_parameters=False)
-@deployable
-@alone()
-@with_runner
+@chain("experiment", check_inputs)
 def experiment(parameters: Parameters) -> None:
-    """Run all steps and show what came out."""
-    check_inputs(parameters)
+    """Run all steps, record their results in dvc.lock, and print a summary."""
     remove_leftovers()
     started = time.monotonic()
-    for number, step in enumerate(FLOWS, 1):
-        if step is report:
-            # The report names the digest of dvc.lock, so the others are entered there before.
-            commit_stages(parameters, [name for name in STEPS if name != "report"])
-        run_step(step, parameters, f"{number}/{len(FLOWS)}")
-    commit_stages(parameters, ["report"])
+    steps = (model, requests, prefixes, statistics, targets, edit, evaluation)
+    run_steps(steps, parameters, of=len(STEPS))
+    # The report names the digest of dvc.lock, so the others are recorded there before.
+    commit_stages(parameters, STEPS[:-1])
+    run_steps([report], parameters, first=len(STEPS), of=len(STEPS))
+    commit_stages(parameters, STEPS[-1:])
     create_table_artifact(key="results", table=rows_by_name(read_json(METRICS_FILE)))
     show_results(time.monotonic() - started)
 
 
-def run_step(step: Flow[[Parameters], None], parameters: Parameters, place: str) -> None:
-    """Run a step and say how long it took; ``place`` is where it stands among the others."""
-    before = time.monotonic()
-    step(parameters)
-    console.print(f"[green]✓[/] {place} {step.name:<12} {time.monotonic() - before:7.1f} s")
+@chain("comparison", check_comparison)
+def comparison(parameters: Parameters) -> None:
+    """All methods on the same model and the same records: the table in `comparison/`."""
+    _run_up_to(compare, parameters)
+
+
+@chain("scaling-run", check_scaling)
+def scaling_run(parameters: Parameters) -> None:
+    """All methods on more and more edits: table and figure in `scaling/`."""
+    _run_up_to(scaling, parameters)
+
+
+def _run_up_to(last: Step, parameters: Parameters) -> None:
+    learning = [LEARNING[name] for name in learning_steps(parameters)]
+    steps = (model, prefixes, statistics, *learning, last)
+    run_steps(steps, parameters, of=len(steps))
+
+
+def run_steps(steps: Sequence[Step], parameters: Parameters, *, of: int, first: int = 1) -> None:
+    """Run steps and print how long each took; `first` is the number of the first one."""
+    for number, step in enumerate(steps, first):
+        before = time.monotonic()
+        step(parameters)
+        seconds = time.monotonic() - before
+        console.print(f"[green]✓[/] {number}/{of} {step.name:<12} {seconds:7.1f} s")
 
 
 def show_results(seconds: float) -> None:
@@ -83,14 +100,9 @@ def show_results(seconds: float) -> None:
     console.print(table)
     console.print(
         "\nWhere to look next:\n"
-        "  [bold]report/results.md[/]     with figures; evaluation/facts.csv: what became of each "
-        "fact\n"
+        "  [bold]report/results.md[/]     figures; evaluation/facts.csv: what became of each fact\n"
         "  [bold]make ui[/]               every experiment in MLflow, in the browser\n"
         "  [bold]dvc metrics diff[/]      what changed since the last commit\n"
         'Ask both models: [bold]memit ask "..."[/]\n'
         "Try another:     [bold]dvc exp run -S requests.count=128[/]\n"
     )
-
-
-if __name__ == "__main__":
-    run_flow(experiment, check_inputs)

@@ -1,52 +1,49 @@
-"""What MEND learns before it edits: a network that turns gradients into updates.
+"""Train MEND before it edits: a network that turns gradients into updates.
 
-Results: ``artifacts/mend/`` with the network and the loss of each training step.
+Results: `artifacts/mend/` with the network and the loss of each training step.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from prefect import Task
+
 from flows.command.parameters import Parameters, overridden
-from flows.command.script import given_parameters, run_flow
-
-if __name__ == "__main__":
-    given_parameters()
-
-from prefect import flow
-
-from flows.methods import learn, split
-from flows.service.gpu_slot import taking_turns
+from flows.requests import split_source
+from flows.service.step import Run, step
 from flows.statistics import corpus_source
-from tasks.corpus import collect_corpus
+from memit.editors.mend import mend_preset
 from tasks.engine.artifacts import Artifact
-from tasks.engine.results import upstream
+from tasks.engine.checkpoints import forget_work
+from tasks.engine.results import MEND_NETWORK_FILE
 from tasks.mend import Continuations, train_mend_network
-from tasks.model import open_model
+from tasks.statistics import collect_corpus
 
 
-@flow(name="mend", validate_parameters=False)
-@taking_turns
-def mend(parameters: Parameters) -> None:
-    """Train the network on records that are not edited, or find the one that was."""
-    from memit.editors.mend import mend_preset
-
-    given = upstream("model")
-    model = open_model(**parameters.model.placement())
-    settings = overridden(mend_preset(model.model.id), parameters.mend)
-    learn("mend", given, train_mend_network, model, _learnt_from(parameters), settings)
+@step("mend", reads=("model",))
+def mend(run: Run) -> None:
+    """Train the network on records that are not edited, or find the one that was trained."""
+    settings = overridden(mend_preset(run.model.model.id), run.parameters.mend)
+    examples = _training_examples(run.parameters)
+    train(run, MEND_NETWORK_FILE, train_mend_network, run.model, examples, settings)
 
 
-def _learnt_from(parameters: Parameters) -> Artifact | Continuations:
+def train(run: Run, path: Path, task: Task[..., Any], *inputs: Any) -> None:
+    """Train what an editor needs, or find what was trained on these inputs."""
+    trained = run.compute(task, *inputs)
+    forget_work(run.step, *inputs)
+    run.copy(trained.file, path)
+    run.copy(trained.losses, path.with_name("losses.json"))
+
+
+def _training_examples(parameters: Parameters) -> Artifact | Continuations:
     section = parameters.mend
     if section.learn_from == "records":
-        return split(parameters).training
-    statistics = parameters.statistics
-    corpus = collect_corpus(
-        corpus_source(parameters), section.texts, section.texts, statistics.held_out_documents
-    )
+        return split_source(parameters).training
+    held_out = parameters.statistics.held_out_documents
+    corpus = collect_corpus(corpus_source(parameters), section.texts, section.texts, held_out)
     return Continuations(
         corpus.ranges[0].texts, section.texts, section.continuation_tokens, section.seed
     )
-
-
-if __name__ == "__main__":
-    run_flow(mend)

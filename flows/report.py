@@ -1,44 +1,41 @@
-"""Step 8: tell of it. Figures, tables, timings, and one MLflow run for the experiment.
+"""Step 8: write the report and log the run to MLflow.
 
-Results: ``report/`` and ``timings.json``.
+Results: `report/` and `timings.json`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from flows.command.parameters import Parameters
-from flows.command.script import console, given_parameters, run_flow
-
-if __name__ == "__main__":
-    given_parameters()
-
-from prefect import flow
-
+from flows.command.script import console
 from flows.service.dvc_lock import origin
+from flows.service.step import Run, step
 from memit.errors import UnreachableError
-from tasks.engine.results import STEPS, read_timings, upstream
+from tasks.engine.results import STEPS, read_timings
 from tasks.report import write_report
 from tasks.reporting.tracking import Experiment, log_experiment, tracking_uri
 
 
-@flow(name="report", validate_parameters=False)
-def report(parameters: Parameters) -> None:
-    """Draw, tabulate and log what the other steps left."""
-    earlier = [step for step in STEPS if step != "report"]
-    given = upstream(*earlier)
-    timings = read_timings(earlier)
+@step("report", reads=STEPS[:-1])
+def report(run: Run) -> None:
+    """Draw, tabulate and log the results of the other steps."""
+    timings = read_timings(STEPS[:-1])
     write_report(timings)
     experiment = Experiment(
-        name=parameters.report.experiment,
-        parameters=parameters.model_dump(include=set(STEPS)),
-        manifests=given,
+        name=run.parameters.report.experiment,
+        parameters=run.parameters.model_dump(include=set(STEPS)),
+        manifests=run.given,
         timings=timings,
-        tags=origin(parameters, given),
+        tags=origin(run.parameters, run.given),
     )
+    log(run.parameters, log_experiment, experiment)
+
+
+def log(parameters: Parameters, log_to: Callable[[Any, str], object], content: object) -> None:
+    """Log to MLflow. If its store cannot be reached, a warning is printed and the run goes on."""
     try:
-        log_experiment(experiment, tracking_uri(parameters.report.tracking_uri))
+        log_to(content, tracking_uri(parameters.report.tracking_uri))
     except UnreachableError as error:
         console.print(f"[yellow]warning:[/] {error}")
-
-
-if __name__ == "__main__":
-    run_flow(report)

@@ -1,51 +1,45 @@
-"""Step 2: which facts are written. Choose, sample and check them; one file that the rest reads.
+"""Step 2: choose, sample and check the facts that are written; all later steps read one file.
 
-Result: ``artifacts/requests.json``, records in the CounterFact schema.
+Result: `artifacts/requests.json`, records in the CounterFact schema.
 """
 
 from __future__ import annotations
 
-from flows.command.parameters import Parameters
-from flows.command.script import console, given_parameters, run_flow
-
-if __name__ == "__main__":
-    given_parameters()
-
-from prefect import flow
 from rich.text import Text
 
-from flows.service.gpu_slot import taking_turns
-from tasks.engine.artifacts import Artifact, copy_file, describe
-from tasks.engine.results import REQUESTS_FILE, WORLD, finish_step, upstream
-from tasks.model import open_model
-from tasks.requests import Source, choose_requests, locate_records
+from flows.command.parameters import Parameters
+from flows.command.script import console
+from flows.service.step import Run, step
+from tasks.engine.artifacts import Artifact, describe
+from tasks.engine.results import REQUESTS_FILE, WORLD
+from tasks.requests import Source, Split, choose_requests, locate_records, split_records
 
 
-@flow(name="requests", validate_parameters=False)
-@taking_turns
-def requests(parameters: Parameters) -> None:
+@step("requests", reads=("model",))
+def requests(run: Run) -> None:
     """Choose the records of the experiment and check that each can be edited."""
-    given = upstream("model")
-    section = parameters.requests
-    chosen = choose_requests(
-        *records_source(parameters),
-        section.count,
-        section.seed,
-        open_model(**parameters.model.placement()),
-    )
+    section = run.parameters.requests
+    source, file = records_source(run.parameters)
+    chosen = run.compute(choose_requests, source, file, section.count, section.seed, run.model)
     if chosen.weak:
         console.print("[yellow]warning:[/]", Text(chosen.weak), soft_wrap=True)
-    copy_file(chosen.records.checked(), REQUESTS_FILE)
-    finish_step("requests", [REQUESTS_FILE], given, [chosen.cost])
+    run.copy(chosen.records, REQUESTS_FILE)
 
 
 def records_source(parameters: Parameters) -> tuple[Source, Artifact]:
-    """The kind and the file of the records that the section ``requests`` names."""
+    """The kind and the file of the records that the section `requests` names."""
     section = parameters.requests
     if section.source == "synthetic":
         return "counterfact", describe(WORLD / "records.json")
     return section.source, describe(locate_records(section.path, section.url, section.sha256))
 
 
-if __name__ == "__main__":
-    run_flow(requests)
+def split_source(parameters: Parameters) -> Split:
+    """The records of a comparison, those to edit and those to learn from: zsRE's, or those that
+    `requests` names."""
+    section = parameters.compare
+    if section.zsre is None:
+        source, file = records_source(parameters)
+    else:
+        source, file = "zsre", describe(locate_records(section.zsre, None, None))
+    return split_records(source, file, section.training_records, parameters.requests.seed)

@@ -1,6 +1,6 @@
-"""What SERAC learns before it edits: a scope classifier and a counterfactual model.
+"""Train SERAC before it edits: a scope classifier and a counterfactual model.
 
-Results: ``artifacts/serac/`` with both models and the losses of both trainings.
+Results: `artifacts/serac/` with both models and the losses of both trainings.
 """
 
 from __future__ import annotations
@@ -9,56 +9,39 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from flows.command.parameters import Parameters, overridden
-from flows.command.script import given_parameters, run_flow
-
-if __name__ == "__main__":
-    given_parameters()
-
-from prefect import flow
-
-from flows.methods import learn, split
-from flows.service.gpu_slot import taking_turns
+from flows.command.parameters import overridden
+from flows.mend import train
+from flows.requests import split_source
+from flows.service.step import Run, step
+from memit.editors.serac import SeracSettings, serac_preset
+from tasks.engine.hub import resolve_commit
 from tasks.engine.loaded_model import directory_digests
-from tasks.engine.results import upstream
-from tasks.model import open_model, resolve_commit
+from tasks.engine.results import SERAC_MODELS_FILE
 from tasks.serac import train_serac_models
 
-if TYPE_CHECKING:
-    from memit.editors.serac import SeracSettings
 
-
-@flow(name="serac", validate_parameters=False)
-@taking_turns
-def serac(parameters: Parameters) -> None:
-    """Train both models on records that are not edited, or find those that were."""
-    from memit.editors.serac import serac_preset
-
-    given = upstream("model")
-    model = open_model(**parameters.model.placement())
-    settings = _pinned(overridden(serac_preset(model.model.id), parameters.serac))
-    learn("serac", given, train_serac_models, model, split(parameters).training, settings)
+@step("serac", reads=("model",))
+def serac(run: Run) -> None:
+    """Train both models on records that are not edited, or find those that were trained."""
+    settings = _pinned(overridden(serac_preset(run.model.model.id), run.parameters.serac))
+    records = split_source(run.parameters).training
+    train(run, SERAC_MODELS_FILE, train_serac_models, run.model, records, settings)
 
 
 def _pinned(settings: SeracSettings) -> SeracSettings:
     """The settings with the commits of models from the hub, and the digests of those in
-    directories, so that what was learnt names them."""
-    commits = {
+    directories, so that cache keys name them."""
+    revisions = {
         f"{part}_revision": _directory_digest(Path(name))
         if Path(name).is_dir()
         else resolve_commit(name, getattr(settings, f"{part}_revision") or "main")
         for part in ("encoder", "counterfactual")
         if (name := getattr(settings, part)) is not None
     }
-    return replace(settings, **commits)
+    return replace(settings, **revisions)
 
 
 def _directory_digest(directory: Path) -> str:
     files = json.dumps(directory_digests(directory), sort_keys=True)
     return hashlib.sha256(files.encode()).hexdigest()
-
-
-if __name__ == "__main__":
-    run_flow(serac)

@@ -1,50 +1,61 @@
-"""The step ``edit``: spread the targets over the layers and keep what that adds to the weights."""
+"""The tasks of the step `edit`: let an editor change the model, and keep what it made."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+from safetensors.torch import save_file
+
+from memit.editors.base import Edit, Editor, Resources
 from memit.errors import EditError, IntegrityError
-from memit.hyperparameters import Hyperparameters
-from memit.requests import EditRequest, Record, read_counterfact
+from memit.requests import read_counterfact
+from memit.second_moment import SecondMoment, read_moment
+from memit.targets import Targets
+from memit.weight_delta import WeightDelta
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
+from tasks.engine.checkpoints import work_directory
+from tasks.engine.code import code_of_class
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import progress_bar
 
-if TYPE_CHECKING:
-    from memit.language_model import LanguageModel
-    from memit.second_moment import SecondMoment
-    from memit.spread import Spread
-    from memit.targets import Targets
-    from memit.weight_delta import WeightDelta
-
 OnFailure = Literal["stop", "drop"]
-"""What becomes of edits that cannot be written: the run stops, or goes on without them."""
+"""What happens to edits that cannot be written: the run stops, or goes on without them."""
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
 
-class Edit(Value):
-    """An edit of all requests."""
+@dataclass(frozen=True)
+class Method:
+    """An editor with its settings, under the name that it has in tables."""
 
-    delta: Artifact
-    """Low-rank factors of the updates, with their provenance (safetensors)."""
-    weights: Artifact
-    """The changed matrices, under their names in the model (safetensors)."""
-    summary: Artifact
-    """How large targets, residuals and updates are (JSON)."""
+    name: str
+    editor: Editor
+
+    @property
+    def cache_key(self) -> dict[str, object]:
+        """Settings, and the SHA-256 of each source file that the editor comes from."""
+        code = code_of_class(type(self.editor))
+        return {"name": self.name, "editor": self.editor, "code": code}
+
+
+class MethodEdit(Value):
+    """What a method made of some requests."""
+
+    edit: Artifact
+    """What `Edit.save` wrote (safetensors)."""
+    dropped: dict[int, str]
+    """Index of each request that could not be written, with the reason."""
     cost: Cost
 
 
-class StoredMoments(Mapping[int, "SecondMoment"]):
+class StoredMoments(Mapping[int, SecondMoment]):
     """The second moments of the layers, each read when it is asked for."""
 
     def __init__(self, files: Mapping[int, Artifact], model_digest: str) -> None:
@@ -53,8 +64,6 @@ class StoredMoments(Mapping[int, "SecondMoment"]):
 
     def __getitem__(self, layer: int) -> SecondMoment:
         """Read one layer's sums, checked to be those of this model and layer."""
-        from memit.second_moment import read_moment
-
         path = self.files[layer].checked()
         moment, provenance = read_moment(path)
         if (provenance.get("model"), provenance.get("layer")) != (self.model_digest, layer):
@@ -71,57 +80,57 @@ class StoredMoments(Mapping[int, "SecondMoment"]):
 
 
 @cached_task("edit")
-def spread_edit(
+def edit_with(
+    method: Method,
     model: ModelReference,
     records: Artifact,
+    *,
     prefixes: Sequence[str],
-    targets: Artifact,
     moments: Mapping[int, Artifact],
-    hyperparameters: Hyperparameters,
+    targets: Artifact | None,
     token_budget: int,
-    on_failure: OnFailure = "stop",
-) -> Edit:
-    """Compute the update of every layer (Algorithm 1, lines 5-15).
+    on_failure: OnFailure,
+    training: Artifact | None = None,
+    trained: Artifact | None = None,
+    seed: int = 0,
+) -> MethodEdit:
+    """Let a method edit all records.
+
+    `targets` are those of the records, of an editor that spreads some; `training` are records to
+    learn from, and `trained` is the file of an editor that has learnt. An editor that resumes after
+    a kill keeps its unfinished work in `work_directory`.
 
     Raises:
-        EditError: edits cannot be written, and ``on_failure`` is not to drop them.
-        NumericsError: a layer's equations have no solution that can be stored.
+        EditError: edits cannot be written, and `on_failure` is not to drop them.
+        NumericsError: none can.
     """
-    from memit.spread import spread
-    from memit.targets import Targets, check_targets
-
-    chosen = read_counterfact(records.checked())
-    goals = Targets.load(targets.checked())
-    layers = hyperparameters.layers
+    requests = [record.request for record in read_counterfact(records.checked())]
+    goals = None if targets is None else Targets.load(targets.checked())
+    checkpoints = work_directory("edit", method, model, records, seed)
+    editor = method.editor
+    if trained is not None:
+        editor = replace(editor, trained=trained.checked())  # type: ignore[type-var]
     with loaded(model) as lm, Meter() as meter:
 
-        def write(kept: Sequence[int]) -> Spread:
-            requests = [chosen[place].request for place in kept]
-            aims = goals.chosen(kept)
-            check_targets(requests, aims)
-            with progress_bar("edit", len(layers), "layers") as bar:
-                return spread(
-                    lm,
-                    requests,
-                    prefixes,
-                    aims.z,
-                    StoredMoments(moments, model.model.digest),
-                    hyperparameters,
+        def write(kept: Sequence[int]) -> Edit:
+            with progress_bar(method.name, len(kept), "edits") as bar:
+                resources = Resources(
                     token_budget=token_budget,
+                    prefixes=prefixes,
+                    moments=StoredMoments(moments, model.model.digest),
+                    targets=goals and goals.chosen(kept),
+                    training=read_counterfact(training.checked()) if training else (),
+                    seed=seed,
+                    checkpoints=checkpoints,
                     progress=lambda done: bar.advance(0, done),
                 )
+                return editor.edit(lm, [requests[index] for index in kept], resources)
 
-        result, dropped = write_what_can_be(write, len(chosen), on_failure)
-        kept = [place for place in range(len(chosen)) if place not in dropped]
-        delta = _signed(result.delta, lm, [chosen[p].request for p in kept], hyperparameters)
-        summary = _summarise(result, goals.chosen(kept), hyperparameters)
-        summary["dropped"] = [_dropped(chosen[place], reason) for place, reason in dropped.items()]
-    with loaded(model) as lm:
-        weights = store_piece("edit", ".safetensors", lambda path: _save_changed(lm, delta, path))
-    return Edit(
-        delta=store_piece("edit", ".safetensors", delta.save),
-        weights=weights,
-        summary=store_piece("edit", ".json", lambda path: _save_json(summary, path)),
+        edit, dropped = write_what_can_be(write, len(requests), on_failure)
+    left_out = dict.fromkeys(edit.provenance.get("left_out", ()), "the editor left it out")
+    return MethodEdit(
+        edit=store_piece("edit", ".safetensors", edit.save),
+        dropped=left_out | dropped,
         cost=meter.cost,
     )
 
@@ -129,69 +138,55 @@ def spread_edit(
 def write_what_can_be(
     write: Callable[[Sequence[int]], Result], count: int, on_failure: OnFailure
 ) -> tuple[Result, dict[int, str]]:
-    """Write ``count`` edits, or those that can be; gives what ``write`` makes of these, and why
-    each of the others was dropped.
+    """Write `count` edits, or those that can be written; return what `write` makes of these, and
+    the reason why each of the others was dropped.
 
     Raises:
-        EditError: some cannot be written, and ``on_failure`` is "stop", or none can.
+        EditError: some cannot be written, and `on_failure` is "stop", or none can.
     """
     dropped: dict[int, str] = {}
     while True:
-        kept = [place for place in range(count) if place not in dropped]
+        kept = [index for index in range(count) if index not in dropped]
         try:
             return write(kept), dropped
         except EditError as error:
             if on_failure == "stop" or len(error.edits) == len(kept):
                 raise
             logger.warning("%s %d edits are dropped.", error, len(error.edits))
-            dropped |= {kept[place]: str(error) for place in error.edits}
+            dropped |= {kept[index]: str(error) for index in error.edits}
 
 
-def _dropped(record: Record, reason: str) -> dict[str, Any]:
-    return {"case_id": record.case_id, "prompt": record.request.text, "reason": reason}
+@cached_task("changed_weights")
+def changed_weights(model: ModelReference, delta: Artifact) -> Artifact:
+    """W + Δ of each changed parameter, under its name in a checkpoint of the model."""
+    change = WeightDelta.load(delta.checked())
+    with loaded(model) as lm:
+        change.apply(lm)
+        try:
+            matrices = {name: lm.parameter(name).cpu().contiguous() for name in change.changes}
+            return store_piece(
+                "edit", ".safetensors", lambda path: save_file(matrices, path, {"format": "pt"})
+            )
+        finally:
+            change.revert(lm)
 
 
-def _signed(
-    delta: WeightDelta,
-    lm: LanguageModel,
-    requests: Sequence[EditRequest],
-    hyperparameters: Hyperparameters,
-) -> WeightDelta:
-    """The delta with where it came from written inside."""
-    from memit.editors.base import provenance
-    from memit.editors.memit import Memit
-    from memit.weight_delta import WeightDelta
-
-    origin = provenance(Memit(hyperparameters), lm, requests)
-    return WeightDelta(delta.changes, {**origin, **delta.provenance})
-
-
-def _summarise(
-    result: Spread, targets: Targets, hyperparameters: Hyperparameters
-) -> dict[str, Any]:
-    """What ``edit.json`` says; norms are Frobenius norms."""
+def describe_edit(made: MethodEdit, targets: Path, records: Path) -> dict[str, Any]:
+    """The content of `edit.json`: how large targets, residuals and updates are, and what was
+    dropped."""
+    origin = WeightDelta.load(made.edit.checked()).provenance
+    all_records, hyperparameters = read_counterfact(records), origin["settings"]["hyperparameters"]
+    kept = [index for index in range(len(all_records)) if index not in made.dropped]
+    shift = Targets.load(targets).chosen(kept).delta_ratios.mean()
     return {
-        "count": len(targets.z),
-        "layers": list(hyperparameters.layers),
-        "target_shift": round(float(targets.delta_ratios.mean()), 6),
-        "residuals": {str(layer): round(norm, 6) for layer, norm in result.residuals.items()},
-        "residual_left": round(result.residual_left, 6),
-        "update_ratio": {str(layer): round(r, 6) for layer, r in result.update_ratios.items()},
-        "hyperparameters": asdict(hyperparameters),
+        "count": len(kept),
+        "layers": hyperparameters["layers"],
+        "target_shift": round(float(shift), 6),
+        **{name: origin[name] for name in ("residuals", "residual_left", "update_ratio")},
+        "hyperparameters": hyperparameters,
+        "dropped": [
+            {"case_id": record.case_id, "prompt": record.request.text, "reason": reason}
+            for index, reason in made.dropped.items()
+            for record in all_records[index : index + 1]
+        ],
     }
-
-
-def _save_changed(lm: LanguageModel, delta: WeightDelta, path: Path) -> None:
-    """Write W + Δ of each changed parameter as it stands in a checkpoint of the model."""
-    from safetensors.torch import save_file
-
-    delta.apply(lm)
-    try:
-        matrices = {name: lm.parameter(name).cpu().contiguous() for name in delta.changes}
-        save_file(matrices, path, {"format": "pt"})
-    finally:
-        delta.revert(lm)
-
-
-def _save_json(content: object, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,30 +1,42 @@
-"""The step ``evaluation``: measure the model before and after, in pieces of some prompts."""
+"""The tasks of the step `evaluation`: score prompts and answers, and generate texts, in pieces."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 
 from memit.errors import InputError
-from tasks.corpus import read_texts
+from memit.evaluation.counterfact import (
+    SCORE_OF,
+    ScoredPrompt,
+    harmonic_mean,
+    record_means,
+    score_prompts,
+    summarise,
+)
+from memit.evaluation.generations import TOTAL_TOKENS, generation_record_means, write_about
+from memit.evaluation.intervals import bootstrap_intervals
+from memit.evaluation.perplexity import perplexity
+from memit.evaluation.reference import References, references_from_corpus
+from memit.evaluation.zsre import ZsreRecord, score_zsre, zsre_record_means
+from memit.requests import Record
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, with_edit
 from tasks.engine.progress import piece_progress
+from tasks.reporting.labels import DECIMALS
+from tasks.requests import Source, read_source
+from tasks.statistics import Corpus, read_texts
 
-if TYPE_CHECKING:
-    import pyarrow
-
-    from memit.evaluation.counterfact import ScoredPrompt
-    from memit.evaluation.reference import References
-    from memit.requests import Record
-
-DECIMALS = 6
-"""Places after the point in ``metrics.json``."""
+RECORDS_PER_PIECE = 16
+"""Records whose texts are generated in a piece: a text takes a hundred steps."""
 
 
 class TablePiece(Value):
@@ -49,19 +61,43 @@ def score_piece(
     token_budget: int,
 ) -> TablePiece:
     """Score some prompts against both objects, on the unedited model or with a delta in it."""
-    from memit.evaluation.counterfact import score_prompts
-
     with with_edit(model, edit) as lm, Meter() as meter, piece_progress("evaluation") as progress:
         table = score_prompts(lm, prompts, token_budget=token_budget, progress=progress)
     return kept_table("evaluation", table, meter.cost)
 
 
-def kept_table(step: str, table: pyarrow.Table, cost: Cost) -> TablePiece:
-    """Put what a piece has found into the cache."""
-    import pyarrow.parquet as parquet
+@cached_task("zsre")
+def answer_piece(
+    questions: Sequence[ZsreRecord],
+    model: ModelReference,
+    edit: Artifact | None,
+    token_budget: int,
+) -> TablePiece:
+    """Answer some of zsRE's questions under teacher forcing."""
+    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("zsre") as progress:
+        table = score_zsre(lm, questions, token_budget=token_budget, progress=progress)
+    return kept_table("evaluation", table, meter.cost)
 
-    piece = store_piece(step, ".parquet", lambda path: parquet.write_table(table, path))
-    return TablePiece(table=piece, cost=cost)
+
+@cached_task("generation")
+def write_piece(
+    records: Sequence[Record],
+    model: ModelReference,
+    edit: Artifact | None,
+    seed: int,
+    token_budget: int,
+) -> TablePiece:
+    """Continue the generation prompts of some records."""
+    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("generation") as progress:
+        table = write_about(
+            lm,
+            records,
+            seed=seed,
+            token_budget=token_budget,
+            total_tokens=min(TOTAL_TOKENS, lm.context_length),
+            progress=progress,
+        )
+    return kept_table("generation", table, meter.cost)
 
 
 @cached_task("perplexity")
@@ -69,8 +105,6 @@ def measure_perplexity(
     held_out: Artifact, model: ModelReference, edit: Artifact | None, token_budget: int
 ) -> MeasuredPerplexity:
     """Perplexity of the unedited model, or with a delta in it, on text that nothing has seen."""
-    from memit.evaluation.perplexity import perplexity
-
     documents = read_texts(held_out.checked())
     with with_edit(model, edit) as lm, Meter() as meter:
         value = None
@@ -81,9 +115,6 @@ def measure_perplexity(
 
 def read_table(pieces: Sequence[TablePiece]) -> pyarrow.Table:
     """The rows of all pieces, in order."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
     return pyarrow.concat_tables([parquet.read_table(piece.table.checked()) for piece in pieces])
 
 
@@ -95,10 +126,6 @@ def metrics_of(
 ) -> dict[str, float]:
     """All metrics that tables of prompts (or zsRE's answers) and of generated texts support, each
     with its 95% bootstrap interval over records, and the number of records."""
-    from memit.evaluation.counterfact import SCORE_OF, record_means, summarise
-    from memit.evaluation.generations import generation_record_means
-    from memit.evaluation.intervals import bootstrap_intervals
-
     if "answer" in prompts.column_names:
         means, summary = _of_answers(prompts)
     else:
@@ -113,19 +140,46 @@ def metrics_of(
 
 def _of_answers(answers: pyarrow.Table) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """zsRE's metrics under the names that they have in all tables; NS is its specificity."""
-    from memit.evaluation.counterfact import harmonic_mean
-    from memit.evaluation.zsre import zsre_record_means
-
     means = zsre_record_means(answers)
     values = {name: float(of.mean()) for name, of in means.items()}
     return means, {"score": harmonic_mean(list(values.values()))} | values
 
 
 def described_edit(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``metrics.json`` says of an edit, out of ``edit.json``."""
+    """What `metrics.json` says of an edit, out of `edit.json`."""
     described = ("count", "layers", "target_shift", "residual_left", "update_ratio")
     return {name: summary[name] for name in described} | {"dropped": len(summary["dropped"])}
 
 
 def _rounded(value: float) -> float:
     return value if isinstance(value, int) else round(value, DECIMALS)
+
+
+@cached_task("references")
+def collect_references(source: Source, file: Artifact, corpus: Corpus) -> Artifact:
+    """Texts of a corpus about each relation and object, as the records in `file` know it (JSON).
+
+    Give all records of a data set, not only those that are edited.
+    """
+    known, _ = read_source(source, file.checked())
+    documents = (text for part in corpus.ranges for text in read_texts(part.texts.checked()))
+    found = references_from_corpus(known, documents)
+    rows = json.dumps([[*key, list(texts)] for key, texts in found.items()])
+    return store_piece("references", ".json", lambda path: path.write_text(rows))
+
+
+def read_references(file: Artifact) -> References:
+    """What `collect_references` found."""
+    rows = json.loads(file.checked().read_text(encoding="utf-8"))
+    return {(relation, target): texts for relation, target, texts in rows}
+
+
+def having_prompts(records: Sequence[Record], most: int | None) -> list[Record]:
+    """The first `most` records that have generation prompts; None takes all of them."""
+    return [record for record in records if record.generation_prompts][:most]
+
+
+def kept_table(step: str, table: pyarrow.Table, cost: Cost) -> TablePiece:
+    """Put what a piece has found into the cache."""
+    piece = store_piece(step, ".parquet", lambda path: parquet.write_table(table, path))
+    return TablePiece(table=piece, cost=cost)

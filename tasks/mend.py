@@ -1,4 +1,4 @@
-"""The step ``mend``: train the network that turns gradients into edits."""
+"""The task of the step `mend`: train the network that turns gradients into edits."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from memit.editors.mend import (
+    EditExample,
+    MendSettings,
+    examples_from_records,
+    examples_from_texts,
+    train_mend,
+)
+from memit.generation import generate_texts
+from memit.language_model import LanguageModel
 from memit.requests import read_counterfact
-from tasks.corpus import read_texts
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import progress_bar
-
-if TYPE_CHECKING:
-    from memit.editors.mend import EditExample, MendSettings
-    from memit.language_model import LanguageModel
+from tasks.statistics import read_texts
 
 TOP_K = 50
 """Of the continuations that are sampled as edits."""
@@ -55,8 +59,6 @@ def train_mend_network(
 ) -> Trained:
     """Train a network on records, or on sampled continuations of texts, going on from the last
     checkpoint."""
-    from memit.editors.mend import train_mend
-
     with (
         loaded(model) as lm,
         Meter() as meter,
@@ -73,9 +75,6 @@ def train_mend_network(
 
 
 def _examples(lm: LanguageModel, learnt_from: Artifact | Continuations) -> list[EditExample]:
-    from memit.editors.mend import examples_from_records, examples_from_texts
-    from memit.generation import generate_texts
-
     if isinstance(learnt_from, Artifact):
         return examples_from_records(read_counterfact(learnt_from.checked()))
     texts = read_texts(learnt_from.texts.checked())[: learnt_from.count]

@@ -1,16 +1,24 @@
-"""The step ``model``: which model is edited, fetched, found, or trained here."""
+"""The tasks of the step `model`: train a small model and its world, or describe a directory."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from memit.errors import InputError, IntegrityError, ResourceError, UnreachableError
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from memit.errors import InputError, IntegrityError
+from memit.evaluation.counterfact import prompts_of, score_prompts
+from memit.language_model import LanguageModel, read_description, reading
+from memit.requests import read_counterfact, write_records
+from memit.world.people import WorldParameters, make_world
+from memit.world.small_model import TrainingParameters, train
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
@@ -24,16 +32,9 @@ from tasks.engine.loaded_model import (
     weight_files,
 )
 from tasks.engine.progress import progress_bar
-from tasks.engine.results import MODEL_FILE, WEIGHTS
-from tasks.engine.retry import patient
 
-if TYPE_CHECKING:
-    from memit.language_model import LanguageModel
-
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
-DESCRIPTION_PATTERNS = ("*.json", "*.txt", "*.model")
 FLOATS = {"F64", "F32", "F16", "BF16"}
-"""Numbers in safetensors files that weights can be read from."""
+"""Number types of safetensors files that weights can be read from."""
 MOST_BLOCKS = 1_000
 """Making the blocks of a model takes time even without weights."""
 
@@ -44,7 +45,7 @@ class SmallModel(Value):
     weights: dict[str, Artifact]
     """The files of its directory."""
     world: dict[str, Artifact]
-    """``records.json``, ``corpus.txt`` and ``held_out.txt``."""
+    """`records.json`, `corpus.txt` and `held_out.txt`."""
     cost: Cost
 
 
@@ -61,15 +62,8 @@ def train_small_model(
 ) -> SmallModel:
     """Invent a world and train a small model on it, going on from the last checkpoint.
 
-    ``world`` and ``training`` hold the fields of `WorldParameters` and `TrainingParameters`.
+    `world` and `training` hold the fields of `WorldParameters` and `TrainingParameters`.
     """
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from memit.requests import write_records
-    from memit.world.people import WorldParameters, make_world
-    from memit.world.small_model import TrainingParameters, train
-
     disable_progress_bar()
     torch.set_num_threads(threads)
     made = make_world(WorldParameters(**world))
@@ -95,9 +89,6 @@ def train_small_model(
 @cached_task("recall")
 def measure_recall(model: ModelReference, records: Artifact, token_budget: int) -> Recall:
     """Ask a model trained here for every one of its facts (argmax of the true object's tokens)."""
-    from memit.evaluation.counterfact import prompts_of, score_prompts
-    from memit.requests import read_counterfact
-
     prompts = [p for p in prompts_of(read_counterfact(records.checked())) if p.kind == "rewrite"]
     with (
         loaded(model) as lm,
@@ -120,56 +111,6 @@ def _keep_lines(lines: tuple[str, ...]) -> Artifact:
     return store_piece("model", ".txt", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-@patient
-def resolve_commit(name: str, revision: str, kind: Literal["model", "dataset"] = "model") -> str:
-    """The commit that a branch, tag or commit of a hub repository stands for.
-
-    Raises:
-        InputError: there is no such repository or revision.
-        UnreachableError: the hub does not answer.
-    """
-    if re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
-    from huggingface_hub import HfApi
-
-    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
-    with _asking_hub(name, revision):
-        commit = ask(name, revision=revision, timeout=30).sha
-    if commit is None:
-        raise UnreachableError(f"the hub names no commit for {name} at {revision}: give a commit.")
-    return commit
-
-
-def fetch_description(name: str, commit: str) -> Path:
-    """Configuration and tokenizer of a hub model, without its weights."""
-    return _snapshot(name, commit)
-
-
-def fetch_model(name: str, commit: str) -> Path:
-    """The snapshot of a hub model with its safetensors weights, fetched unless it is here.
-
-    Raises:
-        InputError: the revision has no safetensors weights.
-        ResourceError: the weights do not fit on the disk.
-        UnreachableError: the hub does not answer.
-    """
-    directory = fetch_description(name, commit)
-    if not _has_weights(directory):
-        _check_room(name, commit)
-        directory = _snapshot(name, commit, *WEIGHT_PATTERNS)
-    if not _has_weights(directory):
-        raise InputError(
-            f"{name} at {commit} has no safetensors weights, and no others are loaded: name a "
-            "revision that has them (often refs/pr/N), or convert them and use model.source: local."
-        )
-    return directory
-
-
-def _has_weights(directory: Path) -> bool:
-    names = weight_files(directory)
-    return bool(names) and all((directory / name).is_file() for name in names)
-
-
 def model_without_weights(name: str, revision: str | None, directory: Path) -> LanguageModel:
     """A model directory's structure and tokenizer, with no numbers in the weights.
 
@@ -177,11 +118,6 @@ def model_without_weights(name: str, revision: str | None, directory: Path) -> L
         InputError: the directory does not hold a model.
         ModelStructureError: the method does not fit the model.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from memit.language_model import LanguageModel, read_description, reading
-
     config, tokenizer = read_description(directory)
     with reading("config.json", directory), torch.device("meta"):
         if config.get_text_config().num_hidden_layers > MOST_BLOCKS:
@@ -219,8 +155,6 @@ def check_weights(directory: Path) -> None:
         InputError: there are none, or they hold whole numbers.
         IntegrityError: one is damaged or missing.
     """
-    from safetensors import SafetensorError, safe_open
-
     files = [directory / name for name in weight_files(directory)]
     if not files:
         raise InputError(
@@ -245,91 +179,3 @@ def check_weights(directory: Path) -> None:
                     f"{path} holds {name} as {kind}: give a model with weights in one of "
                     f"{', '.join(sorted(FLOATS))}."
                 )
-
-
-@patient
-def _snapshot(name: str, commit: str, *more: str) -> Path:
-    """The description of a hub model, from here if it is here; with ``more``, from the hub."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    patterns = [*more, *DESCRIPTION_PATTERNS]
-    fetch = partial(snapshot_download, name, revision=commit, allow_patterns=patterns)
-    with _asking_hub(name, commit):
-        if not more:
-            with suppress(LocalEntryNotFoundError):
-                found = Path(fetch(local_files_only=True))
-                if (found / "config.json").exists():
-                    return found
-        return Path(fetch())
-
-
-@contextmanager
-def _asking_hub(name: str, revision: str) -> Iterator[None]:
-    """What the hub refuses is the user's to correct; anything else may be better later."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise InputError(
-            f"the hub has no {name} at revision {revision}: check both in params.yaml (a private "
-            "repository needs a login: hf auth login)."
-        ) from None
-    except HFValidationError:
-        raise InputError(f"{name!r} is no name on the hub: write owner/name.") from None
-    except Exception as error:  # the clients beneath raise errors of many libraries
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        status = getattr(getattr(error, "response", None), "status_code", 503)
-        if isinstance(error, HfHubHTTPError) and status < 500 and status not in (408, 425, 429):
-            raise InputError(f"the hub refuses {name} ({reason}): check it.") from None
-        raise UnreachableError(
-            f"the hub cannot be reached for {name} ({reason}): check the network, or "
-            "download it elsewhere and name a local path."
-        ) from error
-
-
-def _check_room(name: str, commit: str) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    with _asking_hub(name, commit):
-        info = HfApi().model_info(name, revision=commit, files_metadata=True)
-    needed = sum(f.size or 0 for f in info.siblings or () if f.rfilename.endswith(".safetensors"))
-    place = Path(HF_HUB_CACHE)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise ResourceError(
-            f"the weights of {name} take {needed / 1e9:.1f} GB, and {place} has "
-            f"{free / 1e9:.1f} GB free: make room or set HF_HOME to another disk."
-        )
-
-
-def open_model(dtype: str, device: str, threads: int, path: str | None) -> ModelReference:
-    """The model that the step ``model`` described, wherever its weights lie on this machine.
-
-    ``path`` is the directory of a local model.
-    """
-    try:
-        model = ModelFiles.model_validate_json(MODEL_FILE.read_text(encoding="utf-8"))
-    except ValueError:
-        raise IntegrityError(f"{MODEL_FILE} is damaged: run the step model again.") from None
-    directory = WEIGHTS
-    if model.source == "hub":
-        directory = fetch_model(model.id, str(model.revision))
-    elif model.source == "local":
-        directory = Path(path or "")
-    return ModelReference(
-        directory=str(directory.resolve()),
-        model=model,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-    )

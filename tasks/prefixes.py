@@ -1,10 +1,11 @@
-"""The step ``prefixes``: sample once the contexts that are put before every prompt."""
+"""The task of the step `prefixes`: sample once the contexts that are put before every prompt."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from memit.prefixes import sample_prefixes
 from tasks.engine.artifacts import Value
 from tasks.engine.cache import cached_task
 from tasks.engine.cost import Cost, Meter
@@ -21,8 +22,6 @@ class SampledPrefixes(Value):
 @cached_task("prefixes")
 def draw_prefixes(model: ModelReference, seed: int) -> SampledPrefixes:
     """Let the unedited model continue five words, from a seeded generator."""
-    from memit.prefixes import sample_prefixes
-
     with loaded(model) as lm, Meter() as meter:
         prefixes = sample_prefixes(lm, seed)
     return SampledPrefixes(prefixes=prefixes, cost=meter.cost)

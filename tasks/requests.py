@@ -1,14 +1,21 @@
-"""The step ``requests``: choose, sample and check the facts; one file that all later steps read."""
+"""The tasks of the step `requests`: choose, sample, check and split the records."""
 
 from __future__ import annotations
 
 import socket
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
+from random import Random
 from typing import Literal
 from urllib.request import Request
 
+from torch.hub import download_url_to_file
+
 from memit.errors import InputError, IntegrityError, UnreachableError
+from memit.evaluation.zsre import as_records, read_zsre
 from memit.files.reading import check_file, file_sha256, verify_sha256
 from memit.requests import (
     Record,
@@ -18,6 +25,9 @@ from memit.requests import (
     sample_records,
     write_records,
 )
+from memit.room import check_records
+from memit.targets import plain_rows, weak_keys
+from memit.true_objects import with_true_objects
 from tasks.engine.artifacts import Artifact, Value, cache_directory, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.cost import Cost, Meter
@@ -68,8 +78,6 @@ def fetch(url: str, sha256: str, to: Path) -> Path:
         InputError, IntegrityError, UnreachableError: it is no address, sends something else, or
             does not answer.
     """
-    from torch.hub import download_url_to_file
-
     if to.is_file() and file_sha256(to) == sha256:
         return to
     before = socket.getdefaulttimeout()
@@ -104,7 +112,7 @@ def read_source(source: Source, path: Path) -> tuple[list[Record], int]:
 
 
 def sample(records: list[Record], count: int | None, seed: int) -> list[Record]:
-    """``count`` of the records, or all of them."""
+    """`count` of the records, or all of them."""
     return records if count is None else sample_records(records, count, seed)
 
 
@@ -116,10 +124,6 @@ def choose_requests(
 
     Where a record names no true object, what the unedited model says stands for it.
     """
-    from memit.room import check_records
-    from memit.targets import plain_rows, weak_keys
-    from memit.true_objects import with_true_objects
-
     records, dropped = read_source(source, file.checked())
     chosen = sample(records, count, seed)
     with loaded(model) as lm, Meter() as meter:
@@ -129,3 +133,91 @@ def choose_requests(
         check_records(lm, chosen)
     piece = store_piece("requests", ".json", lambda path: write_records(chosen, path))
     return ChosenRequests(records=piece, dropped=dropped, weak=weak, cost=meter.cost)
+
+
+class Split(Value):
+    """All records without contradictions, in two parts that share no subject."""
+
+    edited: Artifact
+    """Those that are sampled for editing."""
+    training: Artifact
+    """Those that editors may learn from."""
+    count: int
+    """How many can be edited."""
+    training_count: int
+    dropped: int
+    """Records left out because they contradict an earlier one."""
+    prompts_dropped: int
+    """Neighbourhood prompts of edited records that ask what training tells."""
+
+
+@cached_task("split")
+def split_records(
+    source: Source | Literal["zsre"], file: Artifact, training: int, seed: int
+) -> Split:
+    """Set aside `training` records, at most half of all, whole subjects at a time."""
+    records, dropped = _read(source, file.checked())
+    edited, learnt = split_by_subject(records, training, seed)
+    purged = without_prompts(edited, learnt)
+    before, after = (sum(len(r.neighborhood_prompts) for r in part) for part in (edited, purged))
+
+    def keep(part: Sequence[Record]) -> Artifact:
+        return store_piece("split", ".json", lambda path: write_records(part, path))
+
+    return Split(
+        edited=keep(purged),
+        training=keep(learnt),
+        count=len(purged),
+        training_count=len(learnt),
+        dropped=dropped,
+        prompts_dropped=before - after,
+    )
+
+
+def _read(source: Source | Literal["zsre"], path: Path) -> tuple[list[Record], int]:
+    if source != "zsre":
+        return read_source(source, path)
+    return drop_conflicts(as_records(read_zsre(path)))
+
+
+def split_by_subject(
+    records: Sequence[Record], training: int, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Records to edit and records to learn from, which have no subject in common."""
+    counts = Counter(record.request.subject for record in records)
+    subjects = list(counts)
+    Random(seed).shuffle(subjects)
+    learnt: set[str] = set()
+    wanted = min(training, len(records) // 2)
+    while sum(counts[subject] for subject in learnt) < wanted:
+        learnt.add(subjects.pop())
+    return (
+        [record for record in records if record.request.subject not in learnt],
+        [record for record in records if record.request.subject in learnt],
+    )
+
+
+def without_prompts(edited: Sequence[Record], learnt: Sequence[Record]) -> list[Record]:
+    """The edited records without neighbourhood prompts that a record to learn from contains."""
+    told = {
+        prompt for record in learnt for prompt in (record.request.text, *record.paraphrase_prompts)
+    }
+    return [
+        replace(
+            record,
+            neighborhood_prompts=tuple(p for p in record.neighborhood_prompts if p not in told),
+        )
+        for record in edited
+    ]
+
+
+@cached_task("questions")
+def sample_questions(edited: Artifact, count: int | None, seed: int) -> Artifact:
+    """Some of zsRE's records, or all of them.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    records = read_counterfact(edited.checked())
+    chosen = records if count is None else sample_records(records, count, seed)
+    return store_piece("questions", ".json", lambda path: write_records(chosen, path))

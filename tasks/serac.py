@@ -1,9 +1,8 @@
-"""The step ``serac``: train the scope classifier and the counterfactual model."""
+"""The task of the step `serac`: train the scope classifier and the counterfactual model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from memit.editors.serac import SeracSettings, train_serac
 from memit.requests import read_counterfact
 from tasks.engine.artifacts import Artifact
 from tasks.engine.cache import cached_task
@@ -13,17 +12,12 @@ from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import progress_bar
 from tasks.mend import Trained, finished
 
-if TYPE_CHECKING:
-    from memit.editors.serac import SeracSettings
-
 
 @cached_task("serac")
 def train_serac_models(
     model: ModelReference, records: Artifact, settings: SeracSettings
 ) -> Trained:
     """Train both models on records, going on from the last checkpoint."""
-    from memit.editors.serac import train_serac
-
     steps = settings.classifier_steps + settings.counterfactual_steps
     with (
         loaded(model) as lm,

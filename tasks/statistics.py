@@ -1,25 +1,127 @@
-"""The step ``statistics``: second moments of the keys, in shards of some documents each.
+"""The tasks of the step `statistics`: its corpus, and second moments of the keys over it.
 
+The corpus is written down once, in ranges of some documents: a shard of the statistics is then a
+range of a local file, whatever the text was streamed from, and the file's digest identifies it.
 The shards of a layer hold sums and add up exactly; only the sums over all of them are results.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet as parquet
+
+from memit.corpus import read_documents
 from memit.errors import InputError, IntegrityError
-from tasks.corpus import read_texts
+from memit.language_model import LanguageModel
+from memit.second_moment import (
+    check_rank,
+    collect_second_moments,
+    import_published,
+    read_moment,
+    write_moment,
+)
 from tasks.engine.artifacts import Artifact, Value, store_piece, write_file
 from tasks.engine.cache import cached_task
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import piece_progress
+from tasks.engine.retry import patient
 
-if TYPE_CHECKING:
-    from memit.language_model import LanguageModel
+
+class CorpusSource(Value):
+    """Where documents come from; streamed, never held in memory as a whole."""
+
+    file: Artifact | None = None
+    """A text file (a document a line), JSONL or Parquet."""
+    dataset: str | None = None
+    """A Hugging Face data set, where there is no file."""
+    configuration: str | None = None
+    revision: str | None = None
+    column: str = "text"
+    held_out: Artifact | None = None
+    """A file with the held-out documents, where they do not follow the others."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return str(self.file.file if self.file else self.dataset)
+
+    def read(self, file: Artifact | None) -> Iterator[str]:
+        """The documents, in order: those of a file, or of the data set where there is none."""
+        if file is not None:
+            return read_documents(file.checked(), column=self.column)
+        return read_documents(
+            str(self.dataset),
+            column=self.column,
+            config=self.configuration,
+            revision=self.revision,
+        )
+
+
+class Range(Value):
+    """Consecutive documents, in a file of their own (Parquet with one column, `text`)."""
+
+    texts: Artifact
+    count: int
+
+
+class Corpus(Value):
+    """The documents that statistics are collected over, and those kept for the perplexity."""
+
+    ranges: tuple[Range, ...]
+    held_out: Range
+    cost: Cost
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the contents of all ranges."""
+        return hashlib.sha256("".join(r.texts.sha256 for r in self.ranges).encode()).hexdigest()
+
+
+@cached_task("corpus")
+def collect_corpus(
+    source: CorpusSource,
+    documents: int | None,
+    documents_per_shard: int,
+    held_out_documents: int,
+) -> Corpus:
+    """Write down the first documents of a source, and as held-out text those that follow."""
+    with Meter() as meter:
+        ranges, held_out = _write_down(source, documents, documents_per_shard, held_out_documents)
+    if not ranges:
+        raise InputError(f"{source.name} holds no documents: give statistics another corpus.")
+    return Corpus(ranges=tuple(ranges), held_out=held_out, cost=meter.cost)
+
+
+@patient
+def _write_down(
+    source: CorpusSource, documents: int | None, documents_per_shard: int, held_out_documents: int
+) -> tuple[list[Range], Range]:
+    texts = source.read(source.file)
+    first = texts if documents is None else islice(texts, documents)
+    ranges = []
+    while group := list(islice(first, documents_per_shard)):
+        ranges.append(_keep(group))
+    rest = source.read(source.held_out) if source.held_out else texts
+    return ranges, _keep(list(islice(rest, held_out_documents)))
+
+
+def read_texts(path: Path) -> list[str]:
+    """The documents of a range's file."""
+    return parquet.read_table(path)["text"].to_pylist()
+
+
+def _keep(texts: list[str]) -> Range:
+    table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())})
+    piece = store_piece("corpus", ".parquet", lambda path: parquet.write_table(table, path))
+    return Range(texts=piece, count=len(texts))
 
 
 class Shard(Value):
@@ -35,8 +137,6 @@ def collect_shard(
     texts: Artifact, model: ModelReference, layers: Sequence[int], token_budget: int
 ) -> Shard:
     """Sum k kᵀ over the documents of one range, for all layers in one pass."""
-    from memit.second_moment import collect_second_moments, write_moment
-
     documents = read_texts(texts.checked())
     with loaded(model) as lm, Meter() as meter, piece_progress("statistics") as progress:
         moments = collect_second_moments(
@@ -53,14 +153,12 @@ def collect_shard(
 
 @cached_task("import")
 def import_moment(file: Artifact, provenance: Mapping[str, Any], width: int) -> Shard:
-    """Read one layer's sums (``width`` × ``width``) that others published: a shard that is all.
+    """Read one layer's sums (`width` × `width`) that others published: a shard that is all.
 
     Raises:
         IntegrityError: the file does not hold such sums.
         NumericsError: they are not positive definite.
     """
-    from memit.second_moment import import_published, write_moment
-
     with Meter() as meter:
         moment = import_published(file.checked(), width)
         piece = store_piece(
@@ -99,7 +197,7 @@ def find_published(directory: Path, lm: LanguageModel, layers: Sequence[int]) ->
 
 
 def describe_moment(model: ModelReference, corpus: str, layer: int) -> dict[str, Any]:
-    """What a file of second moments says of itself; ``corpus`` is the digest of the text."""
+    """What a file of second moments says of itself; `corpus` is the digest of the text."""
     return {
         "model": model.model.digest,
         "model_id": model.model.id,
@@ -116,13 +214,11 @@ def merge_shards(shards: Sequence[Shard], provenance: dict[str, Any], path: Path
         InputError: there are fewer tokens than a key has dimensions.
         IntegrityError: a shard belongs to another model or layer.
     """
-    from memit.second_moment import check_rank, read_moment, write_moment
-
     total = None
     for shard in shards:
         file = shard.moments[provenance["layer"]]
-        moment, said = read_moment(file.checked())
-        if any(said.get(name) != provenance[name] for name in ("model", "layer")):
+        moment, provenance_read = read_moment(file.checked())
+        if any(provenance_read.get(name) != provenance[name] for name in ("model", "layer")):
             raise IntegrityError(
                 f"{file.file} is a shard of other statistics: delete .cache/ and run again."
             )

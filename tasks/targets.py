@@ -1,4 +1,4 @@
-"""The step ``targets``: where each edited fact must end up, computed in pieces of some edits."""
+"""The tasks of the step `targets`: optimise targets in pieces, and select some of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest
+from memit.targets import Targets, compute_targets
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.cost import Cost, Meter
@@ -22,7 +23,7 @@ class TargetsPiece(Value):
 
 
 def target_settings(hyperparameters: Hyperparameters) -> Hyperparameters:
-    """Only what the targets depend on; the rest at fixed values, so that it spoils no cache."""
+    """Only what the targets depend on; the rest is fixed, so that it changes no cache key."""
     return replace(
         hyperparameters,
         layers=hyperparameters.layers[-1:],
@@ -41,8 +42,6 @@ def optimise_targets(
     token_budget: int,
 ) -> TargetsPiece:
     """Optimise the targets of some requests (Eqn. 16)."""
-    from memit.targets import compute_targets
-
     with loaded(model) as lm, Meter() as meter, piece_progress("targets") as progress:
         targets = compute_targets(
             lm, requests, prefixes, hyperparameters, token_budget=token_budget, progress=progress
@@ -50,3 +49,14 @@ def optimise_targets(
     return TargetsPiece(
         targets=store_piece("targets", ".safetensors", targets.save), cost=meter.cost
     )
+
+
+def read_targets(pieces: Sequence[Artifact]) -> Targets:
+    """The targets of all pieces, in order."""
+    return Targets.concatenate([Targets.load(piece.checked()) for piece in pieces])
+
+
+@cached_task("select_targets")
+def select_targets(pieces: Sequence[Artifact], rows: Sequence[int]) -> Artifact:
+    """Targets of some requests, each given by its row in all of the pieces, as one file."""
+    return store_piece("targets", ".safetensors", read_targets(pieces).chosen(rows).save)

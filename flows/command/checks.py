@@ -21,18 +21,18 @@ from memit.evaluation.zsre import as_records, read_zsre
 from memit.files.reading import check_file
 from memit.requests import Record, drop_conflicts
 from memit.world.people import WorldParameters, make_world
-from tasks.compare import Method, make_methods, split_by_subject
+from tasks.compare import make_methods
+from tasks.edit import Method
 from tasks.engine.artifacts import project_root
+from tasks.engine.hub import fetch_description, resolve_commit
 from tasks.engine.loaded_model import BYTES, ModelFiles
 from tasks.engine.workers import check_workers
 from tasks.model import (
     check_weights,
     describe_model,
-    fetch_description,
     model_without_weights,
-    resolve_commit,
 )
-from tasks.requests import locate_records, read_source, sample
+from tasks.requests import locate_records, read_source, sample, split_by_subject
 from tasks.statistics import find_published
 
 if TYPE_CHECKING:

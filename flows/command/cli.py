@@ -183,9 +183,9 @@ def _delta_file(given: Path | None) -> Path:
 
 def _open_model(directory: Path | None, dtype: str | None):
     """The model in a directory, or that of the experiment here."""
+    from tasks.engine.hub import open_model
     from tasks.engine.loaded_model import load_reference
     from tasks.engine.results import MODEL_FILE, upstream
-    from tasks.model import open_model
 
     if directory is not None:
         from memit.language_model import load_model

@@ -19,9 +19,10 @@ from memit.hyperparameters import Hyperparameters
 from memit.positions import TokenRow
 from memit.requests import Record, conflict_groups, read_records
 from tasks.engine.artifacts import project_root
+from tasks.engine.hub import open_model
 from tasks.engine.loaded_model import BYTES, ModelFiles, ModelReference
 from tasks.engine.results import MODEL_FILE
-from tasks.model import model_without_weights, open_model
+from tasks.model import model_without_weights
 
 
 @dataclass(frozen=True)

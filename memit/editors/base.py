@@ -12,12 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from memit.errors import InputError
 from memit.language_model import LanguageModel
 from memit.requests import EditRequest, Record, requests_digest
 from memit.second_moment import SecondMoment
+
+if TYPE_CHECKING:
+    from memit.hyperparameters import Hyperparameters
+    from memit.targets import Targets
 
 
 @runtime_checkable
@@ -52,6 +56,9 @@ class Resources:
     """Texts put before prompts, drawn once for all editors."""
     moments: Mapping[int, SecondMoment] = field(default_factory=dict)
     """Second moments by layer; may read its values on demand."""
+    targets: Targets | None = None
+    """Targets of the requests, in order, with `Editor.target_hyperparameters`; None: not computed
+    yet."""
     training: Sequence[Record] = ()
     """Records to learn from, disjoint from those that are edited or evaluated."""
     seed: int = 0
@@ -72,6 +79,14 @@ class Editor(ABC):
     def moment_layers(self) -> tuple[int, ...]:
         """The layers whose second moments it asks `Resources.moments` for."""
         return ()
+
+    @property
+    def target_hyperparameters(self) -> Hyperparameters | None:
+        """Settings of the targets (Eqn. 16) that it spreads; None: it needs none.
+
+        A target depends on its request alone, so targets can be computed in pieces and shared.
+        """
+        return None
 
     @abstractmethod
     def edit(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.requests import EditRequest
-from memit.spread import spread
+from memit.spread import Spread, spread
 from memit.targets import check_targets, compute_targets
 from memit.weight_delta import WeightDelta
 
@@ -27,25 +28,53 @@ class Memit(Editor):
         """All edited layers."""
         return self.hyperparameters.layers
 
+    @property
+    def target_hyperparameters(self) -> Hyperparameters:
+        """Its own."""
+        return self.hyperparameters
+
     def edit(
         self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
     ) -> WeightDelta:
-        """Optimise all targets, then spread them over the layers.
+        """Spread the targets over the layers, after optimising them where they are not given.
 
-        Raises `EditError` for edits that cannot be written, `NumericsError` for all of them.
+        The provenance holds how large residuals and updates are (Frobenius norms).
+
+        Raises:
+            EditError: some edits cannot be written.
+            NumericsError: none can.
         """
-        hp, budget = self.hyperparameters, resources.token_budget
-        targets = compute_targets(
+        hyperparameters, budget = self.hyperparameters, resources.token_budget
+        targets, progress = resources.targets, resources.progress
+        if targets is None:
+            targets = compute_targets(
+                lm,
+                requests,
+                resources.prefixes,
+                hyperparameters,
+                token_budget=budget,
+                progress=progress,
+            )
+            progress = None
+        check_targets(requests, targets)
+        edits_per_layer = -(-len(requests) // len(hyperparameters.layers))
+        result = spread(
             lm,
             requests,
             resources.prefixes,
-            hp,
+            targets.z,
+            resources.moments,
+            hyperparameters,
             token_budget=budget,
-            progress=resources.progress,
+            progress=progress and (lambda layers: progress(layers * edits_per_layer)),
         )
-        check_targets(requests, targets)
-        result = spread(
-            lm, requests, resources.prefixes, targets.z, resources.moments, hp, token_budget=budget
-        )
-        origin = {**provenance(self, lm, requests), **result.delta.provenance}
+        origin = {**provenance(self, lm, requests), **_sizes(result), **result.delta.provenance}
         return WeightDelta(result.delta.changes, origin)
+
+
+def _sizes(result: Spread) -> dict[str, Any]:
+    return {
+        "residuals": {str(layer): round(norm, 6) for layer, norm in result.residuals.items()},
+        "residual_left": round(result.residual_left, 6),
+        "update_ratio": {str(layer): round(r, 6) for layer, r in result.update_ratios.items()},
+    }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.compare import LABELS
+from tasks.reporting.labels import LABELS
 from tasks.reporting.published import Published
 
 SUCCESS = (

@@ -15,9 +15,8 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from memit.evaluation.counterfact import SCORE_OF, harmonic_mean
-from tasks.compare import LABELS
-from tasks.evaluation import DECIMALS
 from tasks.reporting.comparison import ABSENT, as_csv, as_table
+from tasks.reporting.labels import DECIMALS, LABELS
 
 PANELS = (
     ("score", "Score S"),

@@ -63,7 +63,7 @@ class Attempt:
     def __init__(
         self,
         project: Project,
-        program: Sequence[str] = ("-m", "flows.experiment"),
+        program: Sequence[str] = ("-m", "flows", "experiment"),
         **environment: str,
     ) -> None:
         self.project = project
@@ -473,7 +473,7 @@ class Chaos:
         return self._log_again(project, "MLflow locked")
 
     def _log_again(self, project: Project, where: str) -> str:
-        project.do(sys.executable, "-m", "flows.report")
+        project.do(sys.executable, "-m", "flows", "report")
         project.do("dvc", "commit", "--quiet", "--force", "report")
         self.check(project, where)
         return "a warning, exit status 0, the same bytes; the next `report` logs the run"

@@ -52,5 +52,5 @@ def fail_after(calls: int, number: int, inside: Path) -> None:
 if __name__ == "__main__":
     sys.path[0] = os.getcwd()
     fail_after(int(sys.argv[2]), getattr(errno, sys.argv[1]), Path.cwd())
-    sys.argv[1:] = []
-    runpy.run_module("flows.experiment", run_name="__main__")
+    sys.argv[1:] = ["experiment"]
+    runpy.run_module("flows", run_name="__main__")

@@ -93,12 +93,12 @@ class Project:
 
     def run(self) -> str:
         """`memit run`."""
-        return self.do(sys.executable, "-m", "flows.experiment")
+        return self.do(sys.executable, "-m", "flows", "experiment")
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """A module as a command, `memit run` by default, not waited for."""
         return subprocess.Popen(
-            [sys.executable, "-m", *(words or ("flows.experiment",))],
+            [sys.executable, "-m", *(words or ("flows", "experiment"))],
             cwd=self.place,
             env=self.environment,
             stdout=subprocess.PIPE,

@@ -97,13 +97,13 @@ def test_a_repetition_has_nothing_to_do(project: Project, compared: Path) -> Non
 
 def test_scaling_goes_on_where_it_was_killed(project: Project, compared: Path) -> None:
     edits = project.pieces("method")
-    process = project.start("flows.scaling")
+    process = project.start("flows", "scaling")
     while project.pieces("method") == edits:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    said = project.do(sys.executable, "-m", "flows.scaling")
+    said = project.do(sys.executable, "-m", "flows", "scaling")
     assert "table.md" in said
     folder = project.place / "scaling"
     with open(folder / "table.csv", newline="") as file:
@@ -125,7 +125,7 @@ def test_what_a_deployment_runs_ends_with_the_same(
     before = {path.name: path.read_bytes() for path in place.glob("*.*")}
     assert before
     shutil.rmtree(place)
-    program = f"from flows.service.deployments import {name}; {name}({{}})"
+    program = f"from flows.experiment import {name}; {name}({{}})"
     said = project.do(sys.executable, "-c", program)
     assert "Traceback" not in said
     assert {path.name: path.read_bytes() for path in place.glob("*.*")} == before

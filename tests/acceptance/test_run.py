@@ -80,12 +80,12 @@ def test_interrupted_it_says_how_to_go_on(
 def test_an_unreachable_store_does_not_cost_the_results(finished: Project) -> None:
     shutil.move(finished.place / "mlflow.db", finished.place / "mlflow.aside")
     (finished.place / "mlflow.db").mkdir()
-    said = finished.do(sys.executable, "-m", "flows.report")
+    said = finished.do(sys.executable, "-m", "flows", "report")
     assert "warning: MLflow at" in said
     assert "results stand" in " ".join(said.split())
     (finished.place / "mlflow.db").rmdir()
     shutil.move(finished.place / "mlflow.aside", finished.place / "mlflow.db")
-    finished.do(sys.executable, "-m", "flows.report")
+    finished.do(sys.executable, "-m", "flows", "report")
     assert finished.mlflow_runs() == [("FINISHED", "active")]
 
 

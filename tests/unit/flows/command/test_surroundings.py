@@ -78,7 +78,7 @@ def test_a_directory_that_no_address_can_name(
 
 
 def test_windows_is_told_in_a_sentence() -> None:
-    ended = run("import sys; sys.platform = 'win32'; import flows.experiment")
+    ended = run("import sys; sys.platform = 'win32'; import flows.__main__")
     assert ended.returncode != 0
     assert ended.stderr.startswith("error: ")
     assert len(ended.stderr.splitlines()) == 1
@@ -133,7 +133,7 @@ def made(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_make_runs_in_any_directory(tmp_path: Path, name: str) -> None:
     said = made(tmp_path / name, "-n", "run")
     assert said.returncode == 0, said.stderr
-    assert said.stdout == ".venv/bin/python -m flows.experiment\n"
+    assert said.stdout == ".venv/bin/python -m flows experiment\n"
 
 
 def test_stages_find_the_environments_python(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Run one flow with `params.yaml`: `python -m flows targets`, as the stages of dvc.yaml do.
+
+The parameters are checked before torch and Prefect are imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from flows.command.script import given_parameters, run_flow
+
+CHECKS = {
+    "experiment": "check_inputs",
+    "compare": "check_comparison",
+    "scaling": "check_scaling",
+}
+"""What is checked before a flow starts, in `flows.command.checks`; the other steps check the
+results that they read."""
+
+
+def main(name: str) -> None:
+    """Run a flow."""
+    given_parameters()
+    check = CHECKS.get(name)
+    run_flow(
+        getattr(import_module(f"flows.{name}"), name),
+        getattr(import_module("flows.command.checks"), check) if check else None,
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

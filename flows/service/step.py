@@ -1,0 +1,191 @@
+"""The frame of every flow: `@step` for a single step, `@chain` for several of them in a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prefect import Flow, Task, flow
+
+from flows.command.parameters import Parameters, complete_parameters
+from flows.service.gpu_slot import gpu_turn
+from flows.service.run_lock import alone
+from flows.service.workers import workers_of
+from memit.hyperparameters import Hyperparameters
+from memit.requests import Record, read_counterfact
+from tasks.engine.artifacts import Artifact, copy_file, write_file, write_json, write_text
+from tasks.engine.cost import Cost
+from tasks.engine.hub import open_model
+from tasks.engine.loaded_model import ModelReference, token_budget
+from tasks.engine.progress import gather
+from tasks.engine.results import PREFIXES_FILE, REQUESTS_FILE, Manifest, finish_step, upstream
+from tasks.engine.workers import mapping_over, scatter, thread_runner
+
+Item = TypeVar("Item")
+
+
+def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """`size` consecutive items at a time."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+@dataclass
+class Run:
+    """What a step works with: parameters, checked inputs, and where it leaves its results."""
+
+    step: str
+    parameters: Parameters
+    resources: ExitStack
+    """What the step holds until its end: the GPU and the workers."""
+    given: Mapping[str, Manifest] = field(default_factory=dict)
+    """What the steps that it reads have left, by their names."""
+    files: list[Path] = field(default_factory=list)
+    """Its results."""
+    costs: list[Cost] = field(default_factory=list)
+    """Those of all pieces."""
+
+    def read(self, *steps: str) -> None:
+        """Check the results of steps before they are used.
+
+        Raises:
+            IntegrityError: a result is missing, damaged, or belongs to another experiment.
+        """
+        self.given = upstream(*self.given, *steps)
+
+    def input(self, step: str, path: Path) -> Artifact:
+        """A result of another step, as the input of a task."""
+        return self.given[step].file(path)
+
+    @cached_property
+    def model(self) -> ModelReference:
+        """The model that is edited. If it computes on a GPU, the step waits here for its turn."""
+        self.resources.enter_context(gpu_turn(self.parameters.model.device))
+        return open_model(**self.parameters.model.placement())
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """The model's preset with what `params.yaml` overrides."""
+        return self.parameters.hyperparameters(self.model.model.id, self.model.model.layers)
+
+    @property
+    def records(self) -> list[Record]:
+        """The records that the step `requests` has chosen."""
+        return read_counterfact(REQUESTS_FILE)
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """The contexts that the step `prefixes` has sampled."""
+        return tuple(json.loads(PREFIXES_FILE.read_text(encoding="utf-8"))["prefixes"])
+
+    def token_budget(self, setting: int | str, trained_blocks: int | None = None) -> int:
+        """Padded tokens in a batch, see `tasks.engine.loaded_model.token_budget`."""
+        return token_budget(setting, self.model, trained_blocks=trained_blocks)
+
+    def compute(self, task: Task[..., Any], *arguments: Any, **named: Any) -> Any:
+        """The result of a cached task."""
+        result = task(*arguments, **named)
+        self.costs.append(result.cost)
+        return result
+
+    @cached_property
+    def _workers(self) -> None:
+        self.resources.enter_context(mapping_over(workers_of(self.parameters)))
+
+    def map(
+        self,
+        unit: str,
+        task: Task[..., Any],
+        pieces: Sequence[Any],
+        count: Callable[[Any], int] = len,
+        **shared: Any,
+    ) -> list[Any]:
+        """The results of a cached task on each of the pieces, in order.
+
+        A progress bar shows the units that `count` finds in a piece.
+        """
+        self._workers  # noqa: B018
+        running = scatter(task, pieces, **shared)
+        results = gather(task.name, unit, running, [count(piece) for piece in pieces])
+        self.costs += [result.cost for result in results]
+        return results
+
+    def write(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Let `write` fill a result."""
+        write_file(path, write)
+        self.files.append(path)
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write a result as text."""
+        write_text(path, text)
+        self.files.append(path)
+
+    def write_json(self, path: Path, content: object) -> None:
+        """Write a result as JSON."""
+        write_json(path, content)
+        self.files.append(path)
+
+    def copy(self, artifact: Artifact, path: Path) -> None:
+        """Copy a file of the cache to a result."""
+        copy_file(artifact.checked(), path)
+        self.files.append(path)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What the step made, from what, and at what cost; written down when first read."""
+        return finish_step(self.step, self.files, self.given, self.costs)
+
+
+def step(
+    name: str, *, reads: Sequence[str] = ()
+) -> Callable[[Callable[[Run], None]], Flow[[Parameters], None]]:
+    """A flow that checks what it reads, does a step's work, and records what that left.
+
+    A step that leaves no files to others (`report`) records nothing.
+    """
+
+    def decorate(work: Callable[[Run], None]) -> Flow[[Parameters], None]:
+        def body(parameters: Parameters) -> None:
+            with ExitStack() as resources:
+                run = Run(name, parameters, resources)
+                run.read(*reads)
+                work(run)
+                if run.files:
+                    run.manifest  # noqa: B018
+
+        return _flow(name, body, work)
+
+    return decorate
+
+
+def chain(
+    name: str, check: Callable[[Parameters], None]
+) -> Callable[[Callable[[Parameters], None]], Flow[[Parameters], None]]:
+    """A flow of several steps, the only one at work in its directory.
+
+    A deployment hands over plain values, which are checked here; a command has checked its own.
+    """
+
+    def decorate(work: Callable[[Parameters], None]) -> Flow[[Parameters], None]:
+        def body(parameters: Parameters) -> None:
+            if not isinstance(parameters, Parameters):
+                parameters = complete_parameters(parameters)
+                check(parameters)
+            with alone(), mapping_over(workers_of(parameters)):
+                work(parameters)
+
+        return _flow(name, body, work)
+
+    return decorate
+
+
+def _flow(
+    name: str, body: Callable[[Parameters], None], work: Callable[..., None]
+) -> Flow[[Parameters], None]:
+    for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(body, attribute, getattr(work, attribute))
+    return flow(name=name, validate_parameters=False, task_runner=thread_runner())(body)

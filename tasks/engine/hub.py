@@ -1,0 +1,157 @@
+"""Finding a model: on the hub, in a directory, or among the results of the step `model`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import huggingface_hub
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from memit.errors import InputError, IntegrityError, ResourceError, UnreachableError
+from tasks.engine.loaded_model import ModelFiles, ModelReference, weight_files
+from tasks.engine.results import MODEL_FILE, WEIGHTS
+from tasks.engine.retry import patient
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+DESCRIPTION_PATTERNS = ("*.json", "*.txt", "*.model")
+
+
+def open_model(dtype: str, device: str, threads: int, path: str | None) -> ModelReference:
+    """The model that the step `model` described, wherever its weights are on this machine.
+
+    `path` is the directory of a local model.
+
+    Raises:
+        IntegrityError: the description is damaged.
+        InputError, ResourceError, UnreachableError: see `fetch_model`.
+    """
+    try:
+        model = ModelFiles.model_validate_json(MODEL_FILE.read_text(encoding="utf-8"))
+    except ValueError:
+        raise IntegrityError(f"{MODEL_FILE} is damaged: run the step model again.") from None
+    directory = WEIGHTS
+    if model.source == "hub":
+        directory = fetch_model(model.id, str(model.revision))
+    elif model.source == "local":
+        directory = Path(path or "")
+    return ModelReference(
+        directory=str(directory.resolve()),
+        model=model,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
+
+
+@patient
+def resolve_commit(name: str, revision: str, kind: Literal["model", "dataset"] = "model") -> str:
+    """The commit that a branch, tag or commit of a hub repository stands for.
+
+    Raises:
+        InputError: there is no such repository or revision.
+        UnreachableError: the hub does not answer.
+    """
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    api = huggingface_hub.HfApi()
+    ask = api.model_info if kind == "model" else api.dataset_info
+    with _asking_hub(name, revision):
+        commit = ask(name, revision=revision, timeout=30).sha
+    if commit is None:
+        raise UnreachableError(f"the hub names no commit for {name} at {revision}: give a commit.")
+    return commit
+
+
+def fetch_description(name: str, commit: str) -> Path:
+    """Configuration and tokenizer of a hub model, without its weights."""
+    return _snapshot(name, commit)
+
+
+def fetch_model(name: str, commit: str) -> Path:
+    """The snapshot of a hub model with its safetensors weights, fetched unless it is here.
+
+    Raises:
+        InputError: the revision has no safetensors weights.
+        ResourceError: the weights do not fit on the disk.
+        UnreachableError: the hub does not answer.
+    """
+    directory = fetch_description(name, commit)
+    if not _has_weights(directory):
+        _check_room(name, commit)
+        directory = _snapshot(name, commit, *WEIGHT_PATTERNS)
+    if not _has_weights(directory):
+        raise InputError(
+            f"{name} at {commit} has no safetensors weights, and no others are loaded: name a "
+            "revision that has them (often refs/pr/N), or convert them and use model.source: local."
+        )
+    return directory
+
+
+def _has_weights(directory: Path) -> bool:
+    names = weight_files(directory)
+    return bool(names) and all((directory / name).is_file() for name in names)
+
+
+@patient
+def _snapshot(name: str, commit: str, *more: str) -> Path:
+    """The description of a hub model, from here if it is here; with `more`, from the hub."""
+    patterns = [*more, *DESCRIPTION_PATTERNS]
+    download = huggingface_hub.snapshot_download
+    fetch = partial(download, name, revision=commit, allow_patterns=patterns)
+    with _asking_hub(name, commit):
+        if not more:
+            with suppress(LocalEntryNotFoundError):
+                found = Path(fetch(local_files_only=True))
+                if (found / "config.json").exists():
+                    return found
+        return Path(fetch())
+
+
+@contextmanager
+def _asking_hub(name: str, revision: str) -> Iterator[None]:
+    """What the hub refuses is the user's to correct; anything else may be better later."""
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise InputError(
+            f"the hub has no {name} at revision {revision}: check both in params.yaml (a private "
+            "repository needs a login: hf auth login)."
+        ) from None
+    except HFValidationError:
+        raise InputError(f"{name!r} is no name on the hub: write owner/name.") from None
+    except Exception as error:  # the clients beneath raise errors of many libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        status = getattr(getattr(error, "response", None), "status_code", 503)
+        if isinstance(error, HfHubHTTPError) and status < 500 and status not in (408, 425, 429):
+            raise InputError(f"the hub refuses {name} ({reason}): check it.") from None
+        raise UnreachableError(
+            f"the hub cannot be reached for {name} ({reason}): check the network, or "
+            "download it elsewhere and name a local path."
+        ) from error
+
+
+def _check_room(name: str, commit: str) -> None:
+    with _asking_hub(name, commit):
+        info = huggingface_hub.HfApi().model_info(name, revision=commit, files_metadata=True)
+    needed = sum(f.size or 0 for f in info.siblings or () if f.rfilename.endswith(".safetensors"))
+    cache = Path(HF_HUB_CACHE)
+    disk = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise ResourceError(
+            f"the weights of {name} take {needed / 1e9:.1f} GB, and {disk} has "
+            f"{free / 1e9:.1f} GB free: make room or set HF_HOME to another disk."
+        )
