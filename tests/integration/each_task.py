@@ -72,7 +72,7 @@ def prefixes() -> None:
 
 
 def corpus() -> None:
-    from tasks.corpus import CorpusSource, collect_corpus
+    from tasks.statistics import CorpusSource, collect_corpus
 
     made = collect_corpus.fn(CorpusSource(file=file("corpus.txt")), 18, 18, 2)
     keep("texts", made.ranges[0].texts)
@@ -115,19 +115,26 @@ def targets() -> None:
 
 
 def edit() -> None:
-    from tasks.edit import spread_edit
+    from memit.editors.memit import Memit
+    from tasks.edit import Method, edit_with
 
-    moments = {layer: file(f"layer-{layer}") for layer in (1, 2)}
-    made = spread_edit.fn(
+    made = edit_with.fn(
+        Method("memit", Memit(hyperparameters((1, 2)))),
         reference(),
         file("records.json"),
-        PREFIXES,
-        file("targets"),
-        moments,
-        hyperparameters((1, 2)),
-        BUDGET,
+        prefixes=PREFIXES,
+        moments={layer: file(f"layer-{layer}") for layer in (1, 2)},
+        targets=file("targets"),
+        token_budget=BUDGET,
+        on_failure="stop",
     )
-    keep("delta", made.delta)
+    keep("delta", made.edit)
+
+
+def changed_weights() -> None:
+    from tasks.edit import changed_weights
+
+    changed_weights.fn(reference(), file("delta"))
 
 
 def evaluation() -> None:
@@ -144,60 +151,40 @@ def perplexity() -> None:
 
 
 def generation() -> None:
-    from tasks.generation import write_piece
+    from tasks.evaluation import write_piece
 
     write_piece.fn(chosen(), reference(), file("delta"), 0, BUDGET)
 
 
 def references() -> None:
-    from tasks.corpus import Corpus
-    from tasks.generation import collect_references
+    from tasks.evaluation import collect_references
+    from tasks.statistics import Corpus
 
     made = Corpus.model_validate_json((FOLDER / "corpus.json").read_text())
     collect_references.fn("counterfact", file("records.json"), made)
 
 
 def split() -> None:
-    from tasks.compare import split_records
+    from tasks.requests import split_records
 
     keep("training", split_records.fn("zsre", file("zsre.json"), 4, 0).training)
 
 
 def questions() -> None:
-    from tasks.compare import sample_questions
+    from tasks.requests import sample_questions
 
     sample_questions.fn(file("records.json"), 2, 0)
 
 
-def method() -> None:
-    from memit.editors.fine_tuning import FineTuning
-    from tasks.compare import Method, edit_with
-
-    made = Method("ft", FineTuning(1, epochs=1))
-    edit_with.fn(
-        made.name,
-        made.editor,
-        made.code,
-        reference(),
-        file("records.json"),
-        file("training"),
-        None,
-        PREFIXES,
-        {},
-        BUDGET,
-        0,
-    )
-
-
 def select_targets() -> None:
-    from tasks.compare import select_targets
+    from tasks.targets import select_targets
 
     select_targets.fn([file("targets")], [1, 0])
 
 
 def zsre() -> None:
     from memit.evaluation.zsre import read_zsre
-    from tasks.compare import answer_piece
+    from tasks.evaluation import answer_piece
 
     answer_piece.fn(read_zsre(FOLDER / "zsre.json"), reference(), file("delta"), BUDGET)
 
@@ -227,8 +214,19 @@ def serac() -> None:
 
 
 IN_ORDER = (
-    *(model, recall, requests, prefixes, corpus, statistics, import_, targets, edit),
-    *(evaluation, perplexity, generation, references, split, questions, method),
+    *(
+        model,
+        recall,
+        requests,
+        prefixes,
+        corpus,
+        statistics,
+        import_,
+        targets,
+        edit,
+        changed_weights,
+    ),
+    *(evaluation, perplexity, generation, references, split, questions),
     *(select_targets, zsre, mend, serac),
 )
 """A function for each task, with its name."""

@@ -19,8 +19,8 @@ from tests.families import families
 from tests.integration.test_tasks import DOCUMENTS, RECORDS
 from tests.unit.tasks.engine.test_code import ROOT
 
-EDITOR = "memit.editors.fine_tuning"
-"""What edits in the task ``method``, which is keyed on its editor besides."""
+EDITOR = "memit.editors.memit"
+"""What edits in the task `edit`, which is keyed on its editor besides."""
 
 
 def _write_inputs(model: Path, folder: Path) -> None:
@@ -61,6 +61,6 @@ def test_each_task_is_keyed_on_all_that_it_loads(tmp_path: Path) -> None:
         assert isinstance(found, list), f"{name}: {found}"
         task = FUNCTIONS[name]
         keyed = task_modules(task.__module__, task.__qualname__)
-        if name == "method":
+        if name == "edit":
             keyed |= method_modules(EDITOR)
         assert set(found) <= keyed, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from flows import statistics
 from flows.command.parameters import Parameters, check_parameters
-from flows.evaluation import references
+from flows.evaluation import references_of
+from flows.service.step import Run
 from flows.statistics import collect_layers
 from memit.errors import InputError, MemitError
 from memit.second_moment import read_moment
@@ -70,9 +72,15 @@ def parameters(**evaluation: str) -> Parameters:
     )
 
 
+def run_of(model: ModelReference) -> Run:
+    run = Run("statistics", parameters(), ExitStack())
+    run.model = model
+    return run
+
+
 def test_they_are_imported_with_their_origin(family: str, model: ModelReference) -> None:
     sums = {layer: publish(family, layer, model.model.inner_width) for layer in (0, 1, 11)}
-    found = collect_layers(parameters(), model, (0, 1))
+    found = collect_layers(run_of(model), (0, 1))
     paths, tokens = found.write(Path("artifacts"))
     assert tokens == 2 * model.model.inner_width
     assert found.held_out is None
@@ -85,14 +93,14 @@ def test_they_are_imported_with_their_origin(family: str, model: ModelReference)
         assert said["corpus"] == found.described["published"][said["published"]]
     before = found.described["corpus"]
     publish(family, 1, model.model.inner_width, **{"mom2.count": np.array(7)})
-    assert collect_layers(parameters(), model, (0, 1)).described["corpus"] != before
+    assert collect_layers(run_of(model), (0, 1)).described["corpus"] != before
 
 
 def test_references_come_from_snippets_only(model: ModelReference) -> None:
-    assert references(parameters()) == {}
+    assert references_of(parameters()) == {}
     snippet = {"relation_id": "P1", "target_id": "Q1", "samples": [{"text": "Some text."}]}
     Path("snippets.json").write_text(json.dumps([snippet]))
-    assert references(parameters(snippets="snippets.json"))
+    assert references_of(parameters(snippets="snippets.json"))
 
 
 @pytest.mark.parametrize("family", ["gpt2"], indirect=True)
@@ -112,7 +120,7 @@ def test_a_file_that_is_wrong_is_named_in_one_sentence(
 ) -> None:
     publish(family, 1, model.model.inner_width, **changes)
     with pytest.raises(MemitError, match=r"c_proj_float32_mom2") as caught:
-        collect_layers(parameters(), model, (1,))
+        collect_layers(run_of(model), (1,))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -121,4 +129,4 @@ def test_a_file_that_is_wrong_is_named_in_one_sentence(
 def test_a_layer_without_a_file_of_its_own_is_named(family: str, model: ModelReference) -> None:
     publish(family, 11, model.model.inner_width)
     with pytest.raises(InputError, match="second moment of layer 1:"):
-        collect_layers(parameters(), model, (1,))
+        collect_layers(run_of(model), (1,))

@@ -33,11 +33,11 @@ from flows.statistics import statistics
 from flows.targets import targets
 from memit.errors import ResourceError
 from tasks.engine.artifacts import PARTIAL
+from tasks.engine.hub import open_model
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import gather
 from tasks.engine.results import TARGETS_FILE
 from tasks.engine.workers import scatter, thread_runner
-from tasks.model import open_model
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 

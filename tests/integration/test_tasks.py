@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from memit.editors.memit import Memit
 from memit.errors import EditError, InputError, IntegrityError
 from memit.evaluation.counterfact import prompts_of
 from memit.evaluation.generations import SCHEMA
@@ -18,15 +19,21 @@ from memit.requests import EditRequest, Record, read_counterfact, write_records
 from memit.second_moment import read_moment
 from memit.targets import Targets
 from memit.weight_delta import WeightDelta
-from tasks.corpus import CorpusSource, collect_corpus, read_texts
-from tasks.edit import spread_edit
+from tasks.edit import Method, MethodEdit, changed_weights, describe_edit, edit_with
 from tasks.engine.artifacts import Artifact, describe, write_file
 from tasks.engine.loaded_model import ModelReference, loaded, with_edit
 from tasks.evaluation import described_edit, measure_perplexity, metrics_of, read_table, score_piece
 from tasks.model import describe_model
 from tasks.prefixes import draw_prefixes
 from tasks.requests import choose_requests
-from tasks.statistics import collect_shard, describe_moment, merge_shards
+from tasks.statistics import (
+    CorpusSource,
+    collect_corpus,
+    collect_shard,
+    describe_moment,
+    merge_shards,
+    read_texts,
+)
 from tasks.targets import optimise_targets, target_settings
 from tests.families import families
 
@@ -106,7 +113,7 @@ def targets_of(reference: ModelReference, size: int) -> Targets:
     return Targets.concatenate([Targets.load(piece.targets.checked()) for piece in made])
 
 
-def edit_of(project: Path, reference: ModelReference, requests_file: Artifact):
+def edit_of(project: Path, reference: ModelReference, requests_file: Artifact) -> MethodEdit:
     made = collect_corpus.fn(CorpusSource(file=corpus_file(project)), 18, 9, 2)
     shards = [collect_shard.fn(r.texts, reference, (1, 2), BUDGET) for r in made.ranges]
     files = {}
@@ -115,7 +122,27 @@ def edit_of(project: Path, reference: ModelReference, requests_file: Artifact):
         merge_shards(shards, describe_moment(reference, made.digest, layer), path)
         files[layer] = describe(path)
     goals = write_file(project / "targets.safetensors", targets_of(reference, 7).save)
-    return spread_edit.fn(reference, requests_file, PREFIXES, goals, files, HYPERPARAMETERS, BUDGET)
+    return edited(reference, requests_file, goals, files)
+
+
+def edited(
+    reference: ModelReference,
+    records: Artifact,
+    targets: Artifact,
+    moments: dict[int, Artifact],
+    hyperparameters: Hyperparameters = HYPERPARAMETERS,
+    on_failure: str = "stop",
+) -> MethodEdit:
+    return edit_with.fn(
+        Method("memit", Memit(hyperparameters)),
+        reference,
+        records,
+        prefixes=PREFIXES,
+        moments=moments,
+        targets=targets,
+        token_budget=BUDGET,
+        on_failure=on_failure,
+    )
 
 
 def test_a_corpus_is_cut_into_ranges_and_the_rest_is_held_out(project: Path) -> None:
@@ -179,19 +206,18 @@ def test_an_edit_is_signed_and_leaves_the_model_alone(
     project: Path, reference: ModelReference, requests_file: Artifact, directory: Path
 ) -> None:
     edit = edit_of(project, reference, requests_file)
-    delta = WeightDelta.load(edit.delta.checked())
+    delta = WeightDelta.load(edit.edit.checked())
     assert delta.provenance["model"] == "small"
     assert delta.provenance["count"] == len(RECORDS)
     original = load_file(directory / "model.safetensors")
     with loaded(reference) as lm:
         for name in delta.changes:
             assert torch.equal(lm.parameter(name), original[name])
-    changed = load_file(edit.weights.checked())
+    changed = load_file(changed_weights.fn(reference, edit.edit).checked())
     assert set(changed) == set(delta.changes)
     for name, matrix in changed.items():
         assert torch.equal(matrix, original[name] + delta.changes[name].dense())
-    again = edit_of(project, reference, requests_file)
-    assert (again.delta, again.weights, again.summary) == (edit.delta, edit.weights, edit.summary)
+    assert edit_of(project, reference, requests_file).edit == edit.edit
 
 
 def test_statistics_of_another_model_are_refused(
@@ -208,15 +234,13 @@ def test_statistics_of_another_model_are_refused(
         pass
     wrong = Hyperparameters(layers=(2,), covariance_weight=5.0)
     with pytest.raises(IntegrityError, match="statistics of another model or layer"):
-        spread_edit.fn(
-            reference, requests_file, PREFIXES, goals, {2: describe(path)}, wrong, BUDGET
-        )
+        edited(reference, requests_file, goals, {2: describe(path)}, wrong)
 
 
 def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
     project: Path, reference: ModelReference, requests_file: Artifact
 ) -> None:
-    delta = edit_of(project, reference, requests_file).delta
+    delta = edit_of(project, reference, requests_file).edit
     prompts = prompts_of(RECORDS)
 
     def scored(size: int, edit: Artifact | None):
@@ -242,7 +266,7 @@ def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
 def test_a_model_is_measured_as_it_will_be_served(
     project: Path, reference: ModelReference, requests_file: Artifact
 ) -> None:
-    delta = edit_of(project, reference, requests_file).delta
+    delta = edit_of(project, reference, requests_file).edit
     served = reference.model_copy(update={"served_in": "bfloat16"})
     prompts = prompts_of(RECORDS)
     exact = read_table([score_piece.fn(prompts, reference, delta, BUDGET)])
@@ -264,27 +288,26 @@ def test_an_edit_that_cannot_be_written_stops_the_run_or_is_dropped(
     goals.finite[1] = False
     goals.z[4, 0] = float("nan")
     spoilt = write_file(project / "spoilt.safetensors", goals.save)
-    given = (reference, requests_file, PREFIXES, spoilt, files, HYPERPARAMETERS, BUDGET)
     stored = content(project)
     with pytest.raises(EditError, match=f"{RECORDS[1].request.subject} lives in. is not finite"):
-        spread_edit.fn(*given)
+        edited(reference, requests_file, spoilt, files)
     assert content(project) == stored
-    made = spread_edit.fn(*given, on_failure="drop")
-    summary = json.loads(made.summary.checked().read_text())
+    made = edited(reference, requests_file, spoilt, files, on_failure="drop")
+    summary = describe_edit(made, project / "spoilt.safetensors", project / "requests.json")
     assert summary["count"] == 5
     assert [(edit["case_id"], edit["prompt"]) for edit in summary["dropped"]] == [
         (case_id, RECORDS[case_id].request.text) for case_id in (1, 4)
     ]
     assert "at layer 1 is not finite" in summary["dropped"][1]["reason"]
     assert described_edit(summary)["dropped"] == 2
-    delta = WeightDelta.load(made.delta.checked())
+    delta = WeightDelta.load(made.edit.checked())
     assert delta.provenance["count"] == 5
     assert all(torch.isfinite(change.dense()).all() for change in delta.changes.values())
     kept = [record for record in RECORDS if record.case_id not in (1, 4)]
     file = write_file(project / "kept.json", lambda path: write_records(kept, path))
     rest = write_file(project / "kept.safetensors", goals.chosen([0, 2, 3, 5, 6]).save)
-    alone = spread_edit.fn(reference, file, PREFIXES, rest, files, HYPERPARAMETERS, BUDGET)
-    assert alone.weights.sha256 == made.weights.sha256
+    alone = edited(reference, file, rest, files)
+    assert alone.edit.sha256 == made.edit.sha256
 
 
 def content(place: Path) -> dict[str, bytes]:

@@ -18,13 +18,14 @@ from memit.evaluation import zsre
 from memit.evaluation.counterfact import SCHEMA, harmonic_mean
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record
-from tasks.compare import make_methods, split_by_subject, without_prompts
+from tasks.compare import make_methods
 from tasks.evaluation import metrics_of
 from tasks.reporting import comparison as compare
 from tasks.reporting import scaling
 from tasks.reporting.comparison import ABSENT, Comparison
 from tasks.reporting.published import published
 from tasks.reporting.scaling import Point, curve
+from tasks.requests import split_by_subject, without_prompts
 
 HYPERPARAMETERS = Hyperparameters((1, 2), 5.0)
 

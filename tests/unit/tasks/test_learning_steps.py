@@ -7,7 +7,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from flows.command.parameters import MendSection, SeracSection, check_parameters, overridden
-from flows.methods import learning_steps
+from flows.compare import learning_steps
 from memit.editors.mend import MendSettings, mend_preset
 from memit.editors.serac import serac_preset
 from memit.language_model import LanguageModel

@@ -127,9 +127,17 @@ def test_every_step_that_computes_waits_for_its_turn(monkeypatch: pytest.MonkeyP
     """All flows of the steps but the report, and the comparisons; none of those that chain them."""
     from contextlib import contextmanager
 
-    from flows import compare, experiment, mend, scaling, serac
-    from flows.service import deployments
-    from flows.service import gpu_slot as gpu
+    from flows import (
+        compare,
+        edit,
+        experiment,
+        mend,
+        prefixes,
+        scaling,
+        serac,
+        statistics,
+    )
+    from flows.service import step as frame
 
     asked: list[str] = []
 
@@ -139,14 +147,14 @@ def test_every_step_that_computes_waits_for_its_turn(monkeypatch: pytest.MonkeyP
         raise InputError("not now")
         yield
 
-    monkeypatch.setattr(gpu, "gpu_turn", turn)
+    monkeypatch.setattr(frame, "gpu_turn", turn)
+    monkeypatch.setattr(frame, "upstream", lambda *_: {})
     parameters = complete_parameters({"model": {"device": "cuda"}})
-    steps = [step for step in experiment.FLOWS if step.name != "report"]
-    for step in (*steps, mend.mend, serac.serac, compare.compare, scaling.scaling):
+    for module in (edit, prefixes, statistics, mend, serac, compare, scaling):
         with pytest.raises(InputError, match="not now"):
-            step.fn(parameters)
-    assert asked == ["cuda"] * 11
-    for chain in (experiment.experiment, deployments.comparison, deployments.scaling_run):
+            getattr(module, module.__name__.rpartition(".")[2]).fn(parameters)
+    assert asked == ["cuda"] * 7
+    for chain in (experiment.experiment, experiment.comparison, experiment.scaling_run):
         with pytest.raises(InputError, match="parameters must hold sections"):
             chain.fn([1])  # pyright: ignore[reportArgumentType]
-    assert asked == ["cuda"] * 11
+    assert asked == ["cuda"] * 7

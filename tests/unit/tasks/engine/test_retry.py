@@ -18,8 +18,8 @@ import torch.hub
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from memit.errors import InputError, MemitError, UnreachableError
+from tasks.engine.hub import fetch_description, resolve_commit
 from tasks.engine.retry import ATTEMPTS
-from tasks.model import fetch_description, resolve_commit
 from tasks.requests import locate_records
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
