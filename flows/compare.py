@@ -26,8 +26,9 @@ from flows.service.dvc_lock import origin
 from flows.service.step import Run, step
 from flows.statistics import collect_layers
 from flows.targets import optimise
-from memit.editors.mend import Mend, mend_preset
-from memit.editors.serac import Serac, serac_preset
+from memit.editors.mend import Mend
+from memit.editors.serac import Serac
+from memit.editors.settings import mend_preset, serac_preset
 from memit.evaluation.counterfact import plus_prompts_of, prompts_of
 from memit.evaluation.entropy import word_tokenizer
 from memit.evaluation.zsre import ZsreRecord, read_zsre

@@ -14,7 +14,7 @@ from flows.command.parameters import Parameters, overridden
 from flows.requests import split_source
 from flows.service.step import Run, step
 from flows.statistics import corpus_source
-from memit.editors.mend import mend_preset
+from memit.editors.settings import mend_preset
 from tasks.engine.artifacts import Artifact
 from tasks.engine.checkpoints import forget_work
 from tasks.engine.results import MEND_NETWORK_FILE

@@ -14,9 +14,9 @@ from flows.command.parameters import overridden
 from flows.mend import train
 from flows.requests import split_source
 from flows.service.step import Run, step
-from memit.editors.serac import SeracSettings, serac_preset
+from memit.editors.settings import SeracSettings, serac_preset
+from memit.model_files import directory_digests
 from tasks.engine.hub import resolve_commit
-from tasks.engine.loaded_model import directory_digests
 from tasks.engine.results import SERAC_MODELS_FILE
 from tasks.serac import train_serac_models
 

@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from memit.errors import InputError, IntegrityError
 from memit.evaluation.counterfact import prompts_of, score_prompts
 from memit.language_model import LanguageModel, read_description, reading
+from memit.model_files import WEIGHT_FILES, directory_digests, weight_files
 from memit.requests import read_counterfact, write_records
 from memit.world.people import WorldParameters, make_world
 from memit.world.small_model import TrainingParameters, train
@@ -23,14 +24,7 @@ from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
 from tasks.engine.cost import Cost, Meter
-from tasks.engine.loaded_model import (
-    WEIGHT_FILES,
-    ModelFiles,
-    ModelReference,
-    directory_digests,
-    loaded,
-    weight_files,
-)
+from tasks.engine.loaded_model import ModelFiles, ModelReference, loaded
 from tasks.engine.progress import progress_bar
 
 FLOATS = {"F64", "F32", "F16", "BF16"}

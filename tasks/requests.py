@@ -16,7 +16,8 @@ from torch.hub import download_url_to_file
 
 from memit.errors import InputError, IntegrityError, UnreachableError
 from memit.evaluation.zsre import as_records, read_zsre
-from memit.files.reading import check_file, file_sha256, verify_sha256
+from memit.files.digests import file_sha256, verify_sha256
+from memit.files.reading import check_file
 from memit.requests import (
     Record,
     drop_conflicts,

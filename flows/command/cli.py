@@ -113,7 +113,7 @@ def apply(directory: Directory, *, delta: File | None = None) -> None:
     """
 
     def put_in() -> None:
-        from tasks.engine.model_directory import apply_edit
+        from memit.model_directory import apply_edit
 
         folder = apply_edit(directory, _delta_file(delta))
         console.print(f"edited {directory}; what undoes it lies in {folder}")
@@ -132,7 +132,7 @@ def revert(directory: Directory) -> None:
     """
 
     def take_out() -> None:
-        from tasks.engine.model_directory import applied_edits, revert_edit
+        from memit.model_directory import applied_edits, revert_edit
 
         revert_edit(directory)
         left = len(applied_edits(directory))

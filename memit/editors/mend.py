@@ -21,11 +21,10 @@ from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.learning import Training, content_digest, run_training
 from memit.editors.mend_network import Factors, Matrix, MendNetwork
 from memit.editors.settings import MendSettings
-from memit.editors.settings import mend_preset as mend_preset
 from memit.editors.teacher_forcing import Pair, mean_nll, pair_rows, row_means, target_places
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError
-from memit.files.reading import file_sha256
+from memit.files.digests import file_sha256
 from memit.forward import logits_at, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow

@@ -23,11 +23,10 @@ from memit.editors.learning import Training, content_digest, run_training
 from memit.editors.packed_models import pack, unpack
 from memit.editors.scope_classifier import ScopeClassifier, load_encoder, new_encoder
 from memit.editors.settings import SeracSettings
-from memit.editors.settings import serac_preset as serac_preset
 from memit.editors.teacher_forcing import mean_nll, pair_rows
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError, IntegrityError
-from memit.files.reading import file_sha256
+from memit.files.digests import file_sha256
 from memit.files.tensors import load_tensors, save_tensors
 from memit.language_model import LanguageModel, load_model
 from memit.requests import EditRequest, Record

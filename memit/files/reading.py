@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
-from memit.errors import InputError, IntegrityError
+from memit.errors import InputError
 
 SIZE_LIMIT = 1 << 30
 """Bytes of the largest file that is read as a whole."""
@@ -57,22 +56,6 @@ def read_text(path: str | Path, what: str, size_limit: int = SIZE_LIMIT) -> str:
             "fetch it again."
         )
     return text
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def verify_sha256(path: str | Path, expected: str) -> None:
-    """Raise `IntegrityError` unless the file's SHA-256 is the expected one (hexadecimal)."""
-    found = file_sha256(path)
-    if found != expected.strip().lower():
-        raise IntegrityError(
-            f"{path} has the sha256 {found} where {expected} was expected: "
-            "it is damaged or another version, fetch it again or correct the checksum."
-        )
 
 
 def parse_json(text: str, where: str | Path) -> Any:

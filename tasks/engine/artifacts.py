@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from memit.errors import IntegrityError
 from memit.files import atomic as whole_files
 from memit.files.atomic import PARTIAL, write_whole
-from memit.files.reading import file_sha256
+from memit.files.digests import file_sha256
 from tasks.engine.store import shared_store
 
 

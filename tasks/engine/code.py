@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memit.errors import IntegrityError
-from memit.files.reading import file_sha256
+from memit.files.digests import file_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 METHOD, FLOORS_ABOVE = "memit", ("tasks", "flows")

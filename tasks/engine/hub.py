@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
 )
 
 from memit.errors import InputError, IntegrityError, ResourceError, UnreachableError
-from tasks.engine.loaded_model import ModelFiles, ModelReference, weight_files
+from memit.model_files import weight_files
+from tasks.engine.loaded_model import ModelFiles, ModelReference
 from tasks.engine.results import MODEL_FILE, WEIGHTS
 from tasks.engine.retry import patient
 

@@ -12,11 +12,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memit.costs import Shape
-from memit.errors import InputError, IntegrityError, ResourceError
-from memit.files.reading import file_sha256, parse_json, read_text
+from memit.errors import IntegrityError, ResourceError
+from memit.files.digests import file_sha256
 from tasks.engine.artifacts import Artifact, Value, cache_directory, describe, fetch_stored
 from tasks.engine.store import shared_store
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from memit.language_model import LanguageModel
 
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-"""What transformers looks for: the weights, or else the names of the files that hold them."""
 BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 """Size of a number."""
 
@@ -162,41 +160,6 @@ def token_budget(
 
     shape, size = reference.model.shape, BYTES[reference.dtype]
     return auto_token_budget(shape, size, reference.device, trained_blocks=trained_blocks)
-
-
-def weight_files(directory: Path) -> list[str]:
-    """The safetensors files that transformers reads from a model directory, there or not.
-
-    Copies and other formats' files may lie beside them. Raises `InputError` if config.json or the
-    index of the files is damaged.
-    """
-    named = _read_object(directory / "config.json").get("transformers_weights")
-    there = [name for name in WEIGHT_FILES if (directory / name).is_file()]
-    names = [str(named)] if named else there[:1]
-    if names and names[0].endswith(".json"):
-        shards = _read_object(directory / names[0]).get("weight_map")
-        names = sorted({str(n) for n in shards.values()}) if isinstance(shards, dict) else ["."]
-    if any(Path(name).name != name for name in names):
-        raise InputError(f"{directory} names no weights of its own: fetch the model again.")
-    return names
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    found = parse_json(read_text(path, "the model"), path) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
-def directory_digests(directory: Path) -> dict[str, str]:
-    """The SHA-256 of each file that belongs to a model, by its name.
-
-    Weights (`weight_files`), configuration and tokenizer count; other files do not.
-    """
-    kinds, weights = {".json", ".txt", ".model"}, weight_files(directory)
-    return {
-        path.name: file_sha256(path)
-        for path in sorted(directory.iterdir())
-        if path.is_file() and (path.name in weights or path.suffix in kinds) and path.name[0] != "."
-    }
 
 
 def load_reference(reference: ModelReference) -> LanguageModel:

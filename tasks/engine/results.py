@@ -17,7 +17,7 @@ from prefect.context import FlowRunContext
 from pydantic import ValidationError
 
 from memit.errors import IntegrityError
-from memit.files.reading import file_sha256
+from memit.files.digests import file_sha256
 from tasks.engine.artifacts import (
     Artifact,
     Value,

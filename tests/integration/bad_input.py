@@ -27,7 +27,7 @@ from transformers import AutoConfig
 
 from flows.command.checks import check_comparison
 from flows.command.parameters import read_parameters
-from memit.files.reading import file_sha256
+from memit.files.digests import file_sha256
 from memit.second_moment import import_published
 from memit.weight_delta import WeightDelta
 

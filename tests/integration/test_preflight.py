@@ -22,7 +22,7 @@ from memit.errors import (
     ResourceError,
     UnreachableError,
 )
-from memit.files.reading import file_sha256
+from memit.files.digests import file_sha256
 from tasks.engine import workers as runners
 from tests.families import families
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from memit.errors import InputError, IntegrityError, UnreachableError
-from memit.files.reading import file_sha256, verify_sha256
+from memit.files.digests import file_sha256, verify_sha256
 from tasks import requests
 from tasks.requests import fetch as patient_fetch
 

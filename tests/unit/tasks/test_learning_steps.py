@@ -8,8 +8,7 @@ import pytest
 
 from flows.command.parameters import MendSection, SeracSection, check_parameters, overridden
 from flows.compare import learning_steps
-from memit.editors.mend import MendSettings, mend_preset
-from memit.editors.serac import serac_preset
+from memit.editors.settings import MendSettings, mend_preset, serac_preset
 from memit.language_model import LanguageModel
 from memit.requests import write_records
 from tasks.engine.artifacts import describe
