@@ -1,9 +1,9 @@
-"""Which source files and libraries a result comes from, read off the imports.
+"""The source files and libraries behind a result, found by following imports.
 
-Nothing is listed by hand. A module of the method (``memit/``) counts with everything that it
-imports. In the floors above only what a function uses is followed: from name to name, into the
-functions and modules that it imports, wherever the import stands. What only a type checker reads
-does not count, nor does the machinery of those floors: a progress bar changes no result.
+A module of the method (`memit/`) counts with everything that it imports, anywhere. In the floors
+above only what a function uses is followed: from name to name, into the functions and modules that
+it imports. Imports for type checkers do not count, nor does the machinery of those floors: no
+result depends on a progress bar.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from memit.files.reading import file_sha256
 ROOT = Path(__file__).resolve().parents[2]
 METHOD, FLOORS_ABOVE = "memit", ("tasks", "flows")
 MACHINERY = ("tasks.engine", "flows.command", "flows.service")
-"""What no result depends on, though steps use it: the folders that hold no step."""
+"""Folders without steps: they are followed but do not count themselves."""
 USERS_FOLDERS: set[Path] = set()
-"""Where methods lie that a user's own file brings."""
+"""Folders of users' own files with editors."""
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
-"""Those whose next version may give other bits."""
+"""Libraries whose next version may give other bits."""
 
 
 class Import(NamedTuple):
@@ -36,29 +36,29 @@ class Import(NamedTuple):
 
     module: str
     attribute: str | None
-    """What is taken from the module; None: the module itself."""
+    """The name in that module; None: the module itself."""
     name: str
-    """What the importing module calls it."""
+    """The name in the importing module."""
 
 
 def code_of(function: Callable[..., Any]) -> dict[str, str]:
-    """SHA-256 of each source file that a function's results come from, and library versions."""
+    """SHA-256 of each source file behind a function's results, and versions of libraries."""
     return _digests(task_modules(function.__module__, function.__qualname__)) | library_versions()
 
 
 def code_of_class(kind: type) -> dict[str, str]:
     """SHA-256 of each source file behind a class of the method, or of a user's own file, whose
-    imports are looked for beside it, too."""
+    imports are also looked for beside it."""
     if kind.__module__.partition(".")[0] != METHOD:
         USERS_FOLDERS.add(Path(inspect.getfile(kind)).resolve().parent)
     return _digests(method_modules(kind.__module__))
 
 
 def _digests(modules: Set[str]) -> dict[str, str]:
-    """SHA-256 of the modules' files, if they are those that this process started with.
+    """SHA-256 of the modules' files.
 
     Raises:
-        IntegrityError: one was changed since, so that nobody knows what code is running.
+        IntegrityError: one has changed since this process started, so that it may run either code.
     """
     found = {}
     for module in sorted(modules):
@@ -80,25 +80,25 @@ def task_modules(module: str, function: str) -> frozenset[str]:
     """The modules behind a task: what its function uses, and what importing them loads."""
     used = _Uses()
     used.follow(module, function)
-    for visited in {place for place, _ in used.seen}:
+    for visited in {module for module, _ in used.seen}:
         used.load(visited)
     return frozenset(used.modules)
 
 
 @cache
 def stage_modules(module: str, function: str) -> frozenset[str]:
-    """The modules behind a flow, those of every task that it runs included."""
+    """The modules behind a flow, including those of every task that it runs."""
     used = _Uses()
     used.follow(module, function)
-    tasks = (place for place in used.seen if _is_cached_task(*place))
-    return frozenset(used.modules.union(*(task_modules(*place) for place in tasks)))
+    tasks = (name for name in used.seen if _is_cached_task(*name))
+    return frozenset(used.modules.union(*(task_modules(*name) for name in tasks)))
 
 
 @cache
-def method_modules(module: str, attribute: str | None = None) -> frozenset[str]:
-    """A module of the method and all that it imports, as it stands in ``from module import``."""
+def method_modules(module: str) -> frozenset[str]:
+    """A module of the method and everything that it imports."""
     used = _Uses()
-    used.add(module, attribute)
+    used.add(module)
     return frozenset(used.modules)
 
 
@@ -108,75 +108,67 @@ class _Uses:
     def __init__(self) -> None:
         self.modules: set[str] = set()
         self.seen: set[tuple[str, str]] = set()
-        """Functions and other names of the floors above, each with its module."""
+        """Modules of the floors above, each with a name at its top."""
         self.loaded: set[str] = set()
 
     def follow(self, module: str, name: str) -> None:
-        """Everything that a name at the top of a module of the floors above uses."""
+        """Find everything that a name at the top of a module of the floors above uses."""
         if (module, name) in self.seen:
             return
         self.seen.add((module, name))
         if not module.startswith(MACHINERY):
             self.modules.add(module)
         source = _read(module)
+        if name in source.imports:
+            self._take(source.imports[name])
         for node in _walk(source.names[name]) if name in source.names else ():
             for found in _imports(node, module):
                 self._take(found)
-            if isinstance(node, ast.Name):
-                self._take_name(module, node.id)
-        if name in source.imports:
-            self._take(source.imports[name])
-
-    def _take_name(self, module: str, name: str) -> None:
-        source = _read(module)
-        if name in source.names or name in source.imports:
-            self.follow(module, name)
+            if isinstance(node, ast.Name) and node.id in source.names | source.imports:
+                self.follow(module, node.id)
 
     def _take(self, found: Import) -> None:
         floor = found.module.partition(".")[0]
         if floor == METHOD:
-            self.add(found.module, found.attribute)
+            self.add(found.module)
         elif floor in FLOORS_ABOVE and _path(found.module) is not None:
-            names = [found.attribute] if found.attribute else list(_read(found.module).names)
-            for name in names:
+            for name in [found.attribute] if found.attribute else _read(found.module).names:
                 self.follow(found.module, name)
 
     def load(self, module: str) -> None:
-        """What importing a module of the floors above imports of the method."""
+        """Add what importing a module of the floors above imports of the method."""
         if module in self.loaded or _path(module) is None:
             return
         self.loaded.add(module)
         for found in _read(module).imports.values():
             if found.module.partition(".")[0] == METHOD:
-                self.add(found.module, found.attribute)
+                self.add(found.module)
             else:
                 self.load(found.module)
 
-    def add(self, module: str, attribute: str | None = None, *, runs: bool = True) -> None:
-        """A module of the method with what it imports; a package also runs before its modules."""
-        if not module or _path(module) is None:
+    def add(self, module: str) -> None:
+        """Add a module of the method, or of a user's own, with its packages and all they import."""
+        if module == METHOD:  # as a whole: `memit/__init__.py` imports its modules on demand
+            for file in sorted((ROOT / METHOD).glob("[!_]*.py")):
+                self.add(f"{METHOD}.{file.stem}")
+        if module in self.modules or _path(module) is None:
             return
+        self.modules |= {METHOD, module}
         package = module.rpartition(".")[0]
-        if package:
-            self.add(package, runs=False)
-        if runs:
-            for home in _homes(module, attribute):
-                self.add(home)
-        if module in self.modules:
-            return
-        self.modules.add(module)
+        if package not in ("", METHOD):
+            self.add(package)
         for found in _all_imports(module):
-            self.add(found.module, found.attribute)
+            self.add(found.module)
 
 
 class _Source(NamedTuple):
-    """A module as it is written."""
+    """A parsed module."""
 
     tree: ast.Module
     names: dict[str, ast.stmt]
-    """What a module defines at its top."""
+    """The definitions at its top."""
     imports: dict[str, Import]
-    """What it imports there."""
+    """The imports there."""
 
 
 @cache
@@ -197,14 +189,14 @@ def _read(module: str) -> _Source:
 
 @cache
 def _all_imports(module: str) -> tuple[Import, ...]:
-    """What a module imports anywhere."""
+    """Everything that a module imports, anywhere."""
     nodes = _walk(_read(module).tree)
     return tuple(dict.fromkeys(found for node in nodes for found in _imports(node, module)))
 
 
 def _walk(node: ast.AST, *, inside: bool = True) -> Iterator[ast.AST]:
-    """`ast.walk` without branches for type checkers or for a module that is run as a command;
-    what stands ``inside`` functions and classes can be left out, too."""
+    """`ast.walk` without branches for type checkers or for a module that is run as a command, and,
+    unless `inside`, without the bodies of functions and classes."""
     yield node
     children: Iterable[ast.AST] = ast.iter_child_nodes(node)
     if isinstance(node, ast.If) and {"TYPE_CHECKING", "__name__"} & _named(node.test):
@@ -216,50 +208,23 @@ def _walk(node: ast.AST, *, inside: bool = True) -> Iterator[ast.AST]:
 
 
 def _named(node: ast.AST) -> set[str]:
-    """The names in an expression, and those of attributes."""
-    parts = (getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(node))
-    return {part for part in parts if part is not None}
+    """The names and attributes in an expression."""
+    return {getattr(part, "id", getattr(part, "attr", "")) for part in ast.walk(node)}
 
 
 def _imports(node: ast.AST, module: str) -> Iterator[Import]:
-    """What one statement or call imports."""
+    """The imports of one statement."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             yield Import(alias.name, None, alias.asname or alias.name)
     elif isinstance(node, ast.ImportFrom):
-        base = node.module or ""
-        if node.level:
-            is_package = source_file(module).name == "__init__.py"
-            package = module if is_package else module.rpartition(".")[0]
-            base = resolve_name("." * node.level + base, package)
+        is_package = source_file(module).name == "__init__.py"
+        package = module if is_package else module.rpartition(".")[0]
+        base = resolve_name("." * node.level + (node.module or ""), package)
         for alias in node.names:
             whole = f"{base}.{alias.name}"
             found = (base, alias.name) if _path(whole) is None else (whole, None)
             yield Import(*found, alias.asname or alias.name)
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
-        called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-        first = node.args[0] if node.args else None
-        if called == "import_module" and isinstance(first, ast.Constant):
-            yield Import(str(first.value), None, "")
-
-
-def _homes(package: str, attribute: str | None) -> Iterator[str]:
-    """The modules in which a package looks for its attributes when they are asked for: those that
-    its texts name. Of a table that names the attribute, only what stands beside it."""
-    source = _read(package)
-    if "__getattr__" not in source.names:
-        return
-    tables = [node for node in ast.walk(source.tree) if isinstance(node, ast.Dict)]
-    pairs = [pair for table in tables for pair in zip(table.keys, table.values, strict=True)]
-    beside = [value for key, value in pairs if _text(key) == attribute]
-    for text in filter(None, map(_text, beside or [value for _, value in pairs])):
-        inside = f"{package}.{text}"
-        yield inside if _path(inside) is not None else text
-
-
-def _text(node: ast.AST | None) -> str | None:
-    value = node.value if isinstance(node, ast.Constant) else None
-    return value if isinstance(value, str) else None
 
 
 def _is_cached_task(module: str, name: str) -> bool:
@@ -268,7 +233,7 @@ def _is_cached_task(module: str, name: str) -> bool:
 
 
 def source_file(module: str) -> Path:
-    """Where a module of this project stands; raises LookupError for those of others."""
+    """The source file of a module of this project; LookupError for other modules."""
     path = _path(module)
     if path is None:
         raise LookupError(f"{module} is no module of this project.")
@@ -277,11 +242,11 @@ def source_file(module: str) -> Path:
 
 @cache
 def _path(module: str) -> Path | None:
-    """The source file of a module of this project; None for those of others."""
+    """The source file of a module of this project; None for other modules."""
     parts = module.split(".")
     roots = (ROOT,) if parts[0] in (METHOD, *FLOORS_ABOVE) else tuple(USERS_FOLDERS)
-    places = [root.joinpath(*parts) for root in roots]
-    files = (file for p in places for file in (p.with_suffix(".py"), p / "__init__.py"))
+    paths = [root.joinpath(*parts) for root in roots]
+    files = (file for p in paths for file in (p.with_suffix(".py"), p / "__init__.py"))
     return next((file for file in files if file.is_file()), None)
 
 
@@ -290,4 +255,4 @@ _AT_START = {
     for package in (METHOD, *FLOORS_ABOVE)
     for path in (ROOT / package).rglob("*.py")
 }
-"""The source as it was when this process began."""
+"""SHA-256 of each source file when this process started."""

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from memit.errors import InputError, IntegrityError, ResourceError, UnreachableError
 from tasks.engine.loaded_model import ModelFiles, ModelReference, weight_files
 from tasks.engine.results import MODEL_FILE, WEIGHTS
-from tasks.engine.retry import patient
+from tasks.engine.retry import retry_unreachable
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 DESCRIPTION_PATTERNS = ("*.json", "*.txt", "*.model")
@@ -56,7 +56,7 @@ def open_model(dtype: str, device: str, threads: int, path: str | None) -> Model
     )
 
 
-@patient
+@retry_unreachable
 def resolve_commit(name: str, revision: str, kind: Literal["model", "dataset"] = "model") -> str:
     """The commit that a branch, tag or commit of a hub repository stands for.
 
@@ -105,7 +105,7 @@ def _has_weights(directory: Path) -> bool:
     return bool(names) and all((directory / name).is_file() for name in names)
 
 
-@patient
+@retry_unreachable
 def _snapshot(name: str, commit: str, *more: str) -> Path:
     """The description of a hub model, from here if it is here; with `more`, from the hub."""
     patterns = [*more, *DESCRIPTION_PATTERNS]

@@ -1,7 +1,7 @@
 """One language model in memory for each process, used by one piece at a time.
 
-Hooks on a torch model know nothing of threads, and a CPU has only the cores that it has: whoever
-computes holds the lock. While one piece computes, the others read, write and hash.
+Hooks on a torch model are not thread-safe, so the thread that computes holds a lock. Meanwhile the
+others read, write and hash.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 
 
 class ModelFiles(Value):
-    """``model.json``: which model it is, to the last bit."""
+    """Contents of `model.json`: which model it is, to the last bit."""
 
     source: str
     id: str
-    """Hub id, ``synthetic``, or the name of the local directory."""
+    """Hub id, `synthetic`, or the name of the local directory."""
     revision: str | None
     """The commit, of a model from the hub."""
     files: dict[str, str]
@@ -53,7 +53,7 @@ class ModelFiles(Value):
 
     @property
     def shape(self) -> Shape:
-        """What its costs follow from."""
+        """The dimensions that cost estimates need."""
         return Shape(self.layers, self.width, self.inner_width, self.parameters)
 
     @property
@@ -63,7 +63,7 @@ class ModelFiles(Value):
 
 
 class ModelReference(Value):
-    """A model for a task: what it is, where it lies, and how it computes."""
+    """A model as a task's input: which one, in which directory, and how it computes."""
 
     directory: str
     model: ModelFiles
@@ -71,11 +71,11 @@ class ModelReference(Value):
     device: str
     threads: int
     served_in: str | None = None
-    """A dtype to round the weights to after an edit was applied in ``dtype``; None leaves them."""
+    """A dtype to round the weights to after an edit was applied in `dtype`; None leaves them."""
 
     @property
     def cache_key(self) -> dict[str, object]:
-        """Everything that the bits of a result depend on; not where the files lie."""
+        """Everything that the bits of a result depend on; not the files' path."""
         return {
             "model": self.model.digest,
             "dtype": self.dtype,
@@ -95,14 +95,44 @@ class ModelReference(Value):
         return self.served_in not in (None, self.dtype)
 
 
-class _Slot:
-    """The model that is loaded now, and the edit that stands in its weights."""
+class _LoadedModel:
+    """The model in this process's memory, and the edit in its weights."""
 
-    lock = threading.RLock()
-    reference: ModelReference | None = None
-    model: LanguageModel | None = None
-    edit: str | None = None
-    applied: Edit | None = None
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.reference: ModelReference | None = None
+        self.model: LanguageModel | None = None
+        self.edit: str | None = None
+        """Digest of the edit's file."""
+        self.applied: Edit | None = None
+
+    def with_edit(
+        self, reference: ModelReference, edit: str | None, read: Callable[[], Edit] | None
+    ) -> LanguageModel:
+        """The model with the edit of this digest, which `read` reads if it is not applied yet."""
+        stale = reference.is_rounded and self.edit != edit
+        if self.model is None or self.reference != reference or stale:
+            self.reference = self.model = self.edit = self.applied = None
+            lm = load_reference(reference)
+            self._apply(lm, edit, read)
+            if reference.is_rounded:
+                _round_weights(lm, reference)
+            self.model, self.reference = lm, reference
+        elif self.edit != edit:
+            if self.applied is not None:
+                self.applied.revert(self.model)
+                self.edit = self.applied = None
+            self._apply(self.model, edit, read)
+        return self.model
+
+    def _apply(self, lm: LanguageModel, edit: str | None, read: Callable[[], Edit] | None) -> None:
+        if read is not None:
+            applied = read()
+            applied.apply(lm)
+            self.edit, self.applied = edit, applied
+
+
+_loaded = _LoadedModel()
 
 
 @contextmanager
@@ -112,49 +142,32 @@ def loaded(reference: ModelReference) -> Iterator[LanguageModel]:
     Raises:
         IntegrityError: a file of the model is not what it was.
     """
-    with _held(reference, None, lambda lm: None) as lm:
-        yield lm
+    with _loaded.lock:  # not through `with_edit`, or every task's key would hold all editors' code
+        yield _loaded.with_edit(reference, None, None)
 
 
 @contextmanager
 def with_edit(reference: ModelReference, edit: Artifact | None) -> Iterator[LanguageModel]:
-    """The model with the edit in the file ``edit``, if there is one, for this thread alone.
+    """The model with the edit in the file `edit`, if there is one, for this thread alone.
 
     Raises:
         IntegrityError: a file of the model or the delta is not what it was.
     """
-    with _held(reference, edit and edit.sha256, lambda lm: _put(lm, edit)) as lm:
-        yield lm
+    from memit.editors.saved_edit import load_edit
 
-
-@contextmanager
-def _held(
-    reference: ModelReference, wanted: str | None, put: Callable[[LanguageModel], None]
-) -> Iterator[LanguageModel]:
-    """The model with the ``wanted`` edit, which ``put`` puts in where none stands."""
-    with _Slot.lock:
-        stale = reference.is_rounded and _Slot.edit != wanted
-        if _Slot.model is None or _Slot.reference != reference or stale:
-            _Slot.reference = _Slot.model = _Slot.edit = _Slot.applied = None
-            lm = load_reference(reference)
-            put(lm)
-            if reference.is_rounded:
-                _round_weights(lm, reference)
-            _Slot.model, _Slot.reference = lm, reference
-        elif _Slot.edit != wanted:
-            if _Slot.applied is not None:
-                _Slot.applied.revert(_Slot.model)
-                _Slot.edit = _Slot.applied = None
-            put(_Slot.model)
-        yield _Slot.model
+    with _loaded.lock:
+        if edit is None:
+            yield _loaded.with_edit(reference, None, None)
+        else:
+            yield _loaded.with_edit(reference, edit.sha256, lambda: load_edit(edit.checked()))
 
 
 def token_budget(
     setting: int | str, reference: ModelReference, *, trained_blocks: int | None = None
 ) -> int:
-    """Padded tokens in a batch: as set, or for ``auto`` what `memit.batches` finds.
+    """Padded tokens in a batch: as set, or for `auto` what `memit.batches` finds.
 
-    Results' last bits depend on it: a flow asks once and tells all workers.
+    The last bits of results depend on it, so that a flow finds it once for all workers.
     """
     if isinstance(setting, int):
         return setting
@@ -165,10 +178,12 @@ def token_budget(
 
 
 def weight_files(directory: Path) -> list[str]:
-    """The safetensors files that transformers reads from a model directory, there or not.
+    """The safetensors files that transformers reads from a model directory, present or not.
 
-    Copies and other formats' files may lie beside them. Raises `InputError` if config.json or the
-    index of the files is damaged.
+    Copies and files of other formats beside them do not count.
+
+    Raises:
+        InputError: config.json or the index of the files is damaged.
     """
     named = _read_object(directory / "config.json").get("transformers_weights")
     there = [name for name in WEIGHT_FILES if (directory / name).is_file()]
@@ -200,7 +215,7 @@ def directory_digests(directory: Path) -> dict[str, str]:
 
 
 def load_reference(reference: ModelReference) -> LanguageModel:
-    """Load a model into memory after its files were compared with their digests.
+    """Load a model into memory after comparing its files with their digests.
 
     Raises:
         IntegrityError: one of them is missing or changed.
@@ -210,7 +225,7 @@ def load_reference(reference: ModelReference) -> LanguageModel:
 
     from memit.language_model import load_model
 
-    disable_progress_bar()  # the step's own bar says more
+    disable_progress_bar()  # the step has its own
     torch.set_num_threads(reference.threads)
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -257,12 +272,3 @@ def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
     for name, parameter in lm.model.named_parameters():
         check_rounded(parameter, dtype, name)
     nn.Module.to(lm.model, dtype=dtype)
-
-
-def _put(lm: LanguageModel, edit: Artifact | None) -> None:
-    from memit.editors.saved_edit import load_edit
-
-    if edit is not None:
-        wanted = load_edit(edit.checked())
-        wanted.apply(lm)
-        _Slot.edit, _Slot.applied = edit.sha256, wanted
