@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,6 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from memit.errors import InputError, UnreachableError
 from tasks.engine.artifacts import Value, artifacts_in, project_root
 from tasks.engine.loaded_model import ModelReference
-from tasks.engine.progress import gather
 from tasks.engine.store import VARIABLE, shared_store
 
 if TYPE_CHECKING:
@@ -105,23 +104,6 @@ def scatter(task: Task[..., Any], pieces: Sequence[Any], **shared: Any) -> list[
                 value.share()
     constant: dict[str, Any] = {name: unmapped(value) for name, value in shared.items()}
     return list(task.map(list(pieces), **constant))
-
-
-def map_in_pieces(
-    name: str,
-    unit: str,
-    task: Task[..., Any],
-    items: Sequence[Any],
-    size: int,
-    weigh: Callable[[Any], int] = len,
-    **shared: Any,
-) -> list[Any]:
-    """Map a task over `items`, `size` of them at a time, and return the results in order.
-
-    The bar counts the units that `weigh` finds in a piece. See `scatter` and `gather`.
-    """
-    pieces = [items[first : first + size] for first in range(0, len(items), size)]
-    return gather(name, unit, scatter(task, pieces, **shared), list(map(weigh, pieces)))
 
 
 def worker_environment(workers: Workers) -> dict[str, str]:

@@ -9,10 +9,10 @@ import pytest
 from prefect import flow, unmapped
 from prefect.testing.utilities import prefect_test_harness
 
-import tasks.corpus
-from tasks.corpus import Corpus, CorpusSource, collect_corpus
+import tasks.statistics
 from tasks.engine.artifacts import write_text
 from tasks.engine.workers import thread_runner
+from tasks.statistics import Corpus, CorpusSource, collect_corpus
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
@@ -47,10 +47,10 @@ def test_a_piece_is_computed_once_for_as_long_as_it_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Corpus, Path], None]
 ) -> None:
     calls: list[object] = []
-    write_down = tasks.corpus._write_down
+    write_down = tasks.statistics._write_down
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setattr(
-        tasks.corpus, "_write_down", lambda *given: (calls.append(given), write_down(*given))[1]
+        tasks.statistics, "_write_down", lambda *given: (calls.append(given), write_down(*given))[1]
     )
     source = CorpusSource(file=write_text(tmp_path / "corpus.txt", "one\ntwo\nthree\nfour\n"))
     first, second = collect_twice(source)
