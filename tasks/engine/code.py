@@ -1,9 +1,8 @@
 """The source files and libraries behind a result, found by following imports.
 
-A module of the method (`memit/`) counts with everything that it imports, anywhere. In the floors
-above only what a function uses is followed: from name to name, into the functions and modules that
-it imports. Imports for type checkers do not count, nor does the machinery of those floors: no
-result depends on a progress bar.
+A result comes from the module of its task and from everything that this imports, at its top or
+inside of functions. Imports for type checkers do not count, nor does the machinery around the
+steps: no result depends on a progress bar.
 """
 
 from __future__ import annotations
@@ -15,35 +14,26 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import resolve_name
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from memit.errors import IntegrityError
 from memit.files.reading import file_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
-METHOD, FLOORS_ABOVE = "memit", ("tasks", "flows")
-MACHINERY = ("tasks.engine", "flows.command", "flows.service")
-"""Folders without steps: they are followed but do not count themselves."""
+METHOD = "memit"
+PACKAGES = (METHOD, "tasks", "flows")
+MACHINERY = ("flows.command", "flows.service", "tasks.engine")
+FOLLOWED = "tasks.engine"
+"""Machinery that imports parts of the method for tasks, to load a model for example."""
 USERS_FOLDERS: set[Path] = set()
 """Folders of users' own files with editors."""
-DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 """Libraries whose next version may give other bits."""
 
 
-class Import(NamedTuple):
-    """One name that a module imports."""
-
-    module: str
-    attribute: str | None
-    """The name in that module; None: the module itself."""
-    name: str
-    """The name in the importing module."""
-
-
 def code_of(function: Callable[..., Any]) -> dict[str, str]:
     """SHA-256 of each source file behind a function's results, and versions of libraries."""
-    return _digests(task_modules(function.__module__, function.__qualname__)) | library_versions()
+    return _digests(modules_behind(function.__module__)) | library_versions()
 
 
 def code_of_class(kind: type) -> dict[str, str]:
@@ -51,7 +41,7 @@ def code_of_class(kind: type) -> dict[str, str]:
     imports are also looked for beside it."""
     if kind.__module__.partition(".")[0] != METHOD:
         USERS_FOLDERS.add(Path(inspect.getfile(kind)).resolve().parent)
-    return _digests(method_modules(kind.__module__))
+    return _digests(modules_behind(kind.__module__))
 
 
 def _digests(modules: Set[str]) -> dict[str, str]:
@@ -76,160 +66,49 @@ def library_versions() -> dict[str, str]:
 
 
 @cache
-def task_modules(module: str, function: str) -> frozenset[str]:
-    """The modules behind a task: what its function uses, and what importing them loads."""
-    used = _Uses()
-    used.follow(module, function)
-    for visited in {module for module, _ in used.seen}:
-        used.load(visited)
-    return frozenset(used.modules)
+def modules_behind(module: str) -> frozenset[str]:
+    """A module and everything of this project that it imports, without machinery."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        is_followed = name.startswith(FOLLOWED) or not name.startswith(MACHINERY)
+        if is_followed and name not in found and _path(name) is not None:
+            found.add(name)
+            waiting += [name.rpartition(".")[0], *_imports(name)]
+    return frozenset(name for name in found if not name.startswith(MACHINERY))
 
 
 @cache
-def stage_modules(module: str, function: str) -> frozenset[str]:
-    """The modules behind a flow, including those of every task that it runs."""
-    used = _Uses()
-    used.follow(module, function)
-    tasks = (name for name in used.seen if _is_cached_task(*name))
-    return frozenset(used.modules.union(*(task_modules(*name) for name in tasks)))
-
-
-@cache
-def method_modules(module: str) -> frozenset[str]:
-    """A module of the method and everything that it imports."""
-    used = _Uses()
-    used.add(module)
-    return frozenset(used.modules)
-
-
-class _Uses:
-    """The modules that are found while imports and names are followed."""
-
-    def __init__(self) -> None:
-        self.modules: set[str] = set()
-        self.seen: set[tuple[str, str]] = set()
-        """Modules of the floors above, each with a name at its top."""
-        self.loaded: set[str] = set()
-
-    def follow(self, module: str, name: str) -> None:
-        """Find everything that a name at the top of a module of the floors above uses."""
-        if (module, name) in self.seen:
-            return
-        self.seen.add((module, name))
-        if not module.startswith(MACHINERY):
-            self.modules.add(module)
-        source = _read(module)
-        if name in source.imports:
-            self._take(source.imports[name])
-        for node in _walk(source.names[name]) if name in source.names else ():
-            for found in _imports(node, module):
-                self._take(found)
-            if isinstance(node, ast.Name) and node.id in source.names | source.imports:
-                self.follow(module, node.id)
-
-    def _take(self, found: Import) -> None:
-        floor = found.module.partition(".")[0]
-        if floor == METHOD:
-            self.add(found.module)
-        elif floor in FLOORS_ABOVE and _path(found.module) is not None:
-            for name in [found.attribute] if found.attribute else _read(found.module).names:
-                self.follow(found.module, name)
-
-    def load(self, module: str) -> None:
-        """Add what importing a module of the floors above imports of the method."""
-        if module in self.loaded or _path(module) is None:
-            return
-        self.loaded.add(module)
-        for found in _read(module).imports.values():
-            if found.module.partition(".")[0] == METHOD:
-                self.add(found.module)
-            else:
-                self.load(found.module)
-
-    def add(self, module: str) -> None:
-        """Add a module of the method, or of a user's own, with its packages and all they import."""
-        if module == METHOD:  # as a whole: `memit/__init__.py` imports its modules on demand
-            for file in sorted((ROOT / METHOD).glob("[!_]*.py")):
-                self.add(f"{METHOD}.{file.stem}")
-        if module in self.modules or _path(module) is None:
-            return
-        self.modules |= {METHOD, module}
-        package = module.rpartition(".")[0]
-        if package not in ("", METHOD):
-            self.add(package)
-        for found in _all_imports(module):
-            self.add(found.module)
-
-
-class _Source(NamedTuple):
-    """A parsed module."""
-
-    tree: ast.Module
-    names: dict[str, ast.stmt]
-    """The definitions at its top."""
-    imports: dict[str, Import]
-    """The imports there."""
-
-
-@cache
-def _read(module: str) -> _Source:
+def _imports(module: str) -> tuple[str, ...]:
+    """The modules that a module imports anywhere."""
     tree = ast.parse(source_file(module).read_bytes())
-    names: dict[str, ast.stmt] = {}
-    imports: dict[str, Import] = {}
-    for node in _walk(tree, inside=False):
-        imports |= {found.name: found for found in _imports(node, module)}
-        if isinstance(node, DEFINITIONS):
-            names[node.name] = node
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            stored = (part for target in targets for part in ast.walk(target))
-            names |= {part.id: node for part in stored if isinstance(part, ast.Name)}
-    return _Source(tree, names, imports)
+    names = [name for node in _walk(tree) for name in _imported_by(node, module)]
+    if METHOD in names:  # as a whole: `memit/__init__.py` imports its modules on demand
+        names += [f"{METHOD}.{path.stem}" for path in (ROOT / METHOD).glob("[!_]*.py")]
+    return tuple(names)
 
 
-@cache
-def _all_imports(module: str) -> tuple[Import, ...]:
-    """Everything that a module imports, anywhere."""
-    nodes = _walk(_read(module).tree)
-    return tuple(dict.fromkeys(found for node in nodes for found in _imports(node, module)))
-
-
-def _walk(node: ast.AST, *, inside: bool = True) -> Iterator[ast.AST]:
-    """`ast.walk` without branches for type checkers or for a module that is run as a command, and,
-    unless `inside`, without the bodies of functions and classes."""
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
+    """`ast.walk` without branches for type checkers."""
     yield node
     children: Iterable[ast.AST] = ast.iter_child_nodes(node)
-    if isinstance(node, ast.If) and {"TYPE_CHECKING", "__name__"} & _named(node.test):
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         children = node.orelse
-    elif isinstance(node, DEFINITIONS) and not inside:
-        return
     for child in children:
-        yield from _walk(child, inside=inside)
+        yield from _walk(child)
 
 
-def _named(node: ast.AST) -> set[str]:
-    """The names and attributes in an expression."""
-    return {getattr(part, "id", getattr(part, "attr", "")) for part in ast.walk(node)}
-
-
-def _imports(node: ast.AST, module: str) -> Iterator[Import]:
-    """The imports of one statement."""
+def _imported_by(node: ast.AST, module: str) -> Iterator[str]:
+    """The modules that one statement imports."""
     if isinstance(node, ast.Import):
-        for alias in node.names:
-            yield Import(alias.name, None, alias.asname or alias.name)
+        yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
         is_package = source_file(module).name == "__init__.py"
         package = module if is_package else module.rpartition(".")[0]
         base = resolve_name("." * node.level + (node.module or ""), package)
-        for alias in node.names:
-            whole = f"{base}.{alias.name}"
-            found = (base, alias.name) if _path(whole) is None else (whole, None)
-            yield Import(*found, alias.asname or alias.name)
-
-
-def _is_cached_task(module: str, name: str) -> bool:
-    decorators = getattr(_read(module).names.get(name), "decorator_list", [])
-    return any("cached_task" in _named(decorator) for decorator in decorators)
+        for name in (f"{base}.{alias.name}" for alias in node.names):
+            yield base if _path(name) is None else name
 
 
 def source_file(module: str) -> Path:
@@ -244,15 +123,13 @@ def source_file(module: str) -> Path:
 def _path(module: str) -> Path | None:
     """The source file of a module of this project; None for other modules."""
     parts = module.split(".")
-    roots = (ROOT,) if parts[0] in (METHOD, *FLOORS_ABOVE) else tuple(USERS_FOLDERS)
+    roots = (ROOT,) if parts[0] in PACKAGES else tuple(USERS_FOLDERS) if module else ()
     paths = [root.joinpath(*parts) for root in roots]
     files = (file for p in paths for file in (p.with_suffix(".py"), p / "__init__.py"))
     return next((file for file in files if file.is_file()), None)
 
 
 _AT_START = {
-    path: file_sha256(path)
-    for package in (METHOD, *FLOORS_ABOVE)
-    for path in (ROOT / package).rglob("*.py")
+    path: file_sha256(path) for package in PACKAGES for path in (ROOT / package).rglob("*.py")
 }
 """SHA-256 of each source file when this process started."""

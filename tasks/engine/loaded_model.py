@@ -10,19 +10,25 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+from transformers.utils.logging import disable_progress_bar
+
+from memit.batches import auto_token_budget
 from memit.costs import Shape
 from memit.errors import InputError, IntegrityError, ResourceError
 from memit.files.reading import file_sha256, parse_json, read_text
-from tasks.engine.artifacts import Artifact, Value, cache_directory, describe, fetch_stored
+from memit.language_model import DTYPES, LanguageModel, load_model
+from memit.weight_delta import check_rounded
+from tasks.engine.artifacts import Value, cache_directory, describe, fetch_stored
 from tasks.engine.store import shared_store
 
 if TYPE_CHECKING:
     from memit.editors.base import Edit
-    from memit.language_model import LanguageModel
 
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -95,71 +101,60 @@ class ModelReference(Value):
         return self.served_in not in (None, self.dtype)
 
 
-class _LoadedModel:
+class LoadedModel:
     """The model in this process's memory, and the edit in its weights."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.reference: ModelReference | None = None
-        self.model: LanguageModel | None = None
-        self.edit: str | None = None
-        """Digest of the edit's file."""
-        self.applied: Edit | None = None
+        self._lock = threading.RLock()
+        self._reference: ModelReference | None = None
+        self._model: LanguageModel | None = None
+        self._edit: str | None = None
+        """SHA-256 of the edit's file."""
+        self._applied: Edit | None = None
 
-    def with_edit(
+    @contextmanager
+    def held(
         self, reference: ModelReference, edit: str | None, read: Callable[[], Edit] | None
-    ) -> LanguageModel:
-        """The model with the edit of this digest, which `read` reads if it is not applied yet."""
-        stale = reference.is_rounded and self.edit != edit
-        if self.model is None or self.reference != reference or stale:
-            self.reference = self.model = self.edit = self.applied = None
-            lm = load_reference(reference)
-            self._apply(lm, edit, read)
-            if reference.is_rounded:
-                _round_weights(lm, reference)
-            self.model, self.reference = lm, reference
-        elif self.edit != edit:
-            if self.applied is not None:
-                self.applied.revert(self.model)
-                self.edit = self.applied = None
-            self._apply(self.model, edit, read)
-        return self.model
+    ) -> Iterator[LanguageModel]:
+        """The model with the edit of this SHA-256, for this thread alone.
 
-    def _apply(self, lm: LanguageModel, edit: str | None, read: Callable[[], Edit] | None) -> None:
+        `read` reads the edit if it is not applied yet; both are None for the unedited model.
+        """
+        with self._lock:
+            if self._reference != reference or (reference.is_rounded and self._edit != edit):
+                self._reference = self._model = self._edit = self._applied = None  # makes room
+                self._model = load_reference(reference)
+                self._put(self._model, edit, read)
+                if reference.is_rounded:
+                    _round_weights(self._model, reference)
+                self._reference = reference
+            assert self._model is not None
+            self._put(self._model, edit, read)
+            yield self._model
+
+    def _put(self, lm: LanguageModel, edit: str | None, read: Callable[[], Edit] | None) -> None:
+        """Replace the edit in the weights, unless it is this one already."""
+        if self._edit == edit:
+            return
+        if self._applied is not None:
+            self._applied.revert(lm)
+            self._edit = self._applied = None
         if read is not None:
             applied = read()
             applied.apply(lm)
-            self.edit, self.applied = edit, applied
+            self._edit, self._applied = edit, applied
 
 
-_loaded = _LoadedModel()
+LOADED = LoadedModel()
 
 
-@contextmanager
-def loaded(reference: ModelReference) -> Iterator[LanguageModel]:
+def loaded(reference: ModelReference) -> AbstractContextManager[LanguageModel]:
     """The unedited model, for this thread alone.
 
     Raises:
         IntegrityError: a file of the model is not what it was.
     """
-    with _loaded.lock:  # not through `with_edit`, or every task's key would hold all editors' code
-        yield _loaded.with_edit(reference, None, None)
-
-
-@contextmanager
-def with_edit(reference: ModelReference, edit: Artifact | None) -> Iterator[LanguageModel]:
-    """The model with the edit in the file `edit`, if there is one, for this thread alone.
-
-    Raises:
-        IntegrityError: a file of the model or the delta is not what it was.
-    """
-    from memit.editors.saved_edit import load_edit
-
-    with _loaded.lock:
-        if edit is None:
-            yield _loaded.with_edit(reference, None, None)
-        else:
-            yield _loaded.with_edit(reference, edit.sha256, lambda: load_edit(edit.checked()))
+    return LOADED.held(reference, None, None)
 
 
 def token_budget(
@@ -171,8 +166,6 @@ def token_budget(
     """
     if isinstance(setting, int):
         return setting
-    from memit.batches import auto_token_budget
-
     shape, size = reference.model.shape, BYTES[reference.dtype]
     return auto_token_budget(shape, size, reference.device, trained_blocks=trained_blocks)
 
@@ -220,11 +213,6 @@ def load_reference(reference: ModelReference) -> LanguageModel:
     Raises:
         IntegrityError: one of them is missing or changed.
     """
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from memit.language_model import load_model
-
     disable_progress_bar()  # the step has its own
     torch.set_num_threads(reference.threads)
     if torch.cuda.is_available():
@@ -258,11 +246,6 @@ def _directory(reference: ModelReference) -> Path:
 
 
 def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
-    from torch import nn
-
-    from memit.language_model import DTYPES
-    from memit.weight_delta import check_rounded
-
     if lm.is_offloaded:
         raise ResourceError(
             f"{lm.name} does not fit on its devices, and only weights there are rounded to "
