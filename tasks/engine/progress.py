@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -45,13 +44,12 @@ _bars: dict[str, Bar] = {}
 
 
 class Bar:
-    """The progress of one step: units of finished pieces and of those in progress."""
+    """The progress of one step, which never goes back."""
 
     def __init__(self, name: str, total: int, show: Callable[[int], object]) -> None:
         self._total = total
         self._show = show
-        self._finished = 0
-        self._in_progress: Counter[int] = Counter()
+        self._done = 0
         self._shown = 0
         self._updated = 0.0
         self._lock = threading.Lock()
@@ -61,32 +59,17 @@ class Bar:
                 progress=0.0, key=name.replace("_", "-"), description=f"progress of {name}"
             )
 
-    def finish_piece(self, units: int) -> None:
-        """Count a finished piece, computed or cached."""
+    def advance(self, units: int) -> None:
+        """Count units of work, or take some back."""
         with self._lock:
-            self._finished += units
-            self._update()
-
-    def advance(self, piece: int, units: int) -> None:
-        """Count `units` of a piece in progress."""
-        with self._lock:
-            self._in_progress[piece] += units
-            self._update()
-
-    def leave_piece(self, piece: int) -> None:
-        """Forget what was counted of a piece; `finish_piece` counts it whole."""
-        with self._lock:
-            del self._in_progress[piece]
-
-    def _update(self) -> None:
-        done = min(self._total, self._finished + self._in_progress.total())
-        self._shown = max(self._shown, done)
-        self._show(self._shown)
-        now = time.monotonic()
-        is_due = now - self._updated > SECONDS_BETWEEN_UPDATES or done == self._total
-        if self._artifact and is_due:
-            self._updated = now
-            update_progress_artifact(self._artifact, 100.0 * self._shown / max(1, self._total))
+            self._done += units
+            self._shown = max(self._shown, min(self._done, self._total))
+            self._show(self._shown)
+            now = time.monotonic()
+            is_due = now - self._updated > SECONDS_BETWEEN_UPDATES or self._shown == self._total
+            if self._artifact and is_due:
+                self._updated = now
+                update_progress_artifact(self._artifact, 100.0 * self._shown / max(1, self._total))
 
 
 @contextmanager
@@ -114,15 +97,19 @@ def progress_bar(name: str, total: int, unit: str) -> Iterator[Bar]:
 
 @contextmanager
 def piece_progress(name: str) -> Iterator[Callable[[int], None]]:
-    """A callback for the piece that this thread computes; it does nothing where no bar is shown."""
-    bar, piece = _bars.get(name), threading.get_ident()
-    if bar is None:
-        yield lambda units: None
-        return
+    """A callback for a piece in progress; it does nothing where no bar is shown."""
+    bar, units_of_piece = _bars.get(name), 0
+
+    def advance(units: int) -> None:
+        nonlocal units_of_piece
+        if bar is not None:
+            units_of_piece += units
+            bar.advance(units)
+
     try:
-        yield lambda units: bar.advance(piece, units)
+        yield advance
     finally:
-        bar.leave_piece(piece)
+        advance(-units_of_piece)  # `gather` counts the finished piece as a whole
 
 
 def _result(future: PrefectFuture[Any], name: str) -> Any:
@@ -151,7 +138,7 @@ def gather(
         try:
             for future in as_completed(list(futures)):
                 _result(future, name)
-                bar.finish_piece(size[future.task_run_id])
+                bar.advance(size[future.task_run_id])
         except (KeyboardInterrupt, TerminationSignal) as request:
             exit_after_grace(INTERRUPTED if isinstance(request, KeyboardInterrupt) else TERMINATED)
             raise

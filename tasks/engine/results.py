@@ -28,16 +28,7 @@ from tasks.engine.artifacts import (
 )
 from tasks.engine.cost import Cost, total_cost
 
-STEPS = (
-    "model",
-    "requests",
-    "prefixes",
-    "statistics",
-    "targets",
-    "edit",
-    "evaluation",
-    "report",
-)
+STEPS = ("model", "requests", "prefixes", "statistics", "targets", "edit", "evaluation", "report")
 """In the order in which they run."""
 
 MODEL_FILE = Path("artifacts/model/model.json")
@@ -185,14 +176,9 @@ def _read_manifest(step: str) -> Manifest:
 
 def _check_files(manifest: Manifest) -> None:
     for name, digest in manifest.files.items():
-        try:
-            found = file_sha256(name)
-        except FileNotFoundError:
+        path = Path(name)
+        if not path.is_file() or file_sha256(path) != digest:
             raise IntegrityError(
-                f"{name} is missing: run the step {manifest.step} again, or fetch it (dvc pull)."
-            ) from None
-        if found != digest:
-            raise IntegrityError(
-                f"{name} is not what the step {manifest.step} wrote: delete it and run that step "
-                "again, or fetch it (dvc checkout)."
+                f"{name} is missing or is not what the step {manifest.step} wrote: delete it and "
+                "run that step again, or fetch it (dvc pull)."
             )
