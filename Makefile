@@ -93,7 +93,6 @@ ui: $(STAMP) ## MLflow in the browser (PREFECT=1: Prefect's server too)
 
 clean: ## delete caches and results, keep .venv, MLflow's store, DVC's cache and files of yours
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis
-	rm -f metrics.json timings.json artifacts/manifests/*.json
-	rm -f artifacts/timings/*.json artifacts/prefixes.json artifacts/requests.json
+	rm -f metrics.json timings.json artifacts/prefixes.json artifacts/requests.json
 	rm -f artifacts/targets.safetensors $$(sed -n 's|^!/\(.*\.[a-z]*\)$$|\1|p' .dvcignore)
 	@find artifacts comparison evaluation report scaling -type d -empty -delete 2>/dev/null || true

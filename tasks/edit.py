@@ -122,7 +122,7 @@ def edit_with(
                     training=read_counterfact(training.checked()) if training else (),
                     seed=seed,
                     checkpoints=checkpoints,
-                    progress=lambda done: bar.advance(0, done),
+                    progress=bar.advance,
                 )
                 return editor.edit(lm, [requests[index] for index in kept], resources)
 

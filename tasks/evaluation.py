@@ -29,7 +29,8 @@ from memit.requests import Record
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.cost import Cost, Meter
-from tasks.engine.loaded_model import ModelReference, with_edit
+from tasks.engine.edited_model import with_edit
+from tasks.engine.loaded_model import ModelReference
 from tasks.engine.progress import piece_progress
 from tasks.reporting.labels import DECIMALS
 from tasks.requests import Source, read_source

@@ -69,7 +69,7 @@ def train_mend_network(
             _examples(lm, learnt_from),
             settings,
             directory=work_directory("mend", model, learnt_from, settings),
-            progress=lambda steps: bar.advance(0, steps),
+            progress=bar.advance,
         )
     return finished("mend", network.save, losses, meter.cost)
 

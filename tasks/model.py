@@ -67,7 +67,7 @@ def train_small_model(
             made,
             parameters,
             checkpoint_dir=work_directory("model", world, training, threads),
-            progress=lambda steps: bar.advance(0, steps),
+            progress=bar.advance,
         )
     return SmallModel(
         weights={path.name: _keep(path) for path in sorted(directory.iterdir())},
@@ -89,9 +89,7 @@ def measure_recall(model: ModelReference, records: Artifact, token_budget: int) 
         Meter() as meter,
         progress_bar("recall", len(prompts), "facts") as bar,
     ):
-        table = score_prompts(
-            lm, prompts, token_budget=token_budget, progress=lambda n: bar.advance(0, n)
-        )
+        table = score_prompts(lm, prompts, token_budget=token_budget, progress=bar.advance)
     hits = table["hit_true"].to_pylist()
     return Recall(percent=round(100 * sum(hits) / len(hits), 4), cost=meter.cost)
 

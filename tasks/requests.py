@@ -33,7 +33,7 @@ from tasks.engine.artifacts import Artifact, Value, cache_directory, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
-from tasks.engine.retry import patient
+from tasks.engine.retry import retry_unreachable
 
 SILENT_SECONDS = 60.0
 """How long an address may say nothing."""
@@ -71,7 +71,7 @@ def locate_records(path: str | None, url: str | None, sha256: str | None) -> Pat
     return found
 
 
-@patient
+@retry_unreachable
 def fetch(url: str, sha256: str, to: Path) -> Path:
     """Download an address to a file that appears only when it is whole and right.
 

@@ -29,6 +29,6 @@ def train_serac_models(
             read_counterfact(records.checked()),
             settings,
             directory=work_directory("serac", model, records, settings),
-            progress=lambda done: bar.advance(0, done),
+            progress=bar.advance,
         )
     return finished("serac", models.save, losses, meter.cost)

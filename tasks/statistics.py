@@ -32,7 +32,7 @@ from tasks.engine.cache import cached_task
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import piece_progress
-from tasks.engine.retry import patient
+from tasks.engine.retry import retry_unreachable
 
 
 class CorpusSource(Value):
@@ -100,7 +100,7 @@ def collect_corpus(
     return Corpus(ranges=tuple(ranges), held_out=held_out, cost=meter.cost)
 
 
-@patient
+@retry_unreachable
 def _write_down(
     source: CorpusSource, documents: int | None, documents_per_shard: int, held_out_documents: int
 ) -> tuple[list[Range], Range]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from flows.command.parameters import Parameters, read_parameters
 from flows.service.run_lock import alone
 from memit.errors import MemitError, ResourceError, UnreachableError
-from tasks.engine.signals import GO_ON, INTERRUPTED, TERMINATED, end_when_asked, leave
+from tasks.engine.signals import GO_ON, INTERRUPTED, TERMINATED, exit_now, exit_on_signal
 
 BAD_INPUT = 2
 """Exit status when the user can put it right."""
@@ -36,7 +36,7 @@ def given_parameters() -> Parameters:
     The first thing that a command does: from here on it stops when it is asked to.
     """
     # Prefect marks its run as crashed and then calls whoever listened before it.
-    signal.signal(signal.SIGTERM, lambda *_: leave(TERMINATED))
+    signal.signal(signal.SIGTERM, lambda *_: exit_now(TERMINATED))
     sys.excepthook = _without_trace
     return reporting(read_parameters)
 
@@ -46,7 +46,7 @@ def _without_trace(
 ) -> None:
     """Ctrl-C while modules are imported is no error either."""
     if issubclass(kind, KeyboardInterrupt):
-        leave(INTERRUPTED)
+        exit_now(INTERRUPTED)
     sys.__excepthook__(kind, error, trace)
 
 
@@ -58,7 +58,7 @@ def run_flow(
     What ``check`` finds is told before Prefect's server is started.
     """
     parameters = given_parameters()
-    end_when_asked()
+    exit_on_signal()
     logging.raiseExceptions = False  # a server that has gone is told of once, not for each record
     if check is not None:
         reporting(lambda: check(parameters))
@@ -82,7 +82,7 @@ def reporting(work: Callable[[], Result]) -> Result:
     except MemitError as error:
         fail(error)
     except KeyboardInterrupt:
-        leave(INTERRUPTED)
+        exit_now(INTERRUPTED)
     except Exception as error:
         known = _known(error)
         if known is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from tasks.engine.code import ROOT, source_file, stage_modules
+from tasks.engine.code import ROOT, modules_behind, source_file
 
 FILES = tuple(map(Path, ("dvc.yaml", "methods/stages.yaml")))
 LIBRARIES = "constraints.txt"
@@ -35,7 +35,7 @@ def with_code(text: str) -> str:
 
 
 def _code(stage: str) -> list[str]:
-    files = (source_file(module) for module in stage_modules(f"flows.{stage}", stage))
+    files = (source_file(module) for module in modules_behind(f"flows.{stage}"))
     return sorted(str(file.relative_to(ROOT)) for file in files)
 
 

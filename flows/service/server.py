@@ -16,7 +16,7 @@ from pathlib import Path
 from flows.service.watched import running
 from memit.errors import UnreachableError
 from tasks.engine.databases import check_database
-from tasks.engine.signals import GO_ON, leave
+from tasks.engine.signals import GO_ON, exit_now
 
 PORT = 4_200
 """Of a server that others see, if it is free."""
@@ -107,7 +107,7 @@ def end_without(address: str) -> None:
         while missed < PINGS:
             time.sleep(PING_SECONDS)
             missed = 0 if _answers(address) else missed + 1
-        leave(2, f"error: Prefect's server at {address} does not answer any more: {GO_ON}")
+        exit_now(2, f"error: Prefect's server at {address} does not answer any more: {GO_ON}")
 
     threading.Thread(target=watch, daemon=True).start()
 

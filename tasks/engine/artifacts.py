@@ -1,10 +1,9 @@
-"""Where results are kept: files written whole or not at all, and the cache of finished pieces.
+"""Files that tasks exchange: described by their content, written atomically, cached in pieces.
 
-Two places, two owners. Named results (``artifacts/``, ``evaluation/``, ``report/``) lie in the
-working directory and belong to DVC. Finished pieces lie in ``.cache/`` under the project's root,
-are named by their content, and belong to Prefect's cache: deleting ``.cache/`` costs time and
-nothing else. Where machines share a `tasks.engine.store`, pieces and their records lie there, too,
-and are fetched from it when they are wanted.
+Named results (`artifacts/`, `evaluation/`, `report/`) are in the working directory and belong to
+DVC. Finished pieces are in `.cache/` under the project's root, named by their content, and belong
+to Prefect's cache: deleting `.cache/` costs time and nothing else. Machines that share a
+`tasks.engine.store` keep pieces and their records there, too, and fetch them from it on demand.
 """
 
 from __future__ import annotations
@@ -22,34 +21,34 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from memit.errors import IntegrityError
-from memit.files import atomic as whole_files
+from memit.files import atomic
 from memit.files.atomic import PARTIAL, write_whole
 from memit.files.digests import file_sha256
 from tasks.engine.store import shared_store
 
 
 def project_root() -> Path:
-    """The directory that holds ``.cache/`` and ``mlflow.db``.
+    """The directory that holds `.cache/` and `mlflow.db`.
 
-    ``DVC_ROOT`` names it when DVC runs an experiment in a scratch clone, so that all experiments
+    `DVC_ROOT` names it when DVC runs an experiment in a scratch clone, so that all experiments
     share the finished pieces; otherwise it is the working directory.
     """
     return Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
 
 def cache_directory() -> Path:
-    """``.cache/`` under the project's root."""
+    """`.cache/` under the project's root."""
     return project_root() / ".cache"
 
 
 class Value(BaseModel):
-    """What tasks take and give: plain, and with no other fields than its own."""
+    """Input or result of a task: immutable, without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Artifact(Value):
-    """A file and what it must contain. Inside ``.cache/`` the path is relative to it."""
+    """A file and its expected content. Inside `.cache/` the path is relative to it."""
 
     path: str
     sha256: str
@@ -57,7 +56,7 @@ class Artifact(Value):
 
     @property
     def file(self) -> Path:
-        """Where the file lies on this machine."""
+        """The file's path on this machine."""
         return cache_directory() / self.path
 
     @property
@@ -66,19 +65,16 @@ class Artifact(Value):
         return self.sha256
 
     def intact(self) -> bool:
-        """Whether the file is there with exactly this content, or in the store."""
-        store = shared_store()
-        return self._lies_at(self.file) or (
-            store is not None and store.size(_stored_name(self.sha256)) == self.size
-        )
+        """Whether the file is here with exactly this content, or else in the store."""
+        return self._is_here() or self._is_stored()
 
     def checked(self) -> Path:
-        """The file, fetched from the store if it is not here, and compared with the digest.
+        """The file's path, after a look at its content; fetched from the store if it is not here.
 
         Raises:
             IntegrityError: it is missing, truncated or changed.
         """
-        if self._lies_at(self.file):
+        if self._is_here():
             return self.file
         fetched = fetch_stored(self.sha256)
         if fetched is None:
@@ -90,14 +86,18 @@ class Artifact(Value):
     def share(self) -> None:
         """Put the file into the store, if there is one and it lacks it."""
         store = shared_store()
-        if store is not None and store.size(_stored_name(self.sha256)) != self.size:
+        if store is not None and not self._is_stored():
             store.put(self.checked(), _stored_name(self.sha256))
 
-    def _lies_at(self, path: Path) -> bool:
+    def _is_here(self) -> bool:
         try:
-            return path.stat().st_size == self.size and file_sha256(path) == self.sha256
+            return self.file.stat().st_size == self.size and file_sha256(self.file) == self.sha256
         except OSError:
             return False
+
+    def _is_stored(self) -> bool:
+        store = shared_store()
+        return store is not None and store.size(_stored_name(self.sha256)) == self.size
 
 
 def describe(path: Path) -> Artifact:
@@ -106,23 +106,17 @@ def describe(path: Path) -> Artifact:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> Artifact:
-    """Write a file whole or not at all, and say what it contains.
+    """Write a file atomically and describe it.
 
     Raises:
         ResourceError: the disk is full or cannot be written.
     """
-    described: list[Artifact] = []
-
-    def fill(partial: Path) -> None:
-        write(partial)
-        described.append(describe(partial))
-
-    write_whole(path, fill)
-    return described[0].model_copy(update={"path": str(path.absolute())})
+    write_whole(path, write)
+    return describe(path)
 
 
 def write_text(path: Path, text: str) -> Artifact:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     return write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
@@ -133,12 +127,12 @@ def write_json(path: Path, content: object) -> Artifact:
 
 
 def copy_file(source: Path, target: Path) -> Artifact:
-    """Copy a file whole or not at all."""
+    """Copy a file atomically."""
     return write_file(target, lambda partial: shutil.copyfile(source, partial))
 
 
 def store_piece(step: str, suffix: str, write: Callable[[Path], object]) -> Artifact:
-    """Let ``write`` fill a file and keep it in ``.cache/pieces/<step>/``, named by its content."""
+    """Let `write` fill a file of `.cache/pieces/<step>/`, named by its content, and share it."""
     pieces: list[Artifact] = []
 
     def name(partial: Path) -> str:
@@ -149,12 +143,12 @@ def store_piece(step: str, suffix: str, write: Callable[[Path], object]) -> Arti
 
     write_whole(cache_directory() / "pieces" / step / "new piece", write, name)
     (piece,) = pieces
-    piece.share()
+    piece.share()  # here, since Prefect would go on without a piece that its record cannot share
     return piece
 
 
 def fetch_stored(sha256: str) -> Path | None:
-    """A file of the store by the digest of its content, in ``.cache/fetched/``; None without one.
+    """A file of the store by the digest of its content, in `.cache/fetched/`; None without one.
 
     Raises:
         IntegrityError: what the store holds under this digest is something else.
@@ -174,7 +168,7 @@ def fetch_stored(sha256: str) -> Path | None:
                 "and run again."
             )
 
-    write_file(path, fetch)
+    write_whole(path, fetch)
     return path
 
 
@@ -182,11 +176,27 @@ def _stored_name(sha256: str) -> str:
     return f"files/{sha256[:2]}/{sha256}"
 
 
+def artifacts_in(value: Any) -> Iterator[Artifact]:
+    """The files that a result or an argument names."""
+    if isinstance(value, Artifact):
+        yield value
+    elif isinstance(value, BaseModel):
+        yield from artifacts_in(dict(value))
+    elif isinstance(value, Mapping):
+        yield from artifacts_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from artifacts_in(item)
+
+
+# --- temporary files of killed processes ----------------------------------------------------------
+
+
 @contextmanager
 def _noted(partial: Path) -> Iterator[None]:
-    """Keep a note of a temporary name in ``.cache/``, under a lock that a killed process loses.
+    """Keep a note of a temporary path in `.cache/`, locked for as long as this process lives.
 
-    Where there is no ``.cache/`` to write to there is no note, and what is left there stays.
+    Without a writable `.cache/` there is no note, and what a killed process leaves there stays.
     """
     note = _notes() / partial.name
     with ExitStack() as stack:
@@ -200,35 +210,20 @@ def _noted(partial: Path) -> Iterator[None]:
         yield
 
 
-whole_files.noted = _noted
+atomic.noted = _noted
 
 
 def remove_leftovers() -> None:
-    """Delete what killed processes of this project were writing: what their notes name, no more."""
+    """Delete the temporary files of killed processes of this project, as their notes name them."""
     for note in _notes().glob(f".*{PARTIAL}"):
         with suppress(OSError), note.open("r+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             partial = Path(os.fsdecode(stream.read()))
             if partial.name == note.name:  # else the note was torn
                 for path in partial.parent.glob(f"{escape(partial.name)}*"):  # SQLite's journal
-                    whole_files.remove(path)
+                    atomic.remove(path)
             note.unlink()
 
 
 def _notes() -> Path:
     return cache_directory() / "writing"
-
-
-def artifacts_in(value: Any) -> Iterator[Artifact]:
-    """The files that a result or an argument names."""
-    if isinstance(value, Artifact):
-        yield value
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from artifacts_in(getattr(value, name))
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from artifacts_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from artifacts_in(item)

@@ -1,4 +1,4 @@
-"""Where a task keeps the state of long work, to go on from when its process was killed."""
+"""Checkpoints: where a task keeps the state of long work, to resume when its process was killed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tasks.engine.code import code_of
 
 
 def work_directory(task: str, *inputs: object) -> Path:
-    """The directory for the unfinished work of a cached task on these inputs."""
+    """The directory for the checkpoints of a cached task on these inputs."""
     key = content_key(task, code_of(FUNCTIONS[task]), {"": inputs})
     return cache_directory() / "unfinished" / task / key[:32]
 
 
 def forget_work(task: str, *inputs: object) -> None:
-    """Delete it. To be called when the task has given its result, which is stored by then: a
-    process that is killed between the two has lost nothing."""
+    """Delete the checkpoints. Call it when the task's result is stored: a process that is killed
+    between the two then loses nothing."""
     shutil.rmtree(work_directory(task, *inputs), ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a piece of work costs: seconds and the memory that it needed at its peak."""
+"""The cost of a piece of work: seconds and peak memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tasks.engine.artifacts import Value
 
@@ -23,7 +24,7 @@ class Cost(Value):
 
 
 def total_cost(costs: Iterable[Cost]) -> Cost:
-    """Seconds add up, peaks do not."""
+    """The cost of a step: the sum of its pieces' seconds, the largest of their peaks."""
     costs = list(costs)
     return Cost(
         seconds=round(sum(cost.seconds for cost in costs), 3),
@@ -33,12 +34,15 @@ def total_cost(costs: Iterable[Cost]) -> Cost:
 
 
 class Meter:
-    """Measures what happens inside ``with Meter() as meter:``; then ``meter.cost`` is known."""
+    """Measures the body of `with Meter() as meter:`; `meter.cost` is known after it."""
 
     cost = Cost()
 
     def __enter__(self) -> Meter:
-        _forget_peaks()
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the high-water mark
+        if cuda := _cuda():
+            cuda.reset_peak_memory_stats()
         self._start = time.perf_counter()
         return self
 
@@ -50,27 +54,20 @@ class Meter:
         )
 
 
-def _forget_peaks() -> None:
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
 def _peak_memory() -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    with suppress(OSError, IndexError):  # Linux
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _peak_device_memory() -> int:
+    cuda = _cuda()
+    return sum(cuda.max_memory_allocated(i) for i in range(cuda.device_count())) if cuda else 0
+
+
+def _cuda() -> Any:
+    """`torch.cuda`, if the piece has loaded torch and there is a GPU."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return 0
-    return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""Files of Prefect's and MLflow's that hold a data base: one that is of no use is found at once."""
+"""Check the SQLite databases of Prefect and MLflow before they are used."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ LOCK_SECONDS = 10.0
 
 
 def check_database(path: Path, owner: str, migrations: Path) -> None:
-    """See that a data base, if it is there, can be written and has a schema that ``owner`` knows.
+    """Check that a database, if it exists, can be written and has a schema that `owner` knows.
 
     Raises:
-        ResourceError: it is locked, damaged, read-only, or of a version not among ``migrations``.
+        ResourceError: it is locked, damaged, read-only, or of a version not among `migrations`.
     """
     if not path.exists():
         return
     try:
         with closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as base:
             base.execute("begin immediate")
-            base.execute("create table written (here text)")  # and taken back below
+            base.execute("create table written (here text)")  # rolled back below
             tables = {name for (name,) in base.execute("select name from sqlite_master")}
             schema = "select version_num from alembic_version"
             found = base.execute(schema).fetchall() if "alembic_version" in tables else []

@@ -24,7 +24,7 @@ from memit.errors import InputError, IntegrityError, ResourceError, UnreachableE
 from memit.model_files import weight_files
 from tasks.engine.loaded_model import ModelFiles, ModelReference
 from tasks.engine.results import MODEL_FILE, WEIGHTS
-from tasks.engine.retry import patient
+from tasks.engine.retry import retry_unreachable
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 DESCRIPTION_PATTERNS = ("*.json", "*.txt", "*.model")
@@ -57,7 +57,7 @@ def open_model(dtype: str, device: str, threads: int, path: str | None) -> Model
     )
 
 
-@patient
+@retry_unreachable
 def resolve_commit(name: str, revision: str, kind: Literal["model", "dataset"] = "model") -> str:
     """The commit that a branch, tag or commit of a hub repository stands for.
 
@@ -106,7 +106,7 @@ def _has_weights(directory: Path) -> bool:
     return bool(names) and all((directory / name).is_file() for name in names)
 
 
-@patient
+@retry_unreachable
 def _snapshot(name: str, commit: str, *more: str) -> Path:
     """The description of a hub model, from here if it is here; with `more`, from the hub."""
     patterns = [*more, *DESCRIPTION_PATTERNS]

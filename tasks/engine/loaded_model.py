@@ -1,7 +1,7 @@
 """One language model in memory for each process, used by one piece at a time.
 
-Hooks on a torch model know nothing of threads, and a CPU has only the cores that it has: whoever
-computes holds the lock. While one piece computes, the others read, write and hash.
+Hooks on a torch model are not thread-safe, so the thread that computes holds a lock. Meanwhile the
+others read, write and hash.
 """
 
 from __future__ import annotations
@@ -10,19 +10,25 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+from transformers.utils.logging import disable_progress_bar
+
+from memit.batches import auto_token_budget
 from memit.costs import Shape
 from memit.errors import IntegrityError, ResourceError
 from memit.files.digests import file_sha256
-from tasks.engine.artifacts import Artifact, Value, cache_directory, describe, fetch_stored
+from memit.language_model import DTYPES, LanguageModel, load_model
+from memit.weight_delta import check_rounded
+from tasks.engine.artifacts import Value, cache_directory, describe, fetch_stored
 from tasks.engine.store import shared_store
 
 if TYPE_CHECKING:
     from memit.editors.base import Edit
-    from memit.language_model import LanguageModel
 
 
 BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
@@ -30,11 +36,11 @@ BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 
 
 class ModelFiles(Value):
-    """``model.json``: which model it is, to the last bit."""
+    """Contents of `model.json`: which model it is, to the last bit."""
 
     source: str
     id: str
-    """Hub id, ``synthetic``, or the name of the local directory."""
+    """Hub id, `synthetic`, or the name of the local directory."""
     revision: str | None
     """The commit, of a model from the hub."""
     files: dict[str, str]
@@ -51,7 +57,7 @@ class ModelFiles(Value):
 
     @property
     def shape(self) -> Shape:
-        """What its costs follow from."""
+        """The dimensions that cost estimates need."""
         return Shape(self.layers, self.width, self.inner_width, self.parameters)
 
     @property
@@ -61,7 +67,7 @@ class ModelFiles(Value):
 
 
 class ModelReference(Value):
-    """A model for a task: what it is, where it lies, and how it computes."""
+    """A model as a task's input: which one, in which directory, and how it computes."""
 
     directory: str
     model: ModelFiles
@@ -69,11 +75,11 @@ class ModelReference(Value):
     device: str
     threads: int
     served_in: str | None = None
-    """A dtype to round the weights to after an edit was applied in ``dtype``; None leaves them."""
+    """A dtype to round the weights to after an edit was applied in `dtype`; None leaves them."""
 
     @property
     def cache_key(self) -> dict[str, object]:
-        """Everything that the bits of a result depend on; not where the files lie."""
+        """Everything that the bits of a result depend on; not the files' path."""
         return {
             "model": self.model.digest,
             "dtype": self.dtype,
@@ -93,87 +99,82 @@ class ModelReference(Value):
         return self.served_in not in (None, self.dtype)
 
 
-class _Slot:
-    """The model that is loaded now, and the edit that stands in its weights."""
+class LoadedModel:
+    """The model in this process's memory, and the edit in its weights."""
 
-    lock = threading.RLock()
-    reference: ModelReference | None = None
-    model: LanguageModel | None = None
-    edit: str | None = None
-    applied: Edit | None = None
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._reference: ModelReference | None = None
+        self._model: LanguageModel | None = None
+        self._edit: str | None = None
+        """SHA-256 of the edit's file."""
+        self._applied: Edit | None = None
+
+    @contextmanager
+    def held(
+        self, reference: ModelReference, edit: str | None, read: Callable[[], Edit] | None
+    ) -> Iterator[LanguageModel]:
+        """The model with the edit of this SHA-256, for this thread alone.
+
+        `read` reads the edit if it is not applied yet; both are None for the unedited model.
+        """
+        with self._lock:
+            if self._reference != reference or (reference.is_rounded and self._edit != edit):
+                self._reference = self._model = self._edit = self._applied = None  # makes room
+                self._model = load_reference(reference)
+                self._put(self._model, edit, read)
+                if reference.is_rounded:
+                    _round_weights(self._model, reference)
+                self._reference = reference
+            assert self._model is not None
+            self._put(self._model, edit, read)
+            yield self._model
+
+    def _put(self, lm: LanguageModel, edit: str | None, read: Callable[[], Edit] | None) -> None:
+        """Replace the edit in the weights, unless it is this one already."""
+        if self._edit == edit:
+            return
+        if self._applied is not None:
+            self._applied.revert(lm)
+            self._edit = self._applied = None
+        if read is not None:
+            applied = read()
+            applied.apply(lm)
+            self._edit, self._applied = edit, applied
 
 
-@contextmanager
-def loaded(reference: ModelReference) -> Iterator[LanguageModel]:
+LOADED = LoadedModel()
+
+
+def loaded(reference: ModelReference) -> AbstractContextManager[LanguageModel]:
     """The unedited model, for this thread alone.
 
     Raises:
         IntegrityError: a file of the model is not what it was.
     """
-    with _held(reference, None, lambda lm: None) as lm:
-        yield lm
-
-
-@contextmanager
-def with_edit(reference: ModelReference, edit: Artifact | None) -> Iterator[LanguageModel]:
-    """The model with the edit in the file ``edit``, if there is one, for this thread alone.
-
-    Raises:
-        IntegrityError: a file of the model or the delta is not what it was.
-    """
-    with _held(reference, edit and edit.sha256, lambda lm: _put(lm, edit)) as lm:
-        yield lm
-
-
-@contextmanager
-def _held(
-    reference: ModelReference, wanted: str | None, put: Callable[[LanguageModel], None]
-) -> Iterator[LanguageModel]:
-    """The model with the ``wanted`` edit, which ``put`` puts in where none stands."""
-    with _Slot.lock:
-        stale = reference.is_rounded and _Slot.edit != wanted
-        if _Slot.model is None or _Slot.reference != reference or stale:
-            _Slot.reference = _Slot.model = _Slot.edit = _Slot.applied = None
-            lm = load_reference(reference)
-            put(lm)
-            if reference.is_rounded:
-                _round_weights(lm, reference)
-            _Slot.model, _Slot.reference = lm, reference
-        elif _Slot.edit != wanted:
-            if _Slot.applied is not None:
-                _Slot.applied.revert(_Slot.model)
-                _Slot.edit = _Slot.applied = None
-            put(_Slot.model)
-        yield _Slot.model
+    return LOADED.held(reference, None, None)
 
 
 def token_budget(
     setting: int | str, reference: ModelReference, *, trained_blocks: int | None = None
 ) -> int:
-    """Padded tokens in a batch: as set, or for ``auto`` what `memit.batches` finds.
+    """Padded tokens in a batch: as set, or for `auto` what `memit.batches` finds.
 
-    Results' last bits depend on it: a flow asks once and tells all workers.
+    The last bits of results depend on it, so that a flow finds it once for all workers.
     """
     if isinstance(setting, int):
         return setting
-    from memit.batches import auto_token_budget
-
     shape, size = reference.model.shape, BYTES[reference.dtype]
     return auto_token_budget(shape, size, reference.device, trained_blocks=trained_blocks)
 
 
 def load_reference(reference: ModelReference) -> LanguageModel:
-    """Load a model into memory after its files were compared with their digests.
+    """Load a model into memory after comparing its files with their digests.
 
     Raises:
         IntegrityError: one of them is missing or changed.
     """
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from memit.language_model import load_model
-
-    disable_progress_bar()  # the step's own bar says more
+    disable_progress_bar()  # the step has its own
     torch.set_num_threads(reference.threads)
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -206,11 +207,6 @@ def _directory(reference: ModelReference) -> Path:
 
 
 def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
-    from torch import nn
-
-    from memit.language_model import DTYPES
-    from memit.weight_delta import check_rounded
-
     if lm.is_offloaded:
         raise ResourceError(
             f"{lm.name} does not fit on its devices, and only weights there are rounded to "
@@ -220,12 +216,3 @@ def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
     for name, parameter in lm.model.named_parameters():
         check_rounded(parameter, dtype, name)
     nn.Module.to(lm.model, dtype=dtype)
-
-
-def _put(lm: LanguageModel, edit: Artifact | None) -> None:
-    from memit.editors.saved_edit import load_edit
-
-    if edit is not None:
-        wanted = load_edit(edit.checked())
-        wanted.apply(lm)
-        _Slot.edit, _Slot.applied = edit.sha256, wanted

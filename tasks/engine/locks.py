@@ -1,30 +1,38 @@
-"""Locks between processes."""
+"""Locks between processes: `flock` through `filelock`, which ends when its holder is killed."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import time
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from tasks.engine.artifacts import cache_directory
 
+_held: dict[Path, tuple[str, FileLock]] = {}
+"""Holder and lock of each lock file that Prefect's tasks of this process hold."""
+
+
+def lock_file(key: str) -> Path:
+    """The file of a lock of this project."""
+    path = cache_directory() / "locks" / f"{key}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def release(lock: FileLock) -> None:
+    """Release a lock, and delete its file first: whoever waits for that then locks a new one."""
+    if lock.lock_counter == 1:
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+
 
 class FileLocks:
-    """Prefect's lock manager on ``flock``, which the system releases when a process dies.
+    """Prefect's `LockManager`, see there for the methods.
 
     Prefect's own `FileSystemLockManager` leaves its file behind after SIGKILL, and the next run
     would wait for it for ever.
     """
-
-    def __init__(self, directory: Path | None = None) -> None:
-        """Keep the locks in ``directory``; None: in the project's ``.cache/``."""
-        self.given = directory
-
-    @property
-    def directory(self) -> Path:
-        """Where the files of the locks lie."""
-        return self.given or cache_directory() / "locks"
 
     def acquire_lock(
         self,
@@ -33,79 +41,43 @@ class FileLocks:
         acquire_timeout: float | None = None,
         hold_timeout: float | None = None,
     ) -> bool:
-        """Wait for the lock; False when ``acquire_timeout`` seconds were not enough."""
         del hold_timeout
         if self.is_lock_holder(key, holder):
             return True
-        deadline = None if acquire_timeout is None else time.monotonic() + acquire_timeout
-        while (descriptor := self._try(key)) is None:
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
-            time.sleep(0.1)
-        _HELD[self._path(key)] = (holder, descriptor)
-        return True
+        lock = _acquired(key, acquire_timeout)
+        if lock is not None:
+            _held[lock_file(key)] = (holder, lock)
+        return lock is not None
 
-    async def aacquire_lock(
-        self,
-        key: str,
-        holder: str,
-        acquire_timeout: float | None = None,
-        hold_timeout: float | None = None,
-    ) -> bool:
-        """The same for an asynchronous caller."""
-        return self.acquire_lock(key, holder, acquire_timeout, hold_timeout)
+    async def aacquire_lock(self, *arguments: Any, **named: Any) -> bool:
+        return self.acquire_lock(*arguments, **named)
 
     def release_lock(self, key: str, holder: str) -> None:
-        """Give the lock back; ValueError if ``holder`` does not have it."""
         if not self.is_lock_holder(key, holder):
             raise ValueError(f"{holder} does not hold the lock of {key}")
-        _, descriptor = _HELD.pop(self._path(key))
-        self._path(key).unlink(missing_ok=True)
-        os.close(descriptor)
+        release(_held.pop(lock_file(key))[1])
 
     def is_locked(self, key: str) -> bool:
-        """Whether any process or thread holds the lock."""
-        descriptor = self._try(key)
-        if descriptor is None:
-            return True
-        self._path(key).unlink(missing_ok=True)
-        os.close(descriptor)
-        return False
+        return not self.wait_for_lock(key, timeout=0)
 
     def is_lock_holder(self, key: str, holder: str) -> bool:
-        """Whether ``holder`` (of this process) holds the lock."""
-        held = _HELD.get(self._path(key))
-        return held is not None and held[0] == holder
+        return _held.get(lock_file(key), ("", None))[0] == holder
 
     def wait_for_lock(self, key: str, timeout: float | None = None) -> bool:
-        """Wait until nobody holds the lock; False when ``timeout`` seconds were not enough."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while self.is_locked(key):
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
-            time.sleep(0.1)
-        return True
+        lock = _acquired(key, timeout)
+        if lock is not None:
+            release(lock)
+        return lock is not None
 
-    async def await_for_lock(self, key: str, timeout: float | None = None) -> bool:
-        """The same for an asynchronous caller."""
-        return self.wait_for_lock(key, timeout)
+    async def await_for_lock(self, *arguments: Any, **named: Any) -> bool:
+        return self.wait_for_lock(*arguments, **named)
 
-    def _path(self, key: str) -> Path:
-        return self.directory / f"{key}.lock"
 
-    def _try(self, key: str) -> int | None:
-        """An open, locked descriptor of the lock's file, or None if another has it."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._path(key), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have deleted this very file: then it guards nothing any more.
-            if os.fstat(descriptor).st_ino == self._path(key).stat().st_ino:
-                return descriptor
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        os.close(descriptor)
+def _acquired(key: str, timeout: float | None) -> FileLock | None:
+    """The lock, held now; None when `timeout` seconds were not enough."""
+    lock = FileLock(lock_file(key), thread_local=False)
+    try:
+        lock.acquire(timeout=-1 if timeout is None else timeout)
+    except Timeout:
         return None
-
-
-_HELD: dict[Path, tuple[str, int]] = {}
+    return lock

@@ -1,4 +1,4 @@
-"""How far a step has come: a bar in the terminal and a progress artifact in Prefect's UI."""
+"""Progress of a step: a bar in the terminal and a progress artifact in Prefect's UI."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext
@@ -24,13 +23,13 @@ from rich.progress import (
 )
 
 from memit.errors import ResourceError
-from tasks.engine.signals import INTERRUPTED, TERMINATED, leave_soon
+from tasks.engine.signals import INTERRUPTED, TERMINATED, exit_after_grace
 
 console = Console(stderr=True)
-"""Where all output for people goes; results go to standard output."""
+"""For messages; results go to standard output."""
 
 SECONDS_BETWEEN_UPDATES = 2.0
-"""Prefect's server hears of progress no more often."""
+"""The shortest interval between updates of Prefect's artifact."""
 
 WORKER_DEATHS = (
     "distributed.scheduler.KilledWorker",
@@ -38,59 +37,44 @@ WORKER_DEATHS = (
     "ray.exceptions.OutOfMemoryError",
     "ray.exceptions.WorkerCrashedError",
 )
-"""What Dask and Ray raise when a piece was tried often enough."""
+"""What Dask and Ray raise for a piece whose workers died again and again."""
 
 _bars: dict[str, Bar] = {}
+"""The bars that are shown, by their step's name."""
 
 
 class Bar:
-    """The progress of one step: units of finished pieces and of those in the making."""
+    """The progress of one step, which never goes back."""
 
     def __init__(self, name: str, total: int, show: Callable[[int], object]) -> None:
-        self.name = name
-        self.total = total
+        self._total = total
         self._show = show
-        self._finished = 0
-        self._begun: dict[int, int] = {}
+        self._done = 0
         self._shown = 0
-        self._artifact: UUID | None = None
-        self._told = 0.0
+        self._updated = 0.0
         self._lock = threading.Lock()
+        self._artifact: Any = None
         if FlowRunContext.get() is not None:
-            self._artifact = create_progress_artifact(  # pyright: ignore[reportAttributeAccessIssue]
+            self._artifact = create_progress_artifact(
                 progress=0.0, key=name.replace("_", "-"), description=f"progress of {name}"
             )
 
-    def finish_piece(self, units: int) -> None:
-        """Count a finished piece, computed or found."""
+    def advance(self, units: int) -> None:
+        """Count units of work, or take some back."""
         with self._lock:
-            self._finished += units
-            self._update()
-
-    def advance(self, piece: int, units: int) -> None:
-        """Count ``units`` of a piece that is in the making."""
-        with self._lock:
-            self._begun[piece] = self._begun.get(piece, 0) + units
-            self._update()
-
-    def leave_piece(self, piece: int) -> None:
-        """Forget what was counted of a piece; `finish_piece` counts it whole."""
-        with self._lock:
-            self._begun.pop(piece, None)
-
-    def _update(self) -> None:
-        done = min(self.total, self._finished + sum(self._begun.values()))
-        self._shown = max(self._shown, done)
-        self._show(self._shown)
-        now = time.monotonic()
-        if self._artifact and (now - self._told > SECONDS_BETWEEN_UPDATES or done == self.total):
-            self._told = now
-            update_progress_artifact(self._artifact, 100.0 * self._shown / max(1, self.total))
+            self._done += units
+            self._shown = max(self._shown, min(self._done, self._total))
+            self._show(self._shown)
+            now = time.monotonic()
+            is_due = now - self._updated > SECONDS_BETWEEN_UPDATES or self._shown == self._total
+            if self._artifact and is_due:
+                self._updated = now
+                update_progress_artifact(self._artifact, 100.0 * self._shown / max(1, self._total))
 
 
 @contextmanager
 def progress_bar(name: str, total: int, unit: str) -> Iterator[Bar]:
-    """Show a bar for the step ``name`` that is full at ``total`` units."""
+    """Show a bar for the step `name` that is full at `total` units."""
     columns = (
         TextColumn(f"  {name:<12}"),
         BarColumn(bar_width=30),
@@ -113,18 +97,23 @@ def progress_bar(name: str, total: int, unit: str) -> Iterator[Bar]:
 
 @contextmanager
 def piece_progress(name: str) -> Iterator[Callable[[int], None]]:
-    """A callback for the piece that this thread computes; silent where no bar is shown."""
-    bar = _bars.get(name)
-    piece = threading.get_ident()
+    """A callback for a piece in progress; it does nothing where no bar is shown."""
+    bar, units_of_piece = _bars.get(name), 0
+
+    def advance(units: int) -> None:
+        nonlocal units_of_piece
+        if bar is not None:
+            units_of_piece += units
+            bar.advance(units)
+
     try:
-        yield (lambda units: bar.advance(piece, units)) if bar else (lambda units: None)
+        yield advance
     finally:
-        if bar:
-            bar.leave_piece(piece)
+        advance(-units_of_piece)  # `gather` counts the finished piece as a whole
 
 
 def _result(future: PrefectFuture[Any], name: str) -> Any:
-    """A piece's result; `ResourceError` where workers died of it."""
+    """A piece's result; `ResourceError` if its workers died."""
     try:
         return future.result()
     except Exception as error:
@@ -139,7 +128,7 @@ def _result(future: PrefectFuture[Any], name: str) -> Any:
 def gather(
     name: str, unit: str, futures: Sequence[PrefectFuture[Any]], sizes: Sequence[int]
 ) -> list[Any]:
-    """Wait for mapped pieces under a bar and give their results back in order.
+    """Wait for mapped pieces under a bar and return their results in order.
 
     Raises:
         The first piece's error, as soon as it fails.
@@ -149,8 +138,8 @@ def gather(
         try:
             for future in as_completed(list(futures)):
                 _result(future, name)
-                bar.finish_piece(size[future.task_run_id])
-        except (KeyboardInterrupt, TerminationSignal) as asked:
-            leave_soon(INTERRUPTED if isinstance(asked, KeyboardInterrupt) else TERMINATED)
+                bar.advance(size[future.task_run_id])
+        except (KeyboardInterrupt, TerminationSignal) as request:
+            exit_after_grace(INTERRUPTED if isinstance(request, KeyboardInterrupt) else TERMINATED)
             raise
     return [future.result() for future in futures]

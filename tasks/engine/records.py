@@ -1,74 +1,64 @@
-"""The record of a finished piece: what its task gave, where that came from, and a checksum."""
+"""Where Prefect keeps the results of cached tasks: atomic files that are checked when read."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 from prefect.filesystems import LocalFileSystem
+from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportUsage]
 
 from memit.errors import IntegrityError
 from memit.files.atomic import write_whole
-
-LONGEST = 300
-"""Characters of an input that a record spells out; of a longer one it holds the SHA-256."""
-
-_origins: dict[str, dict[str, Any]] = {}
-"""Where the pieces come from that this process wants, by their keys."""
-
-
-def origin_key(origin: dict[str, Any]) -> str:
-    """SHA-256 over where a piece comes from, which is remembered for its record.
-
-    ``origin`` holds the task, its code's digests, and its inputs as plain values.
-    """
-    short = {name: _shortened(value) for name, value in origin["inputs"].items()}
-    short_origin = {**origin, "inputs": short}
-    key = _digest(short_origin)
-    _origins[key] = short_origin
-    return key
-
-
-def read_record(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """What Prefect stored of a piece, and where the piece comes from.
-
-    Raises:
-        IntegrityError: the record is damaged, or is that of another piece.
-        FileNotFoundError: there is none.
-    """
-    content = path.read_bytes()
-    try:
-        kept = json.loads(content)
-        checksum = kept.pop("sha256")
-        stored, origin = str(kept["record"]).encode(), dict(kept["origin"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{path} is no record of a piece: delete it and run again.") from error
-    if _digest(kept) != checksum or _digest(origin) != path.name:
-        raise IntegrityError(f"{path} is damaged or misplaced: delete it and run again.")
-    return stored, origin
+from tasks.engine.artifacts import artifacts_in, cache_directory
+from tasks.engine.store import shared_store
 
 
 class Records(LocalFileSystem):
-    """Where Prefect keeps the records: files that are whole or absent, and checked when read."""
+    """The records in `.cache/records/`, each under its key and behind its SHA-256.
+
+    Prefect takes a record whose reading fails, for whatever reason, for one that is not there, and
+    computes the piece again.
+    """
 
     _block_type_name = "Checked Records"
 
+    def _resolve_path(self, path: str) -> Path:
+        return cache_directory() / "records" / Path(path).name
+
     def read_path(self, path: str, _sync: bool = True) -> bytes:
-        """The content that was written under this key; raises `IntegrityError` if it is damaged."""
-        return read_record(self._resolve_path(path))[0]
+        """What was written under this key, here or by another machine.
+
+        Raises:
+            IntegrityError: it is damaged or another key's, or a file that it names is.
+        """
+        place, store = self._resolve_path(path), shared_store()
+        if store is not None and not place.exists():
+            write_whole(place, lambda partial: store.get(f"records/{place.name}", partial))
+        checksum, _, content = place.read_bytes().partition(b"\n")
+        if _checksum(content) != checksum:
+            raise IntegrityError(f"{place} is damaged: delete it and run again.")
+        record = ResultRecord.deserialize(content)
+        is_own = Path(record.metadata.storage_key or "").name == place.name
+        if not (is_own and all(artifact.intact() for artifact in artifacts_in(record.result))):
+            raise IntegrityError(f"{place} is another piece's, or files that it names are damaged.")
+        return content
 
     async def aread_path(self, path: str) -> bytes:
         """The same for an asynchronous caller."""
         return self.read_path(path)
 
     def write_path(self, path: str, content: bytes, _sync: bool = True) -> str:
-        """Write the content with its origin; raises `ResourceError` if the disk is full."""
-        place = self._resolve_path(path)
-        kept = {"origin": _origins[place.name], "record": content.decode()}
-        text = json.dumps({**kept, "sha256": _digest(kept)}, indent=1, sort_keys=True) + "\n"
-        write_whole(place, lambda partial: partial.write_text(text, encoding="utf-8"))
+        """Write a record, and put it into the shared store.
+
+        Raises:
+            ResourceError: the disk is full.
+            UnreachableError: the store cannot be written.
+        """
+        place, store = self._resolve_path(path), shared_store()
+        write_whole(place, lambda file: file.write_bytes(_checksum(content) + b"\n" + content))
+        if store is not None:
+            store.put(place, f"records/{place.name}")
         return str(place)
 
     async def awrite_path(self, path: str, content: bytes) -> str:
@@ -76,10 +66,5 @@ class Records(LocalFileSystem):
         return self.write_path(path, content)
 
 
-def _shortened(value: Any) -> Any:
-    text = json.dumps(value, sort_keys=True, allow_nan=False)
-    return value if len(text) <= LONGEST else {"sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()

@@ -1,8 +1,8 @@
-"""The named results of the steps, and the manifest that says what each was made from.
+"""The named results of the steps, and the file that each step leaves about its own.
 
-Next to its results every step leaves ``artifacts/manifests/<step>.json``: the digests of its files
-and the manifests that it was computed from. A later step checks both before it uses anything, so a
-damaged file or one of another experiment is refused by name.
+Next to its results every step leaves `artifacts/steps/<step>.json`: the digests of its files, those
+of the results that it read, and its cost. A later step checks the digests before it uses anything,
+so that a damaged file or one of another experiment is refused by name.
 """
 
 from __future__ import annotations
@@ -28,16 +28,7 @@ from tasks.engine.artifacts import (
 )
 from tasks.engine.cost import Cost, total_cost
 
-STEPS = (
-    "model",
-    "requests",
-    "prefixes",
-    "statistics",
-    "targets",
-    "edit",
-    "evaluation",
-    "report",
-)
+STEPS = ("model", "requests", "prefixes", "statistics", "targets", "edit", "evaluation", "report")
 """In the order in which they run."""
 
 MODEL_FILE = Path("artifacts/model/model.json")
@@ -66,23 +57,33 @@ MEND = Path("artifacts/mend")
 MEND_NETWORK_FILE = MEND / "network.safetensors"
 SERAC = Path("artifacts/serac")
 SERAC_MODELS_FILE = SERAC / "models.safetensors"
-MANIFESTS = Path("artifacts/manifests")
-TIMINGS = Path("artifacts/timings")
+STEP_FILES = {
+    "mend": MEND / "step.json",
+    "serac": SERAC / "step.json",
+    "compare": Path("comparison/step.json"),
+    "scaling": Path("scaling/step.json"),
+}
+"""What the steps outside of the experiment leave; that of the others is in `artifacts/steps/`, on
+which the report depends."""
 
 
 class Manifest(Value):
-    """What a step made, and from what."""
+    """What a step made, from what, and at what cost."""
 
     step: str
     files: dict[str, str]
     """Path of each result, relative to the working directory, and its SHA-256."""
     inputs: dict[str, str]
-    """Steps whose results were read, and the digests of their manifests."""
+    """Steps whose results were read, and their digests."""
+    cost: Cost
 
     @property
     def digest(self) -> str:
-        """SHA-256 over everything that the step made and what it was made from."""
-        canonical = json.dumps(self.model_dump(), sort_keys=True)
+        """SHA-256 over the results: equal ones are the same, whenever and from what they were made.
+
+        So a step is up to date for `upstream` whenever it is for DVC.
+        """
+        canonical = json.dumps([self.step, self.files], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def file(self, path: Path) -> Artifact:
@@ -95,16 +96,18 @@ class Manifest(Value):
 def finish_step(
     step: str, files: Iterable[Path], inputs: Mapping[str, Manifest], costs: Sequence[Cost]
 ) -> Manifest:
-    """Write down what a step made, from what, and what it cost. The last thing that a step does."""
+    """Record what a step made, from what, and its cost. The last thing that a step does."""
     manifest = Manifest(
         step=step,
         files={str(path): describe(path).sha256 for path in sorted(files)},
         inputs={name: given.digest for name, given in sorted(inputs.items())},
+        cost=total_cost(costs),
     )
     _remove_stale(manifest)
-    write_json(TIMINGS / f"{step}.json", total_cost(costs).model_dump())
-    write_json(MANIFESTS / f"{step}.json", manifest.model_dump())
-    _remember_flow_run(manifest)
+    write_json(_step_file(step), manifest.model_dump())
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:
+        write_text(_flow_run_note(manifest), str(context.flow_run.id))
     return manifest
 
 
@@ -124,18 +127,12 @@ def flow_runs(manifests: Mapping[str, Manifest]) -> dict[str, str]:
     return {step: note.read_text() for step, note in notes.items() if note.exists()}
 
 
-def _remember_flow_run(manifest: Manifest) -> None:
-    context = FlowRunContext.get()
-    if context is not None and context.flow_run is not None:
-        write_text(_flow_run_note(manifest), str(context.flow_run.id))
-
-
 def _flow_run_note(manifest: Manifest) -> Path:
     return cache_directory() / "flow-runs" / manifest.digest
 
 
 def upstream(*steps: str) -> dict[str, Manifest]:
-    """The manifests of the steps that are read, after all of their files were checked.
+    """The manifests of the steps whose results are read, after all of their files were checked.
 
     Raises:
         IntegrityError: a result is missing, damaged, or belongs to another experiment.
@@ -147,50 +144,41 @@ def upstream(*steps: str) -> dict[str, Manifest]:
             if name in manifests and manifests[name].digest != digest:
                 raise IntegrityError(
                     f"the results of {manifest.step} were made from other results of {name} than "
-                    f"those that lie here: run the step {manifest.step} again."
+                    f"the present ones: run the step {manifest.step} again."
                 )
     return manifests
 
 
 def read_timings(steps: Iterable[str]) -> dict[str, Cost]:
-    """What each step cost when its pieces were computed, as far as it has run.
+    """The cost of each step's pieces when they were computed, of the steps that have run.
 
     Raises:
-        IntegrityError: a file with timings is damaged.
+        IntegrityError: the file of a step is damaged.
     """
-    paths = {step: TIMINGS / f"{step}.json" for step in steps}
-    return {step: _read_cost(step, path) for step, path in paths.items() if path.exists()}
+    return {step: _read_manifest(step).cost for step in steps if _step_file(step).exists()}
 
 
-def _read_cost(step: str, path: Path) -> Cost:
-    try:
-        return Cost.model_validate_json(path.read_bytes())
-    except ValidationError:
-        raise IntegrityError(f"{path} is damaged: run the step {step} again.") from None
+def _step_file(step: str) -> Path:
+    return STEP_FILES.get(step, Path("artifacts/steps", f"{step}.json"))
 
 
 def _read_manifest(step: str) -> Manifest:
-    path = MANIFESTS / f"{step}.json"
+    path = _step_file(step)
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise IntegrityError(
             f"{path} is missing, so the step {step} is not finished: run it first."
         ) from None
-    except (ValidationError, UnicodeDecodeError):
+    except ValidationError:
         raise IntegrityError(f"{path} is damaged: run the step {step} again.") from None
 
 
 def _check_files(manifest: Manifest) -> None:
     for name, digest in manifest.files.items():
-        try:
-            found = file_sha256(name)
-        except FileNotFoundError:
+        path = Path(name)
+        if not path.is_file() or file_sha256(path) != digest:
             raise IntegrityError(
-                f"{name} is missing: run the step {manifest.step} again, or fetch it (dvc pull)."
-            ) from None
-        if found != digest:
-            raise IntegrityError(
-                f"{name} is not what the step {manifest.step} wrote: delete it and run that step "
-                "again, or fetch it (dvc checkout)."
+                f"{name} is missing or is not what the step {manifest.step} wrote: delete it and "
+                "run that step again, or fetch it (dvc pull)."
             )

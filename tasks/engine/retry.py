@@ -1,4 +1,4 @@
-"""Another try after a while, where an address may answer later; never for what is wrong here."""
+"""Retry transient network errors with exponential backoff."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import tenacity
 from memit.errors import UnreachableError
 
 ATTEMPTS = 4
-"""Tries in all; the waits between them double and add up to some seconds."""
+"""The waits between them double and add up to some seconds."""
 
 logger = logging.getLogger(__name__)
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether waiting can help: somebody does not answer, and was not told to be left alone."""
+def is_transient(error: BaseException) -> bool:
+    """Whether waiting can help: a host does not answer, and the user did not forbid to ask it."""
     return isinstance(error, UnreachableError) and not os.environ.get("HF_HUB_OFFLINE")
 
 
-def _tell(state: tenacity.RetryCallState) -> None:
+def _warn(state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
     logger.warning("%s Trying again (%d of %d).", error, state.attempt_number + 1, ATTEMPTS)
 
 
-patient = tenacity.retry(
-    retry=tenacity.retry_if_exception(may_pass),
+retry_unreachable = tenacity.retry(
+    retry=tenacity.retry_if_exception(is_transient),
     stop=tenacity.stop_after_attempt(ATTEMPTS),
     wait=tenacity.wait_exponential_jitter(initial=1, max=10, jitter=0.5),
-    before_sleep=_tell,
+    before_sleep=_warn,
     reraise=True,
 )
-"""Decorates what asks a hub or an address."""
+"""Decorates functions that ask a hub or download from an address."""

@@ -1,7 +1,7 @@
-"""Stopping when asked: at once where that is possible, and in any case within seconds.
+"""Stopping on request: at once where that is possible, and within seconds in any case.
 
-A piece in the making cannot be interrupted, only left behind: files appear whole or not at all, so
-nothing is lost but that piece.
+A piece in progress cannot be interrupted, only abandoned: files are written atomically, so that
+nothing but that piece is lost.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import NoReturn
 
 INTERRUPTED = 130
@@ -20,45 +21,45 @@ TERMINATED = 143
 """Exit status after SIGTERM."""
 GO_ON = "finished pieces are kept; run it again to go on."
 PATIENCE = 4.0
-"""Seconds for Prefect to note the end of its runs."""
+"""Seconds for Prefect to record the end of its runs."""
 
 
-def leave(status: int, sentence: str = f"stopped: {GO_ON}") -> NoReturn:
-    """Say how to go on and end the process, whatever its threads are doing."""
-    sys.stderr.write(f"{sentence}\n")
-    sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what fails on the way out concerns nobody
-    late = threading.Timer(2 * PATIENCE, os._exit, (status,))
-    late.daemon = True
-    late.start()
+def exit_now(status: int, message: str = f"stopped: {GO_ON}") -> NoReturn:
+    """Print how to go on and end the process, whatever its threads are doing."""
+    print(message, file=sys.stderr, flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides what fails during the exit
+    _in_daemon_thread(2 * PATIENCE, os._exit, status)
     atexit._run_exitfuncs()  # a temporary Prefect server or cluster is stopped here
     os._exit(status)
 
 
-def end_when_asked() -> None:
-    """From here on Ctrl-C and SIGTERM end the process within seconds, whoever handles them.
+def exit_after_grace(status: int) -> None:
+    """End the process in some seconds, if it has not ended by itself until then."""
+    _in_daemon_thread(PATIENCE, exit_now, status)
 
-    Prefect puts a handler of its own in place while a flow runs, which tells its server of the end
-    and waits for minutes where that has died. Python names each signal in a socket, too, whatever
-    its handler is. Call this in the main thread.
+
+def exit_on_signal() -> None:
+    """From here on Ctrl-C and SIGTERM end the process within seconds, whatever handles them.
+
+    Prefect installs a handler of its own while a flow runs, which reports the end to its server and
+    waits for minutes where that has died. Python writes each signal to a socket, too, whatever its
+    handler is. Call this in the main thread.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    listener = threading.Thread(target=_listen, args=(reader, writer), daemon=True)
-    listener.start()
+    threading.Thread(target=_listen, args=(reader, writer), daemon=True).start()
 
 
 def _listen(reader: socket.socket, writer: socket.socket) -> None:
     statuses = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
-    while writer.fileno() >= 0:
+    while writer.fileno() >= 0:  # which also keeps the writer from being collected
         for number in reader.recv(64):
             if number in statuses:
-                leave_soon(statuses[signal.Signals(number)])
+                exit_after_grace(statuses[signal.Signals(number)])
 
 
-def leave_soon(status: int) -> None:
-    """End the process in some seconds, if it has not ended by itself until then."""
-    timer = threading.Timer(PATIENCE, leave, (status,))
+def _in_daemon_thread(seconds: float, end: Callable[[int], object], status: int) -> None:
+    timer = threading.Timer(seconds, end, (status,))
     timer.daemon = True
     timer.start()

@@ -1,69 +1,64 @@
-"""What workers on several machines share: files by the digest of their content, and records.
+"""The shared store of workers on several machines: files by the digest of their content, records.
 
-A store is any place that fsspec reaches: a directory, or an address such as ``s3://bucket/memit``.
-Every machine keeps its own ``.cache/``; what is not there is looked for in the store.
+A store is whatever fsspec reaches: a directory, or an address such as `s3://bucket/memit`. Every
+machine keeps its own `.cache/`; what is missing there is fetched from the store.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+
+import fsspec
 
 from memit.errors import UnreachableError
 
 VARIABLE = "MEMIT_STORE"
 """The environment variable that names the store of this process and of those that it starts."""
 
-Result = TypeVar("Result")
-
 
 class Store:
-    """Files under a path of some file system. They appear whole or not at all."""
+    """Files under a path of some file system, written atomically."""
 
     def __init__(self, address: str) -> None:
-        """Raises `UnreachableError` if fsspec knows no such kind of address."""
-        import fsspec
-
+        """Open the store; `UnreachableError` if fsspec has no such kind of address."""
         self.address = address
-        self._system, self._root = self._do("opened", lambda: fsspec.core.url_to_fs(address))
+        with self._reporting("opened"):
+            self._system, self._root = fsspec.core.url_to_fs(address)
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None if there is none of that name."""
-
-        def ask() -> int | None:
+        """Bytes of a file; None if it does not exist."""
+        with self._reporting("read"):
             try:
                 return int(self._system.info(self._path(name))["size"])
             except FileNotFoundError:
                 return None
 
-        return self._do("read", ask)
-
     def put(self, path: Path, name: str) -> None:
         """Upload a file under a temporary name and rename it."""
-        partial = self._path(f"partial/{secrets.token_hex(16)}")
-
-        def send() -> None:
-            for place in (partial, self._path(name)):
-                self._system.makedirs(place.rpartition("/")[0], exist_ok=True)
+        partial, target = self._path(f"partial/{secrets.token_hex(16)}"), self._path(name)
+        with self._reporting("written"):
+            for needed in (partial, target):
+                self._system.makedirs(needed.rpartition("/")[0], exist_ok=True)
             self._system.put_file(str(path), partial)
-            self._system.mv(partial, self._path(name))
-
-        self._do("written", send)
+            self._system.mv(partial, target)
 
     def get(self, name: str, path: Path) -> None:
-        """Download a file; what is at ``path`` then has still to be checked."""
-        self._do("read", lambda: self._system.get_file(self._path(name), str(path)))
+        """Download a file to `path`, unchecked."""
+        with self._reporting("read"):
+            self._system.get_file(self._path(name), str(path))
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
-    def _do(self, what: str, work: Callable[[], Result]) -> Result:
+    @contextmanager
+    def _reporting(self, what: str) -> Iterator[None]:
         try:
-            return work()
+            yield
         except Exception as error:  # every file system raises types of its own
             raise UnreachableError(
                 f"the store {self.address} cannot be {what} ({error}): correct runner.store, or "
@@ -77,6 +72,4 @@ def shared_store() -> Store | None:
     return _opened(address) if address else None
 
 
-@cache
-def _opened(address: str) -> Any:
-    return Store(address)
+_opened = cache(Store)

@@ -1,6 +1,6 @@
-"""What the pieces of a step are mapped over: threads, or the processes of a Dask or Ray cluster.
+"""Workers that compute the pieces of a step: threads, or processes of a Dask or Ray cluster.
 
-Workers are told where the cache lies, or the store in place of it; pieces travel as references.
+Workers get the path of the cache, or the store's address in its place; pieces travel as references.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,6 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from memit.errors import InputError, UnreachableError
 from tasks.engine.artifacts import Value, artifacts_in, project_root
 from tasks.engine.loaded_model import ModelReference
-from tasks.engine.progress import gather
 from tasks.engine.store import VARIABLE, shared_store
 
 if TYPE_CHECKING:
@@ -32,34 +31,38 @@ WORKERS = 2
 OBJECT_STORE_BYTES = 128 << 20
 """What Ray keeps for results: references only."""
 RESTARTS = 3
-"""How often a piece is tried again after its worker died."""
+"""Retries of a piece after its worker died."""
 
 Kind = Literal["threads", "dask", "ray"]
 
 
 class Workers(Value):
-    """Where pieces are computed. No result depends on it."""
+    """The workers that compute pieces. No result depends on them."""
 
     kind: Kind
     address: str | None
-    """Of a cluster that is there already; None starts one on this machine."""
+    """Of a running cluster; None starts one on this machine."""
     count: int
     """Processes of a cluster that is started here."""
     store: str | None
-    """What all workers reach; None: they see this project's ``.cache/`` under the same path."""
+    """Shared by all workers; None: they see this project's `.cache/` under the same path."""
     threads: int
     """Cores that a piece occupies."""
     device: str
-    """Where a piece's model lies, as in `ModelReference`."""
+    """The device of a piece's model, as in `ModelReference`."""
 
 
 def thread_runner() -> TaskRunner[Any]:
-    """Threads of this process, which share its model and take turns with it."""
+    """Threads of this process, which take turns with its model."""
     return ThreadPoolTaskRunner(max_workers=WORKERS)  # pyright: ignore[reportReturnType]
 
 
 def check_workers(workers: Workers) -> None:
-    """Raise `InputError` if what the kind of workers needs is not installed."""
+    """Check that the packages for this kind of workers are installed.
+
+    Raises:
+        InputError: they are not.
+    """
     modules = {"dask": "prefect_dask", "ray": "prefect_ray"}
     if workers.kind in modules and find_spec(modules[workers.kind]) is None:
         raise InputError(
@@ -70,7 +73,7 @@ def check_workers(workers: Workers) -> None:
 
 @contextmanager
 def mapping_over(workers: Workers) -> Iterator[None]:
-    """Let the flow that runs map its tasks over these workers.
+    """Let the running flow map its tasks over these workers.
 
     A cluster that is started here serves inner flows, too, and ends with the outermost.
 
@@ -80,7 +83,7 @@ def mapping_over(workers: Workers) -> Iterator[None]:
     """
     check_workers(workers)
     with ExitStack() as stack:
-        stack.enter_context(environment(_told(workers)))
+        stack.enter_context(environment(worker_environment(workers)))
         if workers.kind == "dask":
             stack.enter_context(_dask(workers))
         elif workers.kind == "ray":
@@ -91,7 +94,7 @@ def mapping_over(workers: Workers) -> Iterator[None]:
 def scatter(task: Task[..., Any], pieces: Sequence[Any], **shared: Any) -> list[PrefectFuture[Any]]:
     """Map a task over pieces, its first argument; the others are the same for all.
 
-    Files that arguments name are put into the store, if there is one.
+    Files that arguments name are put into the shared store, if there is one.
     """
     if shared_store() is not None:
         for artifact in artifacts_in([pieces, shared]):
@@ -103,23 +106,8 @@ def scatter(task: Task[..., Any], pieces: Sequence[Any], **shared: Any) -> list[
     return list(task.map(list(pieces), **constant))
 
 
-def map_in_pieces(
-    name: str,
-    unit: str,
-    task: Task[..., Any],
-    items: Sequence[Any],
-    size: int,
-    weigh: Callable[[Any], int] = len,
-    **shared: Any,
-) -> list[Any]:
-    """Map a task over ``items``, ``size`` of them at a time, and give the results in order; the bar
-    counts the units that ``weigh`` finds in a piece. See `scatter` and `gather`."""
-    pieces = [items[first : first + size] for first in range(0, len(items), size)]
-    return gather(name, unit, scatter(task, pieces, **shared), list(map(weigh, pieces)))
-
-
-def _told(workers: Workers) -> dict[str, str]:
-    """What workers must know of where files lie."""
+def worker_environment(workers: Workers) -> dict[str, str]:
+    """Environment variables that tell workers where files are."""
     if workers.store is None:
         return {"DVC_ROOT": str(project_root())}
     return {VARIABLE: workers.store}
@@ -127,7 +115,7 @@ def _told(workers: Workers) -> dict[str, str]:
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the time of the body, also for what it starts."""
+    """Set environment variables during the body, also for processes that it starts."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -139,7 +127,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _mapped_by(runner: TaskRunner[Any]) -> Iterator[None]:
-    """Let the flow that runs submit to another runner."""
+    """Let the running flow submit to another runner."""
     context = FlowRunContext.get()
     assert context is not None, "pieces are mapped inside a flow"
     with context.model_copy(update={"task_runner": runner}):
@@ -158,8 +146,7 @@ def _dask(workers: Workers) -> Iterator[None]:
 
     with ExitStack() as stack:
         address = workers.address or next(iter(_started), None)
-        if address is None:
-            address = stack.enter_context(_dask_cluster(workers.count))
+        address = address or stack.enter_context(_dask_cluster(workers.count))
         runner = stack.enter_context(DaskTaskRunner(address=address))
         try:
             client = runner.client
@@ -167,7 +154,7 @@ def _dask(workers: Workers) -> Iterator[None]:
             raise UnreachableError(
                 f"no Dask scheduler answers at {address} ({error}): correct runner.address."
             ) from error
-        _prepare(client, _told(workers), started=workers.address is None)
+        _prepare(client, worker_environment(workers), started=workers.address is None)
         stack.enter_context(_mapped_by(runner))
         yield
 
@@ -180,7 +167,7 @@ def _dask_cluster(count: int) -> Iterator[str]:
         n_workers=count,
         threads_per_worker=1,
         dashboard_address=None,  # pyright: ignore[reportArgumentType]
-        memory_limit=None,  # a model is no cache that could be spilled
+        memory_limit=None,  # a model cannot be spilled to disk
         silence_logs=logging.CRITICAL,
     )
     with cluster:
@@ -192,7 +179,7 @@ def _dask_cluster(count: int) -> Iterator[str]:
 
 
 def _prepare(client: Client, environment: dict[str, str], *, started: bool) -> None:
-    """Set variables in all workers, also in those that come later."""
+    """Set variables in all workers, also in those that join later."""
     from distributed import WorkerPlugin
 
     class Prepared(WorkerPlugin):
@@ -200,7 +187,7 @@ def _prepare(client: Client, environment: dict[str, str], *, started: bool) -> N
 
         def setup(self, worker: object) -> None:
             os.environ.update(environment)
-            if started:  # Ctrl-C is for the flow, which then ends its workers
+            if started:  # the flow handles Ctrl-C and then ends its workers
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     client.register_plugin(Prepared())
@@ -217,13 +204,8 @@ def _ray(workers: Workers) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_ray_cluster(workers))
         runner = stack.enter_context(RayTaskRunner())
-        stack.enter_context(
-            remote_options(
-                num_cpus=workers.threads,
-                num_gpus=_gpus(workers.device),
-                max_retries=RESTARTS,
-            )
-        )
+        cores, gpus = workers.threads, _gpus(workers.device)
+        stack.enter_context(remote_options(num_cpus=cores, num_gpus=gpus, max_retries=RESTARTS))
         stack.enter_context(_mapped_by(runner))
         yield
 
@@ -238,31 +220,28 @@ def _ray_cluster(workers: Workers) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    started = (
-        {}
-        if workers.address
-        else {
-            "num_cpus": workers.count * workers.threads,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-    )
+    started: dict[str, Any] = {
+        "num_cpus": workers.count * workers.threads,
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             workers.address,
             namespace="memit",
-            runtime_env={"env_vars": _told(workers)},
+            runtime_env={"env_vars": worker_environment(workers)},
             logging_level=logging.CRITICAL,
             log_to_driver=False,
-            **started,
+            **({} if workers.address else started),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UnreachableError(
             f"no Ray cluster answers at {workers.address} ({error}): correct runner.address."
         ) from error
     finally:
-        _restore(handler)
+        with suppress(ValueError):  # in another thread, where Ray has not replaced it either
+            signal.signal(signal.SIGTERM, handler)  # for the flow's orderly end
     try:
         yield
     finally:
@@ -270,16 +249,10 @@ def _ray_cluster(workers: Workers) -> Iterator[None]:
 
 
 def _gpus(device: str) -> int:
-    """How many GPUs a piece needs for itself; Ray hides the others from it."""
+    """The number of GPUs that a piece needs for itself; Ray hides the others from it."""
     import torch
 
     present = torch.cuda.device_count()
     if device == "sharded":
         return present
     return int(present > 0 and device.startswith(("auto", "cuda")))
-
-
-def _restore(handler: Any) -> None:
-    """Ray takes SIGTERM for itself, without the flow's orderly end."""
-    with suppress(ValueError):  # in another thread, where nothing was changed either
-        signal.signal(signal.SIGTERM, handler)

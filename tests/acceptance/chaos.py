@@ -158,7 +158,7 @@ def begun(project: Project) -> set[str]:
     left = list((project.place / ".cache" / "locks").glob("*.lock"))
     for path in left:
         path.unlink()
-    keys = {path.stem for path in left if re.fullmatch(r"[0-9a-f]{64}", path.stem)}
+    keys = {path.stem for path in left if re.fullmatch(r".*-[0-9a-f]{64}", path.stem)}
     return keys - set(records(project))
 
 

@@ -108,13 +108,13 @@ class Project:
         )
 
     def results(self) -> dict[str, bytes]:
-        """Everything that a repetition must reproduce to the byte."""
+        """Everything that a repetition must reproduce to the byte: not what it cost."""
         files = [
             path for name in ("artifacts", "evaluation") for path in self.place.glob(f"{name}/**/*")
         ]
         files.append(self.place / "metrics.json")
         found = {str(path.relative_to(self.place)): path for path in files if path.is_file()}
-        return {name: p.read_bytes() for name, p in found.items() if "timings" not in name}
+        return {name: p.read_bytes() for name, p in found.items() if "steps" not in name}
 
     def mlflow_runs(self) -> list[tuple[str, str]]:
         """Status and life of every MLflow run."""

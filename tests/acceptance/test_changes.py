@@ -56,9 +56,7 @@ def damaged(project: Project) -> list[str]:
 
 def tasks_run(project: Project, known: set[str]) -> set[str]:
     """The tasks whose pieces were computed since these records were there."""
-    folder = project.place / ".cache" / "records"
-    new = {path.name for path in folder.iterdir()} - known
-    return {json.loads((folder / name).read_text())["origin"]["task"] for name in new}
+    return {name.rpartition("-")[0] for name in records(project) - known}
 
 
 def records(project: Project) -> set[str]:
@@ -92,7 +90,7 @@ def test_facts_and_code_that_change_are_seen_by_a_run(project: Project) -> None:
     known, lock, results = records(project), project.place / "dvc.lock", project.results()
     before = lock.read_bytes()
     write_facts(project, "Bonn")
-    append(project.place / "memit" / "walk.py")
+    append(project.place / "memit" / "layer_walk.py")
     assert outdated(project) == {"requests", "edit", "evaluation"}
     project.run()
     assert "Bonn" in (project.place / "artifacts" / "requests.json").read_text()
@@ -111,7 +109,7 @@ def test_facts_and_code_that_change_are_seen_by_a_run(project: Project) -> None:
 
 def test_the_module_that_walks_the_layers_recomputes_the_edit_alone(project: Project) -> None:
     known, results = records(project), project.results()
-    append(project.place / "memit" / "walk.py")
+    append(project.place / "memit" / "layer_walk.py")
     assert outdated(project) == {"edit"}
     project.do("dvc", "repro")
     assert tasks_run(project, known) == {"edit"}

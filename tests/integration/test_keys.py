@@ -1,66 +1,53 @@
-"""What a task has loaded when it has run is what its key names."""
+"""What a task's module has loaded when it is imported is what its key names."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
+from tasks.engine.code import MACHINERY, modules_behind
+from tests import ROOT
 
-from memit.requests import write_records
-from tasks.engine.cache import FUNCTIONS
-from tasks.engine.code import method_modules, task_modules
-from tasks.model import describe_model
-from tests.families import families
-from tests.integration.test_tasks import DOCUMENTS, RECORDS
-from tests.unit.tasks.engine.test_code import ROOT
-
-EDITOR = "memit.editors.memit"
-"""What edits in the task `edit`, which is keyed on its editor besides."""
-
-
-def _write_inputs(model: Path, folder: Path) -> None:
-    built, tokenizer = families()["gpt2"]()
-    built.save_pretrained(model)
-    tokenizer.save_pretrained(model)
-    described = describe_model("local", "small", None, model)
-    (folder / "model.json").write_text(described.model_dump_json())
-    records = [replace(r, generation_prompts=(f"{r.request.subject} is",)) for r in RECORDS]
-    write_records(records, folder / "records.json")
-    (folder / "corpus.txt").write_text("\n".join(DOCUMENTS) + "\n")
-    sums = np.eye(described.inner_width, dtype=np.float32)
-    np.savez(folder / "published.npz", **{"mom2.mom2": sums, "mom2.count": 9, "sample_size": 9})
-    questions = [
-        {"subject": f"S{n}", "src": f"Where does S{n} live?", "rephrase": f"The home of S{n}?"}
-        | {"answers": ["Rome"], "loc": "where is it", "loc_ans": "here"}
-        for n in range(8)
-    ]
-    (folder / "zsre.json").write_text(json.dumps(questions))
+DYNAMIC = {"memit/__init__.py", "memit/editors/__init__.py", "memit/editors/base.py"}
+"""Import by computed names: public names on demand, all editors, and users' editors, whose code is
+in the keys of what they make."""
+LOAD_EACH = """
+import json, os, sys
+from importlib import import_module
+for library in ("prefect", "pyarrow.parquet", "rich.progress", "transformers"):
+    import_module(library)
+for module in sys.argv[1:]:
+    if os.fork() == 0:
+        import_module(module)
+        loaded = [name for name in sys.modules if name.partition(".")[0] in ("memit", "tasks")]
+        print(json.dumps([module, loaded]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
 
-def test_each_task_is_keyed_on_all_that_it_loads(tmp_path: Path) -> None:
-    model, folder = tmp_path / "model", tmp_path / "inputs"
-    folder.mkdir()
-    _write_inputs(model, folder)
+def test_each_task_is_keyed_on_all_that_it_loads() -> None:
+    steps = [f"tasks.{path.stem}" for path in (ROOT / "tasks").glob("[!_]*.py")]
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.integration.each_task", str(model), str(folder)],
+        [sys.executable, "-c", LOAD_EACH, *steps],
         cwd=ROOT,
-        env={**os.environ, "DVC_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert ran.returncode == 0, ran.stderr
-    loaded = json.loads(ran.stdout.splitlines()[-1])
-    assert loaded.keys() == FUNCTIONS.keys()
-    for name, found in loaded.items():
-        assert isinstance(found, list), f"{name}: {found}"
-        task = FUNCTIONS[name]
-        keyed = task_modules(task.__module__, task.__qualname__)
-        if name == "edit":
-            keyed |= method_modules(EDITOR)
-        assert set(found) <= keyed, name
+    loaded = dict(map(json.loads, ran.stdout.splitlines()))
+    assert loaded.keys() == set(steps), ran.stderr
+    for step, names in loaded.items():
+        found = {name for name in names if not name.startswith(MACHINERY)}
+        assert step in found <= modules_behind(step)
+
+
+def test_no_other_module_is_imported_by_a_computed_name() -> None:
+    files = [path for folder in ("memit", "tasks") for path in (ROOT / folder).rglob("*.py")]
+    dynamic = {
+        str(path.relative_to(ROOT))
+        for path in files
+        if "import_module(" in path.read_text() or "__import__" in path.read_text()
+    }
+    assert dynamic - {"tasks/engine/cache.py"} == DYNAMIC

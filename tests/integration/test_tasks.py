@@ -9,6 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from safetensors.torch import load_file
+from tasks.corpus import CorpusSource, collect_corpus, read_texts
 
 from memit.editors.memit import Memit
 from memit.errors import EditError, InputError, IntegrityError
@@ -21,7 +22,8 @@ from memit.targets import Targets
 from memit.weight_delta import WeightDelta
 from tasks.edit import Method, MethodEdit, changed_weights, describe_edit, edit_with
 from tasks.engine.artifacts import Artifact, describe, write_file
-from tasks.engine.loaded_model import ModelReference, loaded, with_edit
+from tasks.engine.edited_model import with_edit
+from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.evaluation import described_edit, measure_perplexity, metrics_of, read_table, score_piece
 from tasks.model import describe_model
 from tasks.prefixes import draw_prefixes

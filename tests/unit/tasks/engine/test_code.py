@@ -1,4 +1,4 @@
-"""The code that results are keyed on: what imports say, no more and no less."""
+"""The code that results are keyed on: what is imported, no more and no less."""
 
 from __future__ import annotations
 
@@ -13,39 +13,20 @@ from memit.editors import known_editors
 from memit.editors.base import load_editors
 from memit.errors import InputError, IntegrityError
 from memit.hyperparameters import Hyperparameters
-from tasks import (  # noqa: F401  (all cached tasks)
-    compare,
-    corpus,
-    edit,
-    evaluation,
-    generation,
-    mend,
-    model,
-    prefixes,
-    requests,
-    serac,
-    statistics,
-    targets,
-)
+from tasks import edit, evaluation, mend, model, prefixes, requests, serac, statistics, targets
 from tasks.compare import make_methods
 from tasks.engine import code
 from tasks.engine.cache import FUNCTIONS, content_key
 from tests import ROOT
 
-CACHED = (
-    code._path,
-    code._read,
-    code._all_imports,
-    code.task_modules,
-    code.stage_modules,
-    code.method_modules,
-    code.library_versions,
-)
+TASKS = (edit, evaluation, mend, model, prefixes, requests, serac, statistics, targets)
+"""The modules of all cached tasks."""
+CACHED = (code._path, code._imports, code.modules_behind, code.library_versions)
 
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is remembered of other sources."""
+    """Each test reads the sources anew."""
     monkeypatch.setattr(code, "_AT_START", {})
     monkeypatch.setattr(code, "USERS_FOLDERS", set())
     for function in CACHED:
@@ -62,7 +43,7 @@ def keys() -> dict[str, str]:
 
 
 def modules_of(name: str) -> frozenset[str]:
-    return code.task_modules(FUNCTIONS[name].__module__, FUNCTIONS[name].__qualname__)
+    return code.modules_behind(FUNCTIONS[name].__module__)
 
 
 def test_a_byte_in_a_module_changes_the_keys_of_the_tasks_that_import_it(
@@ -72,6 +53,7 @@ def test_a_byte_in_a_module_changes_the_keys_of_the_tasks_that_import_it(
         shutil.copytree(ROOT / package, tmp_path / package)
     monkeypatch.setattr(code, "ROOT", tmp_path)
     closures = {name: modules_of(name) for name in FUNCTIONS}
+    assert {task.__name__ for task in TASKS} <= set().union(*closures.values())
     before = keys()
     for path in sorted(tmp_path.rglob("*.py")):
         module = ".".join(path.relative_to(tmp_path).with_suffix("").parts)
@@ -84,23 +66,20 @@ def test_a_byte_in_a_module_changes_the_keys_of_the_tasks_that_import_it(
         path.write_bytes(content)
 
 
-def test_what_stands_on_which_module() -> None:
+def test_which_results_come_from_which_module() -> None:
     """Spot checks against the code as a reader sees it."""
-    standing_on = {
+    keyed_on = {
         module: {name for name in FUNCTIONS if module in modules_of(name)}
-        for module in ("memit.layer_walk", "memit.corpus", "memit.world.people", "tasks.targets")
+        for module in ("memit.layer_walk", "memit.editors.serac", "memit.world.people")
     }
-    assert standing_on["memit.layer_walk"] == {"edit"}
-    assert standing_on["memit.corpus"] == {"corpus"}
-    assert standing_on["memit.world.people"] == {"model"}
-    assert standing_on["tasks.targets"] == {"targets"}
-    without_a_model = {"model", "corpus", "references", "select_targets", "questions"}
-    assert all(
-        {"memit.language_model", "memit.placement", "memit.batches"} <= modules_of(name)
-        for name in FUNCTIONS.keys() - without_a_model
-    )
-    assert "memit.language_model" not in modules_of("model")
-    assert not any("progress" in module for name in FUNCTIONS for module in modules_of(name))
+    assert keyed_on["memit.layer_walk"] == set()  # it edits through the task of all methods:
+    assert "memit.layer_walk" in code.code_of_class(known_editors()["memit"])
+    assert "memit.layer_walk" not in code.code_of_class(known_editors()["mend"])
+    measuring = {"evaluation", "generation", "perplexity", "references", "zsre"}
+    assert keyed_on["memit.editors.serac"] == {"serac", *measuring}
+    assert keyed_on["memit.world.people"] == {"model", "recall"}
+    assert all("memit.language_model" in modules_of(name) for name in FUNCTIONS)
+    assert not any("engine" in module for name in FUNCTIONS for module in modules_of(name))
 
 
 @pytest.mark.parametrize("library", code.LIBRARIES)
@@ -121,9 +100,9 @@ def test_source_that_changes_while_it_is_used_gives_no_key(
     shutil.copytree(ROOT / "tasks", tmp_path / "tasks")
     monkeypatch.setattr(code, "ROOT", tmp_path)
     code.code_of(FUNCTIONS["edit"])
-    with (tmp_path / "memit" / "layer_walk.py").open("a") as file:
+    with (tmp_path / "memit" / "editors" / "base.py").open("a") as file:
         file.write("\n")
-    with pytest.raises(IntegrityError, match=r"layer_walk\.py"):
+    with pytest.raises(IntegrityError, match=r"base\.py"):
         code.code_of(FUNCTIONS["edit"])
     code.code_of(FUNCTIONS["targets"])
 
@@ -135,7 +114,7 @@ def write(folder: Path, **files: str) -> None:
         path.write_text(text)
 
 
-def test_imports_are_followed_wherever_they_stand(
+def test_imports_are_followed_wherever_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(
@@ -143,37 +122,33 @@ def test_imports_are_followed_wherever_they_stand(
         memit__used="from memit import deeper\nfrom .pack import inner\n",
         memit__deeper="def late():\n    import memit.latest\n",
         memit__latest="if True:\n    import memit.branch\n",
-        memit__branch="from importlib import import_module\nimport_module('memit.named')\n",
-        memit__named="",
+        memit__branch="",
         memit__typed="",
-        memit__other="",
         memit__beside="",
-        memit__lazy="",
+        memit__other="",
         memit__pack__inner="from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
         "    import memit.typed\n",
         memit__pack__unused="import memit.other\n",
-        tasks__step="from tasks.engine.machine import helper\nfrom tasks.other import used\n"
-        "import memit.beside\n"
-        "def task():\n    from memit import Lazy\n    used()\n    helper()\n"
-        "def another():\n    import memit.other\n",
-        tasks__other="def used():\n    import memit.used\ndef unused():\n    import memit.other\n",
-        tasks__engine__machine="def helper(): ...\n",
+        tasks__step="from tasks.engine.machine import helper\nfrom flows.command import shown\n",
+        tasks__engine__machine="import memit.used, tasks.beside\n",
+        tasks__beside="import memit.beside\n",
+        flows__command="import memit.other\n",
     )
-    homes = "_HOMES = {'Lazy': 'lazy', 'Other': 'other'}\ndef __getattr__(name): ...\n"
-    (tmp_path / "memit" / "__init__.py").write_text(homes)
-    (tmp_path / "memit" / "pack" / "__init__.py").touch()
+    for folder in ("memit", "memit/pack"):
+        (tmp_path / folder / "__init__.py").touch()
     monkeypatch.setattr(code, "ROOT", tmp_path)
-    expected = "used deeper latest branch named beside lazy pack pack.inner"
-    assert code.task_modules("tasks.step", "task") == {
+    expected = "used deeper latest branch beside pack pack.inner"
+    assert code.modules_behind("tasks.step") == {
         "memit",
         "tasks.step",
-        "tasks.other",
+        "tasks.beside",
         *(f"memit.{name}" for name in expected.split()),
     }
 
 
 EDITOR = """
 from dataclasses import dataclass
+from memit import LanguageModel
 from memit.editors.base import Editor, register
 from help_of_mine import strength
 
@@ -190,8 +165,9 @@ def test_a_users_own_editor_counts_with_what_it_imports(
     write(tmp_path, an_editor_of_mine=EDITOR, help_of_mine="strength = 1\n")
     (made,) = make_methods(["mine"], {}, Hyperparameters((1,), 1.0), "m", 4, str(tmp_path))
     assert isinstance(made.editor, known_editors()["mine"])
-    found = made.code
+    found = code.code_of_class(type(made.editor))
     assert {"an_editor_of_mine", "help_of_mine", "memit.editors.base"} < found.keys()
+    assert "memit.editing" in found  # since `memit` imports its modules on demand
     assert "memit.editors.rome" not in found
     code._AT_START.clear()
     write(tmp_path, help_of_mine="strength = 2\n")
@@ -215,9 +191,3 @@ def test_a_file_of_editors_that_cannot_be_used_is_named(
 def test_stages_depend_on_the_code_behind_them(file: Path) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
     assert stages.with_code(text) == text, "run make stages"
-
-
-def test_a_stage_depends_on_what_its_tasks_are_keyed_on() -> None:
-    for stage, task in (("targets", "targets"), ("edit", "edit"), ("evaluation", "generation")):
-        assert modules_of(task) <= code.stage_modules(f"flows.{stage}", stage)
-        assert f"flows.{stage}" in code.stage_modules(f"flows.{stage}", stage)

@@ -1,4 +1,4 @@
-"""Data bases of Prefect's and MLflow's that cannot be used are told of at once."""
+"""Databases of Prefect and MLflow that cannot be used are refused at once."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from memit.requests import EditRequest, Record, write_records
 from memit.second_moment import SecondMoment, write_moment
 from memit.weight_delta import LowRank, WeightDelta
 from tasks.engine.artifacts import copy_file, describe, remove_leftovers, store_piece, write_json
-from tasks.engine.results import finish_step
+from tasks.engine.results import finish_step, upstream
 from tests import ROOT
 
 
@@ -156,16 +155,15 @@ def test_dvc_sees_the_results_alone(project: Path) -> None:
     repository = Repo(str(project))
     is_ignored = repository.dvcignore.is_ignored_file
     outs = [out for stage in repository.index.stages for out in stage.outs]  # none may be ignored
-    assert len(outs) > 40
+    assert len(outs) > 30
     places = {Path(out.fs_path): out for out in outs}
     folders = {place for place in places if not place.suffix}
     assert all(places[place].persist for place in folders), "DVC deletes others before a stage runs"
     assert not is_ignored(str(project / "artifacts/statistics/layer-103.parquet"))
     beside = {place.parent for place in places} | folders
     for folder in beside - {project, project / "artifacts"}:
-        if folder.name not in ("manifests", "timings"):
-            for name in ("notes.md", "mine.ipynb", "mine/notes.md"):
-                assert is_ignored(str(folder / name)), folder / name
+        for name in ("notes.md", "mine.ipynb", "mine/notes.md"):
+            assert is_ignored(str(folder / name)), folder / name
 
 
 def test_make_clean_leaves_what_is_not_its_own(project: Path) -> None:
@@ -173,7 +171,7 @@ def test_make_clean_leaves_what_is_not_its_own(project: Path) -> None:
         shutil.copy(ROOT / name, project)
     kept = {"Makefile", ".dvcignore", "constraints.txt", "artifacts", "report", "evaluation"}
     kept |= {"report/notes.md", "artifacts/mine.txt", "evaluation/facts.xlsx"}
-    results = ["report/metrics.png", "evaluation/facts.csv", "artifacts/manifests/edit.json"]
+    results = ["report/metrics.png", "evaluation/facts.csv", "artifacts/steps/edit.json"]
     results += ["artifacts/edit/delta.safetensors", "artifacts/statistics/layer-07.parquet"]
     results += ["artifacts/model/weights/model.safetensors", "artifacts/requests.json"]
     results += ["comparison/statistics/layer-07.parquet", "metrics.json", ".cache/pieces/a"]
@@ -265,6 +263,5 @@ def test_a_manifest_names_the_files_and_not_what_they_link_to(project: Path) -> 
     Path("evaluation/facts.csv").symlink_to(project / "kept")
     manifest = finish_step("evaluation", [Path("evaluation/facts.csv")], {}, [])
     assert manifest.file(Path("evaluation/facts.csv")).path == str(project / "evaluation/facts.csv")
-    assert json.loads(Path("artifacts/manifests/evaluation.json").read_text())["files"].keys() == {
-        "evaluation/facts.csv"
-    }
+    assert manifest.files.keys() == {"evaluation/facts.csv"}
+    assert upstream("evaluation") == {"evaluation": manifest}

@@ -1,4 +1,4 @@
-"""Whoever asks a process to stop is heard, also where another handler goes on."""
+"""A process ends on a signal within seconds, whatever another handler does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from tasks.engine.signals import INTERRUPTED, PATIENCE, TERMINATED
+from tasks.engine.signals import GO_ON, INTERRUPTED, PATIENCE, TERMINATED
 
 DEAF = """
 import signal, time
-from tasks.engine.signals import end_when_asked
-end_when_asked()
+from tasks.engine.signals import exit_on_signal
+exit_on_signal()
 for asked in (signal.SIGINT, signal.SIGTERM):
     signal.signal(asked, lambda *_: time.sleep(60))
 print("ready", flush=True)
@@ -36,4 +36,4 @@ def test_a_process_ends_whose_handler_does_not_end_it(sent: signal.Signals, stat
         _, said = process.communicate(timeout=30)
     assert process.returncode == status
     assert time.monotonic() - asked < PATIENCE + 10
-    assert "run it again to go on" in said
+    assert GO_ON in said

@@ -1,0 +1,65 @@
+"""A cached task computes once, and again where something of its result is missing or damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from prefect import flow, unmapped
+from prefect.testing.utilities import prefect_test_harness
+
+import tasks.statistics
+from tasks.engine.artifacts import write_text
+from tasks.engine.workers import thread_runner
+from tasks.statistics import Corpus, CorpusSource, collect_corpus
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@flow(task_runner=thread_runner())
+def collect_twice(source: CorpusSource) -> list[Corpus]:
+    """The same piece for two threads at once."""
+    sizes = map(unmapped, (3, 2, 1))
+    return [future.result() for future in collect_corpus.map([source, source], *sizes)]
+
+
+def delete_a_piece(made: Corpus, record: Path) -> None:
+    made.held_out.texts.file.unlink()
+
+
+def damage_a_piece(made: Corpus, record: Path) -> None:
+    made.ranges[0].texts.file.write_bytes(b"damaged")
+
+
+def damage_the_record(made: Corpus, record: Path) -> None:
+    record.write_bytes(record.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [delete_a_piece, damage_a_piece, damage_the_record])
+def test_a_piece_is_computed_once_for_as_long_as_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Corpus, Path], None]
+) -> None:
+    calls: list[object] = []
+    write_down = tasks.statistics._write_down
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(
+        tasks.statistics, "_write_down", lambda *given: (calls.append(given), write_down(*given))[1]
+    )
+    source = CorpusSource(file=write_text(tmp_path / "corpus.txt", "one\ntwo\nthree\nfour\n"))
+    first, second = collect_twice(source)
+    assert first == second == collect_twice(source)[0]
+    assert len(calls) == 1
+    (record,) = (tmp_path / ".cache" / "records").iterdir()
+    assert record.name.startswith("corpus-")
+    damage(first, record)
+    again = collect_twice(source)[0]
+    assert len(calls) == 2
+    assert again.ranges == first.ranges
+    assert again.held_out.texts.intact()
