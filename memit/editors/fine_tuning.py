@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from memit.errors import InputError, NumericsError
 from memit.forward import Padded, block_output, can_resume, logits_at, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow
+from memit.ranges import Range, check_settings
 from memit.requests import EditRequest
 from memit.targets import plain_rows
 from memit.weight_delta import Dense, WeightDelta, base_digests
@@ -36,25 +37,28 @@ Loss = Literal["teacher_forced", "published"]
 class FineTuning(Editor):
     """Adam on the mean nll of the new objects, in batches of requests in their order."""
 
-    layer: int
+    layer: Annotated[int, Range(0, 10_000)]
     """The block that is tuned; blocks below it are run once."""
     parameters: Literal["block", "down_projection"] = "block"
     """Everything in the block, or W_out alone."""
-    learning_rate: float = 5e-4
-    weight_decay: float | Literal["power_law"] = 0.0
+    learning_rate: Annotated[float, Range(0, 1e30, exclusive=True)] = 5e-4
+    weight_decay: Annotated[float | Literal["power_law"], Range(0, 1e12)] = 0.0
     """Coupled L2: added to the gradient times the weight. `power_law` takes n^−0.870 · e^0.156 for
     n requests, as published."""
-    bound: float | None = None
-    """How far a weight may move from where it was, at most; None leaves it free."""
-    batch_size: int = 64
+    bound: Annotated[float | None, Range(0, 1e12)] = None
+    """How far a weight may move from its base value, at most; None leaves it free."""
+    batch_size: Annotated[int, Range(1, 10_000_000)] = 64
     """Requests of one step."""
-    epochs: int = 25
-    """Times that all requests are seen, at most."""
-    loss_threshold: float = 1e-2
+    epochs: Annotated[int, Range(1, 10_000_000)] = 25
+    """Passes over all requests, at most."""
+    loss_threshold: Annotated[float, Range(0, 1e12)] = 1e-2
     """A batch below it makes no step, and an epoch whose mean is below it is the last."""
     loss: Loss = "teacher_forced"
     """`teacher_forced`: each token of the object is scored after those before it; `published`: all
     of them are scored at the prompt's last position."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def edit(
         self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources

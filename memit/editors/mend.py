@@ -20,6 +20,8 @@ from memit.batches import in_batches
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.learning import Training, content_digest, run_training
 from memit.editors.mend_network import Factors, Matrix, MendNetwork
+from memit.editors.settings import MendSettings
+from memit.editors.settings import mend_preset as mend_preset
 from memit.editors.teacher_forcing import Pair, mean_nll, pair_rows, row_means, target_places
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError
@@ -29,47 +31,6 @@ from memit.language_model import LanguageModel
 from memit.positions import TokenRow
 from memit.requests import EditRequest, Record
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
-
-
-@dataclass(frozen=True)
-class MendSettings:
-    """What MEND edits and how it is trained; the defaults are for models of billions of weights."""
-
-    blocks: int = 3
-    """The last so many blocks are edited."""
-    rank: int = 1_920
-    """Of the network's matrices; capped by their size."""
-    edits_at_once: int = 10
-    """Edits of a training step; they are put into the model together."""
-    steps: int = 20_000
-    learning_rate: float = 1e-6
-    """Of the network."""
-    rate_learning_rate: float = 1e-4
-    """Of the logarithms of the step sizes."""
-    edit_learning_rate: float = 1e-1
-    """Each matrix's step size before training."""
-    edit_weight: float = 0.1
-    """Of the edits' nll in the loss; the divergence at unrelated prompts has the weight 1."""
-    largest_gradient: float = 100.0
-    """Gradients of a larger norm are scaled down to it."""
-    examples_for_statistics: int = 256
-    """Edits from whose factors the normalisation is taken."""
-    seed: int = 0
-
-
-def mend_preset(model_name: str) -> MendSettings:
-    """Settings for a model: those of the embedded default for the synthetic one, whose network is a
-    thousandth of the size and learns faster; else the published ones."""
-    if model_name != "synthetic":
-        return MendSettings()
-    return MendSettings(
-        rank=64,
-        edits_at_once=16,
-        steps=500,
-        learning_rate=1e-3,
-        rate_learning_rate=1e-2,
-        edit_learning_rate=0.2,
-    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from memit.language_model import LanguageModel
 from memit.placement import solving_device
 from memit.positions import TokenRow
 from memit.prefixes import bounded
+from memit.ranges import Range, check_settings
 from memit.requests import EditRequest
 from memit.second_moment import cholesky
 from memit.targets import MlpOutput, compute_targets, edit_rows
@@ -49,19 +50,22 @@ TOP_K = 5
 class Rome(Editor):
     """Rank-one model editing, sequentially; the defaults are those published for GPT-J."""
 
-    layer: int
+    layer: Annotated[int, Range(0, 10_000)]
     """The block whose down-projection is edited."""
     update: Literal["published", "consistent"] = "published"
     """`published`: the direction comes from the key averaged over all rows, and v* is reached at
-    the plain prompt's key; `consistent`: the averaged key in both places."""
-    evaluations: int = 20
+    the plain prompt's key; `consistent`: the averaged key is used for both."""
+    evaluations: Annotated[int, Range(1, 10_000)] = 20
     """Most evaluations of the loss for a value; one fewer updates."""
-    learning_rate: float = 0.5
-    clamp_factor: float = 4.0
-    """δ is kept within this multiple of the norm of what the down-projection said."""
-    weight_decay: float = 0.5
-    kl_factor: float = 0.0625
-    loss_threshold: float = 0.05
+    learning_rate: Annotated[float, Range(0, 1_000, exclusive=True)] = 0.5
+    clamp_factor: Annotated[float, Range(0, 1_000, exclusive=True)] = 4.0
+    """δ is kept within this multiple of the norm of the down-projection's output."""
+    weight_decay: Annotated[float, Range(0, 1_000)] = 0.5
+    kl_factor: Annotated[float, Range(0, 1_000)] = 0.0625
+    loss_threshold: Annotated[float, Range(0, 1_000)] = 0.05
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def moment_layers(self) -> tuple[int, ...]:

@@ -22,6 +22,8 @@ from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.learning import Training, content_digest, run_training
 from memit.editors.packed_models import pack, unpack
 from memit.editors.scope_classifier import ScopeClassifier, load_encoder, new_encoder
+from memit.editors.settings import SeracSettings
+from memit.editors.settings import serac_preset as serac_preset
 from memit.editors.teacher_forcing import mean_nll, pair_rows
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError, IntegrityError
@@ -32,47 +34,6 @@ from memit.requests import EditRequest, Record
 
 TOKEN_BUDGET = 4_096
 """Padded tokens that the classifier encodes at a time."""
-
-
-@dataclass(frozen=True)
-class SeracSettings:
-    """The two small models and their training; the defaults are for models of the hub."""
-
-    encoder: str | None = "distilbert/distilbert-base-cased"
-    """The classifier's encoder, from the hub or a directory; None makes a small one."""
-    encoder_revision: str | None = None
-    counterfactual: str | None = "distilbert/distilgpt2"
-    """The counterfactual model, a causal language model; None makes a small one."""
-    counterfactual_revision: str | None = None
-    width: int = 128
-    """Hidden size of models that are made here."""
-    layers: int = 2
-    """Blocks of models that are made here."""
-    classifier_steps: int = 10_000
-    counterfactual_steps: int = 10_000
-    batch_size: int = 32
-    """Edits of a training step."""
-    learning_rate: float = 1e-5
-    """Of both trainings."""
-    warmup_steps: int = 100
-    largest_gradient: float = 1.0
-    seed: int = 0
-
-
-def serac_preset(model_name: str) -> SeracSettings:
-    """Settings for a model: small models made here for the synthetic one, the hub's for others, a
-    counterfactual model with the edited model's own tokenizer where one is known."""
-    if model_name == "synthetic":
-        return SeracSettings(
-            encoder=None,
-            counterfactual=None,
-            classifier_steps=300,
-            counterfactual_steps=300,
-            learning_rate=1e-3,
-        )
-    if "neox" in model_name.lower() or "pythia" in model_name.lower():
-        return SeracSettings(counterfactual="EleutherAI/pythia-160m")
-    return SeracSettings()
 
 
 @dataclass(frozen=True)

@@ -13,44 +13,15 @@ from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
-from memit.errors import InputError
 from memit.requests import EditRequest, Record, fill
 from memit.world.names import make_names
 from memit.world.relations import RELATIONS, Relation
+from memit.world.settings import WorldParameters
 
 PARAPHRASES = 2
 NEIGHBORS = 10
 GENERATION_PROMPTS = 3
 MOST_FACTS = 4
-
-
-@dataclass(frozen=True)
-class WorldParameters:
-    """How large a world is; the defaults are those of the embedded experiment."""
-
-    seed: int = 0
-    """Everything is drawn from it."""
-    people: int = 450
-    """People with a name and one object for each relation."""
-    relations: int = 6
-    """How many of `RELATIONS`, from the first on."""
-    records_per_person: int = 1
-    """Facts of a person that records change, each with one of its own. Two of them share a key
-    where prompts begin with the subject; few subjects of CounterFact have two."""
-    objects: int = 24
-    """Objects of a relation; each is true of about people / objects people."""
-    biographies: int = 40
-    """Training documents about one person."""
-    held_out_biographies: int = 1
-    """Documents about one person that training never sees, for the perplexity."""
-
-    def __post_init__(self) -> None:
-        _check_range("people", self.people, 2, 100_000)
-        _check_range("relations", self.relations, 1, len(RELATIONS))
-        _check_range("records_per_person", self.records_per_person, 1, self.relations)
-        _check_range("objects", self.objects, 2, min(len(r.objects) for r in RELATIONS))
-        _check_range("biographies", self.biographies, 1, 1_000_000)
-        _check_range("held_out_biographies", self.held_out_biographies, 0, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -92,13 +63,6 @@ def make_world(parameters: WorldParameters) -> World:
         documents=documents,
         held_out=_write_held_out(people, relations, frozenset(documents), parameters),
     )
-
-
-def _check_range(key: str, value: int, lowest: int, highest: int) -> None:
-    if not lowest <= value <= highest:
-        raise InputError(
-            f"The world's {key!r} is {value}, but must lie between {lowest} and {highest}."
-        )
 
 
 def _random(parameters: WorldParameters, purpose: str) -> Random:

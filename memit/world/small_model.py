@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
@@ -17,55 +17,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from memit.errors import InputError, NumericsError, ResourceError
+from memit.errors import NumericsError, ResourceError
 from memit.files.checkpoint import resume, save_checkpoint
 from memit.world.people import World
+from memit.world.settings import TrainingParameters
 from memit.world.tokenizer import train_tokenizer
 
 LARGEST_GRADIENT = 1.0
 """Gradients of a larger norm are scaled down to it."""
-
-
-@dataclass(frozen=True)
-class TrainingParameters:
-    """Shape and schedule of the small model; the defaults are those of the embedded experiment."""
-
-    seed: int = 0
-    """Of the initial weights and of the order of the documents."""
-    layers: int = 6
-    width: int = 128
-    heads: int = 4
-    vocabulary: int = 1_024
-    """Tokens of the byte-level BPE."""
-    context_length: int = 128
-    """Positions that the model has."""
-    sequence_length: int = 64
-    """Tokens of a training row."""
-    batch_size: int = 16
-    """Rows of a step."""
-    steps: int = 1_700
-    learning_rate: float = 4e-3
-    """At its peak, after the warm-up; falls to nothing as a cosine."""
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    """Of the matrices; norms and biases do not decay."""
-    checkpoint_every: int = 200
-    """Steps after which the state is stored; what is lost at most when the process is killed."""
-
-    def __post_init__(self) -> None:
-        for key in ("layers", "width", "heads", "sequence_length", "batch_size", "steps"):
-            _check_positive(key, getattr(self, key))
-        _check_positive("checkpoint_every", self.checkpoint_every)
-        if self.width % self.heads:
-            raise InputError(
-                f"The small model's width {self.width} is not a multiple of its "
-                f"{self.heads} heads: change either."
-            )
-        if self.context_length < self.sequence_length:
-            raise InputError(
-                f"The small model's context_length {self.context_length} is shorter than its "
-                f"sequence_length {self.sequence_length}: change either."
-            )
 
 
 def train(
@@ -253,8 +212,3 @@ def _digest(documents: Sequence[str], parameters: TrainingParameters) -> str:
     for document in documents:
         digest.update(b"\0" + document.encode())
     return digest.hexdigest()[:16]
-
-
-def _check_positive(key: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"The small model's {key!r} is {value}, but must be at least 1.")

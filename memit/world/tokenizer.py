@@ -7,29 +7,16 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from memit.errors import InputError
-
 END_OF_TEXT = "<|endoftext|>"
-"""Stands between documents; its id is 0."""
-SMALLEST_VOCABULARY = 257
-"""Every byte and the end of text."""
+"""Separates documents; its id is 0."""
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer that splits like GPT-2's: any text, no added tokens, true offsets.
+    """Train a tokenizer that splits like GPT-2's: any text, no added tokens, true offsets.
 
-    It gives a model `input_ids` and `attention_mask` only, since a GPT-2 that is also given
-    `token_type_ids` silently adds them to its embeddings.
-
-    Args:
-        documents: training text.
-        vocabulary: number of tokens at most; fewer where the text has no more pairs to merge.
+    It has at most `vocabulary` tokens, fewer where the text has no more pairs to merge. It gives a
+    model `input_ids` and `attention_mask` only: a GPT-2 adds `token_type_ids` to its embeddings.
     """
-    if vocabulary < SMALLEST_VOCABULARY:
-        raise InputError(
-            f"A byte-level vocabulary of {vocabulary} is too small: "
-            f"take at least {SMALLEST_VOCABULARY}, one for each byte and the end of text."
-        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

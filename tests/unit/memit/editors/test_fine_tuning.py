@@ -232,3 +232,11 @@ def test_the_unedited_model_is_an_edit_like_any_other(tmp_path):
 def test_both_are_registered():
     assert known_editors()["fine_tuning"] is FineTuning
     assert known_editors()["unedited"] is Unedited
+
+
+@pytest.mark.parametrize(
+    "bad", [{"learning_rate": 0.0}, {"weight_decay": -1.0}, {"loss": "mean"}, {"bound": math.nan}]
+)
+def test_settings_out_of_range_are_named(bad) -> None:
+    with pytest.raises(InputError, match=f"^{next(iter(bad))} is "):
+        replace(EDITOR, **bad)

@@ -158,9 +158,13 @@ def test_nothing_is_pickled(world, tmp_path):
     assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(world, tmp_path):
-    with pytest.raises(NumericsError, match="learning_rate"):
-        train(world, replace(PARAMETERS, learning_rate=1e38), checkpoint_dir=tmp_path)
+def test_a_loss_that_is_not_finite_stops_the_training(world, tmp_path, monkeypatch):
+    def overflow(logits: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
+        return logits.sum() * torch.inf
+
+    monkeypatch.setattr("memit.world.small_model.cross_entropy", overflow)
+    with pytest.raises(NumericsError):
+        train(world, PARAMETERS, checkpoint_dir=tmp_path)
 
 
 def test_the_model_learns(world, tmp_path):
@@ -206,11 +210,6 @@ def test_any_text_survives_the_tokenizer_with_true_offsets(world, text):
     assert max(end for _, end in encoded["offset_mapping"]) == len(text)
 
 
-def test_a_vocabulary_without_all_bytes_is_refused(world):
-    with pytest.raises(InputError, match="257"):
-        train_tokenizer(world.documents, 256)
-
-
 def test_rows_begin_with_a_document_and_are_full():
     documents = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
     rows = training_rows(documents, 6, seed=0)
@@ -235,7 +234,9 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
     assert rates[-1] < 1e-3
 
 
-@pytest.mark.parametrize("bad", [{"heads": 3}, {"sequence_length": 64}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"heads": 3}, {"sequence_length": 64}, {"steps": 0}, {"vocabulary": 256}]
+)
 def test_impossible_shapes_are_named(bad):
-    with pytest.raises(InputError, match=next(iter(bad)).split("_")[0]):
+    with pytest.raises(InputError, match=next(iter(bad))):
         replace(PARAMETERS, **bad)
