@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from flows.command.parameters import MendSection, SeracSection, check_parameters, overridden
+from flows.command.parameters import MendSection, SeracSection, check_parameters, with_overrides
 from flows.compare import learning_steps
 from memit.editors.mend import MendSettings, mend_preset
 from memit.editors.serac import serac_preset
@@ -24,8 +24,8 @@ def lm() -> LanguageModel:
 
 
 def test_sections_override_presets_where_they_say_something() -> None:
-    assert overridden(mend_preset("synthetic"), MendSection()) == mend_preset("synthetic")
-    changed = overridden(mend_preset("EleutherAI/gpt-j-6b"), MendSection(steps=7, seed=3))
+    assert with_overrides(mend_preset("synthetic"), MendSection()) == mend_preset("synthetic")
+    changed = with_overrides(mend_preset("EleutherAI/gpt-j-6b"), MendSection(steps=7, seed=3))
     assert changed == MendSettings(steps=7, seed=3)
     assert changed.rank == 1_920
 
@@ -33,7 +33,7 @@ def test_sections_override_presets_where_they_say_something() -> None:
 def test_scratch_stands_for_a_model_that_is_made_here() -> None:
     preset = serac_preset("EleutherAI/gpt-neox-20b")
     assert preset.counterfactual == "EleutherAI/pythia-160m"
-    changed = overridden(preset, SeracSection(counterfactual="scratch"))
+    changed = with_overrides(preset, SeracSection(counterfactual="scratch"))
     assert changed.counterfactual is None
     assert changed.encoder == preset.encoder
 
