@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from flows.command.parameters import MendSection, SeracSection, check_parameters, with_overrides
+from flows.command.parameters import Parameters, check_parameters
 from flows.compare import learning_steps
 from memit.editors.mend import MendSettings, mend_preset
 from memit.editors.serac import serac_preset
@@ -24,8 +24,8 @@ def lm() -> LanguageModel:
 
 
 def test_sections_override_presets_where_they_say_something() -> None:
-    assert with_overrides(mend_preset("synthetic"), MendSection()) == mend_preset("synthetic")
-    changed = with_overrides(mend_preset("EleutherAI/gpt-j-6b"), MendSection(steps=7, seed=3))
+    assert Parameters().mend_settings("synthetic") == mend_preset("synthetic")
+    changed = check_parameters({"mend": {"steps": 7, "seed": 3}}).mend_settings("gpt-j-6b")
     assert changed == MendSettings(steps=7, seed=3)
     assert changed.rank == 1_920
 
@@ -33,7 +33,8 @@ def test_sections_override_presets_where_they_say_something() -> None:
 def test_scratch_stands_for_a_model_that_is_made_here() -> None:
     preset = serac_preset("EleutherAI/gpt-neox-20b")
     assert preset.counterfactual == "EleutherAI/pythia-160m"
-    changed = with_overrides(preset, SeracSection(counterfactual="scratch"))
+    parameters = check_parameters({"serac": {"counterfactual": "scratch"}})
+    changed = parameters.serac_settings("EleutherAI/gpt-neox-20b")
     assert changed.counterfactual is None
     assert changed.encoder == preset.encoder
 
