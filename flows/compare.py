@@ -17,7 +17,7 @@ from prefect.artifacts import create_table_artifact
 from rich.box import SIMPLE
 from rich.table import Table
 
-from flows.command.parameters import Parameters, overridden
+from flows.command.parameters import Parameters
 from flows.command.script import console
 from flows.evaluation import Measured, held_out_text, measure, references_of
 from flows.report import log
@@ -28,7 +28,6 @@ from flows.statistics import collect_layers
 from flows.targets import optimise
 from memit.editors.mend import Mend
 from memit.editors.serac import Serac
-from memit.editors.settings import mend_preset, serac_preset
 from memit.evaluation.counterfact import plus_prompts_of, prompts_of
 from memit.evaluation.entropy import word_tokenizer
 from memit.evaluation.zsre import ZsreRecord, read_zsre
@@ -164,9 +163,9 @@ def learning_steps(parameters: Parameters) -> list[str]:
 def _with_section(method: Method, parameters: Parameters, model: str) -> Method:
     """A method that learns, with the settings of its section."""
     if method.name == "mend":
-        return replace(method, editor=Mend(overridden(mend_preset(model), parameters.mend)))
+        return replace(method, editor=Mend(parameters.mend_settings(model)))
     if method.name == "serac":
-        return replace(method, editor=Serac(overridden(serac_preset(model), parameters.serac)))
+        return replace(method, editor=Serac(parameters.serac_settings(model)))
     return method
 
 

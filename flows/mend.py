@@ -10,11 +10,10 @@ from typing import Any
 
 from prefect import Task
 
-from flows.command.parameters import Parameters, overridden
+from flows.command.parameters import Parameters
 from flows.requests import split_source
 from flows.service.step import Run, step
 from flows.statistics import corpus_source
-from memit.editors.settings import mend_preset
 from tasks.engine.artifacts import Artifact
 from tasks.engine.checkpoints import forget_work
 from tasks.engine.results import MEND_NETWORK_FILE
@@ -25,7 +24,7 @@ from tasks.statistics import collect_corpus
 @step("mend", reads=("model",))
 def mend(run: Run) -> None:
     """Train the network on records that are not edited, or find the one that was trained."""
-    settings = overridden(mend_preset(run.model.model.id), run.parameters.mend)
+    settings = run.parameters.mend_settings(run.model.model.id)
     examples = _training_examples(run.parameters)
     train(run, MEND_NETWORK_FILE, train_mend_network, run.model, examples, settings)
 

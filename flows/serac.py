@@ -10,11 +10,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from flows.command.parameters import overridden
 from flows.mend import train
 from flows.requests import split_source
 from flows.service.step import Run, step
-from memit.editors.settings import SeracSettings, serac_preset
+from memit.editors.settings import SeracSettings
 from memit.model_files import directory_digests
 from tasks.engine.hub import resolve_commit
 from tasks.engine.results import SERAC_MODELS_FILE
@@ -24,7 +23,7 @@ from tasks.serac import train_serac_models
 @step("serac", reads=("model",))
 def serac(run: Run) -> None:
     """Train both models on records that are not edited, or find those that were trained."""
-    settings = _pinned(overridden(serac_preset(run.model.model.id), run.parameters.serac))
+    settings = _pinned(run.parameters.serac_settings(run.model.model.id))
     records = split_source(run.parameters).training
     train(run, SERAC_MODELS_FILE, train_serac_models, run.model, records, settings)
 

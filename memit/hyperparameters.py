@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from memit.errors import InputError
+from memit.ranges import Range, check_settings
+
+Positive = Annotated[float, Range(0, 1e12, exclusive=True)]
+Weight = Annotated[float, Range(0, 1e12)]
 
 
 @dataclass(frozen=True)
@@ -13,26 +19,32 @@ class Hyperparameters:
 
     layers: tuple[int, ...]
     """Edited layers S, ascending; the last one is L, where targets are optimised."""
-    covariance_weight: float
+    covariance_weight: Positive
     """λ in Δ = R Kᵀ (λC + K Kᵀ)⁻¹."""
-    evaluations: int = 25
+    evaluations: Annotated[int, Range(1, 10_000)] = 25
     """Most evaluations of the loss for a target; one fewer updates."""
-    learning_rate: float = 0.5
+    learning_rate: Positive = 0.5
     """Adam's step size for δ."""
-    clamp_factor: float = 0.75
+    clamp_factor: Positive = 0.75
     """δ is kept within this multiple of ‖h‖."""
-    weight_decay: float = 0.5
+    weight_decay: Weight = 0.5
     """Weight of ‖δ‖ / ‖h‖² in the loss."""
-    kl_factor: float = 0.0625
+    kl_factor: Weight = 0.0625
     """Weight of the divergence at "{subject} is a" in the loss."""
-    loss_threshold: float = 0.05
+    loss_threshold: Weight = 0.05
     """An edit stops, before updating, once its total loss is below this."""
     key_average: Literal["nested", "uniform"] = "nested"
     """`nested`: plain prompt and mean of prefixed ones count half each (published code); `uniform`:
     all rows count alike (Eqn. 19 as printed)."""
-    largest_update: float = 1_000.0
+    largest_update: Positive = 1_000.0
     """No layer's Δ may exceed this multiple of the norm of its W. Many edits of a small model take
     tens; a second moment that is nearly singular takes any number."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        layers = list(self.layers)
+        if not layers or layers[0] < 0 or layers != sorted(set(layers)):
+            raise InputError(f"layers is {layers}: name each layer once, in ascending order.")
 
 
 PRESETS = {

@@ -1,217 +1,212 @@
-"""``params.yaml`` as one frozen tree, checked before anything slow is imported.
+"""The sections of `params.yaml` as one frozen tree, validated before anything slow is imported.
 
-A section for each step, named like it. What is null is taken from the preset of the model
-(`memit.hyperparameters`) or means "all of it". Sections name a few keys of others: ``edit.layers``
-decides which statistics are collected and at which layer the targets are read.
+One section per step, with the step's name. Settings that belong to a dataclass of `memit/` take
+their types, defaults, ranges and docs from it. Null means the preset of the model, or all there is.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
 import json
-import math
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields, replace
-from functools import wraps
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
     ValidationError,
+    create_model,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
 
+from memit.editors.settings import MendSettings, SeracSettings, mend_preset, serac_preset
 from memit.errors import InputError
 from memit.files.reading import read_text
 from memit.hyperparameters import Hyperparameters, preset
 from memit.redaction import holds_secret
+from memit.world.settings import TrainingParameters, WorldParameters
 
-Precision = Literal["float32", "bfloat16", "float16"]
+NO_FILE = "data/none"
+"""What a key that may name a user's file holds where there is none. DVC tracks the path in each of
+these keys, so null cannot be used."""
+SCRATCH = "scratch"
+"""Instead of a hub model: a small one that is trained from random weights."""
+SIZE_LIMIT = 1 << 20
+"""Bytes of the largest `params.yaml` that is read."""
+NOT_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""Control characters and lone surrogates."""
+ANY_MODEL = preset("", 1_000)
+"""Hyperparameters whose fields are overridden to check their ranges."""
+EDIT = ("layers", "covariance_weight", "key_average", "largest_update")
+"""The hyperparameters in the section `edit`."""
+TARGETS = [field.name for field in fields(Hyperparameters) if field.name not in EDIT]
+"""Those in the section `targets`."""
+
+NEEDED = {
+    ("model", "hub"): ("id", "revision"),
+    ("model", "local"): ("path",),
+    ("statistics", "file"): ("path",),
+    ("statistics", "published"): ("path",),
+    ("statistics", "dataset"): ("dataset", "revision", "documents"),
+}
+"""The keys that a section needs with this `source`."""
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 TokenBudget = Annotated[int, Field(ge=16, le=2**26)] | Literal["auto"]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
-Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
-NO_FILE = "data/none"
-"""What a key that may name a file of the user's says where it names none: DVC follows these files,
-and every key must lead it to one."""
+Precision = Literal["float32", "bfloat16", "float16"]
+Written = Annotated[int | None, Field(ge=0, description="whose texts are generated; null: all")]
 UsersFile = Annotated[
-    Text | None,
+    str | None,
     BeforeValidator(lambda value: None if value == NO_FILE else value),
     PlainSerializer(lambda value: value or NO_FILE, return_type=str, when_used="json"),
 ]
-USERS_FILES = (
-    "model.path",
-    "requests.path",
-    "statistics.path",
-    "evaluation.snippets",
-    "compare.editors",
-    "compare.zsre",
-)
-Written = Annotated[
-    int | None, Field(ge=0, le=10_000_000, description="whose texts are generated; null: all")
-]
+Setting = bool | int | float | str | None
 Settings = TypeVar("Settings")
-SCRATCH = "scratch"
-"""In place of a model of the hub: a small one that is made here."""
-SIZE_LIMIT = 1 << 20
-"""Bytes of the largest ``params.yaml`` that is read."""
-LONGEST_VALUE = 200
-"""Characters of a value that are repeated in a sentence."""
-STORES = ("http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-"""Schemes of addresses where MLflow can keep runs."""
+
+
+def _matching(pattern: str, expected: str) -> AfterValidator:
+    """A validator of texts with an error message that says what is `expected`."""
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise PydanticCustomError("pattern", "expected {form}", {"form": expected})
+        return text
+
+    return AfterValidator(check)
+
+
+Device = Annotated[
+    str, _matching(r"auto|cpu|mps|sharded|cuda(:\d+)?", "auto, cpu, mps, sharded, cuda or cuda:N")
+]
+Digest = Annotated[str, _matching(r"[0-9a-fA-F]{64}", "64 hexadecimal digits")]
+MethodName = Annotated[str, _matching(r"[a-z][a-z0-9_]{0,63}", "a lower-case identifier")]
+Url = Annotated[str, _matching(r"https?://[^/\s]+\S*", "an http or https URL")]
+Store = Annotated[
+    str,
+    _matching(
+        r"(https?|file|sqlite|postgresql|mysql|mssql|databricks)(\+\w+)?:.*|[^:]*",
+        "a path or a URI that MLflow can open (http, sqlite, postgresql, ...)",
+    ),
+]
 
 
 class Section(BaseModel):
-    """Settings that nobody changes after they were read, and in which no unknown key passes."""
+    """Immutable settings; unknown keys and values of another type are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1
+    )
 
 
-def overridden(preset: Settings, section: Section) -> Settings:
-    """A dataclass of settings with what a section sets; null keeps the preset's value."""
-    known = {field.name for field in fields(preset)}  # pyright: ignore[reportArgumentType]
+def with_overrides(settings: Settings, section: Section) -> Settings:
+    """A dataclass with the fields that a section sets; null keeps the dataclass's value.
+
+    Raises:
+        InputError: a value is out of range.
+    """
     chosen: dict[str, Any] = {
         name: None if value == SCRATCH else value
         for name, value in section.model_dump().items()
-        if value is not None and name in known
+        if value is not None and hasattr(settings, name)
     }
-    return replace(preset, **chosen)  # pyright: ignore[reportArgumentType]
+    return replace(settings, **chosen)  # pyright: ignore[reportArgumentType]
 
 
-def _needs(
-    asked: bool, key: str, value: object, section: Section, where: str, names: tuple[str, ...]
-) -> None:
-    for name in names if asked else ():
-        if getattr(section, name) is None:
-            raise ValueError(f"{key} is {value!r}, which needs {where}.{name}: set it.")
+def settings_section(
+    default: Any, names: Collection[str] = (), *, optional: bool = False
+) -> type[Section]:
+    """A section with fields of a dataclass: its types, docs, defaults and range checks.
+
+    The fields are those in `names`, or all but the seed. If they are `optional`, null is the
+    default and keeps the value of the model's preset.
+    """
+    kinds, docs = get_type_hints(type(default), include_extras=True), _docs(type(default))
+    definitions: dict[str, Any] = {}
+    for name in names or [name for name in kinds if name != "seed"]:
+        kind = kinds[name] | None if optional else kinds[name]
+        value = None if optional else getattr(default, name)
+        definitions[name] = (kind, Field(default=value, description=docs.get(name)))
+
+    def check_ranges(section: Section) -> Section:
+        try:
+            with_overrides(default, section)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return section
+
+    validators: dict[str, Any] = {"check_ranges": model_validator(mode="after")(check_ranges)}
+    return create_model("Settings", __base__=Section, __validators__=validators, **definitions)
 
 
-class WorldSection(Section):
-    """The invented people, see `memit.world.people.WorldParameters`."""
-
-    people: int = Field(
-        default=450, ge=2, le=100_000, description="people with a name and their facts"
-    )
-    relations: int = Field(default=6, ge=1, le=100, description="facts of each person")
-    records_per_person: int = Field(
-        default=1, ge=1, le=100, description="facts of a person that can be edited"
-    )
-    objects: int = Field(default=24, ge=2, le=1_000, description="objects of a relation")
-    biographies: int = Field(
-        default=40, ge=1, le=100_000, description="training texts about one person"
-    )
-    held_out_biographies: int = Field(
-        default=1,
-        ge=1,
-        le=1_000,
-        description="texts about one person that only measure the perplexity",
-    )
+def _docs(settings: type) -> dict[str, str]:
+    """The docstrings of a dataclass's fields."""
+    statements = pairwise(ast.walk(ast.parse(inspect.getsource(settings))))
+    return {
+        ast.unparse(field.target): ast.literal_eval(doc.value)
+        for field, doc in statements
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
+    }
 
 
-class TrainingSection(Section):
-    """The small model that learns them, see `memit.world.small_model.TrainingParameters`."""
+class WorldSection(settings_section(WorldParameters())):
+    """The synthetic people, see `memit.world.settings.WorldParameters`."""
 
-    layers: int = Field(default=6, ge=1, le=128, description="blocks")
-    width: int = Field(default=128, ge=8, le=16_384, description="hidden size, a multiple of heads")
-    heads: int = Field(default=4, ge=1, le=128)
-    vocabulary: int = Field(
-        default=1_024, ge=257, le=200_000, description="tokens of the byte-level BPE"
-    )
-    context_length: int = Field(
-        default=128, ge=16, le=65_536, description="positions that the model has"
-    )
-    sequence_length: int = Field(
-        default=64, ge=16, le=65_536, description="tokens of a training row"
-    )
-    batch_size: int = Field(default=16, ge=1, le=100_000, description="rows of a step")
-    steps: int = Field(default=1_700, ge=1, le=10_000_000)
-    learning_rate: float = Field(default=4e-3, gt=0, le=1)
-    warmup_steps: int = Field(default=100, ge=0, le=1_000_000)
-    weight_decay: float = Field(default=0.1, ge=0, le=10)
-    checkpoint_every: int = Field(
-        default=200, ge=1, le=1_000_000, description="steps lost at most by a kill"
-    )
 
-    @model_validator(mode="after")
-    def _shape_is_possible(self) -> TrainingSection:
-        if self.width % self.heads:
-            raise ValueError(
-                f"model.training.width is {self.width}, which is no multiple of its "
-                f"{self.heads} heads: change either."
-            )
-        if self.sequence_length > self.context_length:
-            raise ValueError(
-                f"model.training.sequence_length is {self.sequence_length}, more than the "
-                f"context_length of {self.context_length}: change either."
-            )
-        return self
+class TrainingSection(settings_section(TrainingParameters())):
+    """The small model that learns them, see `memit.world.settings.TrainingParameters`."""
 
 
 class ModelSection(Section):
-    """Which model is edited, and where it runs."""
+    """Which model is edited, and on which device."""
 
     source: Literal["synthetic", "hub", "local"] = "synthetic"
-    id: Text | None = Field(default=None, description="hub: owner/name")
-    revision: Text | None = Field(
-        default=None, description="hub: a commit; of a branch or tag the commit is recorded"
-    )
+    id: str | None = Field(default=None, description="hub: owner/name")
+    revision: str | None = Field(default=None, description="hub: a commit, branch or tag")
     path: UsersFile = Field(default=None, description="local: a model directory")
     dtype: Precision | Literal["tf32"] = "float32"
-    device: str = Field(default="cpu", pattern=r"^(auto|cpu|mps|sharded|cuda(:\d+)?)$")
-    threads: int = Field(
-        default=2, ge=1, le=1_024, description="CPU threads; other counts, other last bits"
-    )
+    device: Device = "cpu"
+    threads: int = Field(default=2, ge=1, le=1_024, description="CPU threads; change the last bits")
     seed: Seed = 0
     world: WorldSection = WorldSection()
     training: TrainingSection = TrainingSection()
 
     def placement(self) -> dict[str, Any]:
-        """How the model computes, and where it lies if it is a local one."""
+        """How the model computes, and the directory of a local one."""
         return self.model_dump(include={"dtype", "device", "threads", "path"})
 
-    @model_validator(mode="after")
-    def _source_is_named(self) -> ModelSection:
-        _needs(self.source == "hub", "model.source", self.source, self, "model", ("id", "revision"))
-        _needs(self.source == "local", "model.source", self.source, self, "model", ("path",))
-        return self
+    def world_parameters(self) -> WorldParameters:
+        """The synthetic people that the model learns."""
+        return with_overrides(WorldParameters(seed=self.seed), self.world)
+
+    def training_parameters(self) -> TrainingParameters:
+        """Shape and training of the synthetic model."""
+        return with_overrides(TrainingParameters(seed=self.seed), self.training)
 
 
 class RequestsSection(Section):
-    """Which facts are written."""
+    """Which facts are edited."""
 
     source: Literal["synthetic", "counterfact", "facts"] = "synthetic"
     path: UsersFile = Field(default=None, description="a file of records or facts")
-    url: Text | None = Field(default=None, description="where to fetch it, with its sha256")
+    url: Url | None = Field(default=None, description="instead of path, with its sha256")
     sha256: Digest | None = None
-    count: int | None = Field(default=64, ge=1, le=10_000_000, description="null: all of them")
+    count: Count | None = Field(default=64, description="null: all of them")
     seed: Seed = 0
-
-    @model_validator(mode="after")
-    def _file_is_named(self) -> RequestsSection:
-        if self.source == "synthetic":
-            return self
-        if (self.path is None) == (self.url is None):
-            raise ValueError(
-                f"requests.source is {self.source!r}, which needs either requests.path or "
-                "requests.url: set one of them."
-            )
-        _needs(self.url is not None, "requests.url", self.url, self, "requests", ("sha256",))
-        if self.url is not None and not re.match(r"https?://[^/\s]+\S*$", self.url, re.IGNORECASE):
-            raise ValueError(
-                f"requests.url is {self.url!r}: give an http or https address, or set "
-                "requests.path to a file that is here."
-            )
-        return self
 
 
 class PrefixesSection(Section):
@@ -221,220 +216,105 @@ class PrefixesSection(Section):
 
 
 class StatisticsSection(Section):
-    """The text that the second moments of the keys are collected over, or those of others."""
+    """The corpus for the second moments of the keys, or published second moments."""
 
     source: Literal["synthetic", "file", "dataset", "published"] = "synthetic"
-    path: UsersFile = Field(
-        default=None,
-        description="file: text (a document a line), JSONL or Parquet; published: a directory "
-        "with the .npz of each layer",
-    )
-    dataset: Text | None = Field(
-        default=None, description="dataset: a Hugging Face data set, streamed"
-    )
-    configuration: Text | None = Field(default=None, description="dataset: its configuration")
-    revision: Text | None = Field(default=None, description="dataset: a commit of its repository")
-    column: Text = Field(default="text", description="the column or key that holds the text")
-    documents: int | None = Field(default=2_000, ge=1, le=1_000_000_000, description="null: all")
-    documents_per_shard: int = Field(default=500, ge=1, le=1_000_000_000)
-    held_out_documents: int = Field(
-        default=300, ge=1, le=1_000_000, description="after the others, for the perplexity only"
-    )
-    token_budget: TokenBudget = "auto"
-
-    @model_validator(mode="after")
-    def _text_is_named(self) -> StatisticsSection:
-        name, where = "statistics.source", "statistics"
-        has_path = self.source in ("file", "published")
-        _needs(has_path, name, self.source, self, where, ("path",))
-        names = ("dataset", "revision", "documents")
-        _needs(self.source == "dataset", name, self.source, self, where, names)
-        return self
-
-
-class TargetsSection(Section):
-    """Where an edited fact must end up (Eqn. 16). Null takes the preset's value."""
-
-    evaluations: int | None = Field(
-        default=None, ge=1, le=10_000, description="of the loss, for one edit"
-    )
-    learning_rate: float | None = Field(default=None, gt=0, le=1_000)
-    clamp_factor: float | None = Field(
-        default=None, gt=0, le=1_000, description="largest ‖δ‖ / ‖h‖"
-    )
-    weight_decay: float | None = Field(default=None, ge=0, le=1_000)
-    kl_factor: float | None = Field(default=None, ge=0, le=1_000)
-    loss_threshold: float | None = Field(default=None, ge=0, le=1_000)
-    requests_per_piece: int = Field(default=16, ge=1, le=1_000_000)
+    path: UsersFile = Field(default=None, description="a corpus, or a directory of published .npz")
+    dataset: str | None = Field(default=None, description="dataset: on the Hugging Face hub")
+    configuration: str | None = Field(default=None, description="dataset: its configuration")
+    revision: str | None = Field(default=None, description="dataset: a commit of its repository")
+    column: str = Field(default="text", description="the column or key that holds the text")
+    documents: Count | None = Field(default=2_000, description="null: all")
+    documents_per_shard: Count = 500
+    held_out_documents: Count = Field(default=300, description="for the perplexity only")
     token_budget: TokenBudget = "auto"
 
 
-class EditSection(Section):
-    """Where it is written (Algorithm 1). Null takes the preset's value."""
+class TargetsSection(settings_section(ANY_MODEL, TARGETS, optional=True)):
+    """How the hidden state that encodes a fact is optimised (Eqn. 16)."""
 
-    layers: tuple[Annotated[int, Field(ge=0, le=10_000)], ...] | None = Field(
-        default=None, min_length=1
-    )
-    covariance_weight: float | None = Field(default=None, gt=0, le=1e12, description="λ")
-    key_average: Literal["nested", "uniform"] | None = None
-    largest_update: float | None = Field(
-        default=None, gt=0, le=1e12, description="of a layer, in multiples of ‖W‖"
-    )
-    on_failure: Literal["stop", "drop"] = Field(
-        default="stop", description="where an edit is not finite or makes an update too large"
-    )
+    requests_per_piece: Count = 16
     token_budget: TokenBudget = "auto"
 
-    @model_validator(mode="after")
-    def _layers_are_a_set(self) -> EditSection:
-        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(
-                f"edit.layers is {list(self.layers)}: name each layer once, in ascending order."
-            )
-        return self
+
+class EditSection(settings_section(ANY_MODEL, EDIT, optional=True)):
+    """Which layers are edited and how (Algorithm 1)."""
+
+    on_failure: Literal["stop", "drop"] = Field(default="stop", description="of single edits")
+    token_budget: TokenBudget = "auto"
 
 
 class EvaluationSection(Section):
     """How the model is measured before and after."""
 
-    dtype: Precision | None = Field(
-        default=None, description="null: that of the model; else as served"
-    )
-    prompts_per_piece: int = Field(default=512, ge=1, le=10_000_000)
+    dtype: Precision | None = Field(default=None, description="null: that of the model")
+    prompts_per_piece: Count = 512
     generation_records: Written = 32
-    snippets: UsersFile = Field(
-        default=None, description="CounterFact's attribute snippets; none: texts of the corpus"
-    )
+    snippets: UsersFile = Field(default=None, description="CounterFact's attribute snippets")
     seed: Seed = Field(default=0, description="of the generated texts")
     token_budget: TokenBudget = "auto"
 
 
 class RunnerSection(Section):
-    """Where the pieces of steps are computed. No result depends on it, and no stage."""
+    """Where the pieces of steps are computed. No result and no stage depends on it."""
 
     kind: Literal["threads", "dask", "ray"] = "threads"
-    address: Text | None = Field(
-        default=None, description="of a running cluster; null: one is started on this machine"
-    )
-    workers: int = Field(
-        default=2, ge=1, le=10_000, description="processes of a cluster that is started here"
-    )
-    store: Text | None = Field(
-        default=None, description="a path or fsspec URL for pieces; null: .cache, seen by all"
-    )
-
-    @model_validator(mode="after")
-    def _address_has_a_kind(self) -> RunnerSection:
-        if self.address is not None and self.kind == "threads":
-            raise ValueError(
-                "runner.address names a cluster, but runner.kind is 'threads': make it dask or ray."
-            )
-        return self
+    address: str | None = Field(default=None, description="of a cluster; null: start one here")
+    workers: int = Field(default=2, ge=1, le=10_000, description="of a cluster started here")
+    store: str | None = Field(default=None, description="path or fsspec URL; null: .cache")
 
 
 class ReportSection(Section):
-    """Where the experiment is told of."""
+    """Where the run is logged."""
 
-    experiment: Text = Field(default="memit", description="the experiment's name in MLflow")
-    tracking_uri: Text | None = Field(default=None, description="null: mlflow.db in the project")
-
-    @model_validator(mode="after")
-    def _store_is_of_a_known_kind(self) -> ReportSection:
-        scheme = re.match(r"([A-Za-z][\w.-]+)(\+\w+)?:", self.tracking_uri or "")
-        if scheme and scheme[1] not in STORES:
-            raise ValueError(
-                f"report.tracking_uri is {self.tracking_uri!r}, which is no store of MLflow's: "
-                f"write a path or an address that begins with one of {', '.join(STORES)}."
-            )
-        return self
+    experiment: str = Field(default="memit", description="the experiment's name in MLflow")
+    tracking_uri: Store | None = Field(default=None, description="null: mlflow.db in the project")
 
 
-class MendSection(Section):
-    """How MEND's network is trained, see `memit.editors.mend.MendSettings`. Null: the preset."""
+class MendSection(settings_section(MendSettings(), optional=True)):
+    """How MEND's network is trained, see `memit.editors.settings.MendSettings`."""
 
-    learn_from: Literal["records", "texts"] = Field(
-        default="records", description="those set aside, or texts that go on as the model samples"
-    )
-    texts: int = Field(default=1_000, ge=1, le=10_000_000, description="how many texts")
-    continuation_tokens: int = Field(default=10, ge=1, le=1_000, description="sampled for each")
-    blocks: int | None = Field(default=None, ge=1, le=1_000, description="the last so many")
-    rank: int | None = Field(default=None, ge=1, le=1_000_000, description="of the network")
-    edits_at_once: int | None = Field(default=None, ge=1, le=10_000)
-    steps: int | None = Field(default=None, ge=1, le=100_000_000)
-    learning_rate: float | None = Field(default=None, gt=0, le=1)
-    rate_learning_rate: float | None = Field(default=None, gt=0, le=10)
-    edit_learning_rate: float | None = Field(default=None, gt=0, le=1_000)
+    learn_from: Literal["records", "texts"] = "records"
+    texts: Count = Field(default=1_000, description="that the model continues")
+    continuation_tokens: int = Field(default=10, ge=1, le=1_000, description="sampled per text")
     seed: Seed = 0
 
 
-class SeracSection(Section):
-    """SERAC's two models, see `memit.editors.serac.SeracSettings`. Null: the preset."""
+class SeracSection(settings_section(SeracSettings(), optional=True)):
+    """SERAC's two models, see `memit.editors.settings.SeracSettings`; `scratch`: a small one."""
 
-    encoder: Text | None = Field(
-        default=None, description="of the hub, a directory, or scratch: made here"
-    )
-    encoder_revision: Text | None = None
-    counterfactual: Text | None = Field(default=None, description="the same; answers in scope")
-    counterfactual_revision: Text | None = None
-    width: int | None = Field(default=None, ge=8, le=16_384, description="of models made here")
-    layers: int | None = Field(default=None, ge=1, le=128)
-    classifier_steps: int | None = Field(default=None, ge=1, le=100_000_000)
-    counterfactual_steps: int | None = Field(default=None, ge=1, le=100_000_000)
-    batch_size: int | None = Field(default=None, ge=1, le=100_000)
-    learning_rate: float | None = Field(default=None, gt=0, le=1)
     seed: Seed = 0
-
-
-Setting = bool | int | float | str | None
-MethodName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
 class CompareSection(Section):
-    """Which methods are compared, and on what."""
+    """Which methods are compared, and on which records."""
 
     methods: tuple[MethodName, ...] = Field(
-        default=("unedited", "ft_w", "mend", "rome", "memit", "serac"), min_length=1, max_length=100
+        default=("unedited", "ft_w", "mend", "rome", "memit", "serac"), min_length=1
     )
     editors: UsersFile = Field(
-        default=None, description="a Python file, or a folder of them, that registers more"
+        default=None, description="a Python file or folder with more methods"
     )
-    settings: dict[MethodName, dict[Text, Setting]] = Field(
-        default={}, description="of methods, where they differ from the presets"
-    )
-    count: int | None = Field(default=None, ge=1, le=10_000_000, description="null: all of them")
+    settings: dict[MethodName, dict[str, Setting]] = Field(default={}, description="over presets")
+    count: Count | None = Field(default=None, description="null: all of them")
     seed: Seed = 0
-    training_records: int = Field(
-        default=100, ge=0, le=10_000_000, description="set aside for editors that learn"
-    )
+    training_records: int = Field(default=100, ge=0, description="set aside for training editors")
     generation_records: Written = 32
-    zsre: UsersFile = Field(
-        default=None, description="zsRE's questions, to be edited instead of the section requests"
-    )
-
-    @model_validator(mode="after")
-    def _methods_are_a_set(self) -> CompareSection:
-        twice = [name for name in self.methods if self.methods.count(name) > 1]
-        if twice:
-            raise ValueError(f"compare.methods names {twice[0]} twice: remove one.")
-        return self
+    zsre: UsersFile = Field(default=None, description="zsRE questions, edited instead of requests")
 
 
 class ScalingSection(Section):
-    """With how many edits the methods of ``compare`` are tried."""
+    """With how many edits the methods of `compare` are tried."""
 
-    counts: tuple[Annotated[int, Field(ge=1, le=10_000_000)] | None, ...] = Field(
-        default=(1, 10, 32, 100, 316, None), min_length=1, description="null: all records"
-    )
-    seed: Seed = Field(default=0, description="of the first sample; the next ones count up")
-    samples: int = Field(default=1, ge=1, le=1_000, description="of each size; for error bars")
-    least_records: int = Field(
-        default=10, ge=1, le=100_000, description="few edits are repeated until so many are made"
-    )
+    counts: tuple[Count | None, ...] = Field(default=(1, 10, 32, 100, 316, None), min_length=1)
+    seed: Seed = Field(default=0, description="of the first sample; later samples count up")
+    samples: Count = Field(default=1, description="per size, for error bars")
+    least_records: Count = Field(default=10, description="small sizes are repeated up to this")
     generation_records: Written = 16
 
 
 class Parameters(Section):
-    """Everything that ``params.yaml`` says."""
+    """Everything in `params.yaml`."""
 
     model: ModelSection = ModelSection()
     requests: RequestsSection = RequestsSection()
@@ -451,127 +331,148 @@ class Parameters(Section):
     scaling: ScalingSection = ScalingSection()
 
     def hyperparameters(self, model: str, depth: int) -> Hyperparameters:
-        """The preset of a model with ``depth`` blocks, with what ``targets`` and ``edit`` override.
+        """The preset of a model with `depth` blocks, with the overrides of `targets` and `edit`.
 
         Raises:
-            InputError: a layer is named that the model does not have.
+            InputError: the model has no such layer.
         """
-        hyperparameters = overridden(overridden(preset(model, depth), self.targets), self.edit)
-        for layer in hyperparameters.layers:
-            if layer >= depth:
-                raise InputError(
-                    f"params.yaml: edit.layers names layer {layer}, but {model} has {depth} "
-                    f"blocks: the layers are 0 to {depth - 1}."
-                )
-        return hyperparameters
+        merged = with_overrides(with_overrides(preset(model, depth), self.targets), self.edit)
+        if merged.layers[-1] >= depth:
+            raise InputError(
+                f"edit.layers names layer {merged.layers[-1]}, but {model} has "
+                f"{depth} blocks: the layers are 0 to {depth - 1}."
+            )
+        return merged
+
+    def mend_settings(self, model: str) -> MendSettings:
+        """The preset of a model, with the overrides of `mend`."""
+        return with_overrides(mend_preset(model), self.mend)
+
+    def serac_settings(self, model: str) -> SeracSettings:
+        """The preset of a model, with the overrides of `serac`."""
+        return with_overrides(serac_preset(model), self.serac)
 
     @model_validator(mode="after")
-    def _sections_fit_together(self) -> Parameters:
-        if self.statistics.source == "published":
-            self._does_without_a_corpus()
-        if self.model.source == "synthetic":
-            self._fits_the_synthetic_model()
-            return self
-        for section in ("requests", "statistics"):
-            if getattr(self, section).source == "synthetic":
-                raise ValueError(
-                    f"{section}.source is 'synthetic', but model.source is {self.model.source!r}: "
-                    "the invented people belong to the model that is trained on them, so name a "
-                    f"file or data set in {section}."
-                )
+    def _check_conflicts(self) -> Parameters:
+        for conflict in self._conflicts():
+            raise ValueError(conflict)
         return self
 
-    def _does_without_a_corpus(self) -> None:
-        if self.model.source == "synthetic":
-            raise ValueError(
-                "statistics.source is 'published', but model.source is 'synthetic': nobody has "
-                "published statistics of a model that is made here, so collect them."
-            )
-        if self.mend.learn_from == "texts":
-            raise ValueError(
-                "mend.learn_from is 'texts', but statistics.source is 'published', which has no "
-                "texts: let it learn from records."
+    def _conflicts(self) -> Iterator[str]:
+        """Messages about keys that do not fit together."""
+        model, requests, statistics = self.model, self.requests, self.statistics
+        for (key, source), needed in NEEDED.items():
+            section = getattr(self, key)
+            for name in needed if section.source == source else ():
+                if getattr(section, name) is None:
+                    yield f"{key}.source is {source!r}, which needs {key}.{name}: set it as well."
+        if requests.source != "synthetic" and (requests.path is None) == (requests.url is None):
+            yield f"requests.source is {requests.source!r}: set one of requests.path, requests.url."
+        if requests.url is not None and requests.sha256 is None:
+            yield "requests.url needs requests.sha256: set it as well."
+        if self.runner.address is not None and self.runner.kind == "threads":
+            yield "runner.address needs a cluster, but runner.kind is 'threads': use dask or ray."
+        if len(set(self.compare.methods)) < len(self.compare.methods):
+            yield f"compare.methods is {list(self.compare.methods)}: name each method once."
+        if statistics.source == "published" and self.mend.learn_from == "texts":
+            yield "mend.learn_from is 'texts', but published statistics have none: use records."
+        if model.source == "synthetic":
+            yield from self._synthetic_conflicts()
+        elif "synthetic" in (requests.source, statistics.source):
+            key = "requests" if requests.source == "synthetic" else "statistics"
+            yield (
+                f"{key}.source is 'synthetic', but model.source is {model.source!r}, and only the "
+                f"synthetic model knows these people: name a file or data set in {key}."
             )
 
-    def _fits_the_synthetic_model(self) -> None:
-        depth = self.model.training.layers
-        for layer in self.edit.layers or ():
-            if layer >= depth:
-                raise ValueError(
-                    f"edit.layers names layer {layer}, but model.training.layers is {depth}: "
-                    f"the layers are 0 to {depth - 1}."
-                )
-        world, count = self.model.world, self.requests.count
-        if world.records_per_person > world.relations:
-            raise ValueError(
-                f"model.world.records_per_person is {world.records_per_person}, but a person has "
-                f"{world.relations} facts (model.world.relations): ask for fewer."
-            )
+    def _synthetic_conflicts(self) -> Iterator[str]:
+        world, count = self.model.world_parameters(), self.requests.count
         records = world.people * world.records_per_person
+        if self.statistics.source == "published":
+            yield "statistics.source is 'published', but nobody publishes the synthetic model's."
         if self.requests.source == "synthetic" and count is not None and count > records:
-            raise ValueError(
-                f"requests.count is {count}, but model.world has {records} records "
-                f"({world.people} people, {world.records_per_person} of each): ask for fewer."
-            )
+            yield f"requests.count is {count}, but model.world has {records} records: use fewer."
+        try:
+            self.hyperparameters("synthetic", self.model.training_parameters().layers)
+        except InputError as error:
+            yield str(error)
+
+
+def _nodes(tree: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """The values of nested dicts and lists, inner and outer, with their dotted keys."""
+    yield key, tree
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _nodes(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from _nodes(value, f"{key}[{index}]")
+
+
+USERS_FILES = [k for k, value in _nodes(Parameters().model_dump(mode="json")) if value == NO_FILE]
+"""The keys that may name a user's file."""
 
 
 def read_parameters(path: Path = Path("params.yaml")) -> Parameters:
-    """Read and check ``params.yaml``.
+    """Read and validate `params.yaml`.
 
     Raises:
         InputError: one sentence that names the key, its value and the way out.
     """
-    tree = _read_yaml(path)
-    if path.with_name("dvc.yaml").exists():
-        _check_files_named(tree, path.name)
-    return check_parameters(tree, path.name)
-
-
-def _check_files_named(tree: object, name: str) -> None:
-    """See that DVC finds a file in every place where it looks for one of the user's."""
-    for key in USERS_FILES:
-        section, _, setting = key.partition(".")
-        settings = tree.get(section) if isinstance(tree, dict) else None
-        if isinstance(settings, dict) and settings.get(setting) is None:
+    text = read_text(path, "the parameters, in the project's directory", SIZE_LIMIT)
+    tree: Any = _parse_yaml(text, path)
+    parameters = check_parameters(tree, path.name)
+    for key in USERS_FILES if path.with_name("dvc.yaml").exists() else ():
+        section, name = key.split(".")
+        if section in tree and tree[section].get(name) is None:
             raise InputError(
-                f"{name}: {key} must name a file, since DVC follows it: write {NO_FILE} where "
-                "there is none."
+                f"{path.name}: {key} must name a file, since DVC tracks it: write {NO_FILE} for "
+                "none."
             )
+    return parameters
+
+
+def _parse_yaml(text: str, path: Path) -> object:
+    try:
+        # YAML 1.2, as DVC reads it: 1.5e4 is a number, and a duplicate key is an error.
+        reader = YAML(typ="safe", pure=True)
+        if any(isinstance(event, AliasEvent) for event in reader.parse(text)):
+            raise InputError(f"{path} has an alias (*name): write the value out.")
+        return reader.load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        line = f"line {mark.line + 1}, " if mark else ""
+        raise InputError(f"{path} is not YAML: {line}{problem}.") from None
 
 
 def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:
-    """Check a tree of plain values as if it had been read from the file ``name``."""
+    """Validate a tree of plain values as if it had been read from the file `name`.
+
+    Raises:
+        InputError: one sentence that names the key, its value and the way out.
+    """
     if not isinstance(tree, dict):
         raise InputError(f"{name} must hold sections ({', '.join(Parameters.model_fields)}).")
-    for key, text in _texts(tree):
-        if holds_secret(text):
-            raise InputError(
-                f"{name}: {key} holds a password or a token, which would be kept in git, dvc.lock "
-                "and MLflow: leave it out and put it into the environment (HF_TOKEN, "
-                "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)."
-            )
     try:
+        for key, value in _nodes(tree):
+            if isinstance(value, str) and NOT_TEXT.search(value):
+                raise InputError(f"{name}: {key} contains a control character: remove it.")
+            if isinstance(value, str) and holds_secret(value):
+                raise InputError(
+                    f"{name}: {key} contains a password or a token, which would be kept in git, "
+                    "dvc.lock and MLflow: remove it and use the environment (HF_TOKEN, "
+                    "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)."
+                )
         return Parameters.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        raise InputError(f"{name}: {_sentence(error)}") from None
+        raise InputError(f"{name}: {_message(error, tree)}") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{name} holds a value of no use ({error}): correct it.") from None
-
-
-def _texts(tree: object, place: str = "") -> Iterator[tuple[str, str]]:
-    """All texts of a tree, each with the keys that lead to it."""
-    if isinstance(tree, str):
-        yield place, tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _texts(value, f"{place}.{key}".lstrip("."))
-    elif isinstance(tree, list | tuple):
-        for number, value in enumerate(tree):
-            yield from _texts(value, f"{place}[{number}]")
+        raise InputError(f"{name} contains an invalid value ({error}): correct it.") from None
 
 
 def complete_parameters(given: object) -> Parameters:
-    """What a deployment hands to a flow: plain values, over those of ``params.yaml`` here.
+    """The parameters that a deployment passes to a flow, merged over those of `params.yaml`.
 
     Raises:
         InputError: one sentence that names the key, its value and the way out.
@@ -581,115 +482,56 @@ def complete_parameters(given: object) -> Parameters:
     here = read_parameters()
     if given is None:
         return here
-    tree = _laid_over(here, given) if isinstance(given, dict) else given
-    return check_parameters(tree, "parameters")
+    return check_parameters(merge(here, given) if isinstance(given, dict) else given, "parameters")
 
 
-def deployable(run: Callable[[Parameters], None]) -> Callable[[Parameters], None]:
-    """A flow's function that also takes what a deployment hands over."""
-
-    @wraps(run)
-    def completed(parameters: Parameters) -> None:
-        run(complete_parameters(parameters))
-
-    return completed
-
-
-def _laid_over(section: Section, values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a section and of those inside it, with others in their place."""
-    tree = section.model_dump(mode="json")
-    for name, value in values.items():
-        inner = getattr(section, name, None)
-        if isinstance(inner, Section) and isinstance(value, dict):
-            tree[name] = _laid_over(inner, value)
-        else:
-            tree[name] = value
-    return tree
+def merge(section: Section, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a section and of those inside it, with `values` over them."""
+    inner = {
+        name: merge(part, value)
+        for name, value in values.items()
+        if isinstance(value, dict) and isinstance(part := getattr(section, name, None), Section)
+    }
+    return section.model_dump(mode="json") | values | inner
 
 
-def _read_yaml(path: Path) -> object:
-    if not os.path.lexists(path):
-        raise InputError(
-            f"{path} is not here: run this in the project's directory (where dvc.yaml lies)."
-        )
-    text = read_text(path, "the parameters", SIZE_LIMIT)
-    try:
-        # As DVC reads it: 1.5e4 is a number, and a key that stands twice is refused.
-        reader = YAML(typ="safe", pure=True)
-        if any(isinstance(event, AliasEvent) for event in reader.parse(text)):
-            raise InputError(f"{path} repeats another place (*name): write it out.")
-        return reader.load(text)
-    except RecursionError:
-        raise InputError(f"{path} is nested too deeply: it needs two levels or three.") from None
-    except (YAMLError, ValueError) as error:
-        raise InputError(f"{path} is not YAML: {_first_line(error)}.") from None
-
-
-def _first_line(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"line {mark.line + 1}, {problem}" if mark else problem
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first thing that is wrong, in words. Unknown keys first: they explain the others."""
+def _message(error: ValidationError, tree: Any) -> str:
+    """The first problem in words. Unknown keys first, since they explain the others."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    parts = _key_parts(problem["loc"], keep_last=problem["type"] == "extra_forbidden")
-    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".")
-    value = problem["input"]
-    kind = problem["type"]
-    if kind == "json_invalid":
-        return f"it holds a value of no use ({problem.get('ctx', {})['error']}): correct it."
-    if kind == "extra_forbidden":
-        return _unknown_key(key, [str(part) for part in parts])
-    if kind == "value_error":
-        return str(problem.get("ctx", {})["error"])
-    if isinstance(value, str) and kind in {"int_type", "float_type"} and _is_number(value):
-        number = float(value)
-        plain = int(number) if kind == "int_type" and number.is_integer() else number
-        return f"{key} is the text {value!r}, not a number: write {plain}."
-    expected = [p["msg"] for p in problems if _key_parts(p["loc"]) == parts]
-    demand = "; or ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in expected))
-    shown = json.dumps(value, default=str)
-    if len(shown) > LONGEST_VALUE:
-        shown = f"{shown[: LONGEST_VALUE - 3]}..."
-    return f"{key} is {shown}: {demand}."
+    key = _key(problem["loc"], tree)
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(".".join(map(str, problem["loc"])))
+    if problem["type"] == "value_error":
+        return f"{key}.{problem.get('ctx', {})['error']}".lstrip(".")
+    demands = dict.fromkeys(other["msg"] for other in problems if _key(other["loc"], tree) == key)
+    value = json.dumps(problem["input"], default=str)
+    return f"{key or 'the whole'} is {value:.200}: {' or '.join(demands)}."
 
 
-def _key_parts(location: tuple[int | str, ...], keep_last: bool = False) -> list[int | str]:
-    """The keys on the way to a problem, without the union branches that pydantic puts between."""
-    parts: list[int | str] = []
-    section: Any = Parameters
+def _key(location: tuple[int | str, ...], tree: Any) -> str:
+    """The dotted key of a problem, without the union branches in pydantic's location."""
+    key = ""
     for part in location:
-        field = getattr(section, "model_fields", {}).get(part)
-        if field is not None or isinstance(part, int):
-            parts.append(part)
-            section = field.annotation if field is not None else None
-    return [*parts, location[-1]] if keep_last else parts
+        if isinstance(part, int):
+            key += f"[{part}]"
+        elif isinstance(tree, dict) and part in tree:
+            key += f".{part}"
+        else:
+            continue
+        tree = tree[part]
+    return key.lstrip(".")
 
 
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _unknown_key(key: str, parts: list[str]) -> str:
-    section: Any = Parameters
-    for part in parts[:-1]:
-        section = section.model_fields[part].annotation
-    names = list(section.model_fields)
-    prefix = key.removesuffix(parts[-1])
-    near = difflib.get_close_matches(parts[-1], names, n=1, cutoff=0.5)
-    if near:
-        return f"there is no key {key}; did you mean {prefix}{near[0]}?"
-    for name in Parameters.model_fields:
-        field = Parameters.model_fields[name].annotation
-        if parts[-1] in getattr(field, "model_fields", {}):
-            return f"there is no key {key}; did you mean {name}.{parts[-1]}?"
-    return f"there is no key {key}: the keys there are {', '.join(names)}."
+def _unknown_key(key: str) -> str:
+    section, _, name = key.rpartition(".")
+    keys = [k for k, _ in _nodes(Parameters().model_dump()) if k and not k.endswith("]")]
+    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
+    same_name = sorted((k for k in keys if k.endswith(f".{name}")), key=lambda k: k.count("."))
+    for meant in [*(siblings[n] for n in near), *same_name]:
+        return f"there is no key {key}; did you mean {meant}?"
+    return f"there is no key {key}: the keys there are {', '.join(siblings)}."
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from flows.command.parameters import MendSection, SeracSection, check_parameters, overridden
+from flows.command.parameters import Parameters, check_parameters
 from flows.compare import learning_steps
 from memit.editors.settings import MendSettings, mend_preset, serac_preset
 from memit.language_model import LanguageModel
@@ -23,8 +23,8 @@ def lm() -> LanguageModel:
 
 
 def test_sections_override_presets_where_they_say_something() -> None:
-    assert overridden(mend_preset("synthetic"), MendSection()) == mend_preset("synthetic")
-    changed = overridden(mend_preset("EleutherAI/gpt-j-6b"), MendSection(steps=7, seed=3))
+    assert Parameters().mend_settings("synthetic") == mend_preset("synthetic")
+    changed = check_parameters({"mend": {"steps": 7, "seed": 3}}).mend_settings("gpt-j-6b")
     assert changed == MendSettings(steps=7, seed=3)
     assert changed.rank == 1_920
 
@@ -32,7 +32,8 @@ def test_sections_override_presets_where_they_say_something() -> None:
 def test_scratch_stands_for_a_model_that_is_made_here() -> None:
     preset = serac_preset("EleutherAI/gpt-neox-20b")
     assert preset.counterfactual == "EleutherAI/pythia-160m"
-    changed = overridden(preset, SeracSection(counterfactual="scratch"))
+    parameters = check_parameters({"serac": {"counterfactual": "scratch"}})
+    changed = parameters.serac_settings("EleutherAI/gpt-neox-20b")
     assert changed.counterfactual is None
     assert changed.encoder == preset.encoder
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,131 +14,150 @@ from memit.errors import InputError
 from memit.hyperparameters import preset
 from tests import ROOT
 
-BAD: list[tuple[dict[str, Any] | object, str]] = [
-    ([], "must hold sections"),
-    (None, "must hold sections"),
-    ("model", "must hold sections"),
-    ({"modle": {}}, "no key modle; did you mean model?"),
-    ({"edit": {"layrs": [1]}}, "no key edit.layrs; did you mean edit.layers?"),
-    ({"requests": {"layers": [1]}}, "no key requests.layers; did you mean edit.layers?"),
-    ({"edit": {"zzz": 1}}, "no key edit.zzz: the keys there are layers"),
+BAD: list[tuple[object, str]] = [
+    ([], "sections"),
+    (None, "sections"),
+    ("model", "sections"),
+    ({"modle": {}}, "modle; did you mean model?"),
+    ({"edit": {"layrs": [1]}}, "edit.layrs; did you mean edit.layers?"),
+    ({"requests": {"layers": [1]}}, "requests.layers; did you mean edit.layers?"),
+    ({"edit": {"zzz": 1}}, "edit.zzz"),
     ({"model": {"world": {"peopel": 3}}}, "did you mean model.world.people?"),
     ({"requests": None}, "requests is null"),
+    ({"requests": [1]}, "requests is [1]"),
     ({"model": {"source": "web"}}, 'model.source is "web"'),
-    ({"model": {"source": "hub"}}, "which needs model.id"),
-    ({"model": {"source": "hub", "id": "a/b"}}, "which needs model.revision"),
-    ({"model": {"source": "local"}}, "which needs model.path"),
+    ({"model": {"source": "hub"}}, "model.id"),
+    ({"model": {"source": "hub", "id": "a/b"}}, "model.revision"),
+    ({"model": {"source": "local"}}, "model.path"),
     ({"model": {"dtype": "fp16"}}, 'model.dtype is "fp16"'),
     ({"model": {"device": "gpu"}}, 'model.device is "gpu"'),
     ({"model": {"threads": 0}}, "model.threads is 0"),
     ({"model": {"seed": -1}}, "model.seed is -1"),
     ({"model": {"seed": 2**32}}, "model.seed is 4294967296"),
-    ({"model": {"path": "a\0b"}}, "model.path is"),
+    ({"model": {"seed": 10**400}}, "model.seed is 1000"),
+    ({"model": {"path": "a\0b"}}, "model.path"),
     ({"model": {"path": ""}}, 'model.path is ""'),
+    ({"model": {"revision": "hf_secretwordsecretwordsecret"}}, "model.revision"),
     ({"model": {"world": {"people": 1}}}, "model.world.people is 1"),
-    ({"model": {"world": {"records_per_person": 7}}}, "a person has 6 facts"),
-    ({"model": {"training": {"width": 130}}}, "width is 130, which is no multiple of its 4"),
-    ({"model": {"training": {"sequence_length": 256}}}, "more than the context_length"),
+    ({"model": {"world": {"records_per_person": 7}}}, "model.world.records_per_person is 7"),
+    ({"model": {"training": {"width": 130}}}, "model.training.width is 130"),
+    ({"model": {"training": {"sequence_length": 256}}}, "model.training.sequence_length is 256"),
     ({"model": {"training": {"learning_rate": 0}}}, "model.training.learning_rate is 0"),
     ({"model": {"training": {"steps": True}}}, "model.training.steps is true"),
     ({"requests": {"count": 0}}, "requests.count is 0"),
     ({"requests": {"count": 6.5}}, "requests.count is 6.5"),
-    ({"requests": {"count": "64"}}, "is the text '64', not a number: write 64"),
-    ({"requests": {"count": 99_999}}, "model.world has 450 records"),
-    ({"requests": {"source": "counterfact"}}, "either requests.path or requests.url"),
-    (
-        {"requests": {"source": "facts", "path": "a", "url": "http://x"}},
-        "either requests.path or requests.url",
-    ),
-    ({"requests": {"source": "facts", "url": "http://x"}}, "which needs requests.sha256"),
+    ({"requests": {"count": "64"}}, 'requests.count is "64"'),
+    ({"requests": {"count": 99_999}}, "requests.count is 99999"),
+    ({"requests": {"source": "counterfact"}}, "requests.path"),
+    ({"requests": {"source": "facts", "path": "a", "url": "http://x"}}, "requests.path"),
+    ({"requests": {"source": "facts", "url": "http://x"}}, "requests.sha256"),
     ({"requests": {"sha256": "12"}}, 'requests.sha256 is "12"'),
-    ({"statistics": {"source": "file"}}, "which needs statistics.path"),
-    ({"statistics": {"source": "dataset"}}, "which needs statistics.dataset"),
-    (
-        {"statistics": {"source": "dataset", "dataset": "a/b", "documents": 3}},
-        "which needs statistics.revision",
+    *(
+        ({"requests": {"source": "facts", "url": url, "sha256": "0" * 64}}, "requests.url")
+        for url in ("file:///a", "ftp://a/b", "data:text/plain,x", "http:///x", "http://a b/c")
     ),
-    ({"statistics": {"documents_per_shard": 0}}, "statistics.documents_per_shard is 0"),
-    ({"targets": {"token_budget": "aut"}}, "or input should be 'auto'"),
+    ({"requests": {"url": "http://me:secret-word@host/x"}}, "requests.url"),
+    ({"requests": {"url": "http://host/x?token=secret-word"}}, "requests.url"),
+    ({"statistics": {"source": "file"}}, "statistics.path"),
+    ({"statistics": {"source": "published"}}, "statistics.path"),
+    ({"statistics": {"source": "published", "path": "moments"}}, "statistics.source"),
+    ({"statistics": {"source": "dataset"}}, "statistics.dataset"),
+    ({"statistics": {"source": "dataset", "dataset": "a/b"}}, "statistics.revision"),
+    ({"statistics": {"documents": 0}}, "statistics.documents is 0"),
+    ({"statistics": {"column": ""}}, 'statistics.column is ""'),
+    ({"targets": {"token_budget": "all"}}, "targets.token_budget is"),
     ({"targets": {"token_budget": 3}}, "targets.token_budget is 3"),
     ({"targets": {"evaluations": 0}}, "targets.evaluations is 0"),
     ({"targets": {"clamp_factor": -0.5}}, "targets.clamp_factor is -0.5"),
-    ({"edit": {"layers": []}}, "edit.layers is []"),
-    ({"edit": {"layers": [2, 1]}}, "in ascending order"),
-    ({"edit": {"layers": [1, 1]}}, "each layer once"),
-    ({"edit": {"layers": [-1]}}, "edit.layers[0] is -1"),
+    ({"targets": {"learning_rate": float("nan")}}, "targets.learning_rate is NaN"),
+    ({"edit": {"layers": []}}, "edit.layers"),
+    ({"edit": {"layers": [2, 1]}}, "edit.layers"),
+    ({"edit": {"layers": [1, 1]}}, "edit.layers"),
+    ({"edit": {"layers": [-1]}}, "edit.layers"),
     ({"edit": {"layers": "3"}}, 'edit.layers is "3"'),
-    ({"edit": {"layers": [6]}}, "the layers are 0 to 5"),
-    ({"edit": {"covariance_weight": "1.5e4"}}, "is the text '1.5e4', not a number: write 15000.0"),
-    ({"edit": {"covariance_weight": float("nan")}}, "covariance_weight is NaN"),
-    ({"edit": {"covariance_weight": float("inf")}}, "covariance_weight is Infinity"),
+    ({"edit": {"layers": ["last"]}}, 'edit.layers[0] is "last"'),
+    ({"edit": {"layers": [6]}}, "edit.layers"),
+    ({"edit": {"covariance_weight": "1.5e4"}}, 'edit.covariance_weight is "1.5e4"'),
+    ({"edit": {"covariance_weight": 0}}, "edit.covariance_weight is 0"),
+    ({"edit": {"covariance_weight": float("inf")}}, "edit.covariance_weight is Infinity"),
     ({"edit": {"key_average": "mean"}}, 'edit.key_average is "mean"'),
+    ({"edit": {"on_failure": "skip"}}, 'edit.on_failure is "skip"'),
     ({"evaluation": {"dtype": "int8"}}, 'evaluation.dtype is "int8"'),
     ({"runner": {"kind": "spark"}}, 'runner.kind is "spark"'),
-    ({"runner": {"workers": 0}}, "runner.workers is 0"),
-    ({"runner": {"address": "tcp://host:8786"}}, "but runner.kind is 'threads'"),
+    ({"runner": {"address": "tcp://host:8786"}}, "runner.address"),
     ({"report": {"experiment": ""}}, 'report.experiment is ""'),
+    ({"report": {"tracking_uri": "htp://x"}}, "report.tracking_uri"),
+    ({"report": {"tracking_uri": "postgresql://me:secret-word@db/x"}}, "report.tracking_uri"),
+    ({"mend": {"rank": 0}}, "mend.rank is 0"),
+    ({"serac": {"width": 1}}, "serac.width is 1"),
+    ({"compare": {"methods": []}}, "compare.methods is []"),
+    ({"compare": {"methods": ["memit", "memit"]}}, "compare.methods"),
+    ({"compare": {"methods": ["../x"]}}, "compare.methods[0] is"),
+    ({"scaling": {"counts": []}}, "scaling.counts is []"),
+    ({"scaling": {"counts": [None, -5]}}, "scaling.counts[1] is -5"),
+    ({"model": {"source": "local", "path": "m"}}, "requests.source"),
     (
-        {"model": {"source": "local", "path": "m"}},
-        "requests.source is 'synthetic', but model.source is 'local'",
-    ),
-    (
-        {
-            "model": {"source": "local", "path": "m"},
-            "requests": {"source": "facts", "path": "f"},
-        },
-        "statistics.source is 'synthetic'",
+        {"model": {"source": "local", "path": "m"}, "requests": {"source": "facts", "path": "f"}},
+        "statistics.source",
     ),
 ]
 
 
-@pytest.mark.parametrize(("tree", "sentence"), BAD)
-def test_what_is_wrong_is_named_in_one_sentence(tree: object, sentence: str) -> None:
+@pytest.mark.parametrize(("tree", "named"), BAD)
+def test_what_is_wrong_is_named_in_one_sentence(tree: object, named: str) -> None:
     with pytest.raises(InputError) as caught:
         check_parameters(tree)
     message = str(caught.value)
-    assert sentence in message
+    assert named in message
     assert message.startswith("params.yaml")
-    assert "\n" not in message
+    assert message.isprintable()
+    assert "secret" not in message
     assert "pydantic" not in message
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    "text",
     [
-        ("model: {", "is not YAML: line 1"),
-        ("edit:\n\tlayers: null", "is not YAML: line 2"),
-        ("edit:\n  layers: null\n  layers: [1]\n", "line 3, found duplicate key"),
-        ("model:\n  seed: 1\nmodel:\n  seed: 2\n", "duplicate key"),
-        ("model: 2020-13-45", "is not YAML"),
-        ("model: !!python/object/apply:os.method ['true']", "is not YAML"),
-        ("[" * 1000 + "]" * 1000, "nested too deeply"),
-        ("", "must hold sections"),
-        ("# " + "x" * (1 << 20), "more than the 1048576 that are read"),
-        ("a: &a [x]\nb: *a\n", "repeats another place"),
-        ("? [a]\n: 1\n", "holds a value of no use"),
-        ("2020-01-01: 1\n", "holds a value of no use"),
-        ("model:\n  seed: 0x" + "f" * 9000, "holds a value of no use"),
-        ('model:\n  id: "\\ud800"', "holds a value of no use"),
-        ("model:\n  seed: " + "9" * 5000, "is not YAML"),
+        "model: {",
+        "edit:\n\tlayers: null",
+        "edit: {}\n---\nedit: {}\n",
+        "edit:\n  layers: null\n  layers: [1]\n",
+        "model: 2020-13-45",
+        "model: !!python/object/apply:os.mkdir ['pwned']",
+        "[" * 1000 + "]" * 1000,
+        "{a: " * 400 + "}" * 400,
+        "",
+        "# " + "x" * (1 << 20),
+        "a: &a [x]\nb: *a\n",
+        "a: &a [*a]",
+        "? [a]\n: 1\n",
+        "2020-01-01: 1\n",
+        "model:\n  seed: 0x" + "f" * 9000,
+        'model:\n  id: "\\ud800"',
+        "model:\n  seed: " + "9" * 5000,
+        b"model: \xff",
+        b"model: {}\0",
+        "model: {}".encode("utf-16"),
     ],
 )
-def test_a_file_that_is_no_parameters(tmp_path: Path, text: str, sentence: str) -> None:
+def test_a_file_without_parameters(tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=r"params\.yaml") as caught:
         read_parameters(path)
-    assert sentence in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not here"):
-        read_parameters(tmp_path / "params.yaml")
-    with pytest.raises(InputError, match="is a directory"):
-        read_parameters(tmp_path)
-    (tmp_path / "params.yaml").write_bytes(b"model: \xff")
-    with pytest.raises(InputError, match="not UTF-8"):
+    for path in (tmp_path / "params.yaml", tmp_path):
+        with pytest.raises(InputError, match=str(path)):
+            read_parameters(path)
+
+
+def test_beside_dvc_yaml_a_path_is_never_null(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("model: {path: null}\n")
+    (tmp_path / "dvc.yaml").write_text("")
+    with pytest.raises(InputError, match=r"model\.path .* data/none"):
         read_parameters(tmp_path / "params.yaml")
 
 
@@ -165,36 +182,24 @@ def test_a_layer_that_the_model_does_not_have() -> None:
     parameters = check_parameters(
         {"model": {"source": "local", "path": "m"}, "edit": {"layers": [12]}, **files, **texts}
     )
-    with pytest.raises(InputError, match="names layer 12, but m has 12 blocks"):
+    with pytest.raises(InputError, match=r"edit\.layers"):
         parameters.hyperparameters("m", 12)
 
 
 def test_parameters_are_checked_before_anything_slow_is_imported(tmp_path: Path) -> None:
-    """The real commands, on a file with a slip: one sentence, status 2, and no slow import."""
+    """A command on a file with a slip: one line, status 2, and no slow import."""
     (tmp_path / "params.yaml").write_text("edit:\n  layrs: [1]\n")
-    commands = ("model", "experiment", "report", "service.reproduce", "service.deploy")
-    for module in (f"flows.{command}" for command in commands):
-        result = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", module],
-            cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "PATH": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 2
-        lines = [line for line in result.stderr.splitlines() if "import time:" not in line]
-        assert " ".join(lines).startswith("error: params.yaml: there is no key edit.layrs")
-        imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-        assert not imported & {"torch", "prefect", "transformers", "mlflow"}
-        assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
-
-
-def test_defaults_are_those_of_the_method() -> None:
-    """The tree repeats the world's and the training's defaults, so that they can be set."""
-    from memit.world.people import WorldParameters
-    from memit.world.small_model import TrainingParameters
-
-    model = Parameters().model
-    assert {"seed": model.seed, **model.world.model_dump()} == asdict(WorldParameters())
-    assert {"seed": model.seed, **model.training.model_dump()} == asdict(TrainingParameters())
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "flows", "targets"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if "import time:" not in line]
+    assert " ".join(lines).startswith("error: params.yaml: there is no key edit.layrs")
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert not imported & {"torch", "prefect", "transformers", "mlflow"}
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
