@@ -1,9 +1,7 @@
-"""The tables of all methods: who is in them, on which records, and what stands in each cell."""
+"""The comparison of methods: which records are edited, with which settings, and their metrics."""
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import replace
 
 import numpy as np
@@ -20,11 +18,6 @@ from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record
 from tasks.compare import make_methods
 from tasks.evaluation import metrics_of
-from tasks.reporting import comparison as compare
-from tasks.reporting import scaling
-from tasks.reporting.comparison import ABSENT, Comparison
-from tasks.reporting.published import published
-from tasks.reporting.scaling import Point, curve
 from tasks.requests import split_by_subject, without_prompts
 
 HYPERPARAMETERS = Hyperparameters((1, 2), 5.0)
@@ -39,9 +32,6 @@ RECORDS = [
     _record(case, f"Person {case % 10}", (f"Person {(case + 1) % 10} lives in", "Ada lives in"))
     for case in range(30)
 ]
-
-
-# --- records ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [1, 7, 15])
@@ -75,9 +65,6 @@ def test_the_split_follows_its_seed_and_never_takes_more_than_half():
     assert len(edited) == len(learnt) == 15
 
 
-# --- methods ------------------------------------------------------------------------------------
-
-
 def _methods(names, settings=None):
     return make_methods(names, settings or {}, HYPERPARAMETERS, "gpt-j-6b", 28)
 
@@ -96,22 +83,19 @@ def test_settings_go_over_presets():
 
 
 @pytest.mark.parametrize(
-    ("names", "settings", "message"),
+    ("names", "settings", "key"),
     [
-        (["rom"], {}, "compare.methods names rom, which is unknown: there are .*rome"),
-        (["memit"], {"rome": {"layer": 1}}, "compare.settings names rome"),
-        (["rome"], {"rome": {"layers": 1}}, "compare.settings.rome has no layers: there are layer"),
-        (["memit"], {"memit": {"layers": 1}}, "targets and edit"),
-        (["mend"], {"mend": {"steps": 1}}, "stand in mend"),
-        (["unedited"], {"unedited": {"layer": 1}}, "none of its own"),
+        (["rom"], {}, "compare.methods .*rom"),
+        (["memit"], {"rome": {"layer": 1}}, "compare.settings .*rome"),
+        (["rome"], {"rome": {"layers": 1}}, "compare.settings.rome .*layers"),
+        (["memit"], {"memit": {"layers": 1}}, "targets .*edit"),
+        (["mend"], {"mend": {"steps": 1}}, "compare.settings.mend .*mend"),
+        (["unedited"], {"unedited": {"layer": 1}}, "unedited"),
     ],
 )
-def test_what_does_not_exist_is_named(names, settings, message):
-    with pytest.raises(InputError, match=message):
+def test_unknown_methods_and_settings_are_refused_by_name(names, settings, key):
+    with pytest.raises(InputError, match=key):
         _methods(names, settings)
-
-
-# --- numbers ------------------------------------------------------------------------------------
 
 
 def _table(kinds: tuple[str, ...], records: list[Record]) -> pa.Table:
@@ -169,100 +153,3 @@ def test_zsre_has_its_own_metrics_under_the_same_names():
     assert metrics["score"] == pytest.approx(harmonic_mean([100.0, 50.0, 50.0]))
     assert [metrics[name] for name in ("efficacy", "paraphrase", "neighborhood")] == [100, 50, 50]
     assert metrics["neighborhood_low"] == metrics["neighborhood_high"] == 50.0
-
-
-def _comparison(**others) -> Comparison:
-    values = {
-        "model": "gpt-j-6b",
-        "records": 10_000,
-        "methods": {
-            "unedited": {"score": 22.0, "efficacy": 15.0, "seconds": 0.0},
-            "memit": {"score": 85.0, "score_low": 84.5, "score_high": 85.5, "seconds": 20.0},
-        },
-        "exact_entropy": True,
-        "published": published("counterfact", "EleutherAI/gpt-j-6b", 10_000),
-        "notes": ("a note",),
-    }
-    return Comparison(**values | others)
-
-
-def test_absent_metrics_are_marked_and_never_zero():
-    page = compare.markdown(_comparison())
-    assert f"| MEMIT | 85.0 [84.5, 85.5] | {ABSENT} | {ABSENT} | {ABSENT} | 20.0 |" in page
-    rows = list(csv.DictReader(io.StringIO(compare.csv_text(_comparison()))))
-    assert rows[1]["efficacy"] == ""
-    assert rows[0]["efficacy"] == "15.0"
-    assert compare.table_rows(_comparison())[1] == {
-        "method": "MEMIT",
-        "S": "85.0",
-        "ES": ABSENT,
-        "PS": ABSENT,
-        "NS": ABSENT,
-        "seconds": "20.0",
-    }
-    assert "seconds" not in compare.plain(_comparison())["memit"]
-
-
-def test_the_papers_numbers_stand_beside_ours_where_they_can():
-    page = compare.markdown(_comparison())
-    assert "| MEMIT | 85.0 / 85.8 / -0.8 |" in page
-    assert f"{ABSENT} / 98.9 / {ABSENT}" in page
-    assert published("counterfact", "EleutherAI/gpt-j-6b", 9_999) == {}
-    assert published("counterfact", "openai-community/gpt2-xl", 10_000) == {}
-    assert "Beside the paper" not in compare.markdown(_comparison(published={}))
-
-
-@pytest.mark.parametrize("table", ["counterfact", "zsre"])
-def test_the_papers_scores_are_the_harmonic_means_of_their_parts(table):
-    for row in published(table, "gpt-j-6b", 10_000).values():
-        parts = [row.efficacy, row.paraphrase, row.neighborhood]
-        assert row.score == pytest.approx(harmonic_mean(parts), abs=0.15)
-
-
-# --- scaling ------------------------------------------------------------------------------------
-
-POINTS = [
-    Point("memit", 1, 0, {"score": 0.0, "efficacy": 100.0, "paraphrase": 100.0, "neighborhood": 0}),
-    Point(
-        "memit", 1, 1, {"score": 100, "efficacy": 100.0, "paraphrase": 100.0, "neighborhood": 100}
-    ),
-    Point("memit", 10, 0, {"efficacy": 90.0, "seconds": 3.0}),
-    Point("unedited", 1, 0, {"efficacy": 1.0, "seconds": 0.0}),
-]
-
-
-def test_curves_pool_the_samples_of_a_size():
-    score, efficacy = curve(POINTS, "memit", "score"), curve(POINTS, "memit", "efficacy")
-    assert [mean.edits for mean in score] == [1]
-    assert score[0].value == pytest.approx(harmonic_mean([100.0, 100.0, 50.0]))
-    assert score[0].deviation == pytest.approx(np.std([0.0, 100.0], ddof=1))
-    assert [(mean.edits, mean.value, mean.deviation) for mean in efficacy] == [
-        (1, 100.0, 0.0),
-        (10, 90.0, 0.0),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("counts", "labels"),
-    [([350, 316, 100, 1], [1, 100, 350]), ([1, 10, 32], [1, 10, 32]), ([7], [7]), ([], [])],
-)
-def test_labels_of_sizes_do_not_stand_upon_each_other(counts, labels):
-    assert scaling.apart(counts) == labels
-
-
-def test_the_scaling_table_marks_what_was_not_measured():
-    page = scaling.markdown(POINTS, ["a note"])
-    assert f"| MEMIT | 75.0 ± 70.7 | {ABSENT} |" in page
-    assert f"| unedited | 1.0 | {ABSENT} |" in page
-    rows = list(csv.DictReader(io.StringIO(scaling.csv_text(POINTS))))
-    assert [(r["method"], r["edits"], r["seed"]) for r in rows][1] == ("memit", "1", "1")
-    assert rows[3]["score"] == ""
-    assert scaling.plain(POINTS)["memit"]["10"] == {"efficacy": 90.0}
-
-
-def test_the_figure_is_drawn_and_equal_points_give_equal_bytes(tmp_path):
-    for name in ("a.png", "b.png"):
-        scaling.draw_scaling(POINTS, tmp_path / name)
-    content = (tmp_path / "a.png").read_bytes()
-    assert content.startswith(b"\x89PNG")
-    assert content == (tmp_path / "b.png").read_bytes()
