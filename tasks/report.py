@@ -43,20 +43,18 @@ def write_report(timings: Mapping[str, Cost]) -> None:
     write_json(TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
 
 
-def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     """Name, before, after and meaning of each metric that was measured."""
-    before, after = metrics["before"], metrics["after"]
     return [
-        (name, f"{before[key]:.2f}", f"{after[key]:.2f}", meaning)
+        {
+            "metric": name,
+            "before": f"{metrics['before'][key]:.2f}",
+            "after": f"{metrics['after'][key]:.2f}",
+            "meaning": meaning,
+        }
         for key, name, meaning in ROWS
-        if key in before and key in after
+        if key in metrics["before"] and key in metrics["after"]
     ]
-
-
-def rows_by_name(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The same rows as dictionaries, by column."""
-    names = ("metric", "before", "after", "meaning")
-    return [dict(zip(names, row, strict=True)) for row in rows(metrics)]
 
 
 def escaped(text: str) -> str:
@@ -97,7 +95,7 @@ def markdown(
         for step, cost in timings.items()
     ]
     lines += [
-        *markdown_table(rows_by_name(metrics), text=(0, 3)),
+        *markdown_table(rows(metrics), text=(0, 3)),
         "",
         "![before and after](metrics.png)",
         "![updates](updates.png)",

@@ -15,10 +15,9 @@ import socket
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -29,7 +28,7 @@ from filelock import FileLock
 from mlflow import MlflowClient, entities
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from safetensors.numpy import load_file
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -64,16 +63,17 @@ STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, Resour
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the run of an experiment is made from."""
+    """The run of an experiment."""
 
-    name: str
-    """Of the MLflow experiment."""
+    experiment: str
+    """The name of the MLflow experiment."""
     parameters: Mapping[str, Any]
     """The validated parameters of `params.yaml`."""
     manifests: Mapping[str, results.Manifest]
     """The results of each step."""
     timings: Mapping[str, Cost]
     tags: Mapping[str, str]
+    step = "report"
 
     @property
     def digest(self) -> str:
@@ -84,10 +84,39 @@ class Experiment:
         }
         return _sha256(json.dumps(content, sort_keys=True))
 
+    def log(self, client: MlflowClient, experiment_id: str, run_id: str) -> None:
+        """Log parameters, metrics, files, and the edited model."""
+        metrics = read_json(results.METRICS_FILE)
+        model = ModelFiles.model_validate(read_json(results.MODEL_FILE))
+        name = f"{model.id.split('/')[-1]}-{metrics['edit']['count']}-{self.digest[:6]}"
+        client.update_run(run_id, name=name)
+        points = _points(metrics, self.timings)
+        client.log_batch(run_id, _metrics(points), _parameters(self.parameters))
+        for path in LOGGED_FILES:
+            client.log_artifact(run_id, str(path), path.parent.name)
+        files = {path: sha for step in self.manifests.values() for path, sha in step.files.items()}
+        edited = mlflow.create_external_model(  # the weights stay with DVC
+            name=f"edited-{self.digest[:6]}",
+            source_run_id=run_id,
+            tags={
+                "base.id": model.id,
+                "base.digest": model.digest,
+                "requests.sha256": files[str(results.REQUESTS_FILE)],
+                "dvc.path": str(results.EDITED_WEIGHTS_FILE),
+                "sha256": files[str(results.EDITED_WEIGHTS_FILE)],
+                "delta.path": str(results.DELTA_FILE),
+                "delta.sha256": files[str(results.DELTA_FILE)],
+            },
+            params={key: str(metrics["edit"][key]) for key in ("count", "layers")},
+            model_type="edited",
+            experiment_id=experiment_id,
+        )
+        client.log_outputs(run_id, [entities.LoggedModelOutput(edited.model_id, 0)])
+
 
 @dataclass(frozen=True)
-class Family:
-    """A parent run with one nested run per method."""
+class ParentRun:
+    """The run of a comparison, with one nested run per method."""
 
     experiment: str
     """The name of the MLflow experiment."""
@@ -98,29 +127,50 @@ class Family:
     parameters: Mapping[str, Any]
     tags: Mapping[str, str]
     files: Sequence[Path]
-    """The artifacts of the parent run."""
     methods: Mapping[str, Sequence[tuple[str, float, int]]]
     """Metric, value and step (number of edits) of each method."""
 
+    def log(self, client: MlflowClient, experiment_id: str, run_id: str) -> None:
+        """Log parameters and files, and each method's metrics to its nested run."""
+        client.update_run(run_id, name=f"{self.step}-{self.digest[:6]}")
+        client.log_batch(run_id, params=_parameters(self.parameters))
+        for path in self.files:
+            client.log_artifact(run_id, str(path), path.parent.name)
+        for method, points in self.methods.items():
+            tags = {**self.tags, MLFLOW_PARENT_RUN_ID: run_id}
+            child = client.create_run(experiment_id, tags=tags, run_name=method).info.run_id
+            client.log_batch(child, _metrics(points), [entities.Param("method", method)])
+            client.set_terminated(child, "FINISHED")
 
-def log_experiment(experiment: Experiment, uri: str) -> str:
-    """Log an experiment unless it is logged already, and return the id of its run.
+
+def log_run(run: Experiment | ParentRun, uri: str) -> str:
+    """Log a run unless its results are logged already, and return its id.
+
+    Unfinished runs of this project are deleted first: their processes were killed.
 
     Raises:
         UnreachableError: the store cannot be reached or does not take the run.
     """
-    tags = {**experiment.tags, DIGEST_TAG: experiment.digest}
-    return _log_once(uri, "report", experiment.name, tags, partial(_log_run, experiment))
-
-
-def log_family(family: Family, uri: str) -> str:
-    """Log a parent run with its nested runs unless they are logged, and return the parent's id.
-
-    Raises:
-        UnreachableError: the store cannot be reached or does not take the runs.
-    """
-    tags = {**family.tags, DIGEST_TAG: family.digest}
-    return _log_once(uri, family.step, family.experiment, tags, partial(_log_family, family))
+    # Two processes, also of experiments that DVC runs elsewhere, must not both find no run.
+    lock = FileLock(cache_directory() / "mlflow.lock")
+    with store_errors_as_unreachable(uri, run.step), lock:
+        open_store(uri)
+        mlflow.set_tracking_uri(uri)
+        client = MlflowClient()
+        experiment_id = _experiment_id(client, run.experiment)
+        writer = _sha256(f"{socket.gethostname()}:{project_root()}")[:32]
+        unfinished = f"tags.`{WRITER_TAG}` = '{writer}' and attributes.status = 'RUNNING'"
+        same = f"tags.`{DIGEST_TAG}` = '{run.digest}'"
+        for condition in (unfinished, same):
+            for known in client.search_runs([experiment_id], condition):
+                if known.info.status == "FINISHED":
+                    return known.info.run_id
+                _delete_run(client, experiment_id, known.info.run_id)
+        tags = {**run.tags, DIGEST_TAG: run.digest, WRITER_TAG: writer}
+        run_id = client.create_run(experiment_id, tags=tags).info.run_id
+        run.log(client, experiment_id, run_id)
+        client.set_terminated(run_id, "FINISHED")
+        return run_id
 
 
 def tracking_uri(setting: str | None) -> str:
@@ -190,42 +240,10 @@ def store_errors_as_unreachable(uri: str, step: str) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UnreachableError(
             f"MLflow at {redacted(uri)} did not take the run ({redacted(reason)}); the results "
-            f"stand, and the next `python -m flows.{step}` logs them."
+            f"stand, and the next `python -m flows {step}` logs them."
         ) from error
     finally:
         logging.disable(disabled)
-
-
-def _log_once(
-    uri: str,
-    step: str,
-    experiment: str,
-    tags: Mapping[str, str],
-    log: Callable[[MlflowClient, str, str], None],
-) -> str:
-    """The id of the finished run with the digest in `tags`; without one, `log` fills a new run.
-
-    Unfinished runs of this project are deleted: their processes were killed. The lock keeps two
-    processes, also of experiments that DVC runs elsewhere, from both finding no run.
-    """
-    lock = FileLock(cache_directory() / "mlflow.lock")
-    with store_errors_as_unreachable(uri, step), lock:
-        open_store(uri)
-        mlflow.set_tracking_uri(uri)
-        client = MlflowClient()
-        experiment_id = _experiment_id(client, experiment)
-        writer = _sha256(f"{socket.gethostname()}:{project_root()}")[:32]
-        unfinished = f"tags.`{WRITER_TAG}` = '{writer}' and attributes.status = 'RUNNING'"
-        same = f"tags.`{DIGEST_TAG}` = '{tags[DIGEST_TAG]}'"
-        for condition in (unfinished, same):
-            for run in client.search_runs([experiment_id], condition):
-                if run.info.status == "FINISHED":
-                    return run.info.run_id
-                _delete_run(client, experiment_id, run.info.run_id)
-        run_id = client.create_run(experiment_id, tags={**tags, WRITER_TAG: writer}).info.run_id
-        log(client, experiment_id, run_id)
-        client.set_terminated(run_id, "FINISHED")
-        return run_id
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:
@@ -245,54 +263,6 @@ def _delete_run(client: MlflowClient, experiment_id: str, run_id: str) -> None:
         client.delete_run(each)
     for model in client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"):
         client.delete_logged_model(model.model_id)
-
-
-def _log_run(experiment: Experiment, client: MlflowClient, experiment_id: str, run_id: str) -> None:
-    metrics = read_json(results.METRICS_FILE)
-    model = ModelFiles.model_validate(read_json(results.MODEL_FILE))
-    name = f"{model.id.split('/')[-1]}-{metrics['edit']['count']}-{experiment.digest[:6]}"
-    client.update_run(run_id, name=name)
-    points = _points(metrics, experiment.timings)
-    client.log_batch(run_id, _metrics(points), _parameters(experiment.parameters))
-    for path in LOGGED_FILES:
-        client.log_artifact(run_id, str(path), path.parent.name)
-    files = {**experiment.manifests["requests"].files, **experiment.manifests["edit"].files}
-    requests = files[str(results.REQUESTS_FILE)]
-    corpus = read_json(results.STATISTICS_FILE)["corpus"]
-    datasets = [
-        _dataset("requests", "edit", results.REQUESTS_FILE, requests),
-        _dataset("corpus", "statistics", results.STATISTICS_FILE, corpus),
-    ]
-    client.log_inputs(run_id, datasets=datasets)
-    edited = mlflow.create_external_model(  # the weights stay with DVC
-        name=name,
-        source_run_id=run_id,
-        tags={
-            "dvc.path": str(results.EDITED_WEIGHTS_FILE),
-            "sha256": files[str(results.EDITED_WEIGHTS_FILE)],
-            "delta.path": str(results.DELTA_FILE),
-            "delta.sha256": files[str(results.DELTA_FILE)],
-            "base.id": model.id,
-            "base.revision": str(model.revision),
-            "base.digest": model.digest,
-        },
-        params={key: str(metrics["edit"][key]) for key in ("count", "layers")},
-        model_type="edited",
-        experiment_id=experiment_id,
-    )
-    client.log_outputs(run_id, [entities.LoggedModelOutput(edited.model_id, 0)])
-
-
-def _log_family(family: Family, client: MlflowClient, experiment_id: str, run_id: str) -> None:
-    client.update_run(run_id, name=f"{family.step}-{family.digest[:6]}")
-    client.log_batch(run_id, params=_parameters(family.parameters))
-    for path in family.files:
-        client.log_artifact(run_id, str(path), path.parent.name)
-    for method, points in family.methods.items():
-        tags = {**family.tags, MLFLOW_PARENT_RUN_ID: run_id}
-        child = client.create_run(experiment_id, tags=tags, run_name=method).info.run_id
-        client.log_batch(child, _metrics(points), [entities.Param("method", method)])
-        client.set_terminated(child, "FINISHED")
 
 
 def _points(
@@ -331,12 +301,6 @@ def _parameters(tree: Mapping[str, Any], prefix: str = "") -> list[entities.Para
         else:
             params.append(entities.Param(f"{prefix}{name}", redacted(str(value))[:LONGEST]))
     return params
-
-
-def _dataset(name: str, step: str, path: Path, digest: str) -> entities.DatasetInput:
-    source = json.dumps({"path": str(path), "sha256": digest})
-    context = entities.InputTag(MLFLOW_DATASET_CONTEXT, step)
-    return entities.DatasetInput(entities.Dataset(name, digest[:36], "dvc", source), [context])
 
 
 def origin_tags(flow_runs: Mapping[str, str]) -> dict[str, str]:

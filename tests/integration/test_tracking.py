@@ -15,9 +15,9 @@ from mlflow import MlflowClient
 
 from memit.errors import UnreachableError
 from tasks.engine import databases
-from tasks.reporting.tracking import Experiment, Family, log_experiment, log_family
+from tasks.reporting.tracking import Experiment, ParentRun, log_run
 
-EXPERIMENT = Experiment(name="x", parameters={"a": 1}, manifests={}, timings={}, tags={})
+EXPERIMENT = Experiment(experiment="x", parameters={"a": 1}, manifests={}, timings={}, tags={})
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def refused(uri: str) -> str:
     """The error of a store that does not take the run."""
     started = time.monotonic()
     with pytest.raises(UnreachableError) as caught:
-        log_experiment(EXPERIMENT, uri)
+        log_run(EXPERIMENT, uri)
     assert time.monotonic() - started < 60
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -80,7 +80,7 @@ def logged(uri: str, note: str, directory: Path) -> str:
     """A parent run with a file and a nested run."""
     path = directory / "note.txt"
     path.write_text(note)
-    family = Family(
+    run = ParentRun(
         experiment="x",
         step="compare",
         digest=note,
@@ -89,7 +89,7 @@ def logged(uri: str, note: str, directory: Path) -> str:
         files=[path],
         methods={"memit": [("score", 1.0, 10), ("score", 2.0, 20)]},
     )
-    return log_family(family, uri)
+    return log_run(run, uri)
 
 
 def notes(uri: str) -> list[str]:
@@ -176,6 +176,6 @@ def killed(*given: object) -> None:
 
 
 def test_an_experiment_is_identified_by_parameters_and_results() -> None:
-    same = replace(EXPERIMENT, name="y", tags={"t": "1"}, parameters={"a": 1, "report": 3})
+    same = replace(EXPERIMENT, experiment="y", tags={"t": "1"}, parameters={"a": 1, "report": 3})
     assert EXPERIMENT.digest == same.digest
     assert EXPERIMENT.digest != replace(EXPERIMENT, parameters={"a": 2}).digest
