@@ -40,7 +40,7 @@ def draw_updates(edit: Mapping[str, Any], path: Path) -> None:
     axes.margins(y=0.15)
     right = axes.twinx()
     right.plot(layers, [edit["residuals"][layer] for layer in layers], "o-", color=ACCENT)
-    right.set_ylabel("mean ‖z − h‖ at the last layer, before the update", color=ACCENT)
+    right.set_ylabel("mean ‖z − h‖ before the update", color=ACCENT)
     right.set_ylim(bottom=0)
     right.spines["top"].set_visible(False)
     save_figure(figure, path)
