@@ -45,15 +45,12 @@ def write_report(timings: Mapping[str, Cost]) -> None:
 
 def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     """Name, before, after and meaning of each metric that was measured."""
+    before, after = metrics["before"], metrics["after"]
+    found = [row for row in ROWS if row[0] in before and row[0] in after]
     return [
-        {
-            "metric": name,
-            "before": f"{metrics['before'][key]:.2f}",
-            "after": f"{metrics['after'][key]:.2f}",
-            "meaning": meaning,
-        }
-        for key, name, meaning in ROWS
-        if key in metrics["before"] and key in metrics["after"]
+        {"metric": name, "before": f"{before[key]:.2f}", "after": f"{after[key]:.2f}"}
+        | {"meaning": meaning}
+        for key, name, meaning in found
     ]
 
 

@@ -94,19 +94,11 @@ class Experiment:
         client.log_batch(run_id, _metrics(points), _parameters(self.parameters))
         for path in LOGGED_FILES:
             client.log_artifact(run_id, str(path), path.parent.name)
-        files = {path: sha for step in self.manifests.values() for path, sha in step.files.items()}
+        files = {**self.manifests["requests"].files, **self.manifests["edit"].files}
         edited = mlflow.create_external_model(  # the weights stay with DVC
             name=f"edited-{self.digest[:6]}",
             source_run_id=run_id,
-            tags={
-                "base.id": model.id,
-                "base.digest": model.digest,
-                "requests.sha256": files[str(results.REQUESTS_FILE)],
-                "dvc.path": str(results.EDITED_WEIGHTS_FILE),
-                "sha256": files[str(results.EDITED_WEIGHTS_FILE)],
-                "delta.path": str(results.DELTA_FILE),
-                "delta.sha256": files[str(results.DELTA_FILE)],
-            },
+            tags={"base.id": model.id, "base.sha256": model.digest, **files},
             params={key: str(metrics["edit"][key]) for key in ("count", "layers")},
             model_type="edited",
             experiment_id=experiment_id,
@@ -206,9 +198,6 @@ def _update_artifact_paths(database: Path) -> None:
     experiments = {"experiments": "artifact_location"}
     columns = {**experiments, "runs": "artifact_uri", "logged_models": "artifact_location"}
     with closing(sqlite3.connect(database, timeout=LOCK_SECONDS)) as store, store:
-        tables = {name for (name,) in store.execute("select name from sqlite_master")}
-        if not columns.keys() <= tables:
-            return  # MLflow creates them
         known = store.execute("select experiment_id, name, artifact_location from experiments")
         for number, name, location in known.fetchall():
             former, current = Path(unquote(urlsplit(location).path)), _artifact_directory(name)

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from memit.errors import UnreachableError
 from tasks.engine import databases
-from tasks.reporting.tracking import Experiment, ParentRun, log_run
+from tasks.reporting.tracking import Experiment, ParentRun, log_run, open_store
 
 EXPERIMENT = Experiment(experiment="x", parameters={"a": 1}, manifests={}, timings={}, tags={})
 
@@ -32,42 +32,37 @@ def enter(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-def store(directory: Path) -> str:
+def uri(directory: Path) -> str:
     return f"sqlite:///{directory / 'mlflow.db'}"
 
 
-def refused(uri: str) -> str:
+def refused(store: str) -> str:
     """The error of a store that does not take the run."""
     started = time.monotonic()
     with pytest.raises(UnreachableError) as caught:
-        log_run(EXPERIMENT, uri)
+        log_run(EXPERIMENT, store)
     assert time.monotonic() - started < 60
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def is_a_directory(path: Path) -> None:
-    path.mkdir()
+def test_a_store_that_is_a_directory(project: Path) -> None:
+    (project / "mlflow.db").mkdir()
+    assert "mlflow.db" in refused(uri(project))
 
 
-def is_damaged(path: Path) -> None:
-    path.write_bytes(b"no database at all" * 100)
-
-
-@pytest.mark.parametrize("spoil", [is_a_directory, is_damaged])
-def test_an_unusable_store_is_named_and_kept(project: Path, spoil: Callable[[Path], None]) -> None:
+def test_a_damaged_store_is_kept(project: Path) -> None:
     path = project / "mlflow.db"
-    spoil(path)
-    before = path.stat()
-    assert str(path) in refused(store(project))
-    assert (path.stat().st_ino, path.stat().st_size) == (before.st_ino, before.st_size)
+    path.write_bytes(b"no database at all" * 100)
+    assert "mlflow.db" in refused(uri(project))
+    assert path.read_bytes() == b"no database at all" * 100
 
 
 def test_a_store_that_is_locked(project: Path) -> None:
     with closing(sqlite3.connect(project / "mlflow.db", isolation_level=None)) as base:
         base.execute("create table t (x)")
         base.execute("begin exclusive")
-        assert "locked" in refused(store(project))
+        assert "locked" in refused(uri(project))
 
 
 def test_a_server_that_does_not_answer_and_its_password() -> None:
@@ -76,103 +71,110 @@ def test_a_server_that_does_not_answer_and_its_password() -> None:
     assert "http://***@127.0.0.1:9" in message
 
 
-def logged(uri: str, note: str, directory: Path) -> str:
-    """A parent run with a file and a nested run."""
-    path = directory / "note.txt"
-    path.write_text(note)
-    run = ParentRun(
-        experiment="x",
-        step="compare",
-        digest=note,
-        parameters={"a": {"b": 1}},
-        tags={},
-        files=[path],
-        methods={"memit": [("score", 1.0, 10), ("score", 2.0, 20)]},
-    )
-    return log_run(run, uri)
+Log = Callable[[Path, str], str]
 
 
-def notes(uri: str) -> list[str]:
-    """The files of the parent runs of a store, as MLflow finds them."""
-    client = MlflowClient(uri)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    parents = [r for r in client.search_runs(experiments) if "memit.writer" in r.data.tags]
-    listed = [(run.info.run_id, client.list_artifacts(run.info.run_id)[0].path) for run in parents]
-    files = [client.download_artifacts(run, f"{folder}/note.txt") for run, folder in listed]
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store")
+    open_store(uri(path))
+    assert [file.name for file in path.iterdir()] == ["mlflow.db"]
+    return path / "mlflow.db"
+
+
+@pytest.fixture
+def log(project: Path, empty_store: Path) -> Log:
+    """Log a parent run with a file and a nested run to the store in a directory."""
+
+    def log_note(directory: Path, note: str) -> str:
+        if not (directory / "mlflow.db").exists():
+            shutil.copy(empty_store, directory)
+        (project / "note.txt").write_text(note)
+        metrics = [("score", 1.0, 10), ("score", 2.0, 20)]
+        files, methods = [project / "note.txt"], {"memit": metrics}
+        run = ParentRun("x", "compare", note, {"a": {"b": 1}}, {}, files, methods)
+        return log_run(run, uri(directory))
+
+    return log_note
+
+
+def notes(directory: Path) -> list[str]:
+    """The files of the parent runs in a store, as MLflow finds them."""
+    client = MlflowClient(uri(directory))
+    (experiment,) = client.search_experiments(filter_string="name = 'x'")
+    runs = client.search_runs([experiment.experiment_id], "params.`a.b` = '1'")
+    folders = [client.list_artifacts(run.info.run_id)[0].path for run in runs]
+    files = [
+        client.download_artifacts(run.info.run_id, f"{folder}/note.txt")
+        for run, folder in zip(runs, folders, strict=True)
+    ]
     return sorted(Path(file).read_text() for file in files)
 
 
-def test_the_same_results_are_logged_once_with_a_nested_run_per_method(project: Path) -> None:
-    parent = logged(store(project), "first", project)
-    assert logged(store(project), "first", project) == parent
-    client = MlflowClient(store(project))
+def test_the_same_results_are_logged_once_with_a_nested_run_per_method(
+    project: Path, log: Log
+) -> None:
+    parent = log(project, "first")
+    assert log(project, "first") == parent
+    client = MlflowClient(uri(project))
     nested = f"tags.`mlflow.parentRunId` = '{parent}'"
     (child,) = client.search_runs([client.get_run(parent).info.experiment_id], nested)
     history = client.get_metric_history(child.info.run_id, "score")
     assert [(each.step, each.value) for each in history] == [(10, 1.0), (20, 2.0)]
-    assert client.get_run(parent).data.params == {"a.b": "1"}
     assert {client.get_run(parent).info.status, child.info.status} == {"FINISHED"}
 
 
 @pytest.mark.parametrize("outside", [False, True])
 def test_a_moved_project_keeps_its_files(
-    project: Path, monkeypatch: pytest.MonkeyPatch, outside: bool
+    project: Path, log: Log, monkeypatch: pytest.MonkeyPatch, outside: bool
 ) -> None:
     former = enter(project / "a b", monkeypatch)
-    logged(store(project if outside else former), "before", project)
+    log(project if outside else former, "before")
     current = enter(former.rename(project / "ä#c"), monkeypatch)
-    uri = store(project if outside else current)
-    logged(uri, "after", project)
+    store = project if outside else current
+    log(store, "after")
     assert not former.exists()
-    assert notes(uri) == ["after", "before"]
+    assert notes(store) == ["after", "before"]
 
 
 def test_a_copy_does_not_change_the_original(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, copy = enter(project / "original", monkeypatch), project / "copy"
-    logged(store(original), "first", project)
+    log(original, "first")
     shutil.copytree(original, copy)
-    before = {path for path in original.rglob("*") if path.is_file()}
+    before = sorted(original.rglob("*"))
     enter(copy, monkeypatch)
-    logged(store(copy), "second", project)
-    assert {path for path in original.rglob("*") if path.is_file()} == before
-    assert notes(store(original)) == ["first"]
+    log(copy, "second")
+    assert sorted(original.rglob("*")) == before
+    assert notes(original) == ["first"]
     shutil.rmtree(original)
-    assert notes(store(copy)) == ["first", "second"]
-
-
-def test_a_database_without_tables_becomes_a_store(project: Path) -> None:
-    with closing(sqlite3.connect(project / "mlflow.db")) as base, base:
-        base.execute("create table held (x)")
-    logged(store(project), "first", project)
-    assert notes(store(project)) == ["first"]
+    assert notes(copy) == ["first", "second"]
 
 
 def test_projects_that_share_a_store_keep_their_own_files(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("one", "two"):
         enter(project / name, monkeypatch)
-        logged(store(project), name, project)
-    assert notes(store(project)) == ["one", "two"]
+        log(project, name)
+    assert notes(project) == ["one", "two"]
 
 
 def test_runs_of_killed_processes_are_replaced(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def killed(*given: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_artifact", killed)
         with pytest.raises(KeyboardInterrupt):
-            logged(store(project), "first", project)
-    logged(store(project), "second", project)
+            log(project, "first")
+    log(project, "second")
     with closing(sqlite3.connect(project / "mlflow.db")) as base:
         runs = base.execute("select status, lifecycle_stage from runs").fetchall()
     assert sorted(runs) == [("FINISHED", "active"), ("FINISHED", "active"), ("KILLED", "deleted")]
-
-
-def killed(*given: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_an_experiment_is_identified_by_parameters_and_results() -> None:

@@ -40,18 +40,11 @@ def test_training_and_edited_records_share_no_subject_and_no_prompt(training):
     assert training <= len(learnt) < training + 3
     assert len(edited) + len(learnt) == 30
     assert not {r.request.subject for r in edited} & {r.request.subject for r in learnt}
-    told = {p for r in learnt for p in (r.request.text, *r.paraphrase_prompts)}
+    learnt_prompts = {p for r in learnt for p in (r.request.text, *r.paraphrase_prompts)}
     purged = without_prompts(edited, learnt)
-    asked = {
-        prompt
-        for record in purged
-        for prompt in (
-            record.request.text,
-            *record.paraphrase_prompts,
-            *record.neighborhood_prompts,
-        )
-    }
-    assert not told & asked
+    for r in purged:
+        prompts = {r.request.text, *r.paraphrase_prompts, *r.neighborhood_prompts}
+        assert not learnt_prompts & prompts
     assert all("Ada lives in" in record.neighborhood_prompts for record in purged)
     assert any(len(record.neighborhood_prompts) == 1 for record in purged)
 
@@ -69,15 +62,12 @@ def _methods(names, settings=None):
     return make_methods(names, settings or {}, HYPERPARAMETERS, "gpt-j-6b", 28)
 
 
-def test_methods_have_their_published_settings():
+def test_settings_override_published_ones():
     ft_w, ft_l, rome, memit = (s.editor for s in _methods(["ft_w", "ft_l", "rome", "memit"]))
     assert ft_w == FineTuning(21, learning_rate=5e-4, weight_decay=5e-4)
     assert ft_l == FineTuning(0, parameters="down_projection", bound=5e-5)
     assert rome == Rome(5)
     assert memit == Memit(HYPERPARAMETERS)
-
-
-def test_settings_go_over_presets():
     (rome,) = _methods(["rome"], {"rome": {"update": "consistent", "layer": 3}})
     assert rome.editor == replace(Rome(3), update="consistent")
 
@@ -99,18 +89,10 @@ def test_unknown_methods_and_settings_are_refused_by_name(names, settings, key):
 
 
 def _table(kinds: tuple[str, ...], records: list[Record]) -> pa.Table:
+    objects = {"target_new": "Rome", "target_true": "Paris", "hit_new": True, "hit_true": False}
     rows = [
-        {
-            "case_id": record.case_id,
-            "kind": kind,
-            "prompt": f"{kind} {record.case_id}",
-            "target_new": "Rome",
-            "target_true": "Paris",
-            "nll_new": 1.0 + record.case_id % 2,
-            "nll_true": 1.5,
-            "hit_new": True,
-            "hit_true": False,
-        }
+        {"case_id": record.case_id, "kind": kind, "prompt": f"{kind} {record.case_id}", **objects}
+        | {"nll_new": 1.0 + record.case_id % 2, "nll_true": 1.5}
         for record in records
         for kind in kinds
     ]
