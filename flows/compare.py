@@ -42,7 +42,7 @@ from tasks.evaluation import answer_piece, having_prompts, score_piece
 from tasks.reporting.comparison import Comparison, csv_text, markdown, plain, table_rows
 from tasks.reporting.labels import label
 from tasks.reporting.published import published
-from tasks.reporting.tracking import Family, log_family
+from tasks.reporting.tracking import ParentRun
 from tasks.requests import Split, choose_requests, sample_questions
 from tasks.targets import TargetsPiece, select_targets
 
@@ -261,7 +261,7 @@ def try_method(
 
 def finish(run: Run, metrics: Mapping[str, list[tuple[str, float, int]]]) -> None:
     """Record the results, and log to MLflow each method's metrics: name, value and step."""
-    family = Family(
+    parent = ParentRun(
         experiment=run.parameters.report.experiment,
         step=run.step,
         digest=run.manifest.digest,
@@ -270,7 +270,7 @@ def finish(run: Run, metrics: Mapping[str, list[tuple[str, float, int]]]) -> Non
         files=[path for path in run.files if path.parent.name != "statistics"],
         methods=metrics,
     )
-    log(run.parameters, log_family, family)
+    log(run.parameters, parent)
 
 
 def show_results(comparison: Comparison) -> None:

@@ -31,7 +31,8 @@ from flows.statistics import statistics
 from flows.targets import targets
 from tasks.engine.artifacts import remove_leftovers
 from tasks.engine.results import METRICS_FILE, STEPS
-from tasks.report import read_json, rows, rows_by_name
+from tasks.report import rows
+from tasks.reporting.formats import read_json
 
 Step = Flow[[Parameters], None]
 LEARNING: dict[str, Step] = {"mend": mend, "serac": serac}
@@ -49,7 +50,7 @@ def experiment(parameters: Parameters) -> None:
     commit_stages(parameters, STEPS[:-1])
     run_steps([report], parameters, first=len(STEPS), of=len(STEPS))
     commit_stages(parameters, STEPS[-1:])
-    create_table_artifact(key="results", table=rows_by_name(read_json(METRICS_FILE)))
+    create_table_artifact(key="results", table=rows(read_json(METRICS_FILE)))
     show_results(time.monotonic() - started)
 
 
@@ -95,7 +96,7 @@ def show_results(seconds: float) -> None:
     table.add_column("after", justify="right")
     table.add_column("")
     for row in rows(metrics):
-        table.add_row(*row)
+        table.add_row(*row.values())
     console.print()
     console.print(table)
     console.print(

@@ -5,9 +5,6 @@ Results: `report/` and `timings.json`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from flows.command.parameters import Parameters
 from flows.command.script import console
 from flows.service.dvc_lock import origin
@@ -15,7 +12,7 @@ from flows.service.step import Run, step
 from memit.errors import UnreachableError
 from tasks.engine.results import STEPS, read_timings
 from tasks.report import write_report
-from tasks.reporting.tracking import Experiment, log_experiment, tracking_uri
+from tasks.reporting.tracking import Experiment, ParentRun, log_run, tracking_uri
 
 
 @step("report", reads=STEPS[:-1])
@@ -24,18 +21,18 @@ def report(run: Run) -> None:
     timings = read_timings(STEPS[:-1])
     write_report(timings)
     experiment = Experiment(
-        name=run.parameters.report.experiment,
+        experiment=run.parameters.report.experiment,
         parameters=run.parameters.model_dump(include=set(STEPS)),
         manifests=run.given,
         timings=timings,
         tags=origin(run.parameters, run.given),
     )
-    log(run.parameters, log_experiment, experiment)
+    log(run.parameters, experiment)
 
 
-def log(parameters: Parameters, log_to: Callable[[Any, str], object], content: object) -> None:
+def log(parameters: Parameters, run: Experiment | ParentRun) -> None:
     """Log to MLflow. If its store cannot be reached, a warning is printed and the run goes on."""
     try:
-        log_to(content, tracking_uri(parameters.report.tracking_uri))
+        log_run(run, tracking_uri(parameters.report.tracking_uri))
     except UnreachableError as error:
         console.print(f"[yellow]warning:[/] {error}")

@@ -1,127 +1,131 @@
-"""The step ``compare``: from what each method did to the table of all methods."""
+"""The tables of the step `compare`: every method on the same records."""
 
 from __future__ import annotations
 
-import csv
 import html
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.reporting.labels import LABELS
+from tasks.reporting.formats import ABSENT, csv_table, markdown_table
+from tasks.reporting.labels import label
 from tasks.reporting.published import Published
 
-SUCCESS = (
-    ("score", "S"),
-    ("efficacy", "ES"),
-    ("paraphrase", "PS"),
-    ("neighborhood", "NS"),
-    ("neighborhood_plus", "NS+"),
-    ("entropy", "GE"),
-    ("reference", "RS"),
-    ("perplexity", "PPL"),
-    ("seconds", "seconds"),
-)
-"""Metric and column of the first table."""
-STRICT = tuple(
-    (f"{name}_{kind}", f"{short} {kind}")
+SUCCESS = {
+    "score": "S",
+    "efficacy": "ES",
+    "paraphrase": "PS",
+    "neighborhood": "NS",
+    "neighborhood_plus": "NS+",
+    "entropy": "GE",
+    "reference": "RS",
+    "perplexity": "PPL",
+    "seconds": "seconds",
+}
+"""Metrics of the first table with their column titles."""
+REQUIRED = ("score", "efficacy", "paraphrase", "neighborhood")
+"""Metrics whose columns are shown even if no method has them."""
+STRICT = {
+    f"{name}_{kind}": f"{short} {kind}"
     for kind in ("accuracy", "magnitude")
     for name, short in (("efficacy", "E"), ("paraphrase", "P"), ("neighborhood", "N"))
-)
-"""Those of the second."""
-ABSENT = "–"
+}
+"""Metrics of the second table with their column titles."""
+LEGEND = """\
+S: harmonic mean of efficacy ES, paraphrase PS and neighborhood NS success (percent of prompts on
+which the desired object is preferred). NS+: neighborhood prompts that follow the edited fact. PPL:
+perplexity of held-out text. GE: entropy of generated text. RS: its similarity to reference texts.
+In brackets: 95% bootstrap intervals over records. –: not supported by the records.
+"""
+STRICT_LEGEND = """\
+Argmax accuracy (all tokens of the object, teacher-forced) and magnitude (difference of exp(−nll)),
+in percent:
+"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The numbers of all methods."""
+    """The metrics of all methods."""
 
     model: str
     records: int
     methods: Mapping[str, Mapping[str, float]]
     """Metrics of each method by its name; those that the data set does not support are absent."""
     exact_entropy: bool
-    """Whether words were cut as NLTK's `word_tokenize` does."""
+    """Whether words were split as NLTK's `word_tokenize` does."""
     published: Mapping[str, Published]
-    """The paper's numbers by method, where it has edited this model with as many such records."""
+    """The paper's results by method, if it edited this model with as many such records."""
     notes: tuple[str, ...]
-    """What a reader of the table must know."""
+    """Remarks below the tables."""
 
 
 def table_rows(comparison: Comparison) -> list[dict[str, str]]:
-    """The first table as rows of texts."""
-    columns = _present(comparison, SUCCESS)
-    return [
-        {"method": LABELS.get(name, name)}
-        | {title: _number(metrics.get(key)) for key, title in columns}
-        for name, metrics in comparison.methods.items()
-    ]
+    """The first table, without intervals, as one dictionary per method."""
+    return _rows(comparison, SUCCESS, lambda metrics, key: _number(metrics.get(key)))
 
 
 def markdown(comparison: Comparison) -> str:
     """The tables as a Markdown page."""
-    lines = [f"# {comparison.records} edits of {html.escape(comparison.model)}", ""]
-    lines += _table(comparison, SUCCESS)
-    lines += [
+    notes = [f"- {note}" for note in comparison.notes]
+    if not comparison.exact_entropy:
+        notes.append("- GE is approximate: NLTK's `punkt_tab` is missing.")
+    lines = [
+        f"# {comparison.records} edits of {html.escape(comparison.model)}",
         "",
-        "S: harmonic mean of efficacy ES, paraphrase PS and neighborhood NS success (percent of "
-        "prompts on which the wanted object is preferred). NS+: neighborhood prompts behind the "
-        "edited fact. PPL: perplexity of held-out text. GE: entropy of generated text"
-        + ("" if comparison.exact_entropy else " (approximate: NLTK's `punkt_tab` is missing)")
-        + ". RS: its similarity to reference texts. In brackets 95% bootstrap intervals over "
-        f"records. {ABSENT}: the records do not support it.",
+        *markdown_table(_rows(comparison, SUCCESS, _with_interval)),
         "",
-        "Argmax accuracy (all of the object's tokens, teacher-forced) and magnitude (difference of "
-        "exp(−nll)), in percent:",
+        LEGEND,
+        STRICT_LEGEND,
+        *markdown_table(_rows(comparison, STRICT, _with_interval)),
         "",
+        *notes,
     ]
-    lines += _table(comparison, STRICT)
-    lines += ["", *(f"- {note}" for note in comparison.notes)]
     if comparison.published:
-        lines += ["", *_published_table(comparison)]
+        lines += ["", "## Beside the paper's numbers", "", "Ours / the paper's / difference.", ""]
+        lines += markdown_table(_published_rows(comparison))
     return "\n".join(lines) + "\n"
 
 
 def csv_text(comparison: Comparison) -> str:
-    """All numbers, a row for each method."""
-    return as_csv([{"method": name, **each} for name, each in comparison.methods.items()])
+    """All metrics as CSV, one row per method."""
+    return csv_table([{"method": name, **each} for name, each in comparison.methods.items()])
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows under the names of all their columns; empty where a row lacks one."""
-    target = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(target, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return target.getvalue()
-
-
-def as_table(corner: str, titles: Iterable[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table with the cells of each method."""
-    head = f"|{corner}| {' | '.join(titles)} |"
-    lines = [head, f"|---|{'---:|' * (head.count('|') - 2)}"]
-    return lines + [f"| {LABELS.get(n, n)} | {' | '.join(cells)} |" for n, cells in rows.items()]
-
-
-def _table(comparison: Comparison, columns: Sequence[tuple[str, str]]) -> list[str]:
-    shown = _present(comparison, columns)
-    rows = {
-        name: [_with_interval(metrics, key) for key, _ in shown]
+def plain(comparison: Comparison) -> dict[str, Any]:
+    """The metrics for `metrics.json`, without seconds, which differ between repetitions."""
+    return {
+        name: {key: value for key, value in metrics.items() if key != "seconds"}
         for name, metrics in comparison.methods.items()
     }
-    return as_table(" ", [title for _, title in shown], rows)
 
 
-def _present(comparison: Comparison, columns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Columns that at least one method has; S, ES, PS and NS always."""
+def _rows(
+    comparison: Comparison,
+    columns: Mapping[str, str],
+    cell: Callable[[Mapping[str, float], str], str],
+) -> list[dict[str, str]]:
+    """A row per method, with the columns that are required or that at least one method has."""
+    present = set(REQUIRED).union(*comparison.methods.values())
     return [
-        (key, title)
-        for place, (key, title) in enumerate(columns)
-        if (columns is SUCCESS and place < 4)
-        or any(key in metrics for metrics in comparison.methods.values())
+        {"method": label(name)}
+        | {title: cell(metrics, key) for key, title in columns.items() if key in present}
+        for name, metrics in comparison.methods.items()
     ]
+
+
+def _published_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """Our result, the paper's and the difference, for the methods and metrics of the paper."""
+    rows = []
+    for name in [name for name in comparison.methods if name in comparison.published]:
+        row = {"method": label(name)}
+        for key, title in SUCCESS.items():
+            ours = comparison.methods[name].get(key)
+            theirs = getattr(comparison.published[name], key, None)
+            if theirs is not None:
+                difference = ABSENT if ours is None else f"{ours - theirs:+.1f}"
+                row[title] = f"{_number(ours)} / {theirs:.1f} / {difference}"
+        rows.append(row)
+    return rows
 
 
 def _with_interval(metrics: Mapping[str, float], key: str) -> str:
@@ -132,36 +136,3 @@ def _with_interval(metrics: Mapping[str, float], key: str) -> str:
 
 def _number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.1f}"
-
-
-def _published_table(comparison: Comparison) -> list[str]:
-    """Ours, the paper's and the difference, for the methods that the paper has."""
-    columns = [(key, title) for key, title in SUCCESS if _is_published(comparison, key)]
-    rows = {
-        name: [
-            _beside(metrics.get(key), getattr(comparison.published[name], key))
-            for key, _ in columns
-        ]
-        for name, metrics in comparison.methods.items()
-        if name in comparison.published
-    }
-    table = as_table(" ", [title for _, title in columns], rows)
-    return ["## Beside the paper's numbers", "", "Ours / the paper's / difference.", "", *table]
-
-
-def _is_published(comparison: Comparison, key: str) -> bool:
-    return any(getattr(each, key, None) is not None for each in comparison.published.values())
-
-
-def _beside(ours: float | None, theirs: float | None) -> str:
-    if ours is None or theirs is None:
-        return f"{_number(ours)} / {_number(theirs)} / {ABSENT}"
-    return f"{ours:.1f} / {theirs:.1f} / {ours - theirs:+.1f}"
-
-
-def plain(comparison: Comparison) -> dict[str, Any]:
-    """The numbers without what a repetition changes, for ``metrics.json``."""
-    return {
-        name: {key: value for key, value in metrics.items() if key != "seconds"}
-        for name, metrics in comparison.methods.items()
-    }

@@ -1,4 +1,4 @@
-"""How tables and figures name methods and round numbers."""
+"""Names of methods and precision of numbers in tables and figures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LABELS = {
     "memit": "MEMIT",
     "serac": "SERAC",
 }
-"""How tables and figures name the methods; others go by the name that they are registered under."""
+"""Names of the methods in tables and figures; others keep their registered name."""
 
 
 def label(method: str) -> str:
-    """A method's name for people."""
+    """The name of a method in tables and figures."""
     return LABELS.get(method, method)

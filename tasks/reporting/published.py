@@ -1,4 +1,4 @@
-"""The numbers of the paper's tables, to stand beside those that are measured here."""
+"""The paper's results for 10,000 edits, for comparison with ours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memit.hyperparameters import short_name
 
 @dataclass(frozen=True)
 class Published:
-    """One row of a table of the paper; what it does not have is None."""
+    """One row of a table of the paper; metrics that it does not report are None."""
 
     score: float
     efficacy: float
@@ -24,7 +24,7 @@ class Published:
 
 
 RECORDS = 10_000
-"""How many edits the tables are about."""
+"""The number of edits in these tables."""
 
 TABLES: Mapping[tuple[str, str], Mapping[str, Published]] = {
     ("counterfact", "gpt-j-6b"): {
@@ -50,7 +50,7 @@ TABLES: Mapping[tuple[str, str], Mapping[str, Published]] = {
 
 
 def published(data_set: str, model: str, records: int) -> Mapping[str, Published]:
-    """The paper's rows by method, none unless it has edited this model with as many records."""
+    """The paper's rows by method; empty unless it edited this model with as many records."""
     if records != RECORDS:
         return {}
     return TABLES.get((data_set, short_name(model)), {})

@@ -1,8 +1,8 @@
-"""One MLflow run for each experiment, made from the files that the steps left.
+"""MLflow tracking: one run per experiment, and one with nested runs per comparison.
 
-The run is found by the experiment's digest, so logging twice makes no second one, and a run that a
-killed process left half-written is replaced. Nothing here changes a result: when the store cannot
-be reached the results stand, and the next report logs them.
+A run is tagged with the digest of its parameters and results. Results that are logged already are
+not logged again, and a run that a killed process left unfinished is replaced. Tracking never
+changes a result: without the store the results stand, and the next report logs them.
 """
 
 from __future__ import annotations
@@ -15,63 +15,65 @@ import socket
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import mlflow
+import yaml
+from filelock import FileLock
+from mlflow import MlflowClient, entities
+from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from safetensors.numpy import load_file
+from sqlalchemy.exc import SQLAlchemyError
 
 from memit.errors import ResourceError, UnreachableError
 from memit.files.atomic import write_whole
 from memit.redaction import redacted
-from tasks.engine.artifacts import project_root
+from tasks.engine import results
+from tasks.engine.artifacts import cache_directory, project_root
 from tasks.engine.cost import Cost
 from tasks.engine.databases import LOCK_SECONDS, check_database
 from tasks.engine.loaded_model import ModelFiles
-from tasks.engine.locks import FileLocks
-from tasks.engine.results import (
-    DELTA_FILE,
-    EDIT_FILE,
-    EDITED_WEIGHTS_FILE,
-    FACTS_FILE,
-    METRICS_FILE,
-    MODEL_FILE,
-    PREFIXES_FILE,
-    PROMPTS_FILE,
-    REPORT_FILES,
-    REQUESTS_FILE,
-    STATISTICS_FILE,
-    TARGETS_FILE,
-    TIMINGS_FILE,
-    Manifest,
-)
-from tasks.report import read_json, read_losses
-from tasks.reporting import figures
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, Metric, Param
+from tasks.reporting.figures import loss_curve
+from tasks.reporting.formats import read_json
 
 DIGEST_TAG = "memit.experiment"
 WRITER_TAG = "memit.writer"
 LONGEST = 6_000
-"""Characters of a parameter, the most that MLflow takes."""
+"""MLflow's limit on the characters of a parameter."""
+LOGGED_FILES = (
+    *results.REPORT_FILES,
+    results.PROMPTS_FILE,
+    results.FACTS_FILE,
+    results.METRICS_FILE,
+    results.TIMINGS_FILE,
+    results.EDIT_FILE,
+    results.PREFIXES_FILE,
+    results.STATISTICS_FILE,
+)
+MIGRATIONS = Path(str(mlflow.__file__)).parent / "store/db_migrations/versions"
+STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ResourceError)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What one run is about."""
+    """The run of an experiment."""
 
-    name: str
-    """Of the MLflow experiment."""
+    experiment: str
+    """The name of the MLflow experiment."""
     parameters: Mapping[str, Any]
-    """``params.yaml``, as it was checked."""
-    manifests: Mapping[str, Manifest]
-    """What each step made."""
+    """The validated parameters of `params.yaml`."""
+    manifests: Mapping[str, results.Manifest]
+    """The results of each step."""
     timings: Mapping[str, Cost]
     tags: Mapping[str, str]
+    step = "report"
 
     @property
     def digest(self) -> str:
@@ -80,181 +82,33 @@ class Experiment:
             "parameters": {k: v for k, v in self.parameters.items() if k != "report"},
             "results": {step: manifest.digest for step, manifest in self.manifests.items()},
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _sha256(json.dumps(content, sort_keys=True))
 
-
-def tracking_uri(setting: str | None) -> str:
-    """Where runs are kept: as set, as in the environment, or ``mlflow.db`` in the project."""
-    default = f"sqlite:///{project_root() / 'mlflow.db'}"
-    return setting or os.environ.get("MLFLOW_TRACKING_URI") or default
-
-
-def log_experiment(experiment: Experiment, uri: str) -> str:
-    """Log an experiment unless it is logged already; gives the id of its run.
-
-    Raises:
-        UnreachableError: the store cannot be reached or does not take the run.
-    """
-    with _taking(uri, "python -m flows.report"):
-        log = partial(_log_run, experiment)
-        return _log_once(uri, experiment.name, experiment.digest, log)
-
-
-@contextmanager
-def _taking(uri: str, command: str) -> Iterator[None]:
-    """Whatever goes wrong at the store is one error, which names what to run again."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    refusals = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ResourceError)
-    locks, holder = FileLocks(), f"report-{os.getpid()}"
-    with ExitStack() as stack:
-        # Two processes, also of experiments that DVC runs elsewhere, must not both find no run.
-        locks.acquire_lock("report", holder)
-        stack.callback(locks.release_lock, "report", holder)
-        # The store's migration log stays out of the terminal.
-        stack.callback(logging.disable, logging.root.manager.disable)
-        logging.disable(logging.WARNING)
-        try:
-            open_store(uri)
-            yield
-        except refusals as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise UnreachableError(
-                f"MLflow at {uri} did not take the run ({reason}); the "
-                f"results stand, and the next `{command}` logs them."
-            ) from error
-
-
-def open_store(uri: str) -> None:
-    """Make a store that is a file, or see that it can be used and names this project's place.
-
-    Raises:
-        ResourceError: it cannot be made or used.
-    """
-    import mlflow
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///"):
-        return
-    if path.exists() and path.stat().st_size:
-        schemas = Path(mlflow.__file__).parent / "store/db_migrations/versions"
-        check_database(path, "MLflow", schemas)
-        _follow(path)
-        return
-    place = (project_root() / "mlartifacts").as_uri()
-    # Whole or not at all: half a data base could never be opened.
-    write_whole(path, lambda part: SqlAlchemyStore(f"sqlite:///{part}", place).engine.dispose())
-
-
-def _follow(path: Path) -> None:
-    """Note where the files of a project are that was moved or copied: MLflow keeps absolute places.
-
-    In a store outside of this project others have theirs, too: a place stays while it exists.
-    """
-    shared = path.resolve().parent != project_root()
-    first = ("experiments", "artifact_location")
-    rest = (("runs", "artifact_uri"), ("logged_models", "artifact_location"))
-    with closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as store, store:
-        tables = {name for (name,) in store.execute("select name from sqlite_master")}
-        if not tables.issuperset(table for table, _ in (first, *rest)):
-            return  # MLflow makes them
-        known = store.execute("select experiment_id, name, artifact_location from experiments")
-        for number, name, former in known.fetchall():
-            now, place = _artifacts(name), Path(unquote(urlsplit(former).path))
-            ours = former.startswith("file:") and place.parts[-2:] == now.parts[-2:]
-            if not ours or place == now or (shared and place.exists()):
-                continue
-            for table, column in (first, *(rest if now.is_dir() else ())):
-                change = f"update {table} set {column} = replace({column}, ?, ?)"
-                store.execute(f"{change} where experiment_id = ?", (former, now.as_uri(), number))
-
-
-def _artifacts(name: str) -> Path:
-    """Where an experiment's files lie. Its name is a user's text and never becomes a path."""
-    return project_root() / "mlartifacts" / hashlib.sha256(name.encode()).hexdigest()[:12]
-
-
-def _log_once(uri: str, name: str, digest: str, log: Callable[[MlflowClient, str], str]) -> str:
-    """The id of the finished run with this digest, logged if there is none.
-
-    Runs that killed processes of this project left unfinished are deleted.
-    """
-    import mlflow
-    from mlflow import MlflowClient
-
-    mlflow.set_tracking_uri(uri)
-    client = MlflowClient(uri)
-    experiment_id = _experiment_id(client, name)
-    unfinished = f"tags.`{WRITER_TAG}` = '{_writer()}' and attributes.status = 'RUNNING'"
-    same = f"tags.`{DIGEST_TAG}` = '{digest}'"
-    for condition in (unfinished, same):
-        for run in client.search_runs([experiment_id], condition, max_results=1_000):
-            if run.info.status == "FINISHED":
-                return run.info.run_id
-            _delete_family(client, experiment_id, run.info.run_id)
-    return log(client, experiment_id)
-
-
-def _writer() -> str:
-    """This project on this machine: whoever logs for it holds its lock, see `_taking`."""
-    place = f"{socket.gethostname()}:{project_root()}"
-    return hashlib.sha256(place.encode()).hexdigest()[:32]
-
-
-def _delete_family(client: MlflowClient, experiment_id: str, run_id: str) -> None:
-    """Delete a run, those nested in it, and the models that it logged."""
-    nested = f"tags.`mlflow.parentRunId` = '{run_id}'"
-    children = client.search_runs([experiment_id], nested, max_results=1_000)
-    for run in (*(child.info.run_id for child in children), run_id):
-        client.set_terminated(run, "KILLED")  # a deleted run could be restored
-        client.delete_run(run)
-    logged = f"source_run_id = '{run_id}'"
-    for model in client.search_logged_models([experiment_id], logged):
-        client.delete_logged_model(model.model_id)
-
-
-def _experiment_id(client: MlflowClient, name: str) -> str:
-    known = client.get_experiment_by_name(name)
-    if known is not None:
-        if known.lifecycle_stage == "deleted":
-            client.restore_experiment(known.experiment_id)
-        return known.experiment_id
-    return client.create_experiment(name, artifact_location=_artifacts(name).as_uri())
-
-
-def _log_run(experiment: Experiment, client: MlflowClient, experiment_id: str) -> str:
-    from mlflow.entities import LoggedModelInput, LoggedModelOutput
-
-    metrics = read_json(METRICS_FILE)
-    model = ModelFiles.model_validate(read_json(MODEL_FILE))
-    name = f"{model.id.split('/')[-1]}-{metrics['edit']['count']}-{experiment.digest[:6]}"
-    run = client.create_run(
-        experiment_id, tags=_known_by(experiment.digest, experiment.tags), run_name=name
-    )
-    run_id = run.info.run_id
-    points = _points(metrics, experiment.timings)
-    client.log_batch(run_id, points, _parameters(experiment.parameters))
-    _log_files(client, run_id)
-    base = _base_model(experiment_id, model)
-    edited = _edited_model(experiment_id, run_id, experiment, metrics)
-    client.log_inputs(run_id, datasets=_datasets(), models=[LoggedModelInput(base)])
-    client.log_outputs(run_id, [LoggedModelOutput(edited, 0)])
-    client.set_terminated(run_id, "FINISHED")
-    return run_id
-
-
-def _known_by(digest: str, tags: Mapping[str, str]) -> dict[str, str]:
-    """Tags of a run that may be found again, finished or not."""
-    return {**tags, DIGEST_TAG: digest, WRITER_TAG: _writer()}
+    def log(self, client: MlflowClient, experiment_id: str, run_id: str) -> None:
+        """Log parameters, metrics, files, and the edited model."""
+        metrics = read_json(results.METRICS_FILE)
+        model = ModelFiles.model_validate(read_json(results.MODEL_FILE))
+        name = f"{model.id.split('/')[-1]}-{metrics['edit']['count']}-{self.digest[:6]}"
+        client.update_run(run_id, name=name)
+        points = _points(metrics, self.timings)
+        client.log_batch(run_id, _metrics(points), _parameters(self.parameters))
+        for path in LOGGED_FILES:
+            client.log_artifact(run_id, str(path), path.parent.name)
+        files = {**self.manifests["requests"].files, **self.manifests["edit"].files}
+        edited = mlflow.create_external_model(  # the weights stay with DVC
+            name=f"edited-{self.digest[:6]}",
+            source_run_id=run_id,
+            tags={"base.id": model.id, "base.sha256": model.digest, **files},
+            params={key: str(metrics["edit"][key]) for key in ("count", "layers")},
+            model_type="edited",
+            experiment_id=experiment_id,
+        )
+        client.log_outputs(run_id, [entities.LoggedModelOutput(edited.model_id, 0)])
 
 
 @dataclass(frozen=True)
-class Family:
-    """A run with one nested run for each method."""
+class ParentRun:
+    """The run of a comparison, with one nested run per method."""
 
     experiment: str
     """The name of the MLflow experiment."""
@@ -265,193 +119,209 @@ class Family:
     parameters: Mapping[str, Any]
     tags: Mapping[str, str]
     files: Sequence[Path]
-    """What the parent holds."""
     methods: Mapping[str, Sequence[tuple[str, float, int]]]
     """Metric, value and step (number of edits) of each method."""
 
+    def log(self, client: MlflowClient, experiment_id: str, run_id: str) -> None:
+        """Log parameters and files, and each method's metrics to its nested run."""
+        client.update_run(run_id, name=f"{self.step}-{self.digest[:6]}")
+        client.log_batch(run_id, params=_parameters(self.parameters))
+        for path in self.files:
+            client.log_artifact(run_id, str(path), path.parent.name)
+        for method, points in self.methods.items():
+            tags = {**self.tags, MLFLOW_PARENT_RUN_ID: run_id}
+            child = client.create_run(experiment_id, tags=tags, run_name=method).info.run_id
+            client.log_batch(child, _metrics(points), [entities.Param("method", method)])
+            client.set_terminated(child, "FINISHED")
 
-def log_family(family: Family, uri: str) -> str:
-    """Log a parent run and its nested ones unless they are there; gives the parent's id.
+
+def log_run(run: Experiment | ParentRun, uri: str) -> str:
+    """Log a run unless its results are logged already, and return its id.
+
+    Unfinished runs of this project are deleted first: their processes were killed.
 
     Raises:
-        UnreachableError: the store cannot be reached or does not take the runs.
+        UnreachableError: the store cannot be reached or does not take the run.
     """
-    with _taking(uri, f"python -m flows.{family.step}"):
-        return _log_once(uri, family.experiment, family.digest, partial(_log_family, family))
+    # Two processes, also of experiments that DVC runs elsewhere, must not both find no run.
+    lock = FileLock(cache_directory() / "mlflow.lock")
+    with store_errors_as_unreachable(uri, run.step), lock:
+        open_store(uri)
+        mlflow.set_tracking_uri(uri)
+        client = MlflowClient()
+        experiment_id = _experiment_id(client, run.experiment)
+        writer = _sha256(f"{socket.gethostname()}:{project_root()}")[:32]
+        unfinished = f"tags.`{WRITER_TAG}` = '{writer}' and attributes.status = 'RUNNING'"
+        same = f"tags.`{DIGEST_TAG}` = '{run.digest}'"
+        for condition in (unfinished, same):
+            for known in client.search_runs([experiment_id], condition):
+                if known.info.status == "FINISHED":
+                    return known.info.run_id
+                _delete_run(client, experiment_id, known.info.run_id)
+        tags = {**run.tags, DIGEST_TAG: run.digest, WRITER_TAG: writer}
+        run_id = client.create_run(experiment_id, tags=tags).info.run_id
+        run.log(client, experiment_id, run_id)
+        client.set_terminated(run_id, "FINISHED")
+        return run_id
 
 
-def _log_family(family: Family, client: MlflowClient, experiment_id: str) -> str:
-    from mlflow.entities import Metric, Param
-    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-
-    parent = client.create_run(
-        experiment_id,
-        tags=_known_by(family.digest, family.tags),
-        run_name=f"{family.step}-{family.digest[:6]}",
-    ).info.run_id
-    client.log_batch(parent, params=_parameters(family.parameters))
-    for path in family.files:
-        client.log_artifact(parent, str(path), path.parent.name)
-    now = int(time.time() * 1000)
-    for method, points in family.methods.items():
-        child = client.create_run(
-            experiment_id,
-            tags={**family.tags, MLFLOW_PARENT_RUN_ID: parent},
-            run_name=method,
-        ).info.run_id
-        metrics = [Metric(key, float(value), now, step) for key, value, step in points]
-        client.log_batch(child, metrics, [Param("method", method)])
-        client.set_terminated(child, "FINISHED")
-    client.set_terminated(parent, "FINISHED")
-    return parent
+def tracking_uri(setting: str | None) -> str:
+    """The store: as set, as in the environment, or `mlflow.db` in the project."""
+    default = f"sqlite:///{project_root() / 'mlflow.db'}"
+    return setting or os.environ.get("MLFLOW_TRACKING_URI") or default
 
 
-def _points(metrics: Mapping[str, Any], timings: Mapping[str, Cost]) -> list[Metric]:
-    """Everything that is a number, curves included."""
-    from mlflow.entities import Metric
+def open_store(uri: str) -> None:
+    """Create an SQLite store, or check an existing one and update its paths to this project.
 
-    now = int(time.time() * 1000)
-    values = [
-        (f"{state}/{name}", value, 0)
-        for state in ("before", "after")
-        for name, value in metrics[state].items()
-    ]
-    edit = read_json(EDIT_FILE)
-    single = ("count", "target_shift", "residual_left")
-    values += [(f"edit/{name}", edit[name], 0) for name in single]
-    for name in ("update_ratio", "residuals"):
-        values += [(f"edit/{name}", value, int(layer)) for layer, value in edit[name].items()]
-    steps, middle, low, high = figures.loss_curve(read_losses(TARGETS_FILE))
-    for name, curve in (("median", middle), ("low", low), ("high", high)):
-        values += [
-            (f"targets/loss_{name}", float(value), int(step))
-            for step, value in zip(steps, curve, strict=True)
-        ]
+    Raises:
+        ResourceError: it cannot be created or used.
+    """
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    if path.exists() and path.stat().st_size:
+        check_database(path, "MLflow", MIGRATIONS)
+        _update_artifact_paths(path)
+        return
+    artifacts = (project_root() / "mlartifacts").as_uri()
+    # Atomic, since MLflow cannot open a database that was only half created.
+    write_whole(path, lambda part: SqlAlchemyStore(f"sqlite:///{part}", artifacts).engine.dispose())
+
+
+def _update_artifact_paths(database: Path) -> None:
+    """Update MLflow's absolute artifact paths if this project was moved or copied.
+
+    A store outside the project may be shared with others, whose paths exist and are kept.
+    """
+    shared = database.resolve().parent != project_root()
+    experiments = {"experiments": "artifact_location"}
+    columns = {**experiments, "runs": "artifact_uri", "logged_models": "artifact_location"}
+    with closing(sqlite3.connect(database, timeout=LOCK_SECONDS)) as store, store:
+        known = store.execute("select experiment_id, name, artifact_location from experiments")
+        for number, name, location in known.fetchall():
+            former, current = Path(unquote(urlsplit(location).path)), _artifact_directory(name)
+            is_ours = former.parts[-2:] == current.parts[-2:] and former != current
+            if not is_ours or (shared and former.exists()):
+                continue
+            # Without the artifacts themselves only new runs are redirected.
+            for table, column in (columns if current.is_dir() else experiments).items():
+                change = f"update {table} set {column} = replace({column}, ?, ?)"
+                values = (location, current.as_uri(), number)
+                store.execute(f"{change} where experiment_id = ?", values)
+
+
+def _artifact_directory(name: str) -> Path:
+    """An experiment's artifacts. Its name is user input and never becomes part of a path."""
+    return project_root() / "mlartifacts" / _sha256(name)[:12]
+
+
+@contextmanager
+def store_errors_as_unreachable(uri: str, step: str) -> Iterator[None]:
+    """Turn any failure of the store into UnreachableError with the command to run again."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the log of the store's migrations
+    try:
+        yield
+    except STORE_ERRORS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UnreachableError(
+            f"MLflow at {redacted(uri)} did not take the run ({redacted(reason)}); the results "
+            f"stand, and the next `python -m flows {step}` logs them."
+        ) from error
+    finally:
+        logging.disable(disabled)
+
+
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    known = client.get_experiment_by_name(name)
+    if known is None:
+        return client.create_experiment(name, artifact_location=_artifact_directory(name).as_uri())
+    if known.lifecycle_stage == "deleted":
+        client.restore_experiment(known.experiment_id)
+    return known.experiment_id
+
+
+def _delete_run(client: MlflowClient, experiment_id: str, run_id: str) -> None:
+    """Delete a run with its nested runs and logged models."""
+    nested = client.search_runs([experiment_id], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'")
+    for each in (*(run.info.run_id for run in nested), run_id):
+        client.set_terminated(each, "KILLED")  # a deleted run can be restored
+        client.delete_run(each)
+    for model in client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"):
+        client.delete_logged_model(model.model_id)
+
+
+def _points(
+    metrics: Mapping[str, Any], timings: Mapping[str, Cost]
+) -> list[tuple[str, float, int]]:
+    """Name, value and step of every number, curves included."""
+    edit = read_json(results.EDIT_FILE)
+    values = {f"edit/{name}": edit[name] for name in ("count", "target_shift", "residual_left")}
+    for state in ("before", "after"):
+        values |= {f"{state}/{name}": value for name, value in metrics[state].items()}
     for step, cost in timings.items():
-        values += [
-            (f"seconds/{step}", cost.seconds, 0),
-            (f"peak_memory_mib/{step}", cost.peak_memory / 2**20, 0),
-        ]
+        values[f"seconds/{step}"] = cost.seconds
+        values[f"peak_memory_mib/{step}"] = cost.peak_memory / 2**20
         if cost.peak_device_memory:
-            values.append((f"peak_device_memory_mib/{step}", cost.peak_device_memory / 2**20, 0))
-    return [Metric(name, float(value), now, step) for name, value, step in values]
+            values[f"peak_device_memory_mib/{step}"] = cost.peak_device_memory / 2**20
+    points = [(name, value, 0) for name, value in values.items()]
+    for name in ("update_ratio", "residuals"):
+        points += [(f"edit/{name}", value, int(layer)) for layer, value in edit[name].items()]
+    for step, *losses in zip(*loss_curve(load_file(results.TARGETS_FILE)["losses"]), strict=True):
+        names = ("targets/loss_median", "targets/loss_low", "targets/loss_high")
+        points += [(name, loss, int(step)) for name, loss in zip(names, losses, strict=True)]
+    return points
 
 
-def _log_files(client: MlflowClient, run_id: str) -> None:
-    for path in REPORT_FILES:
-        client.log_artifact(run_id, str(path), "report")
-    for path in (PROMPTS_FILE, FACTS_FILE):
-        client.log_artifact(run_id, str(path), "evaluation")
-    for path in (METRICS_FILE, TIMINGS_FILE, EDIT_FILE, PREFIXES_FILE, STATISTICS_FILE):
-        client.log_artifact(run_id, str(path), "results")
+def _metrics(points: Iterable[tuple[str, float, int]]) -> list[entities.Metric]:
+    now = int(time.time() * 1000)
+    return [entities.Metric(name, float(value), now, step) for name, value, step in points]
 
 
-def _datasets() -> list[DatasetInput]:
-    statistics = read_json(STATISTICS_FILE)
-    requests = hashlib.sha256(REQUESTS_FILE.read_bytes()).hexdigest()
-    records = {"records": len(json.loads(REQUESTS_FILE.read_text(encoding="utf-8")))}
-    read = {name: statistics[name] for name in ("documents", "tokens")}
-    return [
-        _dataset("requests", "edit", REQUESTS_FILE, requests, records),
-        _dataset("corpus", "statistics", STATISTICS_FILE, statistics["corpus"], read),
-    ]
-
-
-def _dataset(
-    name: str, context: str, path: Path, digest: str, profile: Mapping[str, Any]
-) -> DatasetInput:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    source = json.dumps({"path": str(path), "sha256": digest})
-    known = Dataset(name, digest[:36], "dvc", source, profile=json.dumps(profile))
-    return DatasetInput(known, [InputTag("mlflow.data.context", context)])
-
-
-def _base_model(experiment_id: str, model: ModelFiles) -> str:
-    """The logged model that stands for the unedited one, the same for all runs on it."""
-    import mlflow
-
-    same = f"tags.digest = '{model.digest}'"
-    found = mlflow.MlflowClient().search_logged_models([experiment_id], same, max_results=1)
-    if found:
-        return found[0].model_id
-    return mlflow.create_external_model(
-        name="unedited",
-        tags={"digest": model.digest, "id": model.id, "revision": str(model.revision)},
-        model_type="unedited",
-        experiment_id=experiment_id,
-    ).model_id
-
-
-def _edited_model(
-    experiment_id: str, run_id: str, experiment: Experiment, metrics: Mapping[str, Any]
-) -> str:
-    """The logged model that stands for the edited one; its weights stay with DVC."""
-    import mlflow
-
-    files = experiment.manifests["edit"].files
-    return mlflow.create_external_model(
-        name="edited",
-        source_run_id=run_id,
-        tags={
-            "dvc.path": str(EDITED_WEIGHTS_FILE),
-            "sha256": files[str(EDITED_WEIGHTS_FILE)],
-            "delta.path": str(DELTA_FILE),
-            "delta.sha256": files[str(DELTA_FILE)],
-            **{key: value for key, value in experiment.tags.items() if key.startswith("dvc")},
-        },
-        params={
-            "count": str(metrics["edit"]["count"]),
-            "layers": str(metrics["edit"]["layers"]),
-        },
-        model_type="edited",
-        experiment_id=experiment_id,
-    ).model_id
+def _parameters(tree: Mapping[str, Any], prefix: str = "") -> list[entities.Param]:
+    """Parameters as MLflow takes them: flat, of limited length, and without secrets."""
+    params = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            params += _parameters(value, f"{prefix}{name}.")
+        else:
+            params.append(entities.Param(f"{prefix}{name}", redacted(str(value))[:LONGEST]))
+    return params
 
 
 def origin_tags(flow_runs: Mapping[str, str]) -> dict[str, str]:
-    """Where an experiment comes from: git commit, ``dvc.lock``, DVC experiment, Prefect runs."""
-    tags = {"git.commit": _git("rev-parse", "HEAD")}
-    if tags["git.commit"]:
-        tags["git.dirty"] = str(bool(_git("status", "--porcelain", "-uno"))).lower()
-    tags["dvc.lock"] = _lock_digest(Path("dvc.lock"))
-    tags["dvc.experiment"] = os.environ.get("DVC_EXP_NAME", "")
-    tags |= {f"prefect.{step}": run for step, run in flow_runs.items()}
+    """Provenance of an experiment: git commit, `dvc.lock`, DVC experiment, Prefect flow runs."""
+    tags = {
+        "git.commit": _git_commit(),
+        "dvc.lock": _lock_digest(Path("dvc.lock")),
+        "dvc.experiment": os.environ.get("DVC_EXP_NAME", ""),
+        **{f"prefect.{step}": run for step, run in flow_runs.items()},
+    }
     return {name: value for name, value in tags.items() if value}
 
 
-def _git(*words: str) -> str:
+def _git_commit() -> str:
+    """The checked-out commit, ending in `-dirty` if tracked files were changed."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        result = subprocess.run(
-            ["git", *words], capture_output=True, text=True, timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return result.stdout.strip() if result.returncode == 0 else ""
+    return ran.stdout.strip()
 
 
 def _lock_digest(path: Path) -> str:
-    """SHA-256 of ``dvc.lock`` without the stage ``report``, which is locked after it has run."""
-    import yaml
-
+    """SHA-256 of `dvc.lock` without the stage `report`, which is locked after it has run."""
     try:
         lock = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError):
         return ""
     stages = {name: stage for name, stage in lock.get("stages", {}).items() if name != "report"}
-    return hashlib.sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest()
+    return _sha256(json.dumps(stages, sort_keys=True))
 
 
-def _parameters(tree: Mapping[str, Any]) -> list[Param]:
-    """Parameters as MLflow takes them: flat, short, and without secrets."""
-    from mlflow.entities import Param
-
-    return [Param(key, redacted(str(value))[:LONGEST]) for key, value in _flat(tree)]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

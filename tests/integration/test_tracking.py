@@ -1,11 +1,13 @@
-"""MLflow only observes: a store that cannot be had costs seconds and no result."""
+"""MLflow only observes: an unavailable store costs seconds and no result."""
 
 from __future__ import annotations
 
 import shutil
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,163 +15,169 @@ from mlflow import MlflowClient
 
 from memit.errors import UnreachableError
 from tasks.engine import databases
-from tasks.reporting import tracking
-from tasks.reporting.tracking import Experiment, log_experiment
+from tasks.reporting.tracking import Experiment, ParentRun, log_run, open_store
 
-EXPERIMENT = Experiment(name="x", parameters={"a": 1}, manifests={}, timings={}, tags={})
+EXPERIMENT = Experiment(experiment="x", parameters={"a": 1}, manifests={}, timings={}, tags={})
 
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setattr(databases, "LOCK_SECONDS", 0.2)
-    return tmp_path
+    return enter(tmp_path, monkeypatch)
 
 
-def refused(uri: str) -> str:
-    """What is said of a store that does not take the run."""
+def enter(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory.mkdir(exist_ok=True)
+    monkeypatch.setenv("DVC_ROOT", str(directory))
+    return directory
+
+
+def uri(directory: Path) -> str:
+    return f"sqlite:///{directory / 'mlflow.db'}"
+
+
+def refused(store: str) -> str:
+    """The error of a store that does not take the run."""
     started = time.monotonic()
     with pytest.raises(UnreachableError) as caught:
-        log_experiment(EXPERIMENT, uri)
+        log_run(EXPERIMENT, store)
     assert time.monotonic() - started < 60
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "results stand" in message
-    return message
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-def test_a_store_that_is_no_file(project: Path) -> None:
+def test_a_store_that_is_a_directory(project: Path) -> None:
     (project / "mlflow.db").mkdir()
-    assert "unable to open" in refused(f"sqlite:///{project / 'mlflow.db'}")
+    assert "mlflow.db" in refused(uri(project))
+
+
+def test_a_damaged_store_is_kept(project: Path) -> None:
+    path = project / "mlflow.db"
+    path.write_bytes(b"no database at all" * 100)
+    assert "mlflow.db" in refused(uri(project))
+    assert path.read_bytes() == b"no database at all" * 100
 
 
 def test_a_store_that_is_locked(project: Path) -> None:
-    path = project / "mlflow.db"
-    with closing(sqlite3.connect(path, isolation_level=None)) as store:
-        store.execute("create table t (x)")
-        store.execute("begin exclusive")
-        assert "locked" in refused(f"sqlite:///{path}")
-
-
-def test_a_store_that_is_damaged(project: Path) -> None:
-    path = project / "mlflow.db"
-    path.write_bytes(b"no data base at all" * 100)
-    assert "not a database" in refused(f"sqlite:///{path}")
-    assert path.read_bytes() == b"no data base at all" * 100
+    with closing(sqlite3.connect(project / "mlflow.db", isolation_level=None)) as base:
+        base.execute("create table t (x)")
+        base.execute("begin exclusive")
+        assert "locked" in refused(uri(project))
 
 
 def test_a_server_that_does_not_answer_and_its_password() -> None:
-    said = refused("http://me:secret@127.0.0.1:9")
-    assert "secret" not in said
-    assert "http://***@127.0.0.1:9" in said
+    message = refused("http://me:secret@127.0.0.1:9")
+    assert "secret" not in message
+    assert "http://***@127.0.0.1:9" in message
 
 
-def logged(uri: str, digest: str) -> None:
-    """One run with a file."""
-
-    def log(client: MlflowClient, experiment: str) -> str:
-        run = client.create_run(experiment, tags=tracking._known_by(digest, {})).info.run_id
-        client.log_text(run, digest, "note.txt")
-        return run
-
-    tracking.open_store(uri)
-    tracking._log_once(uri, "x", digest, log)
+Log = Callable[[Path, str], str]
 
 
-def notes(uri: str) -> list[str]:
-    """What the runs of a store hold, as MLflow finds it."""
-    client = MlflowClient(uri)
-    runs = client.search_runs(
-        [experiment.experiment_id for experiment in client.search_experiments()]
-    )
-    files = [client.download_artifacts(run.info.run_id, "note.txt") for run in runs]
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store")
+    open_store(uri(path))
+    assert [file.name for file in path.iterdir()] == ["mlflow.db"]
+    return path / "mlflow.db"
+
+
+@pytest.fixture
+def log(project: Path, empty_store: Path) -> Log:
+    """Log a parent run with a file and a nested run to the store in a directory."""
+
+    def log_note(directory: Path, note: str) -> str:
+        if not (directory / "mlflow.db").exists():
+            shutil.copy(empty_store, directory)
+        (project / "note.txt").write_text(note)
+        metrics = [("score", 1.0, 10), ("score", 2.0, 20)]
+        files, methods = [project / "note.txt"], {"memit": metrics}
+        run = ParentRun("x", "compare", note, {"a": {"b": 1}}, {}, files, methods)
+        return log_run(run, uri(directory))
+
+    return log_note
+
+
+def notes(directory: Path) -> list[str]:
+    """The files of the parent runs in a store, as MLflow finds them."""
+    client = MlflowClient(uri(directory))
+    (experiment,) = client.search_experiments(filter_string="name = 'x'")
+    runs = client.search_runs([experiment.experiment_id], "params.`a.b` = '1'")
+    folders = [client.list_artifacts(run.info.run_id)[0].path for run in runs]
+    files = [
+        client.download_artifacts(run.info.run_id, f"{folder}/note.txt")
+        for run, folder in zip(runs, folders, strict=True)
+    ]
     return sorted(Path(file).read_text() for file in files)
 
 
-def files_of(place: Path) -> set[str]:
-    return {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+def test_the_same_results_are_logged_once_with_a_nested_run_per_method(
+    project: Path, log: Log
+) -> None:
+    parent = log(project, "first")
+    assert log(project, "first") == parent
+    client = MlflowClient(uri(project))
+    nested = f"tags.`mlflow.parentRunId` = '{parent}'"
+    (child,) = client.search_runs([client.get_run(parent).info.experiment_id], nested)
+    history = client.get_metric_history(child.info.run_id, "score")
+    assert [(each.step, each.value) for each in history] == [(10, 1.0), (20, 2.0)]
+    assert {client.get_run(parent).info.status, child.info.status} == {"FINISHED"}
 
 
 @pytest.mark.parametrize("outside", [False, True])
-def test_a_moved_project_keeps_its_files_where_it_is(
-    project: Path, monkeypatch: pytest.MonkeyPatch, outside: bool
+def test_a_moved_project_keeps_its_files(
+    project: Path, log: Log, monkeypatch: pytest.MonkeyPatch, outside: bool
 ) -> None:
-    former, now = project / "a b", project / "ä#c"
-    former.mkdir()
-    monkeypatch.setenv("DVC_ROOT", str(former))
-    store = project if outside else former
-    logged(f"sqlite:///{store / 'mlflow.db'}", "before")
-    former.rename(now)
-    monkeypatch.setenv("DVC_ROOT", str(now))
-    uri = f"sqlite:///{(project if outside else now) / 'mlflow.db'}"
-    logged(uri, "after")
+    former = enter(project / "a b", monkeypatch)
+    log(project if outside else former, "before")
+    current = enter(former.rename(project / "ä#c"), monkeypatch)
+    store = project if outside else current
+    log(store, "after")
     assert not former.exists()
-    assert notes(uri) == ["after", "before"]
+    assert notes(store) == ["after", "before"]
 
 
-def test_a_copy_leaves_the_original_its_own(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, other = project / "original", project / "copy"
-    original.mkdir()
-    monkeypatch.setenv("DVC_ROOT", str(original))
-    logged(f"sqlite:///{original / 'mlflow.db'}", "first")
-    shutil.copytree(original, other)
-    before = files_of(original)
-    monkeypatch.setenv("DVC_ROOT", str(other))
-    uri = f"sqlite:///{other / 'mlflow.db'}"
-    logged(uri, "second")
-    assert files_of(original) == before
-    assert notes(f"sqlite:///{original / 'mlflow.db'}") == ["first"]
-    shutil.rmtree(original)
-    assert notes(uri) == ["first", "second"]
-
-
-def test_a_data_base_without_tables_becomes_a_store(project: Path) -> None:
-    with closing(sqlite3.connect(project / "mlflow.db")) as base, base:
-        base.execute("create table held (x)")
-    uri = f"sqlite:///{project / 'mlflow.db'}"
-    logged(uri, "first")
-    assert notes(uri) == ["first"]
-
-
-def test_projects_that_share_a_store_leave_each_other_alone(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_copy_does_not_change_the_original(
+    project: Path, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = f"sqlite:///{project / 'mlflow.db'}"
+    original, copy = enter(project / "original", monkeypatch), project / "copy"
+    log(original, "first")
+    shutil.copytree(original, copy)
+    before = sorted(original.rglob("*"))
+    enter(copy, monkeypatch)
+    log(copy, "second")
+    assert sorted(original.rglob("*")) == before
+    assert notes(original) == ["first"]
+    shutil.rmtree(original)
+    assert notes(copy) == ["first", "second"]
+
+
+def test_projects_that_share_a_store_keep_their_own_files(
+    project: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("one", "two"):
-        (project / name).mkdir()
-        monkeypatch.setenv("DVC_ROOT", str(project / name))
-        logged(uri, name)
-    assert notes(uri) == ["one", "two"]
+        enter(project / name, monkeypatch)
+        log(project, name)
+    assert notes(project) == ["one", "two"]
 
 
-def test_what_a_killed_process_left_is_deleted(project: Path) -> None:
-    uri = f"sqlite:///{project / 'mlflow.db'}"
-
-    def begin(client: MlflowClient, experiment: str, digest: str) -> str:
-        return client.create_run(experiment, tags=tracking._known_by(digest, {})).info.run_id
-
-    def die(client: MlflowClient, experiment: str) -> str:
-        begin(client, experiment, "a")
+def test_runs_of_killed_processes_are_replaced(
+    project: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*given: object) -> None:
         raise KeyboardInterrupt
 
-    def finish(client: MlflowClient, experiment: str) -> str:
-        run = begin(client, experiment, "b")
-        client.set_terminated(run)
-        return run
-
-    tracking.open_store(uri)
-    assert [path.name for path in project.iterdir()] == ["mlflow.db"]
-    with pytest.raises(KeyboardInterrupt):
-        tracking._log_once(uri, "x", "a", die)
-    logged = tracking._log_once(uri, "x", "b", finish)
-    assert tracking._log_once(uri, "x", "b", die) == logged
-    with closing(sqlite3.connect(project / "mlflow.db")) as store:
-        runs = store.execute("select status, lifecycle_stage from runs order by status").fetchall()
-    assert runs == [("FINISHED", "active"), ("KILLED", "deleted")]
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifact", killed)
+        with pytest.raises(KeyboardInterrupt):
+            log(project, "first")
+    log(project, "second")
+    with closing(sqlite3.connect(project / "mlflow.db")) as base:
+        runs = base.execute("select status, lifecycle_stage from runs").fetchall()
+    assert sorted(runs) == [("FINISHED", "active"), ("FINISHED", "active"), ("KILLED", "deleted")]
 
 
-def test_an_experiment_is_known_by_what_it_is() -> None:
-    same = Experiment(name="y", parameters={"a": 1}, manifests={}, timings={}, tags={"t": "1"})
-    other = Experiment(name="x", parameters={"a": 2}, manifests={}, timings={}, tags={})
-    told = Experiment(name="x", parameters={"a": 1, "report": 3}, manifests={}, timings={}, tags={})
-    assert EXPERIMENT.digest == same.digest == told.digest != other.digest
+def test_an_experiment_is_identified_by_parameters_and_results() -> None:
+    same = replace(EXPERIMENT, experiment="y", tags={"t": "1"}, parameters={"a": 1, "report": 3})
+    assert EXPERIMENT.digest == same.digest
+    assert EXPERIMENT.digest != replace(EXPERIMENT, parameters={"a": 2}).digest
