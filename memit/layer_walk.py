@@ -18,16 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memit.batches import planned
-from memit.forward import (
-    KeyValues,
-    Padded,
-    Recorder,
-    block_output,
-    can_resume,
-    mlp_at,
-    pad,
-    reading_keys,
-)
+from memit.forward.key_values import KeyValues, Recorder
+from memit.forward.passes import Padded, block_output, mlp_at, pad, reading_keys
+from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
 from memit.placement import solving_device
 from memit.positions import TokenRow

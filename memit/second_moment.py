@@ -22,7 +22,7 @@ from torch import Tensor
 from memit.batches import in_batches
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.files.atomic import write_whole
-from memit.forward import keys_of, pad
+from memit.forward.passes import keys_of, pad
 from memit.language_model import LanguageModel
 
 WINDOW = 256

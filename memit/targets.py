@@ -19,19 +19,17 @@ from torch import Tensor, nn
 from memit.batches import in_batches, release_memory
 from memit.errors import EditError, InputError, IntegrityError
 from memit.files.tensors import load_tensors, save_tensors
-from memit.forward import (
-    KeyValues,
+from memit.forward.key_values import KeyValues, Recorder
+from memit.forward.passes import (
     Padded,
-    Recorder,
     block_output,
-    can_resume,
     changing_module,
     logits_at,
     pad,
     reading_module,
-    reading_outputs,
     recomputing,
 )
+from memit.forward.probes import can_resume
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, locate, mark
@@ -424,20 +422,20 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
     last = torch.tensor([row.subject_last for row in rows], device=device)
     resumed = site.first < lm.depth and can_resume(lm)
     recorder = Recorder(lm, site.first) if resumed else None
-    entering = [site.first - 1] if resumed and site.first > 0 else []
     stop = lm.depth - 1 if resumed else site.layer
-    with reading_outputs(lm, entering) as outputs, reading_module(site.module(lm)) as said:
+    below = lm.blocks[max(0, site.first - 1)]
+    with reading_module(below) as entering, reading_module(site.module(lm)) as outputs:
         block_output(lm, padded, stop, recorder=recorder)
     plain = torch.tensor(first_row[:-1], device=device)
-    places = (plain * padded.ids.shape[1] + last[plain]).to(said[0].device)
-    hidden = said[0].reshape(-1, said[0].shape[-1])[places].float().to(device)
+    flat = (plain * padded.ids.shape[1] + last[plain]).to(outputs[0].device)
+    hidden = outputs[0].reshape(-1, outputs[0].shape[-1])[flat].float().to(device)
     offset = last if resumed else torch.zeros_like(last)
     target_row, target_column, target_id, target_weight = _scored(edits, device)
     batch = _Batch(
         padded=_from(padded, last) if resumed else padded,
         edit=torch.tensor([i for i, edit in enumerate(edits) for _ in edit.rows], device=device),
         column=last - offset,
-        hidden=_tails(outputs[entering[0]], last, padded) if entering else None,
+        hidden=_tails(entering[0], last, padded) if resumed and site.first > 0 else None,
         before=recorder.before(last) if recorder is not None else None,
         target_row=target_row,
         target_column=target_column - offset[target_row],

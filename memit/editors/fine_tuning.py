@@ -18,7 +18,8 @@ from torch import Tensor
 from memit.batches import planned
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError, NumericsError
-from memit.forward import Padded, block_output, can_resume, logits_at, pad
+from memit.forward.passes import Padded, block_output, logits_at, pad
+from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow
 from memit.requests import EditRequest

@@ -24,7 +24,7 @@ from memit.editors.teacher_forcing import Pair, mean_nll, pair_rows, row_means, 
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError
 from memit.files.reading import file_sha256
-from memit.forward import logits_at, pad
+from memit.forward.passes import logits_at, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow
 from memit.requests import EditRequest, Record

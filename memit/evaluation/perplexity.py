@@ -11,7 +11,7 @@ from torch import Tensor
 from memit.batches import in_batches
 from memit.errors import InputError
 from memit.evaluation.continuations import head_cost
-from memit.forward import logits_at, pad
+from memit.forward.passes import logits_at, pad
 from memit.language_model import LanguageModel
 from memit.placement import solving_device
 from memit.positions import open_ids

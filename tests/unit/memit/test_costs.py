@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.projection import tables
 from memit import costs
 from memit.costs import Lengths, Shape
-from memit.forward import can_resume
+from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
 from memit.second_moment import SecondMoment, collect_second_moments
 from memit.spread import solve, spread
