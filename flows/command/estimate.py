@@ -13,7 +13,7 @@ from rich.text import Text
 from flows.command.parameters import Parameters
 from flows.command.script import console
 from memit import costs
-from memit.costs import HELD_IN_MEMORY, Lengths
+from memit.costs import Lengths
 from memit.errors import MemitError
 from memit.hyperparameters import Hyperparameters
 from memit.positions import TokenRow
@@ -109,6 +109,8 @@ def estimate_edit(
     model: ModelReference,
 ) -> Estimate:
     """Time from the number of operations and the device's speed; memory and disk from shapes."""
+    from memit.layer_walk import HELD_IN_MEMORY
+
     shape = files.shape
     layers, last = hyperparameters.layers, hyperparameters.layers[-1]
     size = BYTES[model.dtype]

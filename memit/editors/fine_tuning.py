@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from memit.batches import planned
+from memit.batches import split_into_batches
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError, NumericsError
 from memit.forward.passes import Padded, block_output, logits_at, pad
@@ -106,7 +106,7 @@ class FineTuning(Editor):
         return [
             [
                 _chunk(lm, part, self.layer, self.loss)
-                for part in planned(
+                for part in split_into_batches(
                     rows[start : start + self.batch_size],
                     lambda row: (1, len(row.ids)),
                     token_budget,

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memit.batches import in_batches
+from memit.batches import run_in_batches
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.learning import Training, content_digest, run_training
 from memit.editors.mend_network import Factors, Matrix, MendNetwork
@@ -371,7 +371,7 @@ def mend_changes(
     def run(batch: Sequence[TokenRow]) -> dict[str, Factors]:
         return gradient_factors(lm, modules, batch)
 
-    for batch, factors in in_batches(rows, lambda row: (1, len(row.ids)), token_budget, run):
+    for batch, factors in run_in_batches(rows, lambda row: (1, len(row.ids)), token_budget, run):
         for name, found in factors.items():
             sums[name].add(network.update(name, found))
         if progress is not None:

@@ -15,14 +15,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from memit.batches import in_batches
+from memit.batches import run_in_batches
 from memit.errors import InputError
 from memit.forward.key_values import KeyValues, Recorder
 from memit.forward.passes import logits_at, pad
 from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
 from memit.positions import continuation_rows
-from memit.routing import taken_over
 
 LOGITS_AT_ONCE = 1 << 28
 """Most logits that one pass may give: 1 GiB in float32."""
@@ -92,15 +91,15 @@ def score_continuations(
     questions are newly finished. Raises `InputError` for a text longer than the model's context.
     """
     scores = _own_scores(lm, questions, token_budget, progress)
-    introduced = taken_over(lm, [question.prompt for question in questions])
-    if lm.router is not None and introduced:
+    routed = lm.routed([question.prompt for question in questions])
+    if lm.router is not None and routed:
         others = [
-            Question(f"{text} {questions[place].prompt}", questions[place].answers)
-            for place, text in introduced.items()
+            Question(f"{text} {questions[index].prompt}", questions[index].answers)
+            for index, text in routed.items()
         ]
         found = _own_scores(lm.router.substitute, others, token_budget, None)
-        for place, score in zip(introduced, found, strict=True):
-            scores[place] = score
+        for index, score in zip(routed, found, strict=True):
+            scores[index] = score
     return scores
 
 
@@ -122,7 +121,7 @@ def _own_scores(
     found: dict[Index, Score] = {}
     prompts = _prompts(lm, questions)
     for band in _bands(prompts, lambda prompt: prompt.length, token_budget // 4):
-        for batch, scores in in_batches(band, shape, token_budget, measure):
+        for batch, scores in run_in_batches(band, shape, token_budget, measure):
             wanted = [indices for prompt in batch for indices in prompt.answers.values()]
             for indices, score in zip(wanted, scores, strict=True):
                 found |= dict.fromkeys(indices, score)

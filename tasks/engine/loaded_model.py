@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memit.costs import Shape
 from memit.errors import InputError, IntegrityError, ResourceError
 from memit.files.reading import file_sha256, parse_json, read_text
+from memit.model_shape import ModelShape
 from tasks.engine.artifacts import Artifact, Value, cache_directory, describe, fetch_stored
 from tasks.engine.store import shared_store
 
@@ -52,9 +52,9 @@ class ModelFiles(Value):
     """Of a model trained here: share of its facts, in percent, that it answers (argmax)."""
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> ModelShape:
         """What its costs follow from."""
-        return Shape(self.layers, self.width, self.inner_width, self.parameters)
+        return ModelShape(self.layers, self.width, self.inner_width, self.parameters)
 
     @property
     def digest(self) -> str:
