@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from memit import costs
-from memit.costs import Lengths, Shape
+from memit.costs import Lengths
 from memit.hyperparameters import Hyperparameters, preset
+from memit.model_shape import ModelShape
 
 RATE = 300e12
 """Operations a second in bfloat16 that a device is assumed to sustain."""
@@ -29,9 +30,9 @@ MEMORY = 80e9
 """Bytes of a device."""
 
 MODELS = {
-    "gpt-j-6b": Shape(28, 4_096, 16_384, 6_050_882_784),
-    "gpt-neox-20b": Shape(44, 6_144, 24_576, 20_554_567_680),
-    "llama-70b": Shape(80, 8_192, 28_672, 70_553_706_496),
+    "gpt-j-6b": ModelShape(28, 4_096, 16_384, 6_050_882_784),
+    "gpt-neox-20b": ModelShape(44, 6_144, 24_576, 20_554_567_680),
+    "llama-70b": ModelShape(80, 8_192, 28_672, 70_553_706_496),
 }
 """From the published configurations; the last one is Llama's of 70 billion parameters."""
 
@@ -134,7 +135,7 @@ def _seconds(name: str, n: float) -> dict[str, float]:
     return seconds | {"solve": len(layers) * costs.solve_operations(shape, n) / RATE_FLOAT64}
 
 
-def _room(shape: Shape) -> float:
+def _room(shape: ModelShape) -> float:
     """Bytes left on the fullest device beside weights, shared by as few as can, and equations."""
     needed = 2 * shape.parameters + costs.solve_bytes(shape)
     devices = -(-needed // MEMORY)

@@ -11,9 +11,9 @@ from typing import TypeVar
 
 import torch
 
-from memit.costs import Shape
 from memit.errors import ResourceError
-from memit.placement import ROOM
+from memit.model_shape import ModelShape
+from memit.placement import WEIGHT_SHARE
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def auto_token_budget(
-    shape: Shape, size: int, device: str, *, trained_blocks: int | None = None
+    model: ModelShape, size: int, device: str, *, trained_blocks: int | None = None
 ) -> int:
     """Padded tokens at a time, a power of two: on a GPU what its free memory holds, on a CPU what
-    was measured to be fastest. It needs no model in memory, and is the same with and without.
+    was measured to be fastest. It is the same before and after the model is loaded.
 
     `size` is the bytes of a number, `device` what `load_model` takes, and `trained_blocks` how many
     blocks keep activations for a backward pass of an edit; None where nothing is edited.
@@ -43,10 +43,12 @@ def auto_token_budget(
     cards = _cards(device)
     if not cards:
         return CPU_TOKENS if trained_blocks is None else CPU_TOKENS_OF_EDITS
-    wide = 6 * shape.width + 2 * shape.inner_width
-    per_token = size * (4 * wide + (2 * wide + 10 * shape.width) * (trained_blocks or 0))
+    wide = 6 * model.width + 2 * model.inner_width
+    per_token = size * (4 * wide + (2 * wide + 10 * model.width) * (trained_blocks or 0))
     room = min(_measured_room(card) for card in cards)
-    room -= min(size * shape.parameters, int(ROOM * room))  # what is sharded leaves so much free
+    room -= min(
+        size * model.parameters, int(WEIGHT_SHARE * room)
+    )  # what is sharded leaves so much free
     tokens = max(256, min(GPU_TOKENS, int(MEMORY_SHARE * room / per_token)))
     return 1 << (tokens.bit_length() - 1)
 
@@ -62,13 +64,13 @@ def _cards(device: str) -> Sequence[int]:
 
 @cache
 def _measured_room(card: int) -> int:
-    """Bytes that this process has or can get, in eighths of the card, so that trifles do not change
-    the budget; measured once, before workers of this process have taken their share."""
+    """Bytes that this process has or can get, in eighths of the card, so that small differences do
+    not change the budget; measured once, before workers of this process have taken their share."""
     free, total = torch.cuda.mem_get_info(card)
     return round(8 * (free + torch.cuda.memory_reserved(card)) / total) * total // 8
 
 
-def in_batches(
+def run_in_batches(
     items: Sequence[Item],
     shape: Callable[[Item], tuple[int, int]],
     token_budget: int,
@@ -82,8 +84,7 @@ def in_batches(
     """
     start, budget = 0, token_budget
     while start < len(items):
-        stop = _batch_end(items, shape, budget, start)
-        batch = items[start:stop]
+        batch = items[start : _batch_end(items, shape, budget, start)]
         try:
             result = run(batch)
         except torch.OutOfMemoryError as error:
@@ -92,42 +93,36 @@ def in_batches(
                     "the device's memory does not hold one item; use a smaller dtype, a larger "
                     "device, or spread the model over several."
                 ) from error
-            budget = max(1, _cost(batch, shape) // 2)
+            shapes = [shape(item) for item in batch]
+            used = sum(rows for rows, _ in shapes) * max(length for _, length in shapes)
+            budget = max(1, used // 2)
         else:
             yield batch, result
-            start = stop
+            start += len(batch)
             continue
-        # Only here has the failed batch let go of its memory.
+        # Outside the except clause, whose traceback keeps the failed batch's tensors alive.
         torch.cuda.empty_cache()
-        logger.warning("out of memory: going on with %d tokens at a time", budget)
+        logger.warning("out of memory: continuing with %d tokens at a time", budget)
 
 
 def release_memory() -> None:
-    """Give memory that was freed back to the system, where the C library is glibc.
-
-    Its heap keeps what lies below any small block that is still used, and of many evaluations with
-    tensors of ever other sizes it keeps more with every batch.
-    """
+    """Return freed memory to the system, where the C library is glibc: its heap keeps whatever is
+    below a block in use, and tensors of changing sizes make it grow with every batch."""
     trim = getattr(_C_LIBRARY, "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-def planned(
+def split_into_batches(
     items: Sequence[Item], shape: Callable[[Item], tuple[int, int]], token_budget: int
 ) -> list[Sequence[Item]]:
-    """The batches of consecutive items that `in_batches` makes as long as memory suffices."""
+    """The batches of consecutive items that `run_in_batches` makes while memory suffices."""
     batches, start = [], 0
     while start < len(items):
         stop = _batch_end(items, shape, token_budget, start)
         batches.append(items[start:stop])
         start = stop
     return batches
-
-
-def _cost(items: Sequence[Item], shape: Callable[[Item], tuple[int, int]]) -> int:
-    shapes = [shape(item) for item in items]
-    return sum(rows for rows, _ in shapes) * max(length for _, length in shapes)
 
 
 def _batch_end(

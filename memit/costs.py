@@ -1,4 +1,4 @@
-"""What an edit of n facts takes: operations, bytes held, bytes written. See ``docs/scaling.md``.
+"""What an edit of n facts takes: operations, bytes held, bytes written. See `docs/scaling.md`.
 
 Counted, not measured: a multiplication with an addition is two operations, attention over so few
 tokens is left out, and a backward pass that wants no gradient of weights costs what a forward pass
@@ -9,28 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memit.model_shape import ModelShape
+
 ROWS = 6
 """Rows of an edit: the plain prompt and five with prefixes."""
-HELD_IN_MEMORY = 1 << 32
-"""Bytes of hidden states that wait in memory between layers; the rest waits on disk."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model, as far as its cost goes."""
-
-    depth: int
-    """Blocks."""
-    width: int
-    """d, of the hidden states."""
-    inner_width: int
-    """f, of the keys."""
-    parameters: int
-
-    @property
-    def block(self) -> float:
-        """Parameters of a block."""
-        return self.parameters / self.depth
 
 
 @dataclass(frozen=True)
@@ -43,23 +25,25 @@ class Lengths:
     """From there to the end of the new object."""
 
 
-def statistics_operations(shape: Shape, layers: tuple[int, ...], tokens: float) -> float:
+def statistics_operations(shape: ModelShape, layers: tuple[int, ...], tokens: float) -> float:
     """Blocks up to the last edited layer, and half of k kᵀ for each edited one."""
     f = shape.inner_width
     return tokens * (2 * shape.block * (layers[-1] + 1) + len(layers) * f**2)
 
 
 def targets_operations(
-    shape: Shape, last: int, evaluations: int, n: float, lengths: Lengths
+    shape: ModelShape, last: int, evaluations: int, n: float, lengths: Lengths
 ) -> float:
     """One pass through everything; then, for each evaluation, the tokens from the subject's last
-    on through the blocks above ``last``, forward and backward."""
+    on through the blocks above `last`, forward and backward."""
     whole = 2 * shape.parameters * (lengths.before + lengths.after)
     again = 4 * shape.block * (shape.depth - last - 1) * lengths.after
     return n * ROWS * (whole + evaluations * again)
 
 
-def walk_operations(shape: Shape, layers: tuple[int, ...], n: float, lengths: Lengths) -> float:
+def walk_operations(
+    shape: ModelShape, layers: tuple[int, ...], n: float, lengths: Lengths
+) -> float:
     """Every row once through the blocks up to the last layer and once more through the edited
     ones; plain rows also from each edited layer to the last one."""
     last = layers[-1]
@@ -67,7 +51,7 @@ def walk_operations(shape: Shape, layers: tuple[int, ...], n: float, lengths: Le
     return n * 2 * shape.block * lengths.before * blocks
 
 
-def solve_operations(shape: Shape, n: float) -> float:
+def solve_operations(shape: ModelShape, n: float) -> float:
     """The closed form for one layer, in float64."""
     f, d = shape.inner_width, shape.width
     if is_low_rank(shape, n):
@@ -75,42 +59,42 @@ def solve_operations(shape: Shape, n: float) -> float:
     return f**3 / 3 + 2 * n * f**2 + 2 * min(n, d) * f**2 + 2 * n * d * f
 
 
-def evaluation_operations(shape: Shape, prompts: float, tokens: float) -> float:
+def evaluation_operations(shape: ModelShape, prompts: float, tokens: float) -> float:
     """Every prompt once on the unedited and once on the edited model."""
     return 2 * prompts * 2 * shape.parameters * tokens
 
 
-def is_low_rank(shape: Shape, n: float) -> bool:
+def is_low_rank(shape: ModelShape, n: float) -> bool:
     """Whether factors of Δ are smaller than Δ, and are what is kept."""
     return n * (shape.width + shape.inner_width) < shape.width * shape.inner_width
 
 
-def moment_bytes(shape: Shape) -> float:
+def moment_bytes(shape: ModelShape) -> float:
     """A layer's second moment, as it is stored (float32)."""
     return 4.0 * shape.inner_width**2
 
 
-def solve_bytes(shape: Shape) -> float:
+def solve_bytes(shape: ModelShape) -> float:
     """A layer's equations: C, its sum with K Kᵀ, and the factor (float64)."""
     return 3 * 8.0 * shape.inner_width**2
 
 
-def keys_bytes(shape: Shape, n: float) -> float:
+def keys_bytes(shape: ModelShape, n: float) -> float:
     """Keys, targets, hidden states and residuals of a layer (float64)."""
     return 8.0 * n * (shape.inner_width + 3 * shape.width)
 
 
-def held_bytes(shape: Shape, n: float, lengths: Lengths, size: int) -> float:
-    """Hidden states that wait between layers; ``size`` is that of a number."""
+def held_bytes(shape: ModelShape, n: float, lengths: Lengths, size: int) -> float:
+    """Hidden states that wait between layers; `size` is that of a number."""
     return float(size) * n * ROWS * lengths.before * shape.width
 
 
-def delta_bytes(shape: Shape, n: float) -> float:
+def delta_bytes(shape: ModelShape, n: float) -> float:
     """A layer's Δ, as factors or whole (float32)."""
     f, d = shape.inner_width, shape.width
     return 4.0 * (n * (f + d) if is_low_rank(shape, n) else f * d)
 
 
-def targets_bytes(shape: Shape, n: float, evaluations: int) -> float:
+def targets_bytes(shape: ModelShape, n: float, evaluations: int) -> float:
     """z, h and the losses (float32)."""
     return 4.0 * n * (2 * shape.width + evaluations)

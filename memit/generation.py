@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from memit.batches import in_batches
+from memit.batches import run_in_batches
 from memit.errors import InputError
 from memit.language_model import LanguageModel
 from memit.positions import open_ids
-from memit.routing import taken_over
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,16 @@ def generate_texts(
         _check_length(lm, prompt, len(ids), more)
         texts.append(_Text(index, ids, more, _text_seed(seed, number, prompt)))
     written = _write_all(lm, texts, top_k, token_budget, whole, progress)
-    introduced = taken_over(lm, prompts)
-    if lm.router is not None and introduced:
+    routed = lm.routed(prompts)
+    if lm.router is not None and routed:
         substitute = lm.router.substitute
         others = []
-        for index, introduction in introduced.items():
+        for index, introduction in routed.items():
             (ids,) = open_ids(substitute.tokenizer, [f"{introduction} {prompts[index]}"])
             _check_length(substitute, prompts[index], len(ids), texts[index].new_tokens)
             others.append(replace(texts[index], ids=ids))
         for index, text in _write_all(substitute, others, top_k, token_budget, whole, None).items():
-            written[index] = text.removeprefix(introduced[index]).lstrip()
+            written[index] = text.removeprefix(routed[index]).lstrip()
     return [written[index] for index in range(len(prompts))]
 
 
@@ -103,7 +102,9 @@ def _write_all(
     texts = sorted(texts, key=lambda text: (text.new_tokens, len(text.ids)))
     written = {}
     with _own_settings(lm):
-        for batch, found in in_batches(texts, _shape, token_budget, lambda b: _write(lm, b, top_k)):
+        for batch, found in run_in_batches(
+            texts, _shape, token_budget, lambda b: _write(lm, b, top_k)
+        ):
             for text, ids in zip(batch, found, strict=True):
                 prompt = "" if whole else _decode(lm, text.ids)
                 written[text.index] = _decode(lm, ids).removeprefix(prompt)

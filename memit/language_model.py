@@ -1,6 +1,6 @@
-"""A causal language model together with the places where MEMIT reads and writes it.
+"""A causal language model with its tokenizer, its blocks and their down-projections.
 
-The blocks and their down-projections are found by structure: no table of module names per family.
+Blocks and down-projections are found by structure: no table of module names per family.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from memit.costs import Shape
 from memit.errors import (
     InputError,
     IntegrityError,
@@ -29,13 +30,11 @@ from memit.errors import (
     NumericsError,
     UnreachableError,
 )
+from memit.model_shape import ModelShape
 from memit.placement import device_map, device_of, is_offloaded, read_weight, write_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from memit.routing import Router
-    from memit.weight_delta import AppliedDelta
 
 DTYPES = {
     "float32": torch.float32,
@@ -43,7 +42,33 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-"""Numbers that a forward pass runs in; tf32 is float32 with TF32 products on the GPU."""
+"""Number formats of a forward pass; tf32 is float32 with TF32 products on the GPU."""
+
+
+@dataclass(frozen=True)
+class AppliedEdit:
+    """An edit that is in a model's weights, and the weights before it."""
+
+    delta: Any
+    """The `WeightDelta` that was applied."""
+    base: Mapping[str, Tensor]
+    """The parameters before (in the model's dtype, on the CPU)."""
+    digests: Mapping[str, str]
+    """Their digests."""
+
+
+class Router(Protocol):
+    """Decides for each prompt whether another model answers it: an edit without changed weights."""
+
+    @property
+    def substitute(self) -> LanguageModel:
+        """The model that answers routed prompts."""
+        ...
+
+    def introductions(self, prompts: Sequence[str]) -> list[str | None]:
+        """For each prompt the text that the substitute must read before it, or None where the model
+        answers itself."""
+        ...
 
 
 class LanguageModel:
@@ -59,7 +84,8 @@ class LanguageModel:
     ):
         """Freeze `model` and locate its parts.
 
-        Raises `ModelStructureError` if it is not a decoder-only stack of blocks with a head.
+        Raises:
+            ModelStructureError: it is not a decoder-only stack of blocks with a head.
         """
         model.eval().requires_grad_(False)
         _fuse_activations(model)
@@ -73,12 +99,11 @@ class LanguageModel:
         """The commit of the hub repository, if it came from there."""
         self.blocks = _find_blocks(model)
         """The decoder blocks, in order."""
-        self.applied: list[AppliedDelta] = []
-        """Deltas that stand in the weights now, oldest first."""
+        self.applied: list[AppliedEdit] = []
+        """Edits that are in the weights now, oldest first."""
         self.router: Router | None = None
-        """What answers some prompts in its place, if an edit put something there."""
+        """Routes some prompts to another model, if an edit set it."""
         self._down_projections: dict[int, nn.Module] = {}
-        self._mlps: dict[int, nn.Module | None] = {}
         self.head = _find_head(model)
         """The module that turns final hidden states into logits."""
 
@@ -98,14 +123,14 @@ class LanguageModel:
         return _fan_in(self.down_projection(next(iter(self.editable_layers), 0)))
 
     @property
-    def shape(self) -> Shape:
-        """What its costs follow from."""
+    def shape(self) -> ModelShape:
+        """Its dimensions."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return Shape(self.depth, self.width, self.inner_width, parameters)
+        return ModelShape(self.depth, self.width, self.inner_width, parameters)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids must be put."""
+        """The device of token ids."""
         return device_of(cast(nn.Module, self.model.get_input_embeddings()))
 
     @property
@@ -121,13 +146,19 @@ class LanguageModel:
         return int(next((length for n in names if (length := getattr(config, n, None))), 2048))
 
     def check_room(self, ids: Sequence[int], what: str, more: int = 0) -> None:
-        """Raise `InputError` for a row of tokens, the last of which is never an input, that is too
-        long if `more` come to it, or has one that the model does not know."""
+        """Check that a row of tokens fits the context and the vocabulary.
+
+        The last token is never an input; `more` tokens will be added.
+
+        Raises:
+            InputError: the row is too long, or has a token that the model does not know.
+        """
         known = cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
-        if len(ids) - 1 + more > self.context_length:
+        length = len(ids) - 1 + more
+        if length > self.context_length:
             raise InputError(
-                f"{what} comes to {len(ids) - 1 + more} tokens, and {self.name} takes "
-                f"{self.context_length}: shorten or remove it."
+                f"{what} has {length} tokens, and {self.name} takes {self.context_length}: shorten "
+                "or remove it."
             )
         if max(ids) >= known:
             raise InputError(
@@ -135,9 +166,24 @@ class LanguageModel:
                 "it belongs to another model."
             )
 
+    def routed(self, prompts: Sequence[str]) -> dict[int, str]:
+        """Indices of the prompts that the router takes, with the text to put before each.
+
+        This model still answers all prompts, in its usual batches, and the substitute's answers
+        replace those of routed ones: so an edit leaves other answers equal to the last bit.
+        """
+        if self.router is None or not prompts:
+            return {}
+        found = enumerate(self.router.introductions(prompts))
+        return {index: text for index, text in found if text is not None}
+
     def check_layers(self, layers: tuple[int, ...]) -> None:
-        """Raise `InputError` for a layer that does not exist and `ModelStructureError` for one
-        without a down-projection."""
+        """Check that layers can be edited.
+
+        Raises:
+            InputError: a layer does not exist.
+            ModelStructureError: a layer has no down-projection.
+        """
         for layer in layers:
             self.down_projection(layer)
 
@@ -168,8 +214,8 @@ class LanguageModel:
         return tuple(layer for layer, one in enumerate(found) if not isinstance(one, str))
 
     def mlp_projections(self, layer: int) -> dict[str, nn.Module]:
-        """All linear modules of block `layer`'s MLP by the names of their weights: the one or more
-        that lead into the wider space, then W_out."""
+        """All linear modules of block `layer`'s MLP by the names of their weights: the projections
+        up, one or more, then W_out."""
         down = self.down_projection(layer)
         up = [
             module
@@ -182,11 +228,6 @@ class LanguageModel:
     def mlp(self, layer: int) -> nn.Module | None:
         """The module of a block that maps hidden states to its MLP's output, if there is one that
         does nothing else."""
-        if layer not in self._mlps:
-            self._mlps[layer] = self._find_mlp(layer)
-        return self._mlps[layer]
-
-    def _find_mlp(self, layer: int) -> nn.Module | None:
         block = self.blocks[layer]
         try:
             down = self.down_projection(layer)
@@ -198,7 +239,7 @@ class LanguageModel:
         return parent if parent is not block and takes_hidden_alone else None
 
     def weight(self, layer: int) -> Tensor:
-        """W_out as d × f, whichever way it is stored; read it, and write with `set_weight`."""
+        """W_out as d × f, whichever way it is stored; only for reading, see `set_weight`."""
         weight = read_weight(self.down_projection(layer), "weight")
         return weight.T if self.is_transposed(layer) else weight
 
@@ -208,12 +249,12 @@ class LanguageModel:
         write_weight(self.down_projection(layer), "weight", kept)
 
     def block_device(self, layer: int) -> torch.device:
-        """Where block `layer` computes."""
+        """The device that block `layer` computes on."""
         return device_of(self.down_projection(layer))
 
     @cached_property
     def is_offloaded(self) -> bool:
-        """Whether some weights wait in memory or on disk until their block runs."""
+        """Whether some weights are in memory or on disk until their block runs."""
         return is_offloaded(self.model)
 
     def weight_name(self, layer: int) -> str:
@@ -226,14 +267,22 @@ class LanguageModel:
         return isinstance(self.down_projection(layer), Conv1D)
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter as it is kept; raises `InputError` if the model has none of that name."""
-        return read_weight(*self._place(name))
+        """A parameter in the model's orientation.
+
+        Raises:
+            InputError: the model has no parameter of that name.
+        """
+        return read_weight(*self._owner(name))
 
     def set_parameter(self, name: str, value: Tensor) -> None:
-        """Write a parameter, rounded to its dtype; raises `InputError` if there is none."""
-        write_weight(*self._place(name), value)
+        """Write a parameter, rounded to its dtype.
 
-    def _place(self, name: str) -> tuple[nn.Module, str]:
+        Raises:
+            InputError: the model has no parameter of that name.
+        """
+        write_weight(*self._owner(name), value)
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
         """The module that a parameter belongs to, and its name there."""
         path, _, part = name.rpartition(".")
         try:
@@ -253,14 +302,17 @@ def load_model(
 ) -> LanguageModel:
     """Load a model and its tokenizer from the hub or from a directory.
 
-    `dtype` is one of `DTYPES`, never the checkpoint's own choice. `device` is a torch
-    device, `auto` (a GPU if there is one) or `sharded` (spread over devices by accelerate), where
-    `room` limits the bytes of weights on each GPU and on the `cpu`; None measures what is free.
-    Only safetensors weights are read and no code from the repository is run. Raises `InputError`,
-    `IntegrityError` or `UnreachableError`.
-    """
-    from transformers import AutoModelForCausalLM
+    `dtype` is one of `DTYPES`, never the checkpoint's own choice. `device` is a torch device,
+    `auto` (a GPU if there is one) or `sharded` (spread over devices by accelerate), where `room`
+    limits the bytes of weights on each GPU and on the `cpu`; None measures the free memory. Only
+    safetensors weights are read and no code from the repository is run.
 
+    Raises:
+        InputError: the source is no causal language model, or a setting is not known.
+        IntegrityError: weights are missing or damaged.
+        NumericsError: a weight or a logit is not finite.
+        UnreachableError: the hub does not give the model.
+    """
     if dtype not in DTYPES:
         raise InputError(f"dtype '{dtype}' is not known; use one of {', '.join(DTYPES)}.")
     name = os.path.expanduser(source)
@@ -307,11 +359,11 @@ def read_description(
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The configuration and the tokenizer of a model; no code from its repository is run.
 
-    Raises `InputError` for what is no model or a quantised one, `ModelStructureError` for an
-    encoder-decoder, `UnreachableError` for what the hub does not give.
+    Raises:
+        InputError: the source is no model, or a quantised one.
+        ModelStructureError: it is an encoder-decoder.
+        UnreachableError: the hub does not give it.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     if os.path.isdir(source):
         _check_directory(Path(source))
     with reading("config.json", source):
@@ -329,7 +381,7 @@ def read_description(
 
 @contextmanager
 def reading(part: str, source: str | Path) -> Iterator[None]:
-    """One sentence for whatever is raised meanwhile: a model can be wrong in countless ways."""
+    """Turn any error of loading `part` of a model into one of this project's."""
     try:
         yield
     except (MemitError, torch.OutOfMemoryError):
@@ -340,13 +392,13 @@ def reading(part: str, source: str | Path) -> Iterator[None]:
             raise IntegrityError(
                 f"the weights in {source} are damaged ({reason}); fetch or export them again."
             ) from error
-        sentence = (
+        message = (
             f"{source} does not hold a causal language model that can be loaded: its {part} cannot "
             f"be used ({reason}); code of its own is not run"
         )
         if os.path.isdir(source):
-            raise InputError(f"{sentence}.") from error
-        raise UnreachableError(f"{sentence}; check name, revision and network.") from error
+            raise InputError(f"{message}.") from error
+        raise UnreachableError(f"{message}; check name, revision and network.") from error
 
 
 def _check_directory(directory: Path) -> None:
@@ -376,7 +428,7 @@ def _check_config(config: PreTrainedConfig, name: str) -> None:
 
 @torch.no_grad()
 def _check_finite(lm: LanguageModel) -> None:
-    """Raise `NumericsError` if a weight, or what the model says of a short text, is not finite."""
+    """Raise `NumericsError` if a weight, or a logit for a short text, is not finite."""
     held = {name: w for name, w in lm.model.named_parameters() if w.numel() and not w.is_meta}
     broken = next((name for name, weight in held.items() if not _is_finite(weight)), None)
     if broken is None:
@@ -387,18 +439,18 @@ def _check_finite(lm: LanguageModel) -> None:
             return
     is_short = lm.dtype == torch.float16
     way_out = "load it in bfloat16 or float32" if is_short else "fetch or export its weights again"
-    what = broken or "what it says of a short text"
-    raise NumericsError(f"{lm.name} is not to be used, as {what} is not finite: {way_out}.")
+    what = broken or "its output for a short text"
+    raise NumericsError(f"{lm.name} cannot be used: {what} is not finite; {way_out}.")
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Asked of its extremes, which NaN would be: many times as fast as asking every number."""
+    """Only the extremes are tested, which NaN would be: many times as fast as every number."""
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _fuse_activations(model: PreTrainedModel) -> None:
-    """Compute GPT-2's and GPT-J's activation at once: the library spells it as eight operations,
-    which cost as much as the matrix products around them."""
+    """Compute GPT-2's and GPT-J's activation in one kernel: the library's eight operations cost as
+    much as the matrix products around them."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -446,8 +498,8 @@ def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _find_down_projection(block: nn.Module, width: int) -> nn.Module | str:
-    """The one linear module outside attention that leads from a wider space back to the hidden
-    size, in a block that also has one that leads there; or what was found in its place."""
+    """The only linear module outside attention that maps another width to the hidden size, in a
+    block that also has the way up; or the words for the error that tells what was found."""
     names = " ".join(f"{name} {type(part).__name__}" for name, part in block.named_modules())
     if re.search("expert|router", names, re.IGNORECASE):
         return "experts were"

@@ -1,8 +1,8 @@
-"""Walking the layers once with held hidden states.
+"""Keys and residuals layer by layer, from stored hidden states (Algorithm 1, lines 6-10).
 
-Every row's hidden states in front of the present block are held, so that a layer costs one run of
-its block before the update (for the keys), one after it, and for the plain rows the blocks between
-it and L; never a forward pass from the start. Tokens that all edits begin with (the sampled
+The hidden states that enter the current block are stored for every row, so that a layer costs one
+run of its block before the update (for the keys), one after it, and for the plain rows the blocks
+between it and L; never a forward pass from the start. Tokens that all edits begin with (the sampled
 prefixes, a beginning-of-sequence token) are run once for all of them.
 """
 
@@ -17,34 +17,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memit.batches import planned
-from memit.forward import (
-    KeyValues,
-    Padded,
-    Recorder,
-    block_output,
-    can_resume,
-    mlp_at,
-    pad,
-    reading_keys,
-)
+from memit.batches import split_into_batches
+from memit.forward.key_values import KeyValues, Recorder
+from memit.forward.passes import Padded, block_output, mlp_at, pad, reading_keys
+from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
 from memit.placement import solving_device
 from memit.positions import TokenRow
 from memit.targets import EditRows
+
+HELD_IN_MEMORY = 1 << 32
+"""Bytes of hidden states that are kept in memory between layers; the rest is written to disk."""
 
 
 class HeldStates:
     """Hidden states of batches between layers: in memory up to a limit, the rest on disk."""
 
     def __init__(self, limit: int, directory: Path):
-        """Hold at most `limit` bytes in memory and the rest in files of `directory`."""
+        """Keep at most `limit` bytes in memory and the rest in files of `directory`."""
         self.limit = limit
         self.directory = directory
         self.in_memory: dict[int, Tensor] = {}
 
     def put(self, index: int, hidden: Tensor) -> None:
-        """Keep the states of a batch in the place of what was kept of it."""
+        """Store the states of a batch, replacing its earlier ones."""
         hidden = hidden.cpu()
         self.in_memory.pop(index, None)
         used = sum(part.nbytes for part in self.in_memory.values())
@@ -54,7 +50,7 @@ class HeldStates:
             save_file({"hidden": hidden.contiguous()}, self.directory / str(index))
 
     def get(self, index: int) -> Tensor:
-        """What was put last."""
+        """The stored states of a batch."""
         if index in self.in_memory:
             return self.in_memory[index]
         return load_file(self.directory / str(index))["hidden"]
@@ -62,36 +58,27 @@ class HeldStates:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a batch of edits: what stands between their shared beginning and the subject's
-    last token, that one included."""
+    """The rows of a batch of edits, from the end of their shared beginning to the subject's last
+    token."""
 
     edits: Tensor
-    """Which edits these are (b)."""
+    """Indices of the edits (b)."""
     padded: Padded
     """b plain rows, then the prefixed rows edit by edit."""
     last: Tensor
     """Column of the subject's last token (rows)."""
     kind: Tensor
-    """Which shared beginning stands before a row: 0 for plain, then one for each prefix (rows)."""
+    """Which shared beginning precedes a row: 0 for plain, then one for each prefix (rows)."""
 
     @property
-    def subject_places(self) -> Tensor:
-        """The subjects' last tokens among all positions, row by row (rows)."""
+    def at_subject(self) -> Tensor:
+        """Positions of the subjects' last tokens, counted over rows × tokens (rows)."""
         count, length = self.padded.ids.shape
         return torch.arange(count, device=self.last.device) * length + self.last
 
-    def read_places(self, *, whole: bool) -> Tensor:
-        """Where keys or outputs are read, ascending: the subjects' last tokens, and for `whole`
-        plain rows all of their positions."""
-        if not whole:
-            return self.subject_places
-        plain = len(self.edits) * self.padded.ids.shape[1]
-        prefixed = self.subject_places[len(self.edits) :]
-        return torch.cat([torch.arange(plain, device=prefixed.device), prefixed])
-
 
 class Walk:
-    """Holds what enters the present block for every row of every edit."""
+    """A position between two blocks, with the hidden states of every row of every edit there."""
 
     def __init__(
         self,
@@ -101,15 +88,16 @@ class Walk:
         token_budget: int,
         held: HeldStates,
     ):
-        """Stand in front of block 0 with the rows of `edits`; residuals are measured at the output
-        of block `top`."""
+        """Start at the input of block 0 with the rows of `edits`; residuals are measured at the
+        output of block `top`."""
         self.lm = lm
         self.top = top
         self.held = held
         self.block = 0
-        """The block that the held states enter; for block 0 that is the tokens themselves."""
+        """The current block, which the stored states enter; block 0 takes the tokens themselves."""
         self.resumes = can_resume(lm)
-        shared = _shared_beginnings(edits) if self.resumes else [()] * len(_kinds(edits[0]))
+        kinds = list(zip(*((edit.plain, *edit.prefixed) for edit in edits), strict=True))
+        shared = [_common_beginning(rows) if self.resumes else () for rows in kinds]
         self.lengths = torch.tensor([len(ids) for ids in shared], device=lm.device)
         self.shared = pad([ids or (0,) for ids in shared], lm.device)
         self.shared_states: Tensor | None = None
@@ -117,10 +105,8 @@ class Walk:
 
     @torch.no_grad()
     def advance(self, block: int) -> None:
-        """Go on to the input of `block`, through the blocks as they now are."""
-        if block == self.block:
-            return
-        if self.resumes:
+        """Continue to the input of `block`, through the blocks' current weights."""
+        if self.resumes and block != self.block:
             shared, before = self._run_shared(block - 1)
             for index in range(len(self.batches)):
                 self.held.put(index, self._run(index, block - 1, before))
@@ -129,7 +115,8 @@ class Walk:
 
     @torch.no_grad()
     def read(self, key_average: str) -> tuple[Tensor, Tensor]:
-        """Averaged keys of the present block (f × n), and h_i at block L (d × n), float64."""
+        """K, one averaged key an edit, of the current block (f × n), and h_i at block L (d × n);
+        both float64."""
         _, before = self._run_shared(self.top)
         keys, hidden = [], []
         for index, rows in enumerate(self.batches):
@@ -139,20 +126,25 @@ class Walk:
         return self._in_order(keys), self._in_order(hidden)
 
     def _read_batch(self, index: int, before: KeyValues | None) -> tuple[Tensor, Tensor]:
-        """Keys of a batch at the subjects' last tokens (rows × f), and the present block's output,
-        which is that of plain rows only: the MLP is run where one of the two is read."""
+        """Keys of a batch at the subjects' last tokens (rows × f), and the current block's output,
+        of which only the plain rows are valid (rows × tokens × d)."""
         rows = self.batches[index]
-        places = rows.read_places(whole=self.block < self.top)
         length = rows.padded.ids.shape[1]
+        # Positions where the MLP runs, ascending: the subjects' last tokens, for the keys; of plain
+        # rows also the others, unless this block is L, since blocks up to L attend to them.
+        read = at_subject = rows.at_subject
+        if self.block < self.top:
+            plain = torch.arange(len(rows.edits) * length, device=read.device)
+            read = torch.cat([plain, at_subject[len(rows.edits) :]])
         with (
-            mlp_at(self.lm, self.block, places // length, places % length) as there_only,
+            mlp_at(self.lm, self.block, read // length, read % length) as chosen,
             reading_keys(self.lm, [self.block]) as found,
         ):
             output = self._run(index, self.block, before)
         keys = found[self.block]
-        at_subject = rows.subject_places
-        if there_only:
-            at_subject = torch.searchsorted(places, at_subject)
+        # Keys come for the chosen positions only, or for all where the MLP had to run whole.
+        if chosen:
+            at_subject = torch.searchsorted(read, at_subject)
         return keys[at_subject.to(keys.device)], output
 
     @torch.no_grad()
@@ -166,7 +158,7 @@ class Walk:
         return self._in_order(hidden)
 
     def _run_shared(self, stop: int) -> tuple[Tensor | None, KeyValues | None]:
-        """The shared beginnings' output of block `stop`, and their keys and values on the way."""
+        """The shared beginnings' output of block `stop`, and their keys and values up to there."""
         if not self.resumes:
             return None, None
         recorder = Recorder(self.lm, self.block)
@@ -193,10 +185,10 @@ class Walk:
         return block_output(self.lm, padded, stop, start=self.block, hidden=hidden, before=kept)
 
     def _hidden(self, rows: _Rows, output: Tensor, before: KeyValues | None) -> Tensor:
-        """h_i of a batch (b × d) from the present block's output, by its plain rows alone."""
+        """h_i of a batch (b × d) from the current block's output, by its plain rows alone."""
         plain = slice(0, len(rows.edits))
         last = rows.last[plain]
-        length = int(last.max()) + 1
+        length = int(last.max()) + 1  # prefixed rows may be longer
         padded = Padded(rows.padded.ids[plain, :length], rows.padded.mask[plain, :length])
         top = output[plain, :length]
         if self.block < self.top and before is None:
@@ -215,19 +207,10 @@ class Walk:
         return whole[edits.argsort().to(whole.device)].T
 
 
-def _kinds(edit: EditRows) -> list[TokenRow]:
-    return [edit.plain, *edit.prefixed]
-
-
-def _shared_beginnings(edits: Sequence[EditRows]) -> list[tuple[int, ...]]:
-    """What the rows of each kind begin with in all edits, without the subject's last token."""
-    by_kind = zip(*(_kinds(edit) for edit in edits), strict=True)
-    return [_common([row.ids[: row.subject_last] for row in rows]) for rows in by_kind]
-
-
-def _common(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The longest beginning of all rows; that of the first and the last in order is one of all."""
-    first, last = min(rows), max(rows)
+def _common_beginning(rows: Sequence[TokenRow]) -> tuple[int, ...]:
+    """The longest common beginning of the rows, without their subjects' last tokens."""
+    ids = [row.ids[: row.subject_last] for row in rows]
+    first, last = min(ids), max(ids)  # in lexical order: what these two share, all share
     same = (a == b for a, b in zip(first, last, strict=False))
     return first[: sum(takewhile(bool, same))]
 
@@ -238,14 +221,15 @@ def _batches(
     shared: Sequence[tuple[int, ...]],
     token_budget: int,
 ) -> list[_Rows]:
-    order = sorted(range(len(edits)), key=lambda index: _shape(edits[index])[::-1])
-    batches = planned(order, lambda index: _shape(edits[index]), token_budget)
+    """Edits of about one length together, each row without its shared beginning."""
+
+    def shape(index: int) -> tuple[int, int]:
+        rows = (edits[index].plain, *edits[index].prefixed)
+        return len(rows), max(row.subject_last for row in rows) + 1
+
+    order = sorted(range(len(edits)), key=lambda index: shape(index)[::-1])
+    batches = split_into_batches(order, shape, token_budget)
     return [_rows(lm, edits, indices, shared) for indices in batches]
-
-
-def _shape(edit: EditRows) -> tuple[int, int]:
-    rows = _kinds(edit)
-    return len(rows), max(row.subject_last for row in rows) + 1
 
 
 def _rows(
@@ -254,19 +238,20 @@ def _rows(
     indices: Sequence[int],
     shared: Sequence[tuple[int, ...]],
 ) -> _Rows:
-    placed = [(0, edits[index].plain) for index in indices]
-    placed += [pair for index in indices for pair in enumerate(edits[index].prefixed, start=1)]
-    cut = [(kind, len(shared[kind]), row) for kind, row in placed]
+    rows = [(0, edits[index].plain) for index in indices]
+    rows += [pair for index in indices for pair in enumerate(edits[index].prefixed, start=1)]
+    cut = [row.ids[len(shared[kind]) : row.subject_last + 1] for kind, row in rows]
     return _Rows(
         edits=torch.tensor(indices),
-        padded=pad([row.ids[start : row.subject_last + 1] for _, start, row in cut], lm.device),
-        last=torch.tensor([row.subject_last - start for _, start, row in cut], device=lm.device),
-        kind=torch.tensor([kind for kind, _, _ in cut], device=lm.device),
+        padded=pad(cut, lm.device),
+        last=torch.tensor([len(ids) - 1 for ids in cut], device=lm.device),
+        kind=torch.tensor([kind for kind, _ in rows], device=lm.device),
     )
 
 
 def _averaged(keys: Tensor, count: int, key_average: str) -> Tensor:
-    """One key an edit (count × f) from those of its rows: plain ones first, then the prefixed."""
+    """k_i of each edit (count × f, Eqn. 19) from keys of `count` plain rows and then their prefixed
+    ones (rows × f)."""
     plain = keys[:count].float()
     prefixed = keys[count:].float().reshape(count, -1, keys.shape[1])
     if prefixed.shape[1] == 0:

@@ -1,8 +1,8 @@
-"""Where a model's weights lie: on one device, on several, or waiting in memory or on disk.
+"""Where a model's weights are: on one device, on several, or offloaded to memory or disk.
 
-accelerate spreads a model that is too large for one device. A block that does not fit anywhere
-waits outside, its parameters without content, and a hook brings them for the time of its forward
-pass. Whoever reads or writes such a weight has to ask the hook.
+accelerate spreads a model that is too large for one device. The parameters of an offloaded block
+have no content; a hook loads them for its forward pass. Reads and writes of such a weight must go
+through that hook.
 """
 
 from __future__ import annotations
@@ -13,46 +13,44 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-ROOM = 0.8
+WEIGHT_SHARE = 0.8
 """Part of the free memory that weights may fill; batches and equations need the rest."""
 
 
-def room_for_weights() -> dict[int | str, int]:
-    """Bytes that weights may fill on each GPU and in main memory, from what is free now."""
-    from accelerate.utils import get_max_memory
-
-    return {device: int(ROOM * free) for device, free in get_max_memory().items()}
-
-
 def device_map(device: str, room: Mapping[int | str, int] | None) -> dict[str, Any]:
-    """How `from_pretrained` places weights: each is read once, to where it belongs.
+    """How `from_pretrained` places weights: each is read once, to its device.
 
-    For `sharded`, what has no room on the devices waits in memory or in the checkpoint's files.
+    For `sharded`, weights beyond `room` (or beyond `WEIGHT_SHARE` of each device's free memory) are
+    offloaded to memory or stay in the checkpoint's files.
     """
     if device != "sharded":
         return {"device_map": {"": device}}
-    return {"device_map": "auto", "max_memory": dict(room or room_for_weights())}
+    if not room:
+        from accelerate.utils import get_max_memory  # not on every image
+
+        room = {card: int(WEIGHT_SHARE * free) for card, free in get_max_memory().items()}
+    return {"device_map": "auto", "max_memory": dict(room)}
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module with a weight computes."""
+    """The device that a module with a weight computes on."""
     weight = cast(Tensor, module.weight)
     hook = _offloading_hook(module)
     return weight.device if hook is None else torch.device(hook.execution_device)
 
 
 def solving_device(device: torch.device) -> torch.device:
-    """Where equations of tensors on a device are solved: there, unless it has no float64."""
+    """The device for linear systems of tensors on `device`: itself, unless it has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether some weights of a module wait outside its device."""
+    """Whether some weights of a module are offloaded."""
     return any(_offloading_hook(part) is not None for part in module.modules())
 
 
 def read_weight(module: nn.Module, name: str) -> Tensor:
-    """A parameter of a module itself: the one that it holds, or the one that waits for it."""
+    """A parameter of a module itself, offloaded or not."""
     hook = _offloading_hook(module)
     return getattr(module, name) if hook is None else hook.weights_map[name]
 
@@ -61,19 +59,19 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
 def write_weight(module: nn.Module, name: str, value: Tensor) -> None:
     """Change a parameter of a module itself, rounded to its dtype.
 
-    One that waits elsewhere stays in memory from then on: checkpoints are not written to.
+    An offloaded one stays in memory from then on: checkpoints are not written to.
     """
     kept = cast(Tensor, getattr(module, name))
     hook = _offloading_hook(module)
     if hook is None:
         kept.copy_(value)
         return
-    waiting = hook.weights_map
+    offloaded = hook.weights_map
     changed = value.detach().to("cpu", kept.dtype, copy=True).contiguous()
-    waiting.dataset.state_dict[waiting.prefix + name] = changed
+    offloaded.dataset.state_dict[offloaded.prefix + name] = changed
 
 
 def _offloading_hook(module: nn.Module) -> Any:
-    """The hook that brings a module's parameters, if these wait outside."""
+    """The hook that loads a module's parameters, if they are offloaded."""
     hook = getattr(module, "_hf_hook", None)
     return hook if getattr(hook, "offload", False) else None

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from memit.batches import in_batches
+from memit.batches import run_in_batches
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.files.atomic import write_whole
-from memit.forward import keys_of, pad
+from memit.forward.passes import keys_of, pad
 from memit.language_model import LanguageModel
 
 WINDOW = 256
@@ -99,7 +99,7 @@ def collect_second_moments(
     torch.backends.cuda.matmul.allow_tf32 = before or lm.dtype != torch.float32
     try:
         for rows in _tokenised_windows(lm, documents):
-            for batch, _ in in_batches(rows, lambda row: (1, len(row)), token_budget, run):
+            for batch, _ in run_in_batches(rows, lambda row: (1, len(row)), token_budget, run):
                 if progress is not None:
                     progress(len(batch))
     finally:

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memit.costs import HELD_IN_MEMORY
 from memit.errors import EditError, NumericsError, ResourceError
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
-from memit.layer_walk import HeldStates, Walk
+from memit.layer_walk import HELD_IN_MEMORY, HeldStates, Walk
 from memit.placement import solving_device
 from memit.requests import EditRequest
 from memit.second_moment import SecondMoment, cholesky
@@ -36,7 +35,7 @@ class Spread:
     delta: WeightDelta
     """What to add to the weights."""
     residuals: Mapping[int, float]
-    """Mean ‖z_i − h_i‖ in front of each layer's update."""
+    """Mean ‖z_i − h_i‖ before each layer's update."""
     update_ratios: Mapping[int, float]
     """‖Δ‖ / ‖W‖ of each layer (Frobenius)."""
     residual_left: float
@@ -49,30 +48,34 @@ def spread(
     prefixes: Sequence[str],
     z: Tensor,
     moments: Mapping[int, SecondMoment],
-    hp: Hyperparameters,
+    hyperparameters: Hyperparameters,
     *,
     token_budget: int,
     held_bytes: int = HELD_IN_MEMORY,
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Spread:
-    """Compute Δ for each layer of `hp.layers` so that the model reaches z (n × d) at layer L.
+    """Compute Δ for each layer of S so that the model's output of block L approaches z (n × d).
 
-    `moments` may read its values on demand. Hidden states beyond `held_bytes` wait on disk;
-    `observe` is handed each layer's K (f × n) and R (d × n). The model is given back with its own
+    `moments` may load its values when they are read. Hidden states beyond `held_bytes` go to disk;
+    `observe` is called with each layer, its K (f × n) and its R (d × n). The model keeps its own
     weights.
-    Raises `EditError` for edits whose keys or residuals are not finite or whose part in an update
-    makes it larger than `hp.largest_update`, `NumericsError` for a second moment that is not
-    positive definite and for weights that the model's dtype cannot hold.
+
+    Raises:
+        EditError: keys or residuals of some edits are not finite, or their share alone makes an
+            update larger than `hyperparameters.largest_update`.
+        NumericsError: a second moment is not positive definite, or the model's dtype cannot hold
+            the edited weights.
+        ResourceError: the device's memory does not hold one edit.
     """
     edits = edit_rows(lm, requests, prefixes)
-    base = {layer: lm.weight(layer).clone() for layer in hp.layers}
+    base = {layer: lm.weight(layer).clone() for layer in hyperparameters.layers}
     while True:
         try:
             with tempfile.TemporaryDirectory() as directory:
                 held = HeldStates(held_bytes, Path(directory))
-                walk = Walk(lm, edits, hp.layers[-1], token_budget, held)
-                return _walk_layers(walk, requests, z, moments, hp, observe, progress)
+                walk = Walk(lm, edits, hyperparameters.layers[-1], token_budget, held)
+                return _walk_layers(walk, requests, z, moments, hyperparameters, observe, progress)
         except torch.OutOfMemoryError as error:
             if token_budget < MIN_TOKENS:
                 raise ResourceError(
@@ -91,33 +94,38 @@ def _walk_layers(
     requests: Sequence[EditRequest],
     z: Tensor,
     moments: Mapping[int, SecondMoment],
-    hp: Hyperparameters,
+    hyperparameters: Hyperparameters,
     observe: Callable[[int, Tensor, Tensor], None] | None,
     progress: Callable[[int], None] | None,
 ) -> Spread:
     """Algorithm 1, lines 5-15; leaves the updates in the model's weights."""
     lm = walk.lm
-    digests = base_digests(lm, map(lm.weight_name, hp.layers))
+    digests = base_digests(lm, map(lm.weight_name, hyperparameters.layers))
     target = z.to(solving_device(lm.device)).T.double()
     residuals: dict[int, float] = {}
     ratios: dict[int, float] = {}
     changes: dict[str, LowRank | Dense] = {}
-    for done, layer in enumerate(hp.layers):
+    for done, layer in enumerate(hyperparameters.layers):
+        # K at this layer and h at L, with the updates of all lower layers in the weights.
         walk.advance(layer)
-        K, hidden = walk.read(hp.key_average)
+        K, hidden = walk.read(hyperparameters.key_average)
         residuals[layer] = _mean_norm(target - hidden)
-        R = (target - hidden) / (len(hp.layers) - done)
+        # r_i = (z_i − h_i) / (number of edited layers from this one on)    (Eqn. 20)
+        R = (target - hidden) / (len(hyperparameters.layers) - done)
         _check_columns(K, R, requests, layer)
         if observe is not None:
             observe(layer, K, R)
-        change = solve(K, R, moments[layer], hp.covariance_weight, f"layer {layer}")
+        change = solve(K, R, moments[layer], hyperparameters.covariance_weight, f"layer {layer}")
         changes[lm.weight_name(layer)] = change.transposed() if lm.is_transposed(layer) else change
+        # W + Δ in float32, rounded once to the model's dtype.
         master = lm.weight(layer).float()
         delta = change.dense().to(master.device)
-        ratios[layer] = float(delta.norm() / master.norm())
-        if not ratios[layer] <= hp.largest_update:
-            size = float(master.norm())
-            raise _too_large(K, R, moments[layer], requests, layer, ratios[layer], size, hp)
+        size = float(master.norm())
+        ratios[layer] = float(delta.norm()) / size
+        if not ratios[layer] <= hyperparameters.largest_update:  # true for NaN, too
+            raise _too_large(
+                K, R, moments[layer], requests, layer, ratios[layer], size, hyperparameters
+            )
         check_rounded(master + delta, lm.dtype, f"layer {layer}")
         lm.set_weight(layer, master + delta)
         if progress is not None:
@@ -131,8 +139,8 @@ def _check_columns(K: Tensor, R: Tensor, requests: Sequence[EditRequest], layer:
     broken = torch.nonzero(~(K.isfinite().all(0).cpu() & R.isfinite().all(0).cpu()))[:, 0].tolist()
     if broken:
         raise EditError(
-            f"what the model computes for {_named(requests, broken)} at layer {layer} is not "
-            "finite: run it in float32 or bfloat16.",
+            f"key or residual of {_named(requests, broken)} at layer {layer} is not finite: run "
+            "the model in float32 or bfloat16.",
             broken,
         )
 
@@ -145,20 +153,22 @@ def _too_large(
     layer: int,
     ratio: float,
     size: float,
-    hp: Hyperparameters,
+    hyperparameters: Hyperparameters,
 ) -> NumericsError:
-    """What to say of an update that exceeds the limit: it names the edits whose own part in it
-    does so alone, or else the one with the largest part."""
+    """The error for an update above the limit. It names the edits whose own terms exceed the limit,
+    or else the edit with the largest term."""
+    weight, limit = hyperparameters.covariance_weight, hyperparameters.largest_update
     way_out = (
-        f"raise edit.covariance_weight ({hp.covariance_weight:g}), collect statistics over more "
-        f"text, or raise edit.largest_update ({hp.largest_update:g})."
+        f"raise edit.covariance_weight ({weight:g}), collect statistics over more text, or raise "
+        f"edit.largest_update ({limit:g})."
     )
     if not math.isfinite(ratio):
         return NumericsError(f"the update of layer {layer} is not finite: {way_out}")
+    # Δ = Σ r_i a_iᵀ, and edit i's term has the norm ‖r_i‖ ‖a_i‖.
     K, R = K.double(), R.double().to(K.device)
-    A = _woodbury(K, moment, hp.covariance_weight, f"layer {layer}")
+    A = _woodbury(K, moment, weight, f"layer {layer}")
     parts = R.norm(dim=0) * A.norm(dim=0) / size
-    alone = torch.nonzero(parts > hp.largest_update)[:, 0].tolist()
+    alone = torch.nonzero(parts > limit)[:, 0].tolist()
     edits = alone or [int(parts.argmax())]
     return EditError(
         f"the update of layer {layer} is {ratio:.3g} times as large as its weights, most of it for "
@@ -189,8 +199,8 @@ def solve(
     """Δ = R Kᵀ (λC + K Kᵀ)⁻¹ in float64, for keys K (f × n) and residuals R (d × n).
 
     The cheapest of three forms, all by Cholesky: while factors are smaller than Δ, Woodbury with
-    the factor of λC (n right-hand sides); else with that of λC + K Kᵀ, for K (n ≤ d) or for K Rᵀ
-    (n > d).
+    the factor of λC (n right-hand sides); else the factor of M = λC + K Kᵀ, for K (n ≤ d) or for
+    K Rᵀ (n > d).
     """
     K, R = K.double(), R.double().to(K.device)
     (f, n), d = K.shape, R.shape[0]
@@ -199,16 +209,19 @@ def solve(
         return LowRank(R.float().cpu(), A.float().cpu())
     M = moment.mean.to(K.device).mul_(covariance_weight).addmm_(K, K.T)
     L = cholesky(M, where)
-    if n <= d:
+    if n <= d:  # Δ = R (M⁻¹ K)ᵀ
         return Dense((R @ torch.cholesky_solve(K, L).T).float().cpu())
+    # Δᵀ = M⁻¹ (K Rᵀ)
     return Dense(torch.cholesky_solve(K @ R.T, L).T.float().contiguous().cpu())
 
 
 def _woodbury(K: Tensor, moment: SecondMoment, covariance_weight: float, where: str) -> Tensor:
     """(λC + K Kᵀ)⁻¹ K = (λC)⁻¹ K (I + Kᵀ (λC)⁻¹ K)⁻¹ (f × n)."""
+    # With λC = L Lᵀ and half = L⁻¹ K: Kᵀ (λC)⁻¹ K = halfᵀ half (n × n).
     L = cholesky(moment.mean.to(K.device), where).mul_(math.sqrt(covariance_weight))
     half = torch.linalg.solve_triangular(L, K, upper=False)
     small = half.T @ half
     small.diagonal().add_(1.0)
+    # (λC)⁻¹ K (…)⁻¹ = L⁻ᵀ (half (I + halfᵀ half)⁻¹)
     inner = torch.cholesky_solve(half.T, torch.linalg.cholesky(small)).T
     return torch.linalg.solve_triangular(L.T, inner, upper=True)

@@ -1,40 +1,40 @@
-"""Target vectors: what block L must say at the subject's last token (Eqn. 16, Algorithm 1, 1-4).
+"""Target vectors z: the hidden state that block L should output at the subject's last token.
 
-All edits of a batch are optimised side by side, each as if it were alone. What cannot change is
-computed once: everything up to block L, and the keys and values that blocks above L hold for
-positions before the subject's last token. Each evaluation then runs only the positions from there
-on through the blocks above L, and the head only where the loss looks.
+Eqn. 16, Algorithm 1 lines 1-4. All edits of a batch are optimised side by side, each as if it were
+alone. What cannot change is computed once: everything up to block L, and the keys and values of
+blocks above L at positions before the subject's last token. Each evaluation then runs only the
+positions from there on through the blocks above L, and the head only at positions in the loss.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from memit.batches import in_batches, release_memory
+from memit.batches import release_memory, run_in_batches
 from memit.errors import EditError, InputError, IntegrityError
 from memit.files.tensors import load_tensors, save_tensors
-from memit.forward import (
-    KeyValues,
+from memit.forward.key_values import KeyValues, Recorder
+from memit.forward.passes import (
     Padded,
-    Recorder,
     block_output,
-    can_resume,
     changing_module,
     logits_at,
     pad,
     reading_module,
-    reading_outputs,
     recomputing,
 )
+from memit.forward.probes import can_resume
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
-from memit.positions import TokenRow, locate, mark
+from memit.positions import MarkedText, TokenRow, locate, mark
 from memit.requests import EditRequest
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 KL_TEMPLATE = "{} is a"
 """The row whose next-token distribution at the subject must not drift."""
 REQUESTS_AT_ONCE = 256
-"""Requests that are tokenised together: a tokenizer says much more of a text than its ids."""
+"""Requests that are tokenised together: encodings take several times the memory of their ids."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class Targets:
     """h_i, output of block L at the subject's last token of the plain prompt (n × d, float32)."""
     losses: Tensor
     """Total loss at each evaluation, NaN after the stop (n × evaluations, float32)."""
-
     finite: Tensor
     """Whether every loss of the edit was a finite number (n, bool)."""
 
@@ -65,7 +64,7 @@ class Targets:
         return (self.z - self.hidden).norm(dim=1) / self.hidden.norm(dim=1)
 
     def chosen(self, rows: Sequence[int]) -> Targets:
-        """Those of some of the requests."""
+        """The targets of some of the requests."""
         return Targets(**{name: part[list(rows)] for name, part in self.__dict__.items()})
 
     def put(self, rows: Sequence[int], part: Targets) -> None:
@@ -75,9 +74,9 @@ class Targets:
 
     @staticmethod
     def empty(count: int, width: int, evaluations: int) -> Targets:
-        """Room for the targets of `count` requests; what it holds is not defined."""
-        rows = torch.empty(count, width), torch.empty(count, width)
-        return Targets(*rows, torch.empty(count, evaluations), torch.empty(count).bool())
+        """Uninitialised targets of `count` requests."""
+        shapes = (count, width), (count, width), (count, evaluations)
+        return Targets(*map(torch.empty, shapes), torch.empty(count, dtype=torch.bool))
 
     @staticmethod
     def concatenate(parts: Sequence[Targets]) -> Targets:
@@ -91,7 +90,11 @@ class Targets:
 
     @staticmethod
     def load(path: Path) -> Targets:
-        """Read what `save` wrote; raises `IntegrityError` for anything else."""
+        """Read a file of `save`.
+
+        Raises:
+            IntegrityError: the file is no such file, or damaged.
+        """
         try:
             return Targets(**load_tensors(path)[0])
         except Exception as error:
@@ -101,7 +104,11 @@ class Targets:
 
 
 def check_targets(requests: Sequence[EditRequest], targets: Targets) -> None:
-    """Raise `EditError` for requests whose target is not finite."""
+    """Check that all targets are finite.
+
+    Raises:
+        EditError: some are not; it names their requests.
+    """
     lost = torch.nonzero(~targets.finite)[:, 0].tolist()
     if lost:
         more = f", and those of {len(lost) - 1} more" if len(lost) > 1 else ""
@@ -114,13 +121,13 @@ def check_targets(requests: Sequence[EditRequest], targets: Targets) -> None:
 
 @dataclass(frozen=True)
 class BlockOutput:
-    """δ is added to what block `layer` says at the subject's last token (MEMIT)."""
+    """δ is added to the output of block `layer` (MEMIT)."""
 
     layer: int
 
     @property
     def first(self) -> int:
-        """The first block that must run again when δ changes."""
+        """The first block that depends on δ."""
         return self.layer + 1
 
     def module(self, lm: LanguageModel) -> nn.Module:
@@ -130,13 +137,13 @@ class BlockOutput:
 
 @dataclass(frozen=True)
 class MlpOutput:
-    """δ is added to what the down-projection of block `layer` says there (ROME)."""
+    """δ is added to the output of block `layer`'s down-projection (ROME)."""
 
     layer: int
 
     @property
     def first(self) -> int:
-        """The first block that must run again when δ changes."""
+        """The first block that depends on δ."""
         return self.layer
 
     def module(self, lm: LanguageModel) -> nn.Module:
@@ -154,13 +161,13 @@ class EditRows:
     plain: TokenRow
     """The prompt, followed by the target."""
     prefixed: tuple[TokenRow, ...]
-    """The same behind each prefix."""
+    """The same after each prefix."""
     essence: TokenRow
     """ "{subject} is a", up to the subject's last token."""
 
     @property
     def essence_is_plain(self) -> bool:
-        """Whether the plain row begins like the essence row, which then needs no row of its own."""
+        """Whether the plain row begins with the essence row, which then needs no row of its own."""
         return self.plain.ids[: len(self.essence.ids)] == self.essence.ids
 
     @property
@@ -172,8 +179,12 @@ class EditRows:
 def edit_rows(
     lm: LanguageModel, requests: Sequence[EditRequest], prefixes: Sequence[str]
 ) -> list[EditRows]:
-    """Tokenise requests; raises `InputError` for a subject or an object without tokens, and for a
-    prompt that the model's context does not hold."""
+    """Tokenise requests.
+
+    Raises:
+        InputError: a subject or an object has no tokens of its own, or a prompt is too long for the
+            model's context.
+    """
     return [
         rows
         for start in range(0, len(requests), REQUESTS_AT_ONCE)
@@ -184,17 +195,12 @@ def edit_rows(
 def _edit_rows(
     lm: LanguageModel, requests: Sequence[EditRequest], prefixes: Sequence[str]
 ) -> list[EditRows]:
-    marked = [
-        marked_text
-        for request in requests
-        for marked_text in (
-            *(
-                mark(request.prompt, request.subject, prefix=prefix, target=request.ending())
-                for prefix in ("", *prefixes)
-            ),
-            mark(KL_TEMPLATE, request.subject),
-        )
-    ]
+    marked: list[MarkedText] = []
+    for request in requests:
+        for prefix in ("", *prefixes):
+            text = mark(request.prompt, request.subject, prefix=prefix, target=request.ending())
+            marked.append(text)
+        marked.append(mark(KL_TEMPLATE, request.subject))
     rows = locate(lm.tokenizer, marked)
     for row, text in zip(rows, marked, strict=True):
         lm.check_room(row.ids, f"the prompt {text.text[:80]!r}")
@@ -202,21 +208,23 @@ def _edit_rows(
             raise InputError(
                 f"one token holds subject and object in {text.text[:80]!r}: put words between them."
             )
+    edits = []
     count = len(prefixes) + 2
-    return [
-        EditRows(group[0], tuple(group[1:-1]), _until_subject(group[-1]))
-        for group in (rows[start : start + count] for start in range(0, len(rows), count))
-    ]
+    for start in range(0, len(rows), count):
+        plain, *prefixed, essence = rows[start : start + count]
+        until_subject = essence.ids[: essence.subject_last + 1]  # later tokens change nothing there
+        edits.append(EditRows(plain, tuple(prefixed), replace(essence, ids=until_subject)))
+    return edits
 
 
 def plain_rows(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[TokenRow]:
-    """Tokenise requests without prefixes; raises what `edit_rows` raises."""
+    """Tokenise requests without prefixes; raises the errors of `edit_rows`."""
     return [rows.plain for rows in edit_rows(lm, requests, ())]
 
 
 def weak_keys(requests: Sequence[EditRequest], rows: Sequence[TokenRow]) -> str | None:
-    """What to tell of requests whose subject is the first token of all, or None: models take what
-    stands there for a beginning more than for a name, so that its key is like no other prompt's."""
+    """A warning about requests whose subject is the row's first token, or None: models treat that
+    token as a beginning more than as a name, so that its key is unlike that of any other prompt."""
     first = [r.text for r, row in zip(requests, rows, strict=True) if row.subject_last == 0]
     if not first:
         return None
@@ -226,39 +234,36 @@ def weak_keys(requests: Sequence[EditRequest], rows: Sequence[TokenRow]) -> str 
     )
 
 
-def _until_subject(row: TokenRow) -> TokenRow:
-    return TokenRow(row.ids[: row.subject_last + 1], row.subject_last, ())
-
-
 def compute_targets(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
     prefixes: Sequence[str],
-    hp: Hyperparameters,
+    hyperparameters: Hyperparameters,
     *,
     token_budget: int,
     site: Site | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Targets:
-    """Optimise z_i for each request at a site: the output of block L = `hp.layers[-1]` if none is
-    given.
+    """Optimise z_i for each request.
 
+    `site` is where δ is added; by default the output of block L = `hyperparameters.layers[-1]`.
     `token_budget` bounds the padded tokens on the device at a time. An edit whose loss is not
-    finite stops where it stood and is marked so in `Targets.finite`.
+    finite stops there and is marked in `Targets.finite`.
     """
     edits = edit_rows(lm, requests, prefixes)
-    where = site or BlockOutput(hp.layers[-1])
+    where = site or BlockOutput(hyperparameters.layers[-1])
     if not can_resume(lm):
         logger.warning("%s cannot be resumed in the middle: whole rows are run each time", lm.name)
     if site is None and (weak := weak_keys(requests, [edit.plain for edit in edits])):
         logger.warning(weak)
+    # Edits of about one length share a batch, so that little is padded.
     order = sorted(range(len(edits)), key=lambda index: _shape(edits[index])[::-1])
 
     def optimise(indices: Sequence[int]) -> Targets:
-        return _optimise(lm, [edits[index] for index in indices], where, hp)
+        return _optimise(lm, [edits[index] for index in indices], where, hyperparameters)
 
-    found = Targets.empty(len(edits), lm.width, hp.evaluations)
-    for indices, part in in_batches(order, lambda i: _shape(edits[i]), token_budget, optimise):
+    found = Targets.empty(len(edits), lm.width, hyperparameters.evaluations)
+    for indices, part in run_in_batches(order, lambda i: _shape(edits[i]), token_budget, optimise):
         found.put(indices, part)
         release_memory()
         if progress is not None:
@@ -281,28 +286,29 @@ class _Batch:
     column: Tensor
     """Where δ is added in a row (rows)."""
     hidden: Tensor | None
-    """What enters the site's first block for these tokens, or None where they enter themselves."""
+    """Input of the site's first block for these tokens, or None where token ids are the input."""
     before: KeyValues | None
-    """What blocks from that one on hold of the tokens before these."""
+    """Keys and values, from that block on, of the tokens before these."""
     target_row: Tensor
     """Row of each scored position (k)."""
     target_column: Tensor
     """Column whose logits score it (k)."""
     target_id: Tensor
-    """The token that ought to come there (k)."""
+    """The target token there (k)."""
     target_weight: Tensor
     """Its weight in the mean over an edit's rows of the mean over a row's tokens (k)."""
     essence_row: Tensor
-    """The row whose logits at δ's place must not drift (edits)."""
+    """The row whose logits at δ's position must not drift (edits)."""
     initial: Tensor | None
     """log p there for δ = 0 (edits × vocabulary), known after the first evaluation."""
 
     def keep(self, going: Tensor) -> _Batch:
-        """The same without the edits that are not `going` (edits)."""
-        rows = torch.nonzero(going[self.edit])[:, 0]
-        new_edit, new_row = _renumbered(going), _renumbered(going[self.edit])
-        scored = going[self.edit[self.target_row]]
+        """The batch of the edits that are `going` (edits, bool)."""
         assert self.initial is not None
+        row_stays, scored = going[self.edit], going[self.edit[self.target_row]]
+        rows = torch.nonzero(row_stays)[:, 0]
+        # The new index of whatever stays is the number of those before it that stay.
+        new_edit, new_row = going.cumsum(0) - 1, row_stays.cumsum(0) - 1
         return _Batch(
             padded=self.padded[rows],
             edit=new_edit[self.edit[rows]],
@@ -318,34 +324,31 @@ class _Batch:
         )
 
 
-def _renumbered(kept: Tensor) -> Tensor:
-    return kept.long().cumsum(0) - 1
-
-
 def _optimise(
-    lm: LanguageModel, edits: Sequence[EditRows], site: Site, hp: Hyperparameters
+    lm: LanguageModel, edits: Sequence[EditRows], site: Site, hyperparameters: Hyperparameters
 ) -> Targets:
     """The targets of one batch."""
     batch, hidden = _prepare(lm, edits, site)
     norm = hidden.norm(dim=1)
-    history = torch.full((len(edits), hp.evaluations), torch.nan, device=hidden.device)
+    # One Adam for all edits: its steps are per element, so that edits do not mix.
+    history = torch.full((len(edits), hyperparameters.evaluations), torch.nan, device=hidden.device)
     delta = torch.zeros_like(hidden, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=hp.learning_rate)
+    optimizer = torch.optim.Adam([delta], lr=hyperparameters.learning_rate)
     active = torch.arange(len(edits), device=hidden.device)
     broken = torch.zeros(len(edits), dtype=torch.bool, device=hidden.device)
-    for evaluation in range(hp.evaluations):
+    for evaluation in range(hyperparameters.evaluations):
         logits = _logits(lm, batch, delta[active], site)
-        losses, initial = _losses(batch, logits, delta[active], norm[active], hp)
+        losses, initial = _losses(batch, logits, delta[active], norm[active], hyperparameters)
         history[active, evaluation] = losses.detach()
         broken[active] = ~torch.isfinite(losses.detach())
-        going = losses.detach() >= hp.loss_threshold  # False for NaN too
-        if evaluation == hp.evaluations - 1 or not bool(going.any()):
+        going = losses.detach() >= hyperparameters.loss_threshold  # False for NaN too
+        if evaluation == hyperparameters.evaluations - 1 or not bool(going.any()):
             break
         optimizer.zero_grad()
         losses[going].sum().backward()
         active = active[going]
-        _update(optimizer, delta, active, hp.clamp_factor * norm)
-        batch = _with_initial(batch, initial)
+        _update(optimizer, delta, active, hyperparameters.clamp_factor * norm)
+        batch = replace(batch, initial=initial)
         if not bool(going.all()):
             batch = batch.keep(going)
     z = hidden + delta.detach()
@@ -353,103 +356,111 @@ def _optimise(
     return Targets(z.cpu(), hidden.cpu(), history.cpu(), finite.cpu())
 
 
-def _with_initial(batch: _Batch, initial: Tensor) -> _Batch:
-    return _Batch(**{**batch.__dict__, "initial": initial})
-
-
 @torch.no_grad()
 def _update(optimizer: torch.optim.Adam, delta: Tensor, active: Tensor, limit: Tensor) -> None:
-    """One step of Adam and the projection onto ‖δ‖ ≤ limit, for the active edits alone: momentum
-    would move the others on."""
+    """One step of Adam and the projection onto ‖δ‖ ≤ limit, for the active edits alone."""
+    # Momentum moves stopped edits, too, although their gradient is zero: they are put back.
     stopped = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
     stopped[active] = False
     frozen = delta[stopped].clone()
     optimizer.step()
+    # δ · min(1, limit / ‖δ‖)
     delta.mul_((limit / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1.0)[:, None])
     delta[stopped] = frozen
 
 
 def _losses(
-    batch: _Batch, logits: Tensor, delta: Tensor, norm: Tensor, hp: Hyperparameters
+    batch: _Batch, logits: Tensor, delta: Tensor, norm: Tensor, hyperparameters: Hyperparameters
 ) -> tuple[Tensor, Tensor]:
     """Total loss of each edit (edits), and log p at the essence positions for δ = 0."""
+    # Mean over an edit's rows of the mean over a row's target tokens of −log p(token).
     scored = len(batch.target_id)
     log_target = torch.log_softmax(logits[:scored], dim=-1)
     nll = -log_target.gather(1, batch.target_id[:, None])[:, 0] * batch.target_weight
     owner = batch.edit[batch.target_row]
     total = torch.zeros(len(delta), device=logits.device).index_add(0, owner, nll)
+    # KL(current ‖ initial) of the next token in "{subject} is a"; δ = 0 in the first evaluation.
     current = torch.log_softmax(logits[scored:], dim=-1)
     initial = current.detach() if batch.initial is None else batch.initial
     divergence = (current.exp() * (current - initial)).sum(-1)
-    decay = delta.norm(dim=1) / norm**2
-    return total + hp.kl_factor * divergence + hp.weight_decay * decay, initial
+    decay = delta.norm(dim=1) / norm**2  # ‖δ‖ / ‖h‖²
+    return (
+        total + hyperparameters.kl_factor * divergence + hyperparameters.weight_decay * decay,
+        initial,
+    )
 
 
 def _logits(lm: LanguageModel, batch: _Batch, delta: Tensor, site: Site) -> Tensor:
     """Logits at the scored positions, then at the essence positions, with δ added."""
     rows = torch.cat([batch.target_row, batch.essence_row])
     columns = torch.cat([batch.target_column, batch.column[batch.essence_row]])
+    # δ of each row (rows × d), and its position when rows × tokens are counted as one (rows).
     moved = delta[batch.edit]
     flat = torch.arange(len(moved), device=lm.device) * batch.padded.ids.shape[1] + batch.column
 
     def add(states: Tensor) -> Tensor:
-        places = flat.to(states.device)
+        at = flat.to(states.device)
         rows = states.reshape(-1, states.shape[-1])
-        new = (rows[places].float() + moved.to(states.device)).to(states.dtype)
-        return rows.index_put((places,), new).reshape(states.shape)
+        new = (rows[at].float() + moved.to(states.device)).to(states.dtype)
+        return rows.index_put((at,), new).reshape(states.shape)
 
-    hidden, before = batch.hidden, batch.before
-    if hidden is not None and site.first > site.layer:
-        hidden = add(hidden)
-        with recomputing(lm, site.first):
-            return logits_at(
-                lm, batch.padded, rows, columns, start=site.first, hidden=hidden, before=before
-            )
-    with recomputing(lm, site.layer + 1), changing_module(site.module(lm), add):
+    hidden = batch.hidden
+    with ExitStack() as stack:
+        if hidden is not None and site.first > site.layer:
+            hidden = add(hidden)  # δ goes into what enters the first block that runs
+            stack.enter_context(recomputing(lm, site.first))
+        else:
+            stack.enter_context(recomputing(lm, site.layer + 1))
+            stack.enter_context(changing_module(site.module(lm), add))
         return logits_at(
-            lm, batch.padded, rows, columns, start=site.first, hidden=hidden, before=before
+            lm, batch.padded, rows, columns, start=site.first, hidden=hidden, before=batch.before
         )
 
 
 @torch.no_grad()
 def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[_Batch, Tensor]:
-    """The batch of some edits, and what the site says of each unedited (edits × d, float32)."""
-    rows = [row for edit in edits for row in edit.rows]
-    first_row = [0]
-    for edit in edits:
-        first_row.append(first_row[-1] + len(edit.rows))
+    """The batch of some edits, and the site's unedited output of each (edits × d, float32)."""
     device = lm.device
+    rows = [row for edit in edits for row in edit.rows]
+    ends = list(accumulate(len(edit.rows) for edit in edits))
+    starts = [0, *ends[:-1]]  # each edit's plain row
     # The last target token is never an input.
     padded = pad([row.ids[: max(row.subject_last + 1, len(row.ids) - 1)] for row in rows], device)
     last = torch.tensor([row.subject_last for row in rows], device=device)
+    # One pass over whole rows. Where the model can be resumed, it records the input of the site's
+    # first block and that block's and later ones' keys and values.
     resumed = site.first < lm.depth and can_resume(lm)
     recorder = Recorder(lm, site.first) if resumed else None
-    entering = [site.first - 1] if resumed and site.first > 0 else []
-    stop = lm.depth - 1 if resumed else site.layer
-    with reading_outputs(lm, entering) as outputs, reading_module(site.module(lm)) as said:
-        block_output(lm, padded, stop, recorder=recorder)
-    plain = torch.tensor(first_row[:-1], device=device)
-    places = (plain * padded.ids.shape[1] + last[plain]).to(said[0].device)
-    hidden = said[0].reshape(-1, said[0].shape[-1])[places].float().to(device)
+    below = lm.blocks[max(0, site.first - 1)]
+    with reading_module(below) as entering, reading_module(site.module(lm)) as outputs:
+        block_output(lm, padded, lm.depth - 1 if resumed else site.layer, recorder=recorder)
+    # h_i: the site's output at the subject's last token of the plain row. Some modules flatten
+    # rows × tokens, so the position is counted over both.
+    plain = torch.tensor(starts, device=device)
+    flat = (plain * padded.ids.shape[1] + last[plain]).to(outputs[0].device)
+    hidden = outputs[0].reshape(-1, outputs[0].shape[-1])[flat].float().to(device)
+    # Resumed rows begin at the subject's last token: their columns shift by as much.
     offset = last if resumed else torch.zeros_like(last)
+    tail, columns = _from(padded, last) if resumed else (padded, None)
+    entry = None
+    if columns is not None and site.first > 0:
+        which = torch.arange(len(rows), device=entering[0].device)[:, None]
+        entry = entering[0][which, columns.to(entering[0].device)]
     target_row, target_column, target_id, target_weight = _scored(edits, device)
+    # The essence row is an edit's last row, or else the plain row's beginning.
+    pairs = zip(edits, starts, ends, strict=True)
+    essence = [start if edit.essence_is_plain else end - 1 for edit, start, end in pairs]
     batch = _Batch(
-        padded=_from(padded, last) if resumed else padded,
+        padded=tail,
         edit=torch.tensor([i for i, edit in enumerate(edits) for _ in edit.rows], device=device),
         column=last - offset,
-        hidden=_tails(outputs[entering[0]], last, padded) if entering else None,
+        hidden=entry,
         before=recorder.before(last) if recorder is not None else None,
         target_row=target_row,
         target_column=target_column - offset[target_row],
         target_id=target_id,
         target_weight=target_weight,
-        essence_row=torch.tensor(
-            [
-                start if edit.essence_is_plain else end - 1
-                for edit, start, end in zip(edits, first_row[:-1], first_row[1:], strict=True)
-            ],
-            device=device,
-        ),
+        essence_row=torch.tensor(essence, device=device),
         initial=None,
     )
     return batch, hidden
@@ -457,35 +468,22 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
 
 def _scored(edits: Sequence[EditRows], device: torch.device) -> tuple[Tensor, ...]:
     """Row, column, token and weight of each target token."""
-    found: list[tuple[int, int, int, float]] = []
-    row_index = 0
-    for edit in edits:
-        for row in edit.rows:
-            scored = 1 + len(edit.prefixed)
-            found += [
-                (row_index, place - 1, row.ids[place], 1 / (scored * len(row.target)))
-                for place in row.target
-            ]
-            row_index += 1
-    rows, columns, ids, weights = zip(*found, strict=True)
-    integers = (torch.tensor(part, device=device) for part in (rows, columns, ids))
+    rows = [(row, 1 + len(edit.prefixed)) for edit in edits for row in edit.rows]
+    found = [
+        (index, position - 1, row.ids[position], 1 / (count * len(row.target)))
+        for index, (row, count) in enumerate(rows)
+        for position in row.target
+    ]
+    which, columns, ids, weights = zip(*found, strict=True)
+    integers = (torch.tensor(part, device=device) for part in (which, columns, ids))
     return (*integers, torch.tensor(weights, device=device))
 
 
-def _tail_places(first: Tensor, padded: Padded) -> tuple[Tensor, Tensor]:
-    """Columns from `first` on in each row (rows × tail), and whether they exist."""
+def _from(padded: Padded, first: Tensor) -> tuple[Padded, Tensor]:
+    """Each row from its column `first` on, padded anew, and the columns that were taken."""
     width = int((padded.mask.sum(1) - first).max())
-    places = first[:, None] + torch.arange(width, device=first.device)[None]
-    inside = places < padded.ids.shape[1]
-    return places.clamp(max=padded.ids.shape[1] - 1), inside
-
-
-def _from(padded: Padded, first: Tensor) -> Padded:
-    places, inside = _tail_places(first, padded)
-    return Padded(padded.ids.gather(1, places), padded.mask.gather(1, places) * inside)
-
-
-def _tails(leaving: Tensor, first: Tensor, padded: Padded) -> Tensor:
-    places, _ = _tail_places(first, padded)
-    rows = torch.arange(len(first), device=leaving.device)[:, None]
-    return leaving[rows, places.to(leaving.device)]
+    columns = first[:, None] + torch.arange(width, device=first.device)[None]
+    inside = columns < padded.ids.shape[1]
+    columns = columns.clamp(max=padded.ids.shape[1] - 1)
+    mask = padded.mask.gather(1, columns) * inside
+    return Padded(padded.ids.gather(1, columns), mask), columns

@@ -16,8 +16,9 @@ from torch.utils.benchmark import Timer
 from flows.command.parameters import Parameters
 from flows.command.script import console
 from memit import costs
-from memit.costs import HELD_IN_MEMORY, Lengths
+from memit.costs import Lengths
 from memit.hyperparameters import Hyperparameters
+from memit.layer_walk import HELD_IN_MEMORY
 from memit.positions import TokenRow
 from memit.requests import Record, conflict_groups, read_records
 from memit.targets import plain_rows, weak_keys

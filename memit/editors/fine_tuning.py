@@ -15,10 +15,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from memit.batches import planned
+from memit.batches import split_into_batches
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError, NumericsError
-from memit.forward import Padded, block_output, can_resume, logits_at, pad
+from memit.forward.passes import Padded, block_output, logits_at, pad
+from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow
 from memit.ranges import Range, check_settings
@@ -109,7 +110,7 @@ class FineTuning(Editor):
         return [
             [
                 _chunk(lm, part, self.layer, self.loss)
-                for part in planned(
+                for part in split_into_batches(
                     rows[start : start + self.batch_size],
                     lambda row: (1, len(row.ids)),
                     token_budget,

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memit.batches import in_batches
+from memit.batches import run_in_batches
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.learning import Training, content_digest, run_training
 from memit.editors.mend_network import Factors, Matrix, MendNetwork
@@ -25,7 +25,7 @@ from memit.editors.teacher_forcing import Pair, mean_nll, pair_rows, row_means, 
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError
 from memit.files.digests import file_sha256
-from memit.forward import logits_at, pad
+from memit.forward.passes import logits_at, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow
 from memit.requests import EditRequest, Record
@@ -331,7 +331,7 @@ def mend_changes(
     def run(batch: Sequence[TokenRow]) -> dict[str, Factors]:
         return gradient_factors(lm, modules, batch)
 
-    for batch, factors in in_batches(rows, lambda row: (1, len(row.ids)), token_budget, run):
+    for batch, factors in run_in_batches(rows, lambda row: (1, len(row.ids)), token_budget, run):
         for name, found in factors.items():
             sums[name].add(network.update(name, found))
         if progress is not None:

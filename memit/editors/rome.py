@@ -21,7 +21,7 @@ from torch import Tensor
 
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError, IntegrityError, NumericsError
-from memit.forward import block_output, pad, reading_keys
+from memit.forward.passes import block_output, pad, reading_keys
 from memit.hyperparameters import Hyperparameters, published_layer
 from memit.language_model import LanguageModel
 from memit.placement import solving_device

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from memit.batches import in_batches
+from memit.batches import run_in_batches
 from memit.errors import UnreachableError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ScopeClassifier(nn.Module):
         def shape(text: str) -> tuple[int, int]:
             return 1, len(text) // 2 + 1
 
-        parts = [part for _, part in in_batches(list(texts), shape, token_budget, self.embed)]
+        parts = [part for _, part in run_in_batches(list(texts), shape, token_budget, self.embed)]
         return torch.cat(parts) if parts else torch.zeros(0, self.encoder.config.hidden_size)
 
     @property

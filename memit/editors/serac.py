@@ -1,8 +1,8 @@
 """SERAC: a memory of edits, a classifier of what they cover, a small model that answers there.
 
 Mitchell et al. (2022). The edited model's weights do not change: the memory stands in front of it
-as its router (`memit.routing`). A prompt that the classifier finds in the scope of an edit is
-answered by the counterfactual model, which reads the edit and then the prompt.
+as its router (`memit.language_model.Router`). A prompt that the classifier finds in the scope of an
+edit is answered by the counterfactual model, which reads the edit and then the prompt.
 """
 
 from __future__ import annotations

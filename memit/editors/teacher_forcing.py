@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memit.forward import logits_at, pad
+from memit.forward.passes import logits_at, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, continuation_rows
 

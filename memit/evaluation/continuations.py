@@ -15,19 +15,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from memit.batches import in_batches
+from memit.batches import run_in_batches
 from memit.errors import InputError
-from memit.forward import branch, can_branch, logits_at, pad
+from memit.forward.key_values import KeyValues, Recorder
+from memit.forward.passes import logits_at, pad
+from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
 from memit.positions import continuation_rows
-from memit.routing import taken_over
 
 LOGITS_AT_ONCE = 1 << 28
 """Most logits that one pass may give: 1 GiB in float32."""
 
 Item = TypeVar("Item")
 Tokens = tuple[int, ...]
-Place = tuple[int, int]
+Index = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -56,36 +57,24 @@ class Score:
 
 
 @dataclass
-class _Stem:
-    """The tokens that stand before some answers."""
+class _Prompt:
+    """The tokens of a prompt and the answers that follow it."""
 
     ids: Tokens
-    answers: dict[Tokens, list[Place]] = field(default_factory=dict)
-    """Tokens of each answer, and the (question, answer) places that want its score."""
+    answers: dict[Tokens, list[Index]] = field(default_factory=dict)
+    """Tokens of each answer, and the (question, answer) indices that want its score."""
     questions: int = 0
-    """How many questions are finished with this stem."""
-
-    @property
-    def tails(self) -> list[Tokens]:
-        """What is run of the answers; the last token of one is never an input."""
-        return [answer[:-1] for answer in self.answers]
+    """How many questions are finished with this prompt."""
 
     @property
     def length(self) -> int:
-        """Tokens that are run."""
-        return len(self.ids) + sum(map(len, self.tails))
+        """Tokens that are run; the last token of an answer is never an input."""
+        return len(self.ids) + self.scored - 1
 
     @property
     def scored(self) -> int:
-        """Positions that the head is asked at."""
-        return 1 + sum(map(len, self.tails))
-
-    def apart(self) -> list[_Stem]:
-        """The same as stems of which none has two answers of several tokens."""
-        long = [answer for answer in self.answers if len(answer) > 1]
-        others = [_Stem(self.ids, {answer: self.answers[answer]}) for answer in long[1:]]
-        kept = {a: places for a, places in self.answers.items() if a not in long[1:]}
-        return [_Stem(self.ids, kept, self.questions), *others]
+        """Positions that the head is asked at: the answers share that of their first tokens."""
+        return 1 + sum(len(answer) - 1 for answer in self.answers)
 
 
 @torch.no_grad()
@@ -102,15 +91,15 @@ def score_continuations(
     questions are newly finished. Raises `InputError` for a text longer than the model's context.
     """
     scores = _own_scores(lm, questions, token_budget, progress)
-    introduced = taken_over(lm, [question.prompt for question in questions])
-    if lm.router is not None and introduced:
+    routed = lm.routed([question.prompt for question in questions])
+    if lm.router is not None and routed:
         others = [
-            Question(f"{text} {questions[place].prompt}", questions[place].answers)
-            for place, text in introduced.items()
+            Question(f"{text} {questions[index].prompt}", questions[index].answers)
+            for index, text in routed.items()
         ]
         found = _own_scores(lm.router.substitute, others, token_budget, None)
-        for place, score in zip(introduced, found, strict=True):
-            scores[place] = score
+        for index, score in zip(routed, found, strict=True):
+            scores[index] = score
     return scores
 
 
@@ -120,26 +109,24 @@ def _own_scores(
     token_budget: int,
     progress: Callable[[int], None] | None,
 ) -> list[list[Score]]:
-    """What this very model makes of the answers."""
-    stems = _stems(lm, questions)
-    if not can_branch(lm, max((stem.length for stem in stems), default=0)):
-        stems = [part for stem in stems for part in stem.apart()]
+    """Scores by this very model, without its router."""
     cost = head_cost(lm, token_budget)
 
-    def shape(stem: _Stem) -> tuple[int, int]:
-        return 1, max(stem.length, ceil(cost * stem.scored))
+    def shape(prompt: _Prompt) -> tuple[int, int]:
+        return 1, max(prompt.length, ceil(cost * prompt.scored))
 
-    def measure(batch: Sequence[_Stem]) -> list[Score]:
+    def measure(batch: Sequence[_Prompt]) -> list[Score]:
         return _measure(lm, batch)
 
-    found: dict[Place, Score] = {}
-    for band in _bands(stems, lambda stem: stem.length, token_budget // 4):
-        for batch, scores in in_batches(band, shape, token_budget, measure):
-            places = [places for stem in batch for places in stem.answers.values()]
-            for owners, score in zip(places, scores, strict=True):
-                found |= dict.fromkeys(owners, score)
+    found: dict[Index, Score] = {}
+    prompts = _prompts(lm, questions)
+    for band in _bands(prompts, lambda prompt: prompt.length, token_budget // 4):
+        for batch, scores in run_in_batches(band, shape, token_budget, measure):
+            wanted = [indices for prompt in batch for indices in prompt.answers.values()]
+            for indices, score in zip(wanted, scores, strict=True):
+                found |= dict.fromkeys(indices, score)
             if progress is not None:
-                progress(sum(stem.questions for stem in batch))
+                progress(sum(prompt.questions for prompt in batch))
     return [[found[q, a] for a in range(len(each.answers))] for q, each in enumerate(questions)]
 
 
@@ -165,88 +152,82 @@ def head_cost(lm: LanguageModel, token_budget: int) -> float:
     return token_budget * lm.model.config.get_text_config().vocab_size / LOGITS_AT_ONCE
 
 
-def _stems(lm: LanguageModel, questions: Sequence[Question]) -> list[_Stem]:
+def _prompts(lm: LanguageModel, questions: Sequence[Question]) -> list[_Prompt]:
     """Every different run of tokens before an answer, with the answers that follow it."""
-    wanted: dict[tuple[str, str], list[Place]] = {}
+    wanted: dict[tuple[str, str], list[Index]] = {}
     for q, question in enumerate(questions):
         for a, answer in enumerate(question.answers):
             wanted.setdefault((question.prompt, answer), []).append((q, a))
     if not wanted:
         return []
-    stems: dict[Tokens, _Stem] = {}
-    for row, places in zip(continuation_rows(lm.tokenizer, wanted), wanted.values(), strict=True):
-        prompt = questions[places[0][0]].prompt
+    prompts: dict[Tokens, _Prompt] = {}
+    for row, indices in zip(continuation_rows(lm.tokenizer, wanted), wanted.values(), strict=True):
+        text = questions[indices[0][0]].prompt
         if row.target[0] == 0:
-            raise InputError(
-                f"no token stands before the answer to {prompt!r}: give a longer prompt."
-            )
-        lm.check_room(row.ids, f"the prompt {prompt[:60]!r}")
+            raise InputError(f"no token precedes the answer to {text!r}: give a longer prompt.")
+        lm.check_room(row.ids, f"the prompt {text[:60]!r}")
         ids = row.ids[: row.target[0]]
-        stem = stems.setdefault(ids, _Stem(ids))
-        stem.answers.setdefault(row.ids[row.target[0] :], []).extend(places)
-        stem.questions += sum(a == 0 for _, a in places)
-    return list(stems.values())
+        prompt = prompts.setdefault(ids, _Prompt(ids))
+        prompt.answers.setdefault(row.ids[row.target[0] :], []).extend(indices)
+        prompt.questions += sum(a == 0 for _, a in indices)
+    return list(prompts.values())
 
 
-def _measure(lm: LanguageModel, stems: Sequence[_Stem]) -> list[Score]:
-    """Scores of all answers of some stems, stem by stem."""
-    ids, tails = [stem.ids for stem in stems], [stem.tails for stem in stems]
-    if any(sum(map(bool, own)) > 1 for own in tails):
-        rows = branch(ids, tails, lm.device)
-    else:
-        rows = pad([sum(own, stem) for stem, own in zip(ids, tails, strict=True)], lm.device)
-    due = _due(stems)
-    logits = logits_at(lm, rows, due.rows, due.columns)
-    scores = torch.stack(_token_scores(logits, due.asked, due.tokens))
-    # Not index_add, whose order of additions changes from run to run on a GPU.
-    table = scores.new_zeros(2, *due.shape)
-    table[:, due.answers, due.steps] = scores
-    lengths = [len(answer) for stem in stems for answer in stem.answers]
+def _measure(lm: LanguageModel, prompts: Sequence[_Prompt]) -> list[Score]:
+    """Scores of all answers of some prompts, prompt by prompt."""
+    answers = [(row, answer) for row, prompt in enumerate(prompts) for answer in prompt.answers]
+    long = [(row, answer) for row, answer in answers if len(answer) > 1]
+    recorder = Recorder(lm, 0) if long and can_resume(lm) else None
+    lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+    padded = pad([prompt.ids for prompt in prompts], lm.device)
+    logits = logits_at(lm, padded, torch.arange(len(prompts)), lengths - 1, recorder=recorder)
+    # Each prompt's last position gives the first token of all of its answers.
+    rows = torch.tensor([row for row, _ in answers])
+    nll, right = _token_scores(logits, rows, torch.tensor([answer[0] for _, answer in answers]))
+    if long:
+        # Sums over an answer's later tokens (answers), 0 where it has one token only.
+        later = nll.new_zeros(2, len(answers))
+        later[:, [len(answer) > 1 for _, answer in answers]] = _later(
+            lm, prompts, long, None if recorder is None else recorder.before(lengths.to(lm.device))
+        )
+        nll, right = nll + later[0], right + later[1]
     return [
-        Score(nll / length, int(right), length)
-        for nll, right, length in zip(*table.sum(2).tolist(), lengths, strict=True)
+        Score(total / len(answer), int(hits), len(answer))
+        for (_, answer), total, hits in zip(answers, nll.tolist(), right.tolist(), strict=True)
     ]
 
 
-@dataclass(frozen=True)
-class _Due:
-    """The tokens of the answers of some stems, k in all, and the places whose logits they are due
-    at, m in all: the answers of a stem share that of their first tokens."""
+def _later(
+    lm: LanguageModel,
+    prompts: Sequence[_Prompt],
+    answers: Sequence[tuple[int, Tokens]],
+    before: KeyValues | None,
+) -> Tensor:
+    """Sums of −log p and of argmax hits over the tokens of answers behind the first (2 × answers).
 
-    rows: Tensor
-    """Row of each place (m)."""
-    columns: Tensor
-    """Its column (m)."""
-    asked: Tensor
-    """The place that each token is due at (k)."""
-    tokens: Tensor
-    """Its id (k)."""
-    answers: Tensor
-    """The answer that it belongs to (k)."""
-    steps: Tensor
-    """Which of the answer's tokens it is (k)."""
-    shape: tuple[int, int]
-    """Number of answers, and of tokens in the longest."""
-
-
-def _due(stems: Sequence[_Stem]) -> _Due:
-    """Where the tokens of all answers are due."""
-    places: list[tuple[int, int]] = []
-    tokens: list[tuple[int, int, int, int]] = []
-    number = longest = 0
-    for row, stem in enumerate(stems):
-        first, column = len(places), len(stem.ids)
-        places.append((row, column - 1))
-        for answer in stem.answers:
-            tokens.append((first, answer[0], number, 0))
-            for step, token in enumerate(answer[1:], start=1):
-                tokens.append((len(places), token, number, step))
-                places.append((row, column))
-                column += 1
-            number, longest = number + 1, max(longest, len(answer))
-    rows, columns = torch.tensor(places).unbind(1)
-    asked, ids, answers, steps = torch.tensor(tokens).unbind(1)
-    return _Due(rows, columns, asked, ids, answers, steps, (number, longest))
+    The answers continue the keys and values of their prompts' rows, or, where the model cannot be
+    resumed (`before` is None), run behind their prompts once more.
+    """
+    starts = [0 if before else len(prompts[row].ids) for row, _ in answers]
+    tails = [(() if before else prompts[row].ids) + answer[:-1] for row, answer in answers]
+    own = (
+        None
+        if before is None
+        else before.select(torch.tensor([r for r, _ in answers]).to(lm.device))
+    )
+    steps = [
+        (row, step) for row, (_, answer) in enumerate(answers) for step in range(len(answer) - 1)
+    ]
+    rows, columns = torch.tensor(steps).unbind(1)
+    logits = logits_at(
+        lm, pad(tails, lm.device), rows, columns + torch.tensor(starts)[rows], before=own
+    )
+    tokens = torch.tensor([token for _, answer in answers for token in answer[1:]])
+    scores = torch.stack(_token_scores(logits, torch.arange(len(tokens)), tokens))
+    # Not index_add, whose order of additions changes from run to run on a GPU.
+    table = scores.new_zeros(2, len(answers), int(columns.max()) + 1)
+    table[:, rows, columns] = scores
+    return table.sum(2)
 
 
 def _token_scores(logits: Tensor, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,10 @@ from math import ceil, exp
 import torch
 from torch import Tensor
 
-from memit.batches import in_batches
+from memit.batches import run_in_batches
 from memit.errors import InputError
 from memit.evaluation.continuations import head_cost
-from memit.forward import logits_at, pad
+from memit.forward.passes import logits_at, pad
 from memit.language_model import LanguageModel
 from memit.placement import solving_device
 from memit.positions import open_ids
@@ -56,7 +56,7 @@ def document_losses(
     def run(indices: Sequence[int]) -> Tensor:
         return _losses(lm, [ids[index] for index in indices])
 
-    for indices, losses in in_batches(order, shape, token_budget, run):
+    for indices, losses in run_in_batches(order, shape, token_budget, run):
         nll[torch.tensor(indices)] = losses
         if progress is not None:
             progress(int(tokens[torch.tensor(indices)].sum()))

@@ -19,10 +19,10 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from memit.batches import auto_token_budget
-from memit.costs import Shape
 from memit.errors import IntegrityError, ResourceError
 from memit.files.digests import file_sha256
 from memit.language_model import DTYPES, LanguageModel, load_model
+from memit.model_shape import ModelShape
 from memit.weight_delta import check_rounded
 from tasks.engine.artifacts import Value, cache_directory, describe, fetch_stored
 from tasks.engine.store import shared_store
@@ -56,9 +56,9 @@ class ModelFiles(Value):
     """Of a model trained here: share of its facts, in percent, that it answers (argmax)."""
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> ModelShape:
         """The dimensions that cost estimates need."""
-        return Shape(self.layers, self.width, self.inner_width, self.parameters)
+        return ModelShape(self.layers, self.width, self.inner_width, self.parameters)
 
     @property
     def digest(self) -> str:

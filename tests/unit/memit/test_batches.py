@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memit import batches, costs
-from memit.batches import auto_token_budget, in_batches, planned
+from memit import batches
+from memit.batches import auto_token_budget, run_in_batches, split_into_batches
 from memit.errors import ResourceError
+from memit.model_shape import ModelShape
 from tests.reference import build
 
 Shape = tuple[int, int]
@@ -31,14 +32,14 @@ def _cost(batch) -> int:
 
 @given(items=shapes, budget=st.integers(1, 900))
 def test_every_item_once_in_order_within_the_budget(items, budget):
-    batches = planned(items, _shape, budget)
+    batches = split_into_batches(items, _shape, budget)
     assert [item for batch in batches for item in batch] == items
     assert all(len(batch) == 1 or _cost(batch) <= budget for batch in batches)
 
 
 @given(items=shapes.filter(bool), budget=st.integers(1, 900))
 def test_a_batch_is_closed_only_when_the_next_item_does_not_fit(items, budget):
-    batches = planned(items, _shape, budget)
+    batches = split_into_batches(items, _shape, budget)
     for batch, following in pairwise(batches):
         assert _cost([*batch, following[0]]) > budget
 
@@ -50,7 +51,7 @@ def test_batches_that_do_not_fit_are_made_smaller(items, budget, memory):
             raise torch.OutOfMemoryError("pretended")
         return len(batch)
 
-    done = list(in_batches(items, _shape, budget, run))
+    done = list(run_in_batches(items, _shape, budget, run))
     assert [item for batch, _ in done for item in batch] == items
     assert all(result == len(batch) for batch, result in done)
 
@@ -62,7 +63,7 @@ def test_one_item_that_does_not_fit_is_an_error():
         return True
 
     with pytest.raises(ResourceError, match="memory"):
-        list(in_batches([(1, 5), (7, 50), (1, 5)], _shape, 10_000, run))
+        list(run_in_batches([(1, 5), (7, 50), (1, 5)], _shape, 10_000, run))
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory():
@@ -70,10 +71,10 @@ def test_other_errors_are_not_taken_for_lack_of_memory():
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        list(in_batches([(1, 5)], _shape, 10, run))
+        list(run_in_batches([(1, 5)], _shape, 10, run))
 
 
-GPTJ = costs.Shape(depth=28, width=4096, inner_width=16_384, parameters=6_050_882_784)
+GPTJ = ModelShape(depth=28, width=4096, inner_width=16_384, parameters=6_050_882_784)
 
 
 def _cards(monkeypatch, *cards: tuple[float, float, float]) -> None:

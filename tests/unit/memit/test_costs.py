@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.projection import tables
 from memit import costs
-from memit.costs import Lengths, Shape
-from memit.forward import can_resume
+from memit.costs import Lengths
+from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
+from memit.model_shape import ModelShape
 from memit.second_moment import SecondMoment, collect_second_moments
 from memit.spread import solve, spread
 from memit.targets import compute_targets, edit_rows
@@ -25,7 +26,7 @@ from tests.reference import HYPERPARAMETERS, REQUESTS
 
 SCALING = ROOT / "docs" / "scaling.md"
 LARGE = 1 << 20
-SHAPE = Shape(depth=10, width=8, inner_width=32, parameters=1_000)
+SHAPE = ModelShape(depth=10, width=8, inner_width=32, parameters=1_000)
 
 
 def test_small_sums_by_hand() -> None:
@@ -71,7 +72,7 @@ def lm() -> LanguageModel:
 def test_products_are_counted_as_torch_counts_them(lm: LanguageModel) -> None:
     """Up to attention, the head, padding and rows of the divergence term, all left out."""
     blocks = lm.model.get_submodule("model.layers")
-    shape = Shape(10, 64, 256, sum(p.numel() for p in blocks.parameters()))
+    shape = ModelShape(10, 64, 256, sum(p.numel() for p in blocks.parameters()))
     rows = [row for edit in edit_rows(lm, REQUESTS, PREFIXES) for row in edit.rows]
     before = sum(row.subject_last + 1 for row in rows) / len(rows)
     lengths = Lengths(before, sum(len(row.ids) for row in rows) / len(rows) - before)

@@ -8,20 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memit.forward import (
+from memit.forward.key_values import Recorder
+from memit.forward.passes import (
     Padded,
-    Recorder,
     block_output,
-    branch,
-    can_branch,
-    can_resume,
     changing_module,
     logits_at,
     mlp_at,
     pad,
     reading_keys,
-    reading_outputs,
+    reading_module,
 )
+from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
 from tests import oracle
 from tests.families import PREFIXES
@@ -75,8 +73,13 @@ def test_outputs_and_keys_are_read_where_the_oracle_reads_them(family):
     lm = build(family)
     rows = _rows(lm)[:2]
     padded = pad(rows, lm.device)
-    with reading_outputs(lm, (0, 2)) as outputs, reading_keys(lm, (1, 2)) as keys:
+    with (
+        reading_module(lm.blocks[0]) as first,
+        reading_module(lm.blocks[2]) as last,
+        reading_keys(lm, (1, 2)) as keys,
+    ):
         block_output(lm, padded, 2)
+    outputs = {0: first[0], 2: last[0]}
     seen: dict = {}
 
     def keep(name):
@@ -134,7 +137,7 @@ def test_resumed_rows_give_the_logits_of_whole_ones(family, start):
     padded = pad(rows, lm.device)
     expected = _whole(lm, rows)
     recorder = Recorder(lm, start)
-    with reading_outputs(lm, [start - 1]) as outputs:
+    with reading_module(lm.blocks[start - 1]) as outputs:
         block_output(lm, padded, lm.depth - 1, recorder=recorder)
     first = torch.tensor([len(ids) * part // 5 for part, ids in enumerate(rows[:5])] + [1, 0])
     taken = torch.tensor([3, 1, 6, 0, 1, 4])
@@ -143,7 +146,7 @@ def test_resumed_rows_give_the_logits_of_whole_ones(family, start):
     tail = pad(tails, lm.device)
     hidden = torch.zeros(*tail.ids.shape, lm.width)
     for i, r in enumerate(taken.tolist()):
-        hidden[i, : len(tails[i])] = outputs[start - 1][r, int(first[r]) : len(rows[r])]
+        hidden[i, : len(tails[i])] = outputs[0][r, int(first[r]) : len(rows[r])]
     which = torch.tensor([i for i, ids in enumerate(tails) for _ in ids])
     columns = torch.tensor([c for ids in tails for c in range(len(ids))])
     found = logits_at(lm, tail, which, columns, start=start, hidden=hidden, before=before)
@@ -224,37 +227,6 @@ def test_padding_is_masked_on_the_right():
     assert padded.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert padded.ids[0].tolist() == [5, 6, 7]
     assert padded[torch.tensor([1])].ids[0, 0] == 8
-
-
-WITHOUT_BRANCHES = {"bloom", "gpt_neo"}
-"""Families that make their own masks; others look back only so far and are refused for that."""
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_branches_are_as_if_alone(family):
-    lm = build(family)
-    if not can_branch(lm, 30):
-        assert family in WITHOUT_BRANCHES or lm.model.config.sliding_window < 30
-        return
-    ids = [row for row in _rows(lm) if len(row) > 3]
-    stems, tails = [row[:3] for row in ids], [[row[3:], ids[0][:5], ids[1][:1]] for row in ids]
-    rows = branch(stems, tails, lm.device)
-    for r, (stem, own) in enumerate(zip(stems, tails, strict=True)):
-        column = len(stem)
-        for tail in own:
-            columns = torch.arange(column, column + len(tail))
-            found = logits_at(lm, rows, torch.full_like(columns, r), columns)
-            _close(found, _whole(lm, [[*stem, *tail]])[0][len(stem) :])
-            column += len(tail)
-
-
-def test_a_model_whose_branches_see_each_other_is_found_out(monkeypatch):
-    lm = build("llama")
-    lm.__dict__.pop("_can_branch", None)
-    monkeypatch.setattr("memit.forward.Branched.mask", lambda rows, dtype: None)
-    assert not can_branch(lm, 30)
-    lm.__dict__.pop("_can_branch")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -117,13 +117,13 @@ def test_values_are_those_of_a_literal_optimisation(family, request_index):
     assert relative(found.z[0], _literal_value(lm, request, PREFIXES[:3], EDITOR)) < 1e-4
 
 
-def test_layer_zero_has_nothing_below_it_to_resume_from():
+def test_layer_zero_has_nothing_below_it_to_resume_from(monkeypatch):
     lm = build("gpt2")
     editor = replace(EDITOR, layer=0)
     found = compute_targets(
         lm, REQUESTS[:1], PREFIXES, editor.optimisation, token_budget=LARGE, site=MlpOutput(0)
     )
-    lm._can_resume = False  # type: ignore[attr-defined]
+    monkeypatch.setattr("memit.targets.can_resume", lambda lm: False)
     whole = compute_targets(
         lm, REQUESTS[:1], PREFIXES, editor.optimisation, token_budget=LARGE, site=MlpOutput(0)
     )

@@ -102,11 +102,11 @@ class TestScores:
             assert score.hit == hit
             assert score.nll == pytest.approx(nll, abs=2e-4)
 
-    def test_models_that_cannot_branch_give_the_same(self, monkeypatch: pytest.MonkeyPatch):
+    def test_models_that_cannot_be_resumed_give_the_same(self, monkeypatch: pytest.MonkeyPatch):
         lm = model("llama")
         prompts = prompts_of(records())
         fast = score_prompts(lm, prompts, token_budget=4096)
-        monkeypatch.setattr(continuations, "can_branch", lambda *_: False)
+        monkeypatch.setattr(continuations, "can_resume", lambda lm: False)
         whole = score_prompts(lm, prompts, token_budget=4096)
         assert fast["nll_new"].to_pylist() == pytest.approx(whole["nll_new"].to_pylist(), abs=2e-4)
 

@@ -1,0 +1,1 @@
+"""Partial forward passes through a model's own forward method."""

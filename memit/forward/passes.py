@@ -1,0 +1,307 @@
+"""Partial forward passes: start above a block, stop after a block, ask the head at few positions.
+
+Everything goes through the model's own forward method, with hooks on its blocks and its head, so
+that masks, positions, scales and caps stay the model's own. Rows are padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from memit.forward.key_values import KeyValues, Recorder
+from memit.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Token rows padded on the right to a rectangle."""
+
+    ids: Tensor
+    """Token ids (rows × tokens)."""
+    mask: Tensor
+    """1 for a token, 0 for padding (rows × tokens)."""
+
+    def __getitem__(self, rows: Tensor | slice) -> Padded:
+        return Padded(self.ids[rows], self.mask[rows])
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
+    """Pad token rows on the right; the padding's ids are masked, so they do not matter."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *([0] * (width - len(row)))] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    columns = torch.arange(width, device=device)
+    return Padded(ids, (columns[None] < lengths[:, None]).long())
+
+
+# --- hooks -----------------------------------------------------------------------------------
+
+
+class _Stopped(Exception):
+    """Leaves the model's forward method after the last wanted block."""
+
+
+def _hidden_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+@contextmanager
+def _starting_at(lm: LanguageModel, start: int, hidden: Tensor) -> Iterator[None]:
+    """Skip the blocks below `start`, and let `hidden` enter block `start`."""
+
+    def enter(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": hidden}
+        return (hidden, *args[1:]), kwargs
+
+    with (
+        _with_forward(lm.blocks[:start], lambda block: _pass_through),
+        lm.blocks[start].register_forward_pre_hook(enter, with_kwargs=True),
+    ):
+        yield
+
+
+@contextmanager
+def recomputing(lm: LanguageModel, start: int) -> Iterator[None]:
+    """Recompute blocks from `start` on in the backward pass if weights are offloaded: otherwise the
+    graph would keep the weights of all blocks on the device at once."""
+    if not lm.is_offloaded:
+        yield
+        return
+
+    def checkpointed(block: nn.Module) -> Callable[..., Any]:
+        return partial(checkpoint, block.forward, use_reentrant=False)
+
+    # The hooks that send weights away again must see the end of each module.
+    with set_checkpoint_early_stop(False), _with_forward(lm.blocks[start:], checkpointed):
+        yield
+
+
+@contextmanager
+def _with_forward(
+    blocks: Iterable[nn.Module], forward: Callable[[nn.Module], Callable[..., Any]]
+) -> Iterator[None]:
+    """Replace the forward method of some blocks inside the context."""
+    kept = [(block, block.__dict__.get("forward")) for block in blocks]
+    for block, _ in kept:
+        block.forward = forward(block)
+    try:
+        yield
+    finally:
+        for block, own in kept:
+            del block.forward
+            if own is not None:  # accelerate keeps a forward of its own on the instance
+                block.forward = own
+
+
+def _pass_through(*args: Any, **kwargs: Any) -> tuple:
+    # A tuple serves blocks that return tensors, too: block `start` replaces what it is given.
+    return (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0],)
+
+
+@contextmanager
+def reading_keys(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the inputs of some blocks' down-projections (rows·tokens × f) during a forward."""
+    found: dict[int, Tensor] = {}
+
+    def read(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple) -> None:
+            found[layer] = args[0].reshape(-1, args[0].shape[-1])
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in layers:
+            module = lm.down_projection(layer)
+            stack.enter_context(module.register_forward_pre_hook(read(layer)))
+        yield found
+
+
+@contextmanager
+def changing_module(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the hidden states that leave a module by `change` of them."""
+
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        return _with_hidden(output, change(_hidden_of(output)))
+
+    with module.register_forward_hook(hook):
+        yield
+
+
+@contextmanager
+def reading_module(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the hidden states that leave a module, one tensor for each run of it."""
+    found: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+        found.append(_hidden_of(output))
+
+    with module.register_forward_hook(hook):
+        yield found
+
+
+@contextmanager
+def _stopping_after(lm: LanguageModel, layer: int) -> Iterator[list[Tensor]]:
+    result: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+        result.append(_hidden_of(output))
+        raise _Stopped
+
+    with lm.blocks[layer].register_forward_hook(hook), suppress(_Stopped):
+        yield result
+
+
+@contextmanager
+def _head_at(lm: LanguageModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Let the head see the chosen positions only, as one row."""
+
+    def choose(_module: nn.Module, args: tuple) -> tuple:
+        return (args[0][rows.to(args[0].device), columns.to(args[0].device)][None],)
+
+    with lm.head.register_forward_pre_hook(choose):
+        yield
+
+
+@contextmanager
+def mlp_at(lm: LanguageModel, layer: int, rows: Tensor, columns: Tensor) -> Iterator[list[Tensor]]:
+    """Run a block's MLP at chosen positions only, where nothing reads the others.
+
+    Yields a list that gets the chosen flat positions, ascending and without repetition, each time
+    the MLP runs so; keys read meanwhile have one row for each of them. The MLP runs on all
+    positions, and the list stays empty, if the block has other hooks, may be recomputed, or gives
+    its MLP anything but rows × tokens × d.
+    """
+    chosen: list[Tensor] = []
+    mlp = lm.mlp(layer)
+    if (
+        mlp is None
+        or lm.is_offloaded
+        or any(m._forward_hooks or m._forward_pre_hooks for m in (lm.blocks[layer], *mlp.modules()))
+    ):
+        yield chosen
+        return
+    shape: list[torch.Size] = []
+
+    def choose(_module: nn.Module, args: tuple) -> tuple:
+        hidden = args[0]
+        if hidden.ndim != 3:
+            return args
+        flat = (rows * hidden.shape[1] + columns).to(hidden.device)
+        shape.append(hidden.shape)
+        chosen.append(torch.unique(flat))
+        return (hidden.reshape(-1, hidden.shape[-1])[chosen[-1]][None], *args[1:])
+
+    def put_back(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        if not chosen:
+            return output
+        whole = output.new_zeros(shape[-1]).reshape(-1, output.shape[-1])
+        return whole.index_copy(0, chosen[-1], output[0]).reshape(shape[-1])
+
+    with mlp.register_forward_pre_hook(choose), mlp.register_forward_hook(put_back):
+        yield chosen
+
+
+# --- passes ----------------------------------------------------------------------------------
+
+
+def _inputs(
+    lm: LanguageModel,
+    padded: Padded,
+    hidden: Tensor | None,
+    before: KeyValues | None,
+    recorder: Recorder | None,
+) -> dict[str, Any]:
+    """Arguments of the model's forward method."""
+    inputs: dict[str, Any] = {"attention_mask": padded.mask, "use_cache": False}
+    if hidden is None:
+        inputs["input_ids"] = padded.ids
+    else:
+        # Never read, since `hidden` replaces them, but the model checks their shape.
+        width = cast(nn.Embedding, lm.model.get_input_embeddings()).embedding_dim
+        device = padded.ids.device
+        inputs["inputs_embeds"] = hidden.new_zeros(*padded.ids.shape, width, device=device)
+    if before is not None:
+        # Column c of a row that continues n positions is position n + c of its text.
+        columns = torch.arange(padded.ids.shape[1], device=padded.ids.device)
+        lengths = before.lengths.to(columns.device)
+        inputs["position_ids"] = lengths[:, None] + columns[None]
+        inputs["attention_mask"] = torch.cat([before.mask().to(columns.device), padded.mask], 1)
+        inputs |= {"past_key_values": before.cache(), "use_cache": True}
+    if recorder is not None:
+        inputs |= {"past_key_values": recorder.cache(), "use_cache": True}
+    return inputs
+
+
+def block_output(
+    lm: LanguageModel,
+    padded: Padded,
+    stop: int,
+    *,
+    start: int = 0,
+    hidden: Tensor | None = None,
+    before: KeyValues | None = None,
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """Hidden states that leave block `stop` (rows × tokens × d); no block above it runs.
+
+    `hidden` (rows × tokens × d), if given, enters block `start`, and no block below it runs.
+    """
+    with ExitStack() as stack:
+        if hidden is not None:
+            stack.enter_context(_starting_at(lm, start, hidden))
+        result = stack.enter_context(_stopping_after(lm, stop))
+        lm.model.base_model(**_inputs(lm, padded, hidden, before, recorder))
+    return result[0]
+
+
+def keys_of(lm: LanguageModel, padded: Padded, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Inputs of some blocks' down-projections (rows·tokens × f); nothing after the last runs."""
+
+    def stop(_module: nn.Module, _args: tuple) -> None:
+        raise _Stopped
+
+    with ExitStack() as stack:
+        found = stack.enter_context(reading_keys(lm, layers))
+        last = lm.down_projection(max(layers))
+        stack.enter_context(last.register_forward_pre_hook(stop))
+        stack.enter_context(suppress(_Stopped))
+        lm.model.base_model(**_inputs(lm, padded, None, None, None))
+    return found
+
+
+def logits_at(
+    lm: LanguageModel,
+    padded: Padded,
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    start: int = 0,
+    hidden: Tensor | None = None,
+    before: KeyValues | None = None,
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """Float32 logits at chosen positions (k × vocabulary), given by row and column (k each).
+
+    `hidden`, if given, enters block `start`; the rows continue the positions of `before`;
+    `recorder` keeps the keys and values of this pass.
+    """
+    with ExitStack() as stack:
+        if hidden is not None:
+            stack.enter_context(_starting_at(lm, start, hidden))
+        stack.enter_context(_head_at(lm, rows, columns))
+        stack.enter_context(mlp_at(lm, lm.depth - 1, rows, columns))
+        output = lm.model(**_inputs(lm, padded, hidden, before, recorder))
+    return output.logits[0].float()
