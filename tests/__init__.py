@@ -1,7 +1,7 @@
-"""Where tests find the project's files, and the recorded data that may lie beside the project."""
+"""Where tests find the project's files, the recorded run, and data sets beside the project."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 SHARED = ROOT.parent / "shared"
-GOLDEN = SHARED / "golden"

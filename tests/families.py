@@ -89,8 +89,8 @@ class _Special:
 
 
 _END_OF_TEXT = _Special("<|endoftext|>", "<|endoftext|>")
-_LLAMA = _Special("<s>", "</s>", "<unk>", adds_bos=True)
-_GEMMA = _Special("<bos>", "<eos>", "<unk>", adds_bos=True)
+_LLAMA_TOKENS = _Special("<s>", "</s>", "<unk>", adds_bos=True)
+_GEMMA_TOKENS = _Special("<bos>", "<eos>", "<unk>", adds_bos=True)
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -136,7 +136,7 @@ def _byte_level(
     split: str | None = None,
     trim_offsets: bool = True,
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; ``split`` is a pattern of its own, as Llama 3 and Qwen have one."""
+    """Byte-level BPE; `split` is a pattern of its own, as Llama 3 and Qwen have one."""
     tokenizer = Tokenizer(models.BPE())
     if normalizer is not None:
         tokenizer.normalizer = normalizer
@@ -172,46 +172,40 @@ def _with_byte_fallback(tokenizer: Tokenizer, special: _Special) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def _metaspace(
-    special: _Special,
-    prepend_scheme: str,
-    *,
-    split: bool,
-    strip: bool,
-) -> PreTrainedTokenizerFast:
+def _trained_metaspace(special: _Special, prepend_scheme: str) -> Tokenizer:
     """SentencePiece-like BPE with byte fallback and a BOS in front."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme, split=True)
     _train(tokenizer, special, [])
     tokenizer = _with_byte_fallback(tokenizer, special)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme, split=split)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if strip else []))
     tokenizer.post_processor = _bos_template(tokenizer, special)
+    return tokenizer
+
+
+def _fallback_decoder(*, strip: bool) -> decoders.Decoder:
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if strip else []))
+
+
+def _metaspace(
+    special: _Special, prepend_scheme: str, *, split: bool, strip: bool
+) -> PreTrainedTokenizerFast:
+    """The layout of newer conversions: the leading space comes from the pre-tokenizer."""
+    tokenizer = _trained_metaspace(special, prepend_scheme)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme, split=split)
+    tokenizer.decoder = _fallback_decoder(strip=strip)
     return _wrap(tokenizer, special)
 
 
 def _legacy_llama(special: _Special) -> PreTrainedTokenizerFast:
     """Llama 2's own layout: the leading space comes from a normalizer, nothing is split before."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always", split=True)
-    _train(tokenizer, special, [])
-    tokenizer = _with_byte_fallback(tokenizer, special)
-    state = json.loads(tokenizer.to_str())
+    state = json.loads(_trained_metaspace(special, "always").to_str())
     state["pre_tokenizer"] = None
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.post_processor = _bos_template(tokenizer, special)
+    tokenizer.decoder = _fallback_decoder(strip=True)
     return _wrap(tokenizer, special)
 
 
@@ -249,10 +243,10 @@ def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
         "byte_level_bos_split": _byte_level(
             _Special("<|begin_of_text|>", "<|end_of_text|>", adds_bos=True), split=_LLAMA3_SPLIT
         ),
-        "metaspace_first": _metaspace(_LLAMA, "first", split=False, strip=True),
-        "metaspace_always": _metaspace(_LLAMA, "always", split=True, strip=True),
-        "metaspace_never": _metaspace(_GEMMA, "never", split=True, strip=False),
-        "metaspace_legacy": _legacy_llama(_LLAMA),
+        "metaspace_first": _metaspace(_LLAMA_TOKENS, "first", split=False, strip=True),
+        "metaspace_always": _metaspace(_LLAMA_TOKENS, "always", split=True, strip=True),
+        "metaspace_never": _metaspace(_GEMMA_TOKENS, "never", split=True, strip=False),
+        "metaspace_legacy": _legacy_llama(_LLAMA_TOKENS),
         "sentencepiece": _sentencepiece(),
     }
 
@@ -276,17 +270,18 @@ def closed(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     )
 
 
-_LLAMA_LIKE: dict[str, Any] = {
+_PLAIN: dict[str, Any] = {
     "hidden_size": 32,
-    "intermediate_size": 56,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 192,
 }
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 192}
-_GEMMA_LIKE = {**_LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
-_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+_NEOX = {**_PLAIN, "intermediate_size": 56}
+_LLAMA = {**_NEOX, "num_key_value_heads": 2}
+_GEMMA = {**_LLAMA, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+_GEMMA["layer_types"] = ["sliding_attention", "full_attention"] * 2
+_OPT = {**_PLAIN, "word_embed_proj_dim": 32, "ffn_dim": 64}
 
 
 @dataclass(frozen=True)
@@ -298,104 +293,41 @@ class _Recipe:
     head_scale: float = 2.0
 
 
+_SOFTCAPS = {"final_logit_softcapping": 4.0, "attn_logit_softcapping": 3.0}
+_GRANITE = {"embedding_multiplier": 2.0, "logits_scaling": 2.0}
+_GRANITE |= {"residual_multiplier": 0.7, "attention_multiplier": 0.3}
+_NEO = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 192}
+_LOCAL = {"attention_types": [[["global", "local"], 2]], "window_size": 12}
+_PROJECTED = {"word_embed_proj_dim": 24, "do_layer_norm_before": False}
+
 _RECIPES = {
     "gpt2": _Recipe("gpt2", "byte_level", _GPT2),
     "gpt2_slow_tokenizer": _Recipe("gpt2", "sentencepiece", _GPT2),
     "gptj": _Recipe("gptj", "byte_level", {**_GPT2, "rotary_dim": 4}),
-    "gpt_neox": _Recipe("gpt_neox", "byte_level_nfc", {**_LLAMA_LIKE, "num_key_value_heads": None}),
+    "gpt_neox": _Recipe("gpt_neox", "byte_level_nfc", _NEOX),
     "gpt_neox_sequential": _Recipe(
-        "gpt_neox",
-        "byte_level_untrimmed",
-        {**_LLAMA_LIKE, "num_key_value_heads": None, "use_parallel_residual": False},
+        "gpt_neox", "byte_level_untrimmed", {**_NEOX, "use_parallel_residual": False}
     ),
-    "llama": _Recipe("llama", "metaspace_first", _LLAMA_LIKE),
-    "llama2": _Recipe("llama", "metaspace_legacy", {**_LLAMA_LIKE, "num_key_value_heads": 4}),
-    "llama3": _Recipe("llama", "byte_level_bos_split", {**_LLAMA_LIKE, "num_key_value_heads": 1}),
-    "mistral": _Recipe("mistral", "metaspace_always", {**_LLAMA_LIKE, "sliding_window": 12}),
-    "qwen2": _Recipe("qwen2", "byte_level_nfc", _LLAMA_LIKE),
-    "qwen3": _Recipe("qwen3", "byte_level_nfc", {**_LLAMA_LIKE, "head_dim": 16}),
-    "gemma2": _Recipe(
-        "gemma2",
-        "metaspace_never",
-        {
-            **_GEMMA_LIKE,
-            "layer_types": _ALTERNATING,
-            "final_logit_softcapping": 4.0,
-            "attn_logit_softcapping": 3.0,
-        },
-        attention="eager",
-    ),
-    "gemma3": _Recipe(
-        "gemma3_text", "metaspace_never", {**_GEMMA_LIKE, "layer_types": _ALTERNATING}
-    ),
-    "cohere": _Recipe(
-        "cohere", "byte_level_bos", {**_LLAMA_LIKE, "logit_scale": 0.5}, head_scale=4.0
-    ),
-    "opt": _Recipe(
-        "opt",
-        "byte_level_bos",
-        {
-            "hidden_size": 32,
-            "word_embed_proj_dim": 32,
-            "ffn_dim": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 192,
-        },
-    ),
-    "opt_projected": _Recipe(
-        "opt",
-        "byte_level_bos",
-        {
-            "hidden_size": 32,
-            "word_embed_proj_dim": 24,
-            "ffn_dim": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 192,
-            "do_layer_norm_before": False,
-        },
-    ),
-    "phi": _Recipe("phi", "byte_level", {**_LLAMA_LIKE, "num_key_value_heads": 4}),
-    "phi3": _Recipe("phi3", "metaspace_always", _LLAMA_LIKE),
+    "llama": _Recipe("llama", "metaspace_first", _LLAMA),
+    "llama2": _Recipe("llama", "metaspace_legacy", {**_LLAMA, "num_key_value_heads": 4}),
+    "llama3": _Recipe("llama", "byte_level_bos_split", {**_LLAMA, "num_key_value_heads": 1}),
+    "mistral": _Recipe("mistral", "metaspace_always", {**_LLAMA, "sliding_window": 12}),
+    "qwen2": _Recipe("qwen2", "byte_level_nfc", _LLAMA),
+    "qwen3": _Recipe("qwen3", "byte_level_nfc", {**_LLAMA, "head_dim": 16}),
+    "gemma2": _Recipe("gemma2", "metaspace_never", {**_GEMMA, **_SOFTCAPS}, attention="eager"),
+    "gemma3": _Recipe("gemma3_text", "metaspace_never", _GEMMA),
+    "cohere": _Recipe("cohere", "byte_level_bos", {**_LLAMA, "logit_scale": 0.5}, head_scale=4.0),
+    "opt": _Recipe("opt", "byte_level_bos", _OPT),
+    "opt_projected": _Recipe("opt", "byte_level_bos", {**_OPT, **_PROJECTED}),
+    "phi": _Recipe("phi", "byte_level", {**_LLAMA, "num_key_value_heads": 4}),
+    "phi3": _Recipe("phi3", "metaspace_always", _LLAMA),
     "bloom": _Recipe(
         "bloom", "byte_level_untrimmed", {"hidden_size": 32, "n_layer": 4, "n_head": 4}
     ),
-    "falcon": _Recipe(
-        "falcon",
-        "byte_level",
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 192,
-        },
-    ),
-    "gpt_neo": _Recipe(
-        "gpt_neo",
-        "byte_level",
-        {
-            "hidden_size": 32,
-            "num_layers": 4,
-            "num_heads": 4,
-            "attention_types": [[["global", "local"], 2]],
-            "window_size": 12,
-            "max_position_embeddings": 192,
-        },
-    ),
-    "olmo2": _Recipe("olmo2", "byte_level_nfc", _LLAMA_LIKE),
-    "granite": _Recipe(
-        "granite",
-        "byte_level",
-        {
-            **_LLAMA_LIKE,
-            "embedding_multiplier": 2.0,
-            "logits_scaling": 2.0,
-            "residual_multiplier": 0.7,
-            "attention_multiplier": 0.3,
-        },
-        head_scale=4.0,
-    ),
+    "falcon": _Recipe("falcon", "byte_level", _PLAIN),
+    "gpt_neo": _Recipe("gpt_neo", "byte_level", {**_NEO, **_LOCAL}),
+    "olmo2": _Recipe("olmo2", "byte_level_nfc", _LLAMA),
+    "granite": _Recipe("granite", "byte_level", {**_LLAMA, **_GRANITE}, head_scale=4.0),
 }
 
 
@@ -424,7 +356,7 @@ def _build(recipe: _Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **{key: value for key, value in recipe.config.items() if value is not None},
+        **recipe.config,
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)

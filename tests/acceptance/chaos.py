@@ -1,11 +1,11 @@
-"""Disturb the whole experiment at random and see that nothing is lost: ``make chaos``.
+"""Disturb the whole experiment at random and check that nothing is lost: `make chaos`.
 
     python -m tests.acceptance.chaos [--kills 100] [--seed 0] [--size default|small] [--write]
 
 An undisturbed run is the reference. Then the experiment is started again and again and killed with
 SIGKILL, its children with it, until it has ended; and the same from the beginning until there were
-so many kills. After that come the other faults. Exits with 1 if anything was not as it must be;
-``--write`` puts the tables into ``docs/reliability.md``.
+that many kills. The other faults follow. Exits with 1 if anything was wrong; `--write` puts the
+tables into `docs/reliability.md`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +42,7 @@ from tasks.engine.workers import WORKERS
 from tests.acceptance.project import ROOT, TINY, Project, hear_interrupts, server
 
 PHASES = ("start", *STEPS)
-"""What a run is at: Python's start and Prefect's handshake come before the first step."""
+"""Phases of a run; the start is that of Python and Prefect, before the first step."""
 SIZES: dict[str, dict[str, Any]] = {"default": {}, "small": TINY}
 PATIENCE = 1_200.0
 """Seconds after which a run counts as hanging."""
@@ -54,11 +54,11 @@ TABLES = ROOT / "docs" / "reliability.md"
 MARK = "<!-- written by make chaos -->"
 
 
-# --- a run that is watched ------------------------------------------------------------------------
+# --- an observed run ------------------------------------------------------------------------------
 
 
 class Attempt:
-    """A run of the experiment with its own process group, and what it has said so far."""
+    """A run of the experiment with its own process group, and its output so far."""
 
     def __init__(
         self,
@@ -67,31 +67,31 @@ class Attempt:
         **environment: str,
     ) -> None:
         self.project = project
-        self.said_in = Path(tempfile.mkstemp(suffix=".txt", dir=project.place.parent)[1])
+        self.output_file = Path(tempfile.mkstemp(suffix=".txt", dir=project.path.parent)[1])
         self.began = time.time()
-        with open(self.said_in, "wb") as said:
+        with open(self.output_file, "wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *program],
-                cwd=project.place,
+                cwd=project.path,
                 # Two runs at once, or other work on the machine: threads that spin would starve.
                 env={**project.environment, "OMP_WAIT_POLICY": "passive", **environment},
-                stdout=said,
-                stderr=said,
+                stdout=file,
+                stderr=file,
                 start_new_session=True,
                 preexec_fn=hear_interrupts,
             )
         atexit.register(self.abandon)
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """Everything that it has printed."""
-        return self.said_in.read_text(encoding="utf-8", errors="replace")
+        return self.output_file.read_text(encoding="utf-8", errors="replace")
 
     @property
     def phase(self) -> str:
-        """What it is at, as far as it has said."""
-        steps = len(re.findall(r"^✓ \d", self.said, re.MULTILINE))
-        locks = self.project.place / ".cache" / "locks"
+        """The phase that its output shows."""
+        steps = len(re.findall(r"^✓ \d", self.output, re.MULTILINE))
+        locks = self.project.path / ".cache" / "locks"
         if steps == 0 and not (locks.is_dir() and locks.stat().st_mtime > self.began):
             return "start"
         return PHASES[min(steps + 1, len(PHASES) - 1)]
@@ -102,7 +102,7 @@ class Attempt:
         return self.process.poll() is None
 
     def wait_for(self, phase: str) -> bool:
-        """Wait until it is at a phase or past it; False if it ended before."""
+        """Wait for a phase or a later one; False if it ended before."""
         while PHASES.index(self.phase) < PHASES.index(phase):
             if not self.runs:
                 return False
@@ -117,7 +117,7 @@ class Attempt:
         return self.runs
 
     def abandon(self) -> None:
-        """End it with whoever watches it."""
+        """Kill it where this process ends first."""
         if self.runs:
             self.kill()
 
@@ -135,27 +135,27 @@ class Attempt:
             return -signal.SIGKILL
 
 
-def durations(said: str) -> dict[str, float]:
-    """Seconds of each step, as a run that has ended told them."""
-    return {name: float(s) for name, s in re.findall(r"^✓ \d+/\d+ (\w+) +([\d.]+) s", said, re.M)}
+def durations(output: str) -> dict[str, float]:
+    """Seconds of each step, from the output of a run."""
+    return {name: float(s) for name, s in re.findall(r"^✓ \d+/\d+ (\w+) +([\d.]+) s", output, re.M)}
 
 
-# --- what lies in a project -----------------------------------------------------------------------
+# --- the files of a project -----------------------------------------------------------------------
 
 
 def records(project: Project) -> dict[str, tuple[int, int]]:
-    """Which file each kept piece's record is, by its key: another one means computed again."""
-    folder = project.place / ".cache" / "records"
+    """The file of each piece's record, by its key: another one means computed again."""
+    folder = project.path / ".cache" / "records"
     files = [path for path in folder.glob("*") if not path.name.endswith(PARTIAL)]
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
 
 
-def begun(project: Project) -> set[str]:
-    """Keys of the pieces that were in the making when the run was killed: their locks are left.
+def interrupted_pieces(project: Project) -> set[str]:
+    """Keys of the pieces in progress when the run was killed, by the locks that it left.
 
-    The files of the locks are removed, so that the next kill's can be told from them.
+    The lock files are removed, so that those of the next kill can be distinguished.
     """
-    left = list((project.place / ".cache" / "locks").glob("*.lock"))
+    left = list((project.path / ".cache" / "locks").glob("*.lock"))
     for path in left:
         path.unlink()
     keys = {path.stem for path in left if re.fullmatch(r".*-[0-9a-f]{64}", path.stem)}
@@ -164,7 +164,7 @@ def begun(project: Project) -> set[str]:
 
 def trained_steps(project: Project) -> int:
     """Steps of the small model's training that a checkpoint holds."""
-    for path in (project.place / ".cache" / "unfinished").rglob("checkpoint-*.safetensors"):
+    for path in (project.path / ".cache" / "unfinished").rglob("checkpoint-*.safetensors"):
         try:
             return len(json.loads(load_metadata(path)["losses"]))
         except IntegrityError:
@@ -175,28 +175,28 @@ def trained_steps(project: Project) -> int:
 def last_kept(project: Project) -> float:
     """When something was last kept, a piece or a checkpoint."""
     kept = [ns / 1e9 for _, ns in records(project).values()]
-    unfinished = (project.place / ".cache" / "unfinished").rglob("checkpoint-*.safetensors")
+    unfinished = (project.path / ".cache" / "unfinished").rglob("checkpoint-*.safetensors")
     return max([*kept, *(path.stat().st_mtime for path in unfinished)], default=0.0)
 
 
 def strays(project: Project) -> list[str]:
-    """Files that no finished run may leave."""
+    """Files that a finished run must not leave."""
     found = [
         path
         for pattern in (f"*{PARTIAL}", "*.tmp", ".cache/unfinished/**/*", ".cache/locks/*.lock")
-        for path in project.place.rglob(pattern)
+        for path in project.path.rglob(pattern)
         if ".prefect" not in path.parts and ".git" not in path.parts
     ]
-    return sorted(str(path.relative_to(project.place)) for path in found if path.is_file())
+    return sorted(str(path.relative_to(project.path)) for path in found if path.is_file())
 
 
 def empty(project: Project, *, keep_model: bool) -> None:
     """Take a project back to its beginning; the trained model may stay in the cache."""
     for name in ("artifacts", "evaluation", "report", "mlartifacts"):
-        shutil.rmtree(project.place / name, ignore_errors=True)
+        shutil.rmtree(project.path / name, ignore_errors=True)
     for name in ("metrics.json", "timings.json", "dvc.lock", "mlflow.db"):
-        (project.place / name).unlink(missing_ok=True)
-    cache = project.place / ".cache"
+        (project.path / name).unlink(missing_ok=True)
+    cache = project.path / ".cache"
     for folder in (*cache.glob("pieces/*"), cache / "unfinished"):
         if not (keep_model and folder.name == "model"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -214,47 +214,43 @@ class Kill:
 
     phase: str
     pieces: int
-    """That were in the making."""
+    """That were in progress."""
     seconds: float
     """Since something was last kept: what is done again, at most."""
 
 
 @dataclass
 class Chaos:
-    """An undisturbed run, a place for disturbed ones, and what was found out."""
+    """An undisturbed run, a folder for disturbed ones, and the findings."""
 
     folder: Path
-    api: str
-    changes: Mapping[str, Mapping[str, Any]]
-    """Of the parameters."""
     random: Random
     reference: Project
     expected: dict[str, float]
     """Seconds of each phase."""
     kills: list[Kill] = field(default_factory=list)
     cases: list[tuple[str, str, str]] = field(default_factory=list)
-    """Fault, what was looked at, and the result."""
+    """Fault, what was checked, and the result."""
     faults: list[str] = field(default_factory=list)
-    """Everything that was not as it must be."""
+    """Everything that was wrong."""
 
     def __post_init__(self) -> None:
         self.results = self.reference.results()
 
     def project(self, name: str, *, finished: bool) -> Project:
-        """Another project with the same parameters; empty, but for the trained model, unless
-        it shall be finished."""
-        project = Project(self.folder / name, self.api, self.reference.place, self.changes)
-        names = [".cache", *(["artifacts", "evaluation", "report"] if finished else [])]
-        for each in names:
-            shutil.copytree(self.reference.place / each, project.place / each)
-        for each in ("metrics.json", "timings.json", "dvc.lock") if finished else ():
-            shutil.copy(self.reference.place / each, project.place / each)
+        """A copy of the reference; unless finished, only its trained model is kept."""
+        project = self.reference.copy(self.folder / name)
         if not finished:
             empty(project, keep_model=True)
         return project
 
+    def expect_success(self, attempt: Attempt, where: str) -> None:
+        """Wait for the end of a run that must succeed."""
+        if attempt.end() != 0:
+            self.faults.append(f"{where} ended with {attempt.output[-2000:]}")
+
     def check(self, project: Project, where: str) -> list[str]:
-        """What a finished run left that it must not have, or lacks."""
+        """What is wrong with what a finished run left."""
         found = project.results()
         wrong = [
             f"{name} differs"
@@ -262,21 +258,14 @@ class Chaos:
             if found.get(name) != self.results.get(name)
         ]
         wrong += [f"{name} is left over" for name in strays(project)]
-        logged = project.mlflow_runs() if (project.place / "mlflow.db").exists() else []
+        logged = project.mlflow_runs() if (project.path / "mlflow.db").exists() else []
         if [run for run in logged if run[1] == "active"] != [("FINISHED", "active")]:
             wrong.append(f"MLflow has the runs {logged}")
         if any(status == "RUNNING" for status, _ in logged):
             wrong.append(f"MLflow has a run that is RUNNING: {logged}")
-        status = subprocess.run(
-            ["dvc", "status"],
-            cwd=project.place,
-            env=project.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if "up to date" not in status.stdout:
-            wrong.append(f"dvc status says {(status.stdout + status.stderr).strip()!r}")
+        status = project.do("dvc", "status")
+        if "up to date" not in status:
+            wrong.append(f"dvc status: {status.strip()!r}")
         self.faults += [f"{where}: {one}" for one in wrong]
         return wrong
 
@@ -298,15 +287,13 @@ class Chaos:
             attempt = Attempt(project)
             if attempt.wait_for(phase) and attempt.wait_seconds(self._delay(phase)):
                 self._kill(attempt)
-            elif attempt.end() != 0:
-                self.faults.append(f"round {number} ended with {attempt.said[-2000:]}")
+            else:
+                self.expect_success(attempt, f"round {number}")
             before, steps = self._compare(project, before, steps)
-        attempt = Attempt(project)
-        if attempt.end() != 0:
-            self.faults.append(f"round {number} ended with {attempt.said[-2000:]}")
+        self.expect_success(Attempt(project), f"round {number}")
         self._compare(project, before, steps)
         wrong = self.check(project, f"round {number}")
-        tell(f"round {number}: {len(self.kills)} kills, {wrong or 'as the reference'}")
+        log(f"round {number}: {len(self.kills)} kills, {wrong or 'as the reference'}")
 
     def _plan(self, most: int, *, first: bool) -> list[str]:
         """Phases in which to kill, in their order; more often where the run is longer."""
@@ -324,12 +311,12 @@ class Chaos:
     def _kill(self, attempt: Attempt) -> None:
         phase = attempt.phase
         attempt.kill()
-        lost = begun(attempt.project)
+        lost = interrupted_pieces(attempt.project)
         since = max(last_kept(attempt.project), attempt.began)
         self.kills.append(Kill(phase, len(lost), time.time() - since if lost else 0.0))
         if len(lost) > WORKERS:
-            self.faults.append(f"{len(lost)} pieces were in the making in {phase}")
-        tell(f"kill {len(self.kills)} in {phase}, {len(lost)} pieces in the making")
+            self.faults.append(f"{len(lost)} pieces were in progress in {phase}")
+        log(f"kill {len(self.kills)} in {phase}, {len(lost)} pieces in progress")
 
     def _compare(
         self, project: Project, before: dict[str, tuple[int, int]], steps: int
@@ -339,7 +326,7 @@ class Chaos:
         again = [key for key, identity in before.items() if now.get(key) != identity]
         if again:
             self.faults.append(f"{len(again)} pieces that were kept were computed again")
-        unfinished = list((project.place / ".cache" / "unfinished" / "model").glob("*/*"))
+        unfinished = list((project.path / ".cache" / "unfinished" / "model").glob("*/*"))
         if trained < steps and unfinished:  # what has ended is forgotten
             self.faults.append(f"training went back from step {steps} to {trained}")
         return now, trained
@@ -347,16 +334,23 @@ class Chaos:
     # --- other faults -----------------------------------------------------------------------------
 
     def case(self, fault: str, looked_at: str, work: Callable[[], str]) -> None:
-        """Run a case; what it says is its result, and faults that it adds spoil it."""
+        """Run a case and keep its result, unless it added faults."""
         before = len(self.faults)
-        said = work()
+        result = work()
         wrong = self.faults[before:]
-        self.cases.append((fault, looked_at, f"**{len(wrong)} wrong**" if wrong else said))
-        tell(f"{fault}: {wrong or said}")
+        self.cases.append((fault, looked_at, f"**{len(wrong)} wrong**" if wrong else result))
+        log(f"{fault}: {wrong or result}")
 
-    def stop(self, sent: signal.Signals, status: int, count: int) -> str:
+    def resumed(self, fault: str, disturb: Callable[[Project], str]) -> str:
+        """Disturb a project; an undisturbed run must end with the reference's results then."""
+        project = self.project(re.sub(r"\W+", "-", fault), finished=False)
+        result = disturb(project)
+        self.expect_success(Attempt(project), f"{fault}: going on")
+        self.check(project, fault)
+        return result
+
+    def stop(self, sent: signal.Signals, status: int, count: int, project: Project) -> str:
         """Ask runs to stop at random moments."""
-        project = self.project(sent.name, finished=False)
         longest = 0.0
         for number in range(count):
             attempt = Attempt(project)
@@ -367,49 +361,45 @@ class Chaos:
                 attempt.process.send_signal(sent)
                 ended = attempt.end(60.0)
                 longest = max(longest, time.time() - asked)
-                if ended != status or "Traceback" in attempt.said:
-                    self.faults.append(f"{sent.name} in {phase}: {ended}, {attempt.said[-2000:]}")
-            elif attempt.end() != 0:
-                self.faults.append(f"{sent.name} {number}: {attempt.said[-2000:]}")
+                if ended != status or "Traceback" in attempt.output:
+                    self.faults.append(f"{sent.name} in {phase}: {ended}, {attempt.output[-2000:]}")
+            else:
+                self.expect_success(attempt, f"{sent.name} {number}")
         if longest > STOPPED_WITHIN:
             self.faults.append(f"{sent.name} took {longest:.1f} s")
-        self._go_on(project, sent.name)
         return f"exit status {status} within {longest:.1f} s, {count} times"
 
-    def fail_writing(self, error: str, count: int) -> str:
+    def fail_writing(self, error: str, count: int, project: Project) -> str:
         """Runs on a disk that fails after a random number of writes."""
-        project = self.project(error, finished=False)
         program = str(ROOT / "tests" / "acceptance" / "failing_disk.py")
         for _ in range(count):
             calls = int(10 ** self.random.uniform(0, 2.5))
             attempt = Attempt(project, (program, error, str(calls)))
             status = attempt.end()
-            if "Traceback" in attempt.said or (status == 0) != ("error:" not in attempt.said):
-                self.faults.append(f"{error} after {calls}: {status}, {attempt.said[-2000:]}")
+            if "Traceback" in attempt.output or (status == 0) != ("error:" not in attempt.output):
+                self.faults.append(f"{error} after {calls}: {status}, {attempt.output[-2000:]}")
             partial_files = [name for name in strays(project) if name.endswith(PARTIAL)]
             if error == "ENOSPC" and partial_files:
                 self.faults.append(f"{error} after {calls} left {partial_files}")
-        self._go_on(project, error)
         return f"one sentence and exit status 2, {count} times; then the same bytes"
 
     def share_store(self) -> str:
         """Two runs in two directories that share a cache."""
         one, two = (self.project(name, finished=False) for name in ("one", "two"))
-        attempts = [Attempt(project, DVC_ROOT=str(one.place)) for project in (one, two)]
+        attempts = [Attempt(project, DVC_ROOT=str(one.path)) for project in (one, two)]
         seen: dict[str, set[tuple[int, int]]] = {}
         while any(attempt.runs for attempt in attempts):
             for key, identity in records(one).items():
                 seen.setdefault(key, set()).add(identity)
             time.sleep(0.05)
         for attempt in attempts:
-            if attempt.end() != 0:
-                self.faults.append(f"two runs at once: {attempt.said[-2000:]}")
+            self.expect_success(attempt, "two runs at once")
         twice = [key for key, identities in seen.items() if len(identities) > 1]
         if twice:
             self.faults.append(f"two runs at once computed {len(twice)} pieces twice")
         for project in (one, two):
             if project.results() != self.results:
-                self.faults.append(f"two runs at once: {project.place.name} differs")
+                self.faults.append(f"two runs at once: {project.path.name} differs")
         if one.mlflow_runs() != [("FINISHED", "active")]:
             self.faults.append(f"two runs at once logged {one.mlflow_runs()}")
         return (
@@ -419,16 +409,13 @@ class Chaos:
     def share_directory(self) -> str:
         """Two runs in the same directory."""
         project = self.project("both", finished=False)
-        attempts = [Attempt(project), Attempt(project)]
-        for attempt in attempts:
-            if attempt.end() != 0:
-                self.faults.append(f"two runs in a directory: {attempt.said[-2000:]}")
+        for attempt in [Attempt(project), Attempt(project)]:
+            self.expect_success(attempt, "two runs in a directory")
         self.check(project, "two runs in a directory")
         return "the second waits for the first and finds everything done"
 
-    def lose_server(self, count: int) -> str:
+    def lose_server(self, count: int, project: Project) -> str:
         """Kill Prefect's server while runs need it."""
-        project = self.project("server", finished=False)
         longest = 0.0
         for number in range(count):
             home = self.folder / f"server-{number}"
@@ -441,35 +428,34 @@ class Chaos:
                 os.killpg(process.pid, signal.SIGKILL)
                 status = attempt.end(300.0)
                 longest = max(longest, time.time() - died)
-            if status not in (0, 2) or "Traceback" in attempt.said:
-                self.faults.append(f"server lost in {phase}: {status}, {attempt.said[-2000:]}")
+            if status not in (0, 2) or "Traceback" in attempt.output:
+                self.faults.append(f"server lost in {phase}: {status}, {attempt.output[-2000:]}")
         if longest > LOST_WITHIN:
             self.faults.append(f"a run went on for {longest:.0f} s without Prefect's server")
-        self._go_on(project, "server lost")
         return f"one sentence and exit status 2, after {longest:.0f} s at most; then the same bytes"
 
     def lose_mlflow(self) -> str:
         """Run with a store that is no store; log when it is back."""
         project = self.project("mlflow", finished=False)
-        (project.place / "mlflow.db").mkdir()
+        (project.path / "mlflow.db").mkdir()
         attempt = Attempt(project)
         status = attempt.end()
-        if status != 0 or "warning: MLflow at" not in attempt.said:
-            self.faults.append(f"MLflow gone: {status}, {attempt.said[-2000:]}")
-        (project.place / "mlflow.db").rmdir()
+        if status != 0 or "warning: MLflow at" not in attempt.output:
+            self.faults.append(f"MLflow gone: {status}, {attempt.output[-2000:]}")
+        (project.path / "mlflow.db").rmdir()
         return self._log_again(project, "MLflow gone")
 
     def lock_mlflow(self) -> str:
         """Run while another process holds the store; log when it is free."""
         project = self.project("locked", finished=False)
-        with closing(sqlite3.connect(project.place / "mlflow.db", isolation_level=None)) as store:
+        with closing(sqlite3.connect(project.path / "mlflow.db", isolation_level=None)) as store:
             store.execute("create table held (x)")
             store.execute("drop table held")
             store.execute("begin exclusive")
             attempt = Attempt(project)
             status = attempt.end()
-        if status != 0 or "locked" not in attempt.said:
-            self.faults.append(f"MLflow locked: {status}, {attempt.said[-2000:]}")
+        if status != 0 or "locked" not in attempt.output:
+            self.faults.append(f"MLflow locked: {status}, {attempt.output[-2000:]}")
         return self._log_again(project, "MLflow locked")
 
     def _log_again(self, project: Project, where: str) -> str:
@@ -485,14 +471,12 @@ class Chaos:
         for _ in range(times):
             for path in self._some_files(project, files):
                 done[damage_file(path, self.random)] += 1
-            for path in (project.place / "dvc.lock", project.place / ".dvc" / "tmp" / "rwlock"):
+            for path in (project.path / "dvc.lock", project.path / ".dvc" / "tmp" / "rwlock"):
                 if path.exists():  # DVC writes them in place, so that a kill can tear them
                     content = path.read_bytes()
                     path.write_bytes(content[: self.random.randrange(len(content))])
                     done["torn file of DVC"] += 1
-            attempt = Attempt(project)
-            if attempt.end() != 0:
-                self.faults.append(f"after {dict(done)}: {attempt.said[-2000:]}")
+            self.expect_success(Attempt(project), f"after damage {dict(done)}")
             self.check(project, f"after damage {dict(done)}")
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.items()))
         return f"the same bytes after {times} runs with {sum(done.values())} files damaged: {kinds}"
@@ -501,21 +485,14 @@ class Chaos:
         found = [
             path
             for name in (".cache", "artifacts", "evaluation", "report")
-            for path in sorted((project.place / name).rglob("*"))
+            for path in sorted((project.path / name).rglob("*"))
             if path.is_file()
         ]
         return self.random.sample(found, count)
 
-    def _go_on(self, project: Project, where: str) -> None:
-        """An undisturbed run must end with the reference's results."""
-        attempt = Attempt(project)
-        if attempt.end() != 0:
-            self.faults.append(f"{where}: going on ended with {attempt.said[-2000:]}")
-        self.check(project, where)
-
 
 def damage_file(path: Path, random: Random) -> str:
-    """Do something bad to a file, as a bad disk or an absent mind would; says what."""
+    """Damage a file as a bad disk or an absent mind would; gives the kind of damage."""
     kind = random.choice(("bit flipped", "truncated", "emptied", "deleted", "foreign"))
     content = bytearray(path.read_bytes())
     if random.random() < 0.5:  # else what it is linked to is damaged, too
@@ -569,24 +546,24 @@ def undisturbed(folder: Path, api: str, size: str) -> tuple[Project, dict[str, f
     attempt.wait_for("model")
     expected = {"start": time.time() - attempt.began}
     if attempt.end() != 0:
-        raise SystemExit(attempt.said)
-    expected |= durations(attempt.said)
-    tell("reference, seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in expected.items()))
+        raise SystemExit(attempt.output)
+    expected |= durations(attempt.output)
+    log("reference, seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in expected.items()))
     return project, expected
 
 
-# --- what is told ---------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
 
 
-def tell(text: str) -> None:
-    """A line for whoever watches."""
+def log(text: str) -> None:
+    """Print a line with the time."""
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def kill_table(kills: Sequence[Kill]) -> list[str]:
     """Kills of each phase, and what they cost."""
     lines = [
-        "| step | kills | pieces in the making, at most | seconds done again, median | at most |",
+        "| step | kills | pieces in progress, at most | seconds done again, median | at most |",
         "|---|---:|---:|---:|---:|",
     ]
     for phase in PHASES:
@@ -607,7 +584,7 @@ def case_table(cases: Sequence[tuple[str, str, str]]) -> list[str]:
 
 
 def write_tables(chaos: Chaos, what: str) -> None:
-    """Put what was found out into the document."""
+    """Write the findings into the document."""
     head = TABLES.read_text(encoding="utf-8").partition(MARK)[0]
     verdict = "nothing was wrong" if not chaos.faults else f"{len(chaos.faults)} things were wrong"
     lines = [
@@ -620,23 +597,26 @@ def write_tables(chaos: Chaos, what: str) -> None:
     TABLES.write_text(head + MARK + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
-def disturb(chaos: Chaos, kills: int, note: Callable[[], None]) -> None:
-    """Everything, one after the other; each time there is something new to `note`."""
+def disturb(chaos: Chaos, kills: int, save: Callable[[], None]) -> None:
+    """Try every fault in turn; `save` is called after each."""
     chaos.kill_until_done(kills)
-    note()
+    save()
     same = "results, stray files, MLflow, DVC after going on"
 
     def case(fault: str, looked_at: str, work: Callable[[], str]) -> None:
         chaos.case(fault, looked_at, work)
-        note()
+        save()
 
-    case("SIGINT (Ctrl-C)", f"status, seconds; {same}", partial(chaos.stop, signal.SIGINT, 130, 3))
-    case("SIGTERM", f"status, seconds; {same}", partial(chaos.stop, signal.SIGTERM, 143, 3))
-    case("disk full (ENOSPC)", f"what is said; {same}", partial(chaos.fail_writing, "ENOSPC", 3))
-    case("read-only (EROFS)", f"what is said; {same}", partial(chaos.fail_writing, "EROFS", 3))
+    def resumed(fault: str, looked_at: str, disturb: Callable[[Project], str]) -> None:
+        case(fault, f"{looked_at}; {same}", partial(chaos.resumed, fault, disturb))
+
+    resumed("SIGINT (Ctrl-C)", "status, seconds", partial(chaos.stop, signal.SIGINT, 130, 3))
+    resumed("SIGTERM", "status, seconds", partial(chaos.stop, signal.SIGTERM, 143, 3))
+    resumed("disk full (ENOSPC)", "message", partial(chaos.fail_writing, "ENOSPC", 3))
+    resumed("read-only (EROFS)", "message", partial(chaos.fail_writing, "EROFS", 3))
     case("two runs, one store", "records, results, MLflow", chaos.share_store)
     case("two runs, one directory", same, chaos.share_directory)
-    case("Prefect's server dies", f"what is said; {same}", partial(chaos.lose_server, 2))
+    resumed("Prefect's server dies", "message", partial(chaos.lose_server, 2))
     case("MLflow's store is gone", same, chaos.lose_mlflow)
     case("MLflow's store is locked", same, chaos.lock_mlflow)
     case("files damaged at random", same, partial(chaos.damage, 4, 20))
@@ -655,11 +635,10 @@ def main(arguments: Sequence[str]) -> int:
         folder = Path(name)
         with server(folder / "prefect") as api:
             reference, expected = undisturbed(folder, api, given.size)
-            random = Random(given.seed)
-            chaos = Chaos(folder, api, SIZES[given.size], random, reference, expected)
+            chaos = Chaos(folder, Random(given.seed), reference, expected)
             what = f"seed {given.seed}, the experiment of size `{given.size}`"
-            note = partial(write_tables, chaos, what) if given.write else lambda: None
-            disturb(chaos, given.kills, note)
+            save = partial(write_tables, chaos, what) if given.write else lambda: None
+            disturb(chaos, given.kills, save)
     print("\n".join([*kill_table(chaos.kills), "", *case_table(chaos.cases), "", *chaos.faults]))
     return 1 if chaos.faults else 0
 

@@ -1,28 +1,38 @@
-"""One Prefect server and one finished experiment for all acceptance tests."""
+"""One Prefect server a process and one finished experiment for all acceptance tests."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+from filelock import FileLock
 
 from tests.acceptance.project import Project, server
 
 
 @pytest.fixture(scope="session")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One Prefect server for all runs of this file."""
+    """The address of a Prefect server."""
     with server(tmp_path_factory.mktemp("prefect")) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, api: str) -> Project:
-    """A project in which the experiment has run once, undisturbed."""
-    project = Project(tmp_path_factory.mktemp("finished") / "project", api)
-    said = project.run()
-    assert "Score S" in said
-    assert "Where to look next" in said
-    assert "Traceback" not in said
-    assert "warning" not in said
+    """A project in which the experiment has run once; tests that change it take a copy.
+
+    The first process that asks for it makes it, for all of them.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with FileLock(folder / "finished.lock"):
+        exists = (folder / "finished").exists()
+        project = Project(folder / "finished", api)
+        if not exists:
+            output = project.run()
+            assert "Score S" in output
+            assert "Where to look next" in output
+            assert "Traceback" not in output
+            assert "warning" not in output
     return project

@@ -14,9 +14,10 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
-from flows.command.parameters import Parameters
+from flows.service.server import prefect_server
 from tasks.engine.artifacts import PARTIAL
 from tests import ROOT
 
@@ -39,54 +40,56 @@ TINY: dict[str, dict[str, Any]] = {
     "scaling": {"counts": [1, 6], "least_records": 2, "generation_records": 1},
 }
 
+WORLD = ROOT / "params" / "world.yaml"
+"""The parameters of the synthetic world, of which `TINY` is a smaller one."""
+
 NOT_INHERITED = ("DVC_ROOT", "MLFLOW_TRACKING_URI")
-"""What other tests of the same process may have set: MLflow sets it for whoever is started."""
+"""Variables that other tests of the same process may have set."""
 
 
 class Project:
     """A checkout of the project with small parameters, and its commands."""
 
     def __init__(
-        self,
-        place: Path,
-        api: str,
-        source: Path = ROOT,
-        changes: Mapping[str, Mapping[str, Any]] = TINY,
+        self, path: Path, api: str, changes: Mapping[str, Mapping[str, Any]] = TINY
     ) -> None:
-        self.place = place
-        place.mkdir()
-        for name in ("flows", "tasks", "memit", "methods", "data", ".dvc"):
-            shutil.copytree(source / name, place / name, ignore=_not_ours)
-        for name in ("dvc.yaml", "constraints.txt", ".dvcignore", ".gitignore"):
-            shutil.copy(source / name, place / name)
-        parameters = Parameters().model_dump(mode="json")
-        for section, values in changes.items():
-            _update(parameters[section], values)
-        (place / "params.yaml").write_text(yaml.safe_dump(parameters, sort_keys=False))
+        self.path = path
         self.environment = {
             **{key: value for key, value in os.environ.items() if key not in NOT_INHERITED},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PREFECT_API_URL": api,
             "PYTHONPATH": "",
         }
+        if not path.exists():
+            self._create(changes)
+
+    def _create(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
+        for name in ("flows", "tasks", "memit", "methods", "data", ".dvc"):
+            shutil.copytree(ROOT / name, self.path / name, ignore=_untracked)
+        for name in ("dvc.yaml", "constraints.txt", ".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / name, self.path / name)
+        parameters = yaml.safe_load(WORLD.read_text())
+        for section, values in changes.items():
+            _update(parameters[section], values)
+        (self.path / "params.yaml").write_text(yaml.safe_dump(parameters, sort_keys=False))
         self.do("git", "init", "-q")
         self.do("git", "config", "user.name", "a tester")
         self.do("git", "config", "user.email", "tester@example.org")
         self.do("git", "add", "-A")
         self.do("git", "commit", "-q", "-m", "start")
 
-    def copy(self, place: Path) -> Project:
-        """Everything that lies here, in another place, with an MLflow store of its own."""
-        shutil.copytree(self.place, place, symlinks=True)
-        (place / "mlflow.db").unlink()
+    def copy(self, path: Path) -> Project:
+        """A copy in another directory, without the runs that MLflow knows."""
+        shutil.copytree(self.path, path, symlinks=True)
+        (path / "mlflow.db").unlink()
         other = copy(self)
-        other.place = place
+        other.path = path
         return other
 
     def do(self, *words: str) -> str:
-        """Run a command that must succeed; gives what it printed."""
+        """Run a command that must succeed; gives its output."""
         result = subprocess.run(
-            words, cwd=self.place, env=self.environment, capture_output=True, text=True, check=False
+            words, cwd=self.path, env=self.environment, capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout + result.stderr
@@ -96,10 +99,10 @@ class Project:
         return self.do(sys.executable, "-m", "flows", "experiment")
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        """A module as a command, `memit run` by default, not waited for."""
+        """Start a module as a command, `memit run` by default."""
         return subprocess.Popen(
             [sys.executable, "-m", *(words or ("flows", "experiment"))],
-            cwd=self.place,
+            cwd=self.path,
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -108,50 +111,41 @@ class Project:
         )
 
     def results(self) -> dict[str, bytes]:
-        """Everything that a repetition must reproduce to the byte: not what it cost."""
+        """The files that a repetition must reproduce to the byte."""
         files = [
-            path for name in ("artifacts", "evaluation") for path in self.place.glob(f"{name}/**/*")
+            path for name in ("artifacts", "evaluation") for path in self.path.glob(f"{name}/**/*")
         ]
-        files.append(self.place / "metrics.json")
-        found = {str(path.relative_to(self.place)): path for path in files if path.is_file()}
+        files.append(self.path / "metrics.json")
+        found = {str(path.relative_to(self.path)): path for path in files if path.is_file()}
         return {name: p.read_bytes() for name, p in found.items() if "steps" not in name}
 
     def mlflow_runs(self) -> list[tuple[str, str]]:
-        """Status and life of every MLflow run."""
-        with sqlite3.connect(self.place / "mlflow.db") as store:
+        """Status and lifecycle stage of every MLflow run."""
+        with sqlite3.connect(self.path / "mlflow.db") as store:
             return store.execute("select status, lifecycle_stage from runs").fetchall()
 
     def pieces(self, step: str) -> int:
-        """How many finished pieces of a step there are; of the model, checkpoints."""
-        folder = self.place / ".cache" / ("unfinished" if step == "model" else f"pieces/{step}")
+        """The number of finished pieces of a step; of the model, of checkpoints."""
+        folder = self.path / ".cache" / ("unfinished" if step == "model" else f"pieces/{step}")
         return sum(not path.name.endswith(PARTIAL) for path in folder.rglob("*.*"))
 
 
 def hear_interrupts() -> None:
-    """For a child: it would ignore Ctrl-C where the tests run in the background of a shell."""
+    """In a child: react to Ctrl-C also where a shell runs the tests in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
 def server(home: Path) -> Iterator[str]:
     """One Prefect server for all runs, whatever this process has set; gives its address."""
-    from flows.service.server import prefect_server
-
-    kept = {name: os.environ.get(name) for name in ("PREFECT_HOME", "PREFECT_API_URL")}
-    os.environ["PREFECT_HOME"] = str(home)
-    os.environ.pop("PREFECT_API_URL", None)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(home))
+        patch.delenv("PREFECT_API_URL", raising=False)
         with prefect_server() as address:
             yield address
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
-def _not_ours(folder: str, names: list[str]) -> set[str]:
+def _untracked(folder: str, names: list[str]) -> set[str]:
     skipped = {"__pycache__", "cache", "tmp", "config.local"}
     return skipped if Path(folder).name == ".dvc" else {"__pycache__"}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.project import ROOT, Project
+from flows.command.parameters import NO_FILE, USERS_FILES, read_parameters
+from tests.acceptance.project import ROOT, WORLD, Project
 from tests.families import DOCUMENTS, families
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -26,7 +27,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 def write_facts(project: Project, target: str) -> None:
     fact = {"subject": "Paul Smith", "prompt": "{} lives in the city of", "target": target}
-    (project.place / "facts.jsonl").write_text(json.dumps(fact | {"target_true": "Paris"}) + "\n")
+    (project.path / "facts.jsonl").write_text(json.dumps(fact | {"target_true": "Paris"}) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +35,20 @@ def project(tmp_path_factory: pytest.TempPathFactory, api: str) -> Project:
     """An experiment on files of the user's own that has been run."""
     made = Project(tmp_path_factory.mktemp("changes") / "project", api, changes=OWN)
     model, tokenizer = families()["gpt2"]()
-    model.save_pretrained(made.place / "small")
-    tokenizer.save_pretrained(made.place / "small")
-    (made.place / "corpus.txt").write_text("\n".join(DOCUMENTS * 5))
+    model.save_pretrained(made.path / "small")
+    tokenizer.save_pretrained(made.path / "small")
+    (made.path / "corpus.txt").write_text("\n".join(DOCUMENTS * 5))
     write_facts(made, "Rome")
     # As where the cache lies on another disk: results are symbolic links into it.
     made.do("dvc", "config", "--local", "cache.type", "symlink")
     made.run()
-    assert "up to date" in made.do("dvc", "status")
-    assert (made.place / "artifacts" / "requests.json").is_symlink()
+    assert (made.path / "artifacts" / "requests.json").is_symlink()
     return made
 
 
 def damaged(project: Project) -> list[str]:
-    """The files of DVC's cache that are not what their names say."""
-    stored = [p for p in project.place.glob(".dvc/cache/files/md5/*/*") if p.is_file()]
+    """The files of DVC's cache whose content does not match their names."""
+    stored = [p for p in project.path.glob(".dvc/cache/files/md5/*/*") if p.is_file()]
     assert len(stored) > 15
     digests = {path: hashlib.md5(path.read_bytes()).hexdigest() for path in stored}
     return [p.name for p in stored if digests[p] != p.parent.name + p.name.removesuffix(".dir")]
@@ -60,11 +60,11 @@ def tasks_run(project: Project, known: set[str]) -> set[str]:
 
 
 def records(project: Project) -> set[str]:
-    return {path.name for path in (project.place / ".cache" / "records").iterdir()}
+    return {path.name for path in (project.path / ".cache" / "records").iterdir()}
 
 
 def outdated(project: Project) -> set[str]:
-    """The stages that DVC would run for a reason of their own."""
+    """The stages with a changed dependency."""
     return set(json.loads(project.do("dvc", "status", "--json")))
 
 
@@ -73,27 +73,15 @@ def append(path: Path, text: str = "\n") -> None:
         file.write(text)
 
 
-def test_facts_that_change_in_place_are_edited_by_dvc(project: Project) -> None:
-    known = records(project)
-    write_facts(project, "Oslo")
-    assert outdated(project) == {"requests", "evaluation"}
-    said = project.do("dvc", "repro")
-    for stage in ("model", "prefixes", "statistics"):
-        assert f"Stage '{stage}' didn't change" in said
-    assert "Oslo" in (project.place / "artifacts" / "requests.json").read_text()
-    assert "Oslo" in (project.place / "evaluation" / "facts.csv").read_text()
-    assert tasks_run(project, known) == {"requests", "targets", "edit", "evaluation", "perplexity"}
-    assert outdated(project) == set()
-
-
 def test_facts_and_code_that_change_are_seen_by_a_run(project: Project) -> None:
-    known, lock, results = records(project), project.place / "dvc.lock", project.results()
+    known, lock, results = records(project), project.path / "dvc.lock", project.results()
     before = lock.read_bytes()
     write_facts(project, "Bonn")
-    append(project.place / "memit" / "layer_walk.py")
+    append(project.path / "memit" / "layer_walk.py")
     assert outdated(project) == {"requests", "edit", "evaluation"}
     project.run()
-    assert "Bonn" in (project.place / "artifacts" / "requests.json").read_text()
+    assert "Bonn" in (project.path / "artifacts" / "requests.json").read_text()
+    assert "Bonn" in (project.path / "evaluation" / "facts.csv").read_text()
     assert tasks_run(project, known) == {"requests", "targets", "edit", "evaluation", "perplexity"}
     assert outdated(project) == set()
     assert damaged(project) == []
@@ -109,12 +97,14 @@ def test_facts_and_code_that_change_are_seen_by_a_run(project: Project) -> None:
 
 def test_the_module_that_walks_the_layers_recomputes_the_edit_alone(project: Project) -> None:
     known, results = records(project), project.results()
-    append(project.place / "memit" / "layer_walk.py")
+    append(project.path / "memit" / "layer_walk.py")
     assert outdated(project) == {"edit"}
-    project.do("dvc", "repro")
+    output = project.do("dvc", "repro", "edit")
+    for stage in ("model", "requests", "statistics", "targets"):
+        assert f"Stage '{stage}' didn't change" in output
     assert tasks_run(project, known) == {"edit"}
     assert project.results() == results
-    assert outdated(project) == set()
+    assert outdated(project) <= {"report"}  # which shows the seconds of the edit
 
 
 @pytest.mark.parametrize(
@@ -133,22 +123,20 @@ def test_the_module_that_walks_the_layers_recomputes_the_edit_alone(project: Pro
 def test_dvc_sees_what_each_stage_depends_on(
     project: Project, changed: str, stages: set[str]
 ) -> None:
-    path = project.place / changed
+    path = project.path / changed
     content = path.read_bytes()
     append(path)
     try:
-        assert outdated(project) == stages
+        assert outdated(project) - {"report"} == stages
     finally:
         path.write_bytes(content)
 
 
-def test_the_shipped_file_of_parameters_leads_dvc_to_a_file_everywhere() -> None:
-    from flows.command.parameters import NO_FILE, USERS_FILES, read_parameters
-
+@pytest.mark.parametrize("path", [ROOT / "params.yaml", WORLD], ids=lambda path: path.name)
+def test_parameter_files_lead_dvc_to_a_file_everywhere(path: Path) -> None:
     assert (ROOT / NO_FILE).is_file()
-    text = (ROOT / "params.yaml").read_text()
-    assert text.count(f": {NO_FILE}") == len(USERS_FILES)
-    dump = read_parameters(ROOT / "params.yaml").model_dump(mode="json")
+    assert path.read_text().count(f": {NO_FILE}") == len(USERS_FILES)
+    dump = read_parameters(path).model_dump(mode="json")
     for key in USERS_FILES:
         section, _, name = key.partition(".")
         assert dump[section][name] == NO_FILE

@@ -20,7 +20,7 @@ from tests.acceptance.project import Project
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
 
-SYSTEMS = ("unedited", "ft_w", "mend", "rome", "memit", "serac")
+METHODS = ("unedited", "ft_w", "mend", "rome", "memit", "serac")
 LABELS = ("unedited", "FT-W", "MEND", "ROME", "MEMIT", "SERAC")
 
 
@@ -28,16 +28,17 @@ LABELS = ("unedited", "FT-W", "MEND", "ROME", "MEMIT", "SERAC")
 def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A finished experiment, to which the stages of the comparison were added."""
     project = finished.copy(tmp_path_factory.mktemp("compare") / "project")
-    shutil.copy(project.place / "methods/stages.yaml", project.place / "methods/dvc.yaml")
+    shutil.copy(project.path / "methods/stages.yaml", project.path / "methods/dvc.yaml")
     return project
 
 
 @pytest.fixture(scope="module")
 def compared(project: Project) -> Path:
     """The comparison's results."""
-    said = project.do(sys.executable, "-m", "flows.service.reproduce", "methods/dvc.yaml:compare")
-    assert "Traceback" not in said
-    return project.place / "comparison"
+    stage = "methods/dvc.yaml:compare"
+    output = project.do(sys.executable, "-m", "flows.service.reproduce", stage)
+    assert "Traceback" not in output
+    return project.path / "comparison"
 
 
 def _success(rows: list[dict], kind: str, wanted: str, other: str) -> float:
@@ -51,9 +52,9 @@ def _success(rows: list[dict], kind: str, wanted: str, other: str) -> float:
 
 def test_the_table_follows_from_the_stored_prompts(compared: Path) -> None:
     metrics = json.loads((compared / "metrics.json").read_text())
-    assert tuple(metrics) == tuple(sorted(SYSTEMS))
+    assert tuple(metrics) == tuple(sorted(METHODS))
     rows = parquet.read_table(compared / "prompts.parquet").to_pylist()
-    for method in SYSTEMS:
+    for method in METHODS:
         own = [row for row in rows if row["method"] == method]
         parts = [
             _success(own, "rewrite", "new", "true"),
@@ -69,20 +70,20 @@ def test_the_table_follows_from_the_stored_prompts(compared: Path) -> None:
     page = (compared / "table.md").read_text()
     assert all(f"| {label} |" in page for label in LABELS)
     with open(compared / "table.csv", newline="") as file:
-        assert [row["method"] for row in csv.DictReader(file)] == list(SYSTEMS)
+        assert [row["method"] for row in csv.DictReader(file)] == list(METHODS)
     texts = parquet.read_table(compared / "generations.parquet").to_pylist()
-    assert {text["method"] for text in texts} == set(SYSTEMS)
+    assert {text["method"] for text in texts} == set(METHODS)
 
 
 def test_it_is_one_run_with_a_nested_one_for_each_method(project: Project, compared: Path) -> None:
-    with sqlite3.connect(project.place / "mlflow.db") as store:
+    with sqlite3.connect(project.path / "mlflow.db") as store:
         names = "select run_uuid, value from tags where key = 'mlflow.parentRunId'"
         nested = store.execute(names).fetchall()
         status = store.execute("select run_uuid, status from runs").fetchall()
-    assert len(nested) == len(SYSTEMS)
+    assert len(nested) == len(METHODS)
     assert len({parent for _, parent in nested}) == 1
     assert {state for _, state in status} == {"FINISHED"}
-    assert len(status) == len(SYSTEMS) + 1
+    assert len(status) == len(METHODS) + 1
 
 
 def test_a_repetition_has_nothing_to_do(project: Project, compared: Path) -> None:
@@ -90,12 +91,14 @@ def test_a_repetition_has_nothing_to_do(project: Project, compared: Path) -> Non
         return {path.name: path.read_bytes() for path in compared.iterdir() if path.is_file()}
 
     before = files()
-    said = project.do("dvc", "repro", "methods/dvc.yaml:compare")
-    assert "Running stage" not in said
+    output = project.do("dvc", "repro", "methods/dvc.yaml:compare")
+    assert "Running stage" not in output
     assert files() == before
 
 
-def test_scaling_goes_on_where_it_was_killed(project: Project, compared: Path) -> None:
+def test_deployments_give_the_same_and_scaling_goes_on_where_it_was_killed(
+    project: Project, compared: Path
+) -> None:
     edits = project.pieces("method")
     process = project.start("flows", "scaling")
     while project.pieces("method") == edits:
@@ -103,29 +106,16 @@ def test_scaling_goes_on_where_it_was_killed(project: Project, compared: Path) -
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    said = project.do(sys.executable, "-m", "flows", "scaling")
-    assert "table.md" in said
-    folder = project.place / "scaling"
+    before = {path.name: path.read_bytes() for path in compared.glob("*.*")}
+    shutil.rmtree(compared)
+    both = "from flows.experiment import comparison, scaling_run; comparison({}); scaling_run({})"
+    assert "Traceback" not in project.do(sys.executable, "-c", both)
+    assert {path.name: path.read_bytes() for path in compared.glob("*.*")} == before
+    folder = project.path / "scaling"
     with open(folder / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["method"], row["edits"]) for row in rows} == {
-        (method, count) for method in SYSTEMS for count in ("1", "6")
+        (method, count) for method in METHODS for count in ("1", "6")
     }
     assert all(float(row["efficacy"]) >= 0 for row in rows)
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("name", "folder"), [("comparison", "comparison"), ("scaling_run", "scaling")]
-)
-def test_what_a_deployment_runs_ends_with_the_same(
-    project: Project, name: str, folder: str
-) -> None:
-    place = project.place / folder
-    before = {path.name: path.read_bytes() for path in place.glob("*.*")}
-    assert before
-    shutil.rmtree(place)
-    program = f"from flows.experiment import {name}; {name}({{}})"
-    said = project.do(sys.executable, "-c", program)
-    assert "Traceback" not in said
-    assert {path.name: path.read_bytes() for path in place.glob("*.*")} == before

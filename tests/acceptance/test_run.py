@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tasks.engine.results import STEPS
+from tests.acceptance.chaos import empty
 from tests.acceptance.project import Project
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
 
+FOLDERS = (".", "artifacts", "artifacts/edit", "artifacts/model", "artifacts/model/weights")
+FOLDERS += ("artifacts/statistics", "evaluation", "report")
+NAMES = ("notes.md", "a.partial", ".x.json.99999-0a1b2c3d.partial", "mine/a.ipynb")
+NOTES = tuple(f"{folder}/{name}" for folder in FOLDERS for name in NAMES)
+"""Files of a user's own beside the results."""
+
+
+@pytest.fixture(scope="module")
+def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A copy of the finished experiment with a user's notes in it."""
+    project = finished.copy(tmp_path_factory.mktemp("run") / "project")
+    for name in NOTES:
+        path = project.path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    return project
+
+
+def assert_notes_are_left(project: Project) -> None:
+    assert [name for name in NOTES if not (project.path / name).exists()] == []
+
 
 def test_it_leaves_results_that_belong_together(finished: Project) -> None:
-    metrics = json.loads((finished.place / "metrics.json").read_text())
+    metrics = json.loads((finished.path / "metrics.json").read_text())
     assert set(metrics) == {"before", "after", "edit"}
     for state in ("before", "after"):
         assert metrics[state]["records"] == 8
@@ -29,82 +49,65 @@ def test_it_leaves_results_that_belong_together(finished: Project) -> None:
         assert metrics[state]["perplexity"] > 1
         assert metrics[state]["entropy_low"] <= metrics[state]["entropy"]
     assert metrics["edit"]["count"] == 8
-    timings = json.loads((finished.place / "timings.json").read_text())
+    timings = json.loads((finished.path / "timings.json").read_text())
     assert set(timings) == set(STEPS) - {"report"}
     assert all(t["seconds"] >= 0 and t["peak_memory"] > 1 << 20 for t in timings.values())
     for name in ("metrics.png", "updates.png", "losses.png"):
-        assert (finished.place / "report" / name).read_bytes().startswith(b"\x89PNG")
-    assert "| Efficacy ES |" in (finished.place / "report" / "results.md").read_text()
-    facts = (finished.place / "evaluation" / "facts.csv").read_text().splitlines()
+        assert (finished.path / "report" / name).read_bytes().startswith(b"\x89PNG")
+    assert "| Efficacy ES |" in (finished.path / "report" / "results.md").read_text()
+    facts = (finished.path / "evaluation" / "facts.csv").read_text().splitlines()
     assert len(facts) == 9
 
 
 def test_dvc_and_git_have_nothing_to_do_after_it(finished: Project) -> None:
     assert "up to date" in finished.do("dvc", "status")
-    said = finished.do("dvc", "repro", "--dry")
-    assert "Running stage" not in said
+    assert "Running stage" not in finished.do("dvc", "repro", "--dry")
     changed = finished.do("git", "status", "--porcelain").split()
     assert set(changed) <= {"??", "dvc.lock", "metrics.json"}
 
 
-def test_a_repetition_comes_from_caches_and_changes_no_byte(finished: Project) -> None:
-    before, pieces = finished.results(), {step: finished.pieces(step) for step in STEPS}
-    timings = json.loads((finished.place / "timings.json").read_text())
-    finished.run()
-    assert finished.results() == before
-    assert {step: finished.pieces(step) for step in STEPS} == pieces
-    again = json.loads((finished.place / "timings.json").read_text())
+def test_a_repetition_comes_from_caches_and_changes_no_byte(project: Project) -> None:
+    before, pieces = project.results(), {step: project.pieces(step) for step in STEPS}
+    timings = json.loads((project.path / "timings.json").read_text())
+    project.run()
+    assert project.results() == before
+    assert {step: project.pieces(step) for step in STEPS} == pieces
+    again = json.loads((project.path / "timings.json").read_text())
     for step, cost in timings.items():  # those of the pieces, not of looking them up
         assert again[step]["seconds"] == pytest.approx(cost["seconds"], rel=0.1, abs=0.1)
-    assert finished.mlflow_runs() == [("FINISHED", "active")]
+    assert project.mlflow_runs() == [("FINISHED", "active")]
+    assert "up to date" in project.do("dvc", "status")
+    assert_notes_are_left(project)
+
+
+def test_what_dvc_runs_anew_leaves_a_users_notes(project: Project) -> None:
+    before = project.results()
+    project.do("dvc", "repro", "--force", "--single-item", "model", "statistics")
+    assert project.results() == before
+    assert_notes_are_left(project)
+
+
+def test_an_unreachable_store_does_not_cost_the_results(project: Project) -> None:
+    (project.path / "mlflow.db").unlink()
+    (project.path / "mlflow.db").mkdir()
+    output = project.do(sys.executable, "-m", "flows", "report")
+    (project.path / "mlflow.db").rmdir()
+    assert "warning: MLflow at" in output
+    assert (project.path / "report" / "results.md").exists()
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_it_says_how_to_go_on(
-    finished: Project, tmp_path: Path, api: str, sent: signal.Signals, status: int
+def test_interrupted_it_exits_with_one_sentence(
+    finished: Project, tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
-    project = Project(tmp_path / "project", api, finished.place)
-    for name in ("records", "pieces/model"):
-        shutil.copytree(finished.place / ".cache" / name, project.place / ".cache" / name)
+    project = finished.copy(tmp_path / "project")
+    empty(project, keep_model=True)
     process = project.start()
     while not project.pieces("statistics"):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(sent)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == status, said
-    assert "run it again to go on" in said
-    assert "Traceback" not in said
-
-
-def test_an_unreachable_store_does_not_cost_the_results(finished: Project) -> None:
-    shutil.move(finished.place / "mlflow.db", finished.place / "mlflow.aside")
-    (finished.place / "mlflow.db").mkdir()
-    said = finished.do(sys.executable, "-m", "flows", "report")
-    assert "warning: MLflow at" in said
-    assert "results stand" in " ".join(said.split())
-    (finished.place / "mlflow.db").rmdir()
-    shutil.move(finished.place / "mlflow.aside", finished.place / "mlflow.db")
-    finished.do(sys.executable, "-m", "flows", "report")
-    assert finished.mlflow_runs() == [("FINISHED", "active")]
-
-
-def test_bad_input_is_told_before_anything_is_touched(finished: Project) -> None:
-    before = finished.results()
-    path = finished.place / "params.yaml"
-    good = path.read_text()
-    changed = yaml.safe_load(good)
-    changed["requests"] |= {"source": "facts", "path": "facts.jsonl", "count": None}
-    line = '{"subject": "Ada", "prompt": "{} lives in", "target": "%s"}\n'
-    (finished.place / "facts.jsonl").write_text(line % "Rome" + line % "Oslo")
-    path.write_text(yaml.safe_dump(changed))
-    try:
-        process = finished.start()
-        said, _ = process.communicate(timeout=120)
-    finally:
-        path.write_text(good)
-        (finished.place / "facts.jsonl").unlink()
-    assert process.returncode == 2
-    assert said.startswith("error: facts.jsonl: records 1 and 2 contradict each other")
-    assert len(said.splitlines()) == 1
-    assert finished.results() == before
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status, output
+    assert "run it again to go on" in output
+    assert "Traceback" not in output
