@@ -39,20 +39,20 @@ run: $(STAMP) ## the experiment that params.yaml describes; what is done already
 	@$(BIN)/python -m flows experiment
 
 repro: $(STAMP) ## the same through DVC, with one Prefect server for all stages
-	@$(BIN)/python -m flows.service.reproduce
+	@$(BIN)/python -m flows.command.cli repro
 
-deploy: $(STAMP) ## Prefect's server, deployments and a worker, and a run through them (ONCE=1: stop then)
-	@$(BIN)/python -m flows.service.deploy $(if $(ONCE),--once)
+deploy: $(STAMP) ## run the experiment as a Prefect deployment and serve it (ONCE=1: stop after that run)
+	@$(BIN)/python -m flows.command.cli deploy $(if $(ONCE),--once)
 
-# DVC counts every dvc.yaml below here as pending work; this one comes into being when it is wanted.
+# Only made on demand, since `dvc status` reports the stages of every dvc.yaml below this directory.
 methods/dvc.yaml: methods/stages.yaml
 	@cp $< $@
 
 compare: $(STAMP) methods/dvc.yaml ## all methods on the same records: the table in comparison/
-	@$(BIN)/python -m flows.service.reproduce methods/dvc.yaml:compare
+	@$(BIN)/python -m flows.command.cli repro methods/dvc.yaml:compare
 
 scale: $(STAMP) methods/dvc.yaml ## all methods on ever more edits: table and figure in scaling/
-	@$(BIN)/python -m flows.service.reproduce methods/dvc.yaml:scaling
+	@$(BIN)/python -m flows.command.cli repro methods/dvc.yaml:scaling
 
 test: $(STAMP) ## the whole test suite
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -88,8 +88,9 @@ chaos: $(STAMP) ## kill the experiment at random (SEED=, KILLS=, SIZE=small): do
 	@$(BIN)/python -m tests.acceptance.chaos --seed $(SEED) --kills $(KILLS) --size $(SIZE) \
 	  $(if $(filter default,$(SIZE)),--write)
 
-ui: $(STAMP) ## MLflow in the browser (PREFECT=1: Prefect's server too)
-	@PREFECT="$(PREFECT)" $(BIN)/python -m flows.service.ui
+ui: $(STAMP) ## the experiments in MLflow, at http://127.0.0.1:5000
+	@DO_NOT_TRACK=1 MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+	  $(BIN)/python -m mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
 
 clean: ## delete caches and results, keep .venv, MLflow's store, DVC's cache and files of yours
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis

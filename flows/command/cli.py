@@ -1,4 +1,4 @@
-"""The console script ``memit``. Slow imports wait until a command has checked its input."""
+"""The console script `memit`. Commands import slow modules after checking their input."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
+from cyclopts.types import ExistingDirectory, ExistingFile
 from cyclopts.validators import Number
-from cyclopts.validators import Path as PathRule
 
-from flows.command.script import BAD_INPUT, console, given_parameters, reporting, run_flow
+from flows.command.script import console, given_parameters, reporting, run_flow
 from memit.errors import InputError
-
-Directory = Annotated[Path, Parameter(validator=PathRule(exists=True, file_okay=False))]
-File = Annotated[Path, Parameter(validator=PathRule(exists=True, dir_okay=False))]
-Precision = Literal["float32", "bfloat16", "float16"]
 
 DELTA = Path("artifacts/edit/delta.safetensors")
 
+Delta = Annotated[ExistingFile | None, Parameter(help=f"The edit; by default {DELTA}.")]
+Model = Annotated[
+    ExistingDirectory | None, Parameter(help="Its directory; by default that of params.yaml.")
+]
+Precision = Literal["float32", "bfloat16", "float16"]
+
 app = App(
     name="memit",
-    help="""Rewrite thousands of facts in a language model, and measure what that did.
+    help="""Edit thousands of facts in a language model and measure the effects.
 
-    `memit run` carries out the experiment that params.yaml describes: it finds or makes the model,
-    collects statistics, computes the edit, and compares the model before and after. The other
-    commands look at requests before a run, or use its edit afterwards.""",
+    `memit run` runs the experiment that params.yaml describes: it loads or trains the model,
+    collects statistics, computes the edit, and evaluates the model before and after. The other
+    commands run it through DVC or Prefect, check requests in advance, or use the edit.""",
     help_format="markdown",
     version_flags=["--version"],
 )
@@ -33,10 +35,10 @@ app = App(
 
 @app.command
 def run() -> None:
-    """Carry out the experiment that params.yaml describes.
+    """Run the experiment that params.yaml describes.
 
-    Run it again and everything that has not changed comes from caches; stop it at any time and the
-    next run goes on from the pieces that are finished.
+    Results that are up to date come from caches. A run can be stopped at any time; the next one
+    continues with the pieces that are not finished.
     """
     given_parameters()
     from flows.experiment import check_inputs, experiment
@@ -45,11 +47,43 @@ def run() -> None:
 
 
 @app.command
-def check(file: Path) -> None:
-    """Check a file of requests, and estimate what editing them takes. Nothing is run.
+def repro(
+    *arguments: Annotated[str, Parameter(allow_leading_hyphen=True, help="Of `dvc repro`.")],
+) -> None:
+    """Run the DVC stages that are not up to date (`dvc repro`), with one Prefect server for all."""
+    parameters = given_parameters()
+    from flows.command.checks import check_inputs
+    from flows.service.reproduce import reproduce_here
 
-    Looks for malformed and contradicting records, counts tokens where the model of params.yaml is
-    on this machine, and estimates time, memory and disk.
+    check_inputs(parameters)
+    sys.exit(reproduce_here(arguments))
+
+
+@app.command
+def deploy(*, once: bool = False) -> None:
+    """Serve the deployments of prefect.yaml, after a first run of the experiment.
+
+    Starts Prefect's server and UI, unless PREFECT_API_URL names a server.
+
+    Parameters
+    ----------
+    once
+        Stop after the first run.
+    """
+    parameters = given_parameters()
+    from flows.command.checks import check_inputs
+    from flows.service.deploy import deploy
+
+    check_inputs(parameters)
+    sys.exit(deploy(once))
+
+
+@app.command
+def check(file: Path) -> None:
+    """Check a file of requests and estimate what editing them takes, without running anything.
+
+    Finds malformed and contradictory records, counts tokens if the model of params.yaml is on this
+    machine, and estimates time, memory and disk space.
 
     Parameters
     ----------
@@ -59,86 +93,67 @@ def check(file: Path) -> None:
     parameters = given_parameters()
     from flows.command.estimate import check_requests
 
-    reporting(lambda: check_requests(parameters, file))
+    check_requests(parameters, file)
 
 
 @app.command
 def ask(
     prompt: str,
     *,
-    model: Directory | None = None,
-    delta: File | None = None,
+    model: Model = None,
+    delta: Delta = None,
     top: Annotated[int, Parameter(validator=Number(gte=1, lte=50))] = 5,
     tokens: Annotated[int, Parameter(validator=Number(gte=1, lte=500))] = 8,
 ) -> None:
-    """Show what the unedited and the edited model say to a prompt, side by side.
+    """Show how the unedited and the edited model continue a prompt, side by side.
 
     Parameters
     ----------
     prompt
         The beginning of a sentence.
-    model
-        A model directory; by default the model of params.yaml.
-    delta
-        The edit; by default that of the last run (artifacts/edit/delta.safetensors).
     top
-        How many next tokens to show.
+        The number of next tokens to show.
     tokens
-        How far to continue the most likely answer.
+        The number of tokens of the continuation.
     """
+    if not prompt.strip():
+        raise InputError("the prompt is empty: write the beginning of a sentence.")
+    from flows.command.answers import answers_side_by_side
 
-    def show() -> None:
-        if not prompt.strip():
-            raise InputError("the prompt is empty: write the beginning of a sentence.")
-        from flows.command.answers import answers_side_by_side
-
-        lm = _open_model(model, None)
-        console.print(answers_side_by_side(lm, _delta_file(delta), prompt, top, tokens))
-
-    reporting(show)
+    console.print(answers_side_by_side(_open_model(model), _delta_file(delta), prompt, top, tokens))
 
 
 @app.command
-def apply(directory: Directory, *, delta: File | None = None) -> None:
-    """Put an edit into a model directory. `memit revert` takes it out again, to the last bit.
+def apply(directory: ExistingDirectory, *, delta: Delta = None) -> None:
+    """Apply an edit to the weights in a model directory. `memit revert` restores them exactly.
 
-    What stood there before is kept in DIRECTORY/memit-edits/. Several edits stack.
+    The original weights are kept in DIRECTORY/memit-edits/. Edits can be stacked.
 
     Parameters
     ----------
     directory
-        A directory with safetensors weights, such as save_pretrained writes.
-    delta
-        The edit; by default that of the last run (artifacts/edit/delta.safetensors).
+        A directory with safetensors weights, as save_pretrained writes it.
     """
+    from tasks.engine.model_directory import apply_edit
 
-    def put_in() -> None:
-        from tasks.engine.model_directory import apply_edit
-
-        folder = apply_edit(directory, _delta_file(delta))
-        console.print(f"edited {directory}; what undoes it lies in {folder}")
-
-    reporting(put_in)
+    backup = apply_edit(directory, _delta_file(delta))
+    console.print(f"edited {directory}; the original weights are in {backup}")
 
 
 @app.command
-def revert(directory: Directory) -> None:
-    """Take the last edit out of a model directory: the very bits that stood there before return.
+def revert(directory: ExistingDirectory) -> None:
+    """Undo the last edit of a model directory, bit for bit.
 
     Parameters
     ----------
     directory
         A directory that `memit apply` edited.
     """
+    from tasks.engine.model_directory import applied_edits, revert_edit
 
-    def take_out() -> None:
-        from tasks.engine.model_directory import applied_edits, revert_edit
-
-        revert_edit(directory)
-        left = len(applied_edits(directory))
-        console.print(f"reverted the last edit of {directory}; {left} still stand in it")
-
-    reporting(take_out)
+    revert_edit(directory)
+    left = len(applied_edits(directory))
+    console.print(f"reverted the last edit of {directory}; edits left: {left}")
 
 
 @app.command
@@ -146,43 +161,35 @@ def export(
     directory: Path,
     *,
     dtype: Precision = "float32",
-    model: Directory | None = None,
-    delta: File | None = None,
+    model: Model = None,
+    delta: Delta = None,
 ) -> None:
-    """Write the edited model as an ordinary directory that any program can load.
+    """Save the edited model to a directory that transformers can load.
 
     Parameters
     ----------
     directory
-        Where to write; it must not exist yet or be empty.
+        A new or empty directory.
     dtype
-        Of the written weights. They are edited first and rounded once.
-    model
-        A model directory; by default the model of params.yaml.
-    delta
-        The edit; by default that of the last run (artifacts/edit/delta.safetensors).
+        Of the saved weights, which are edited in float32 and then rounded.
     """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory} exists and is not empty: name another directory.")
+    from flows.command.answers import save_edited
 
-    def write() -> None:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise InputError(f"{directory} exists and is not empty: name another directory.")
-        from flows.command.answers import save_edited
-
-        save_edited(_open_model(model, None), _delta_file(delta), directory, dtype)
-        console.print(f"wrote {directory} in {dtype}")
-
-    reporting(write)
+    save_edited(_open_model(model), _delta_file(delta), directory, dtype)
+    console.print(f"saved {directory} in {dtype}")
 
 
 def _delta_file(given: Path | None) -> Path:
     path = given or DELTA
     if not path.is_file():
-        raise InputError(f"{path} is not here: run `memit run` first, or name one with --delta.")
+        raise InputError(f"{path} does not exist: use `memit run` first, or name one with --delta.")
     return path
 
 
-def _open_model(directory: Path | None, dtype: str | None):
-    """The model in a directory, or that of the experiment here."""
+def _open_model(directory: Path | None):
+    """The model in a directory, or by default that of the experiment."""
     from tasks.engine.hub import open_model
     from tasks.engine.loaded_model import load_reference
     from tasks.engine.results import MODEL_FILE, upstream
@@ -190,16 +197,17 @@ def _open_model(directory: Path | None, dtype: str | None):
     if directory is not None:
         from memit.language_model import load_model
 
-        return load_model(directory, dtype=dtype or "float32", device="auto")
+        return load_model(directory, dtype="float32", device="auto")
     if not MODEL_FILE.exists():
-        raise InputError("there is no model here: run `memit run` first, or name one with --model.")
+        raise InputError("there is no model: use `memit run` first, or name one with --model.")
     upstream("model")
     return load_reference(open_model(**given_parameters().model.placement()))
 
 
 def main() -> None:
     """Entry point of the console script."""
-    if len(sys.argv) == 1:
-        app.help_print()
-        sys.exit(BAD_INPUT)
-    app()
+    reporting(app)
+
+
+if __name__ == "__main__":
+    main()

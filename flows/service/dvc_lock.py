@@ -1,4 +1,4 @@
-"""Telling DVC what a flow made, so that ``dvc status`` is clean and ``dvc repro`` skips it."""
+"""Record results in `dvc.lock`, so that `dvc status` is clean and `dvc repro` skips stages."""
 
 from __future__ import annotations
 
@@ -20,61 +20,60 @@ from tasks.reporting.tracking import origin_tags
 
 LOCK = Path("dvc.lock")
 RWLOCK = Path(".dvc/tmp/rwlock")
-"""Files that DVC writes in place, so that a kill can tear them."""
-
+"""DVC writes both in place, so a killed process can leave part of one."""
 RESULTS = (Path("artifacts"), Path("evaluation"), Path("report"))
-CURES = {
-    "not a git repository": "`git init`, or `dvc config core.no_scm true`, and then ",
-    "is outside of": "put a directory in the link's place (`dvc cache dir` uses other disks), and ",
+REMEDIES = {
+    "not a git repository": "run `git init`, or `dvc config core.no_scm true`, and then ",
+    "is outside of": "use a directory instead of the link (`dvc cache dir` uses other disks) and ",
 }
-"""What helps where DVC says these words."""
+"""What helps if DVC's message contains these words."""
 
 
 def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
-    """Enter finished stages into ``dvc.lock`` (``dvc commit``).
+    """Record finished stages in `dvc.lock` (`dvc commit`).
 
-    Does nothing where DVC itself runs the flow, outside of a DVC project, and after a run with
-    other parameters than ``params.yaml`` has, which is where DVC would read them.
+    Does nothing if DVC itself runs the flow, outside of a DVC project, and if the run's parameters
+    are not those of `params.yaml`, from which DVC takes them.
     """
     if "DVC_STAGE" in os.environ or not (Path(".dvc").is_dir() and Path("dvc.yaml").exists()):
         return
-    if not stand_in_the_file(parameters):
+    if not matches_params_file(parameters):
         console.print(
-            f"[yellow]note:[/] params.yaml says otherwise, so {', '.join(stages)} stay out of "
-            "dvc.lock; `dvc checkout` brings back what it names."
+            f"[yellow]note:[/] the parameters are not those of params.yaml, so dvc.lock does not "
+            f"record {', '.join(stages)}; `dvc checkout` restores the results that it does record."
         )
         return
-    _drop_torn_rwlock()
-    _drop_damaged_copies()
-    failed = _commit(stages)
-    if failed and LOCK.exists():
-        failed = _commit_anew(STEPS[: STEPS.index(stages[-1]) + 1]) and failed
-    if failed:
-        lines = failed.splitlines()
+    _delete_torn_rwlock()
+    _delete_damaged_copies()
+    error = _commit(stages)
+    if error and LOCK.exists():
+        error = _commit_to_new_lock(STEPS[: STEPS.index(stages[-1]) + 1]) and error
+    if error:
+        lines = error.splitlines()
         reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        cure = next((cure for words, cure in CURES.items() if words in reason), "")
+        remedy = next((remedy for words, remedy in REMEDIES.items() if words in reason), "")
         console.print(
-            f"[yellow]warning:[/] DVC did not take the results ({reason}); they stand: {cure}"
-            "`dvc commit -f` enters them."
+            f"[yellow]warning:[/] DVC did not record the results ({reason}); they are complete: "
+            f"{remedy}run `dvc commit -f`."
         )
 
 
-def _commit_anew(stages: Sequence[str]) -> str:
-    """Commit to a new ``dvc.lock``, since the old one may be torn; put it back if that fails.
+def _commit_to_new_lock(stages: Sequence[str]) -> str:
+    """Commit to a new `dvc.lock`, since the old one may be torn; restore that if it fails.
 
-    The old one is kept in ``.cache/``: it may know stages of the user's.
+    The old one is kept in `.cache/`: it may record stages of the user's own.
     """
     kept = cache_directory() / "dvc.lock"
     copy_file(LOCK, kept)
     LOCK.unlink()
-    failed = _commit(stages)
-    if failed:
+    error = _commit(stages)
+    if error:
         copy_file(kept, LOCK)
-    return failed
+    return error
 
 
-def _drop_torn_rwlock() -> None:
-    """It names processes that work now; one that was torn names none and stops DVC for ever."""
+def _delete_torn_rwlock() -> None:
+    """DVC, which lists its running processes there, fails while the file is not JSON."""
     try:
         json.loads(RWLOCK.read_bytes())
     except FileNotFoundError:
@@ -83,47 +82,45 @@ def _drop_torn_rwlock() -> None:
         RWLOCK.unlink(missing_ok=True)
 
 
-def _drop_damaged_copies() -> None:
-    """Delete from DVC's cache what is not the content that it should be.
+def _delete_damaged_copies() -> None:
+    """Delete copies of the results from DVC's cache that do not match their digest.
 
-    Results are links into it: what was damaged in place is damaged there, too, and DVC would link
-    the result that was made anew to that copy, which it does not look at again.
+    Results are links into it, so damage to one is damage to the copy, and DVC would link a new
+    result to that copy without checking it again.
     """
-    copies = Path(_ask_dvc("cache", "dir").stdout.strip() or ".dvc/cache", "files/md5")
+    cache = Path(_dvc("cache", "dir").stdout.strip() or ".dvc/cache", "files/md5")
     for path in (path for folder in RESULTS for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "md5").hexdigest()
-        copy = copies / digest[:2] / digest[2:]
+        copy = cache / digest[:2] / digest[2:]
         if copy.exists() and not copy.samefile(path) and not cmp(path, copy, shallow=False):
             copy.unlink()
 
 
 def _commit(stages: Sequence[str]) -> str:
-    """What DVC says when it fails, nothing when it does not."""
-    result = _ask_dvc("commit", "--force", *stages)
-    return (result.stderr.strip() or "no reason given") if result.returncode != 0 else ""
+    """DVC's error output, empty on success."""
+    result = _dvc("commit", "--force", *stages)
+    return (result.stderr.strip() or "no reason given") if result.returncode else ""
 
 
-def _ask_dvc(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dvc", *words]
+def _dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dvc", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def origin(parameters: Parameters, manifests: Mapping[str, Manifest]) -> dict[str, str]:
-    """Where results come from, as tags; without ``dvc.lock`` where it speaks of others."""
+    """Tags that identify where results come from; without `dvc.lock` if it records others."""
     tags = origin_tags(flow_runs(manifests))
-    if not stand_in_the_file(parameters):
+    if not matches_params_file(parameters):
         tags.pop("dvc.lock", None)
     return tags
 
 
-def stand_in_the_file(parameters: Parameters) -> bool:
-    """Whether ``params.yaml`` says the same: a deployment may have handed over others."""
+def matches_params_file(parameters: Parameters) -> bool:
+    """Whether the parameters are those of `params.yaml`: a deployment can override them."""
     try:
-        return _without_runner(parameters) == _without_runner(read_parameters())
+        in_file = read_parameters()
     except InputError:
         return False
-
-
-def _without_runner(parameters: Parameters) -> dict[str, object]:
-    return parameters.model_dump(exclude={"runner"})  # no result depends on it
+    # No result depends on the runner.
+    return parameters.model_copy(update={"runner": in_file.runner}) == in_file

@@ -1,4 +1,4 @@
-"""One Prefect server for several processes, for as long as they run."""
+"""A Prefect server on loopback for as long as a command runs."""
 
 from __future__ import annotations
 
@@ -6,45 +6,49 @@ import os
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.client import HTTPException
+from contextlib import contextmanager
 from pathlib import Path
+
+import httpx
+import prefect
+from prefect.settings import (
+    PREFECT_API_DATABASE_CONNECTION_URL,
+    PREFECT_API_URL,
+    temporary_settings,
+)
 
 from flows.service.watched import running
 from memit.errors import UnreachableError
 from tasks.engine.databases import check_database
 from tasks.engine.signals import GO_ON, leave
+from tasks.engine.workers import environment
 
 PORT = 4_200
-"""Of a server that others see, if it is free."""
+"""Preferred port of a server that other commands use, too."""
 START_SECONDS = 180.0
-"""A first start makes the data base, which takes half a minute on a slow machine."""
+"""Time limit for starting: creating the database takes half a minute on a slow machine."""
 PING_SECONDS = 5.0
 PINGS = 6
-"""A server is lost when it has left so many questions in a row without an answer."""
+"""A server is lost after this many unanswered pings in a row."""
 PRIVATE = "MEMIT_PRIVATE_SERVER"
-"""Variable with the address of a server that nobody else uses."""
+"""Environment variable with the address of a server that only one command uses."""
 
 
 @contextmanager
 def prefect_server(port: int = 0) -> Iterator[str]:
-    """Start a server on a loopback port, give its API address, stop it at the end.
+    """Start a server and stop it at the end, unless Prefect's settings name one.
 
-    The port is a free one where that is taken, or where 0 is asked for: then the server is for this
-    process and its children. Prefect's settings and ``PREFECT_API_URL`` point to it meanwhile. A
-    server that they point to already is used as it is.
+    Meanwhile Prefect's settings and `PREFECT_API_URL` name it. Yields the address of its API.
+
+    Args:
+        port: replaced by a free one if it is taken; 0: the server, which then has no UI, is private
+            to this process and its children
 
     Raises:
-        UnreachableError: it did not come up.
-        ResourceError: Prefect's data base cannot be used.
+        UnreachableError: the server did not start.
+        ResourceError: Prefect's database cannot be used.
     """
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    from tasks.engine.workers import environment
-
     known = os.environ.get("PREFECT_API_URL") or PREFECT_API_URL.value()
     if known:
         yield known
@@ -59,47 +63,41 @@ def prefect_server(port: int = 0) -> Iterator[str]:
 
 @contextmanager
 def _started(wanted: int) -> Iterator[str]:
-    """A server that has come up."""
-    import prefect
-    from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
-
+    """A server that answers."""
     kind, _, database = str(PREFECT_API_DATABASE_CONNECTION_URL.value()).partition(":///")
     if kind.startswith("sqlite"):
         migrations = Path(prefect.__file__).parent / "server/database/_migrations/versions/sqlite"
         check_database(Path(database), "Prefect", migrations)
     port, log = _free_port(wanted), Path(os.environ["PREFECT_HOME"]) / "server.log"
-    words = [*server_options(port), "--log-level", "ERROR", "--ui" if wanted else "--no-ui"]
+    options = [*server_options(port), "--log-level", "ERROR", "--ui" if wanted else "--no-ui"]
     address = f"http://127.0.0.1:{port}/api"
     log.parent.mkdir(parents=True, exist_ok=True)
-    # Ctrl-C is for the stages; the server ends after them.
+    # In a session of its own, so that Ctrl-C does not stop it before the runs that need it.
     with (
         open(log, "ab") as file,
-        running("prefect", *words, stdout=file, stderr=file, start_new_session=True) as process,
+        running("prefect", *options, stdout=file, stderr=file, start_new_session=True) as process,
     ):
         deadline = time.monotonic() + START_SECONDS
         while not _answers(address):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise UnreachableError(
-                    f"Prefect's server did not come up: the end of {log} says why."
-                )
+                raise UnreachableError(f"Prefect's server did not start: see the end of {log}.")
             time.sleep(0.2)
         yield address
 
 
 def _answers(address: str) -> bool:
+    """Whether there is any response; an error status is one, since a server may be busy."""
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return True  # it is busy, or wants a key
-    except (OSError, HTTPException):
+        httpx.get(f"{address}/health", timeout=5)
+    except httpx.TransportError:
         return False
+    return True
 
 
 def end_without(address: str) -> None:
-    """Let this process end soon when a server is lost, whatever its threads are waiting for.
+    """Exit this process soon after the server is lost, even if its threads are blocked.
 
-    Prefect repeats each of its requests for half a minute, one after the other.
+    Prefect's client retries each request for half a minute, one after the other.
     """
 
     def watch() -> None:
@@ -113,14 +111,14 @@ def end_without(address: str) -> None:
 
 
 def server_options(port: int) -> list[str]:
-    """Prefect's words for a server on loopback."""
+    """Arguments of `prefect` for a server on loopback."""
     return ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
 
 
 def _free_port(wanted: int) -> int:
-    for port in (wanted, 0):
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return probe.getsockname()[1]
-    raise UnreachableError("no port of the loopback address is free: close other servers.")
+    try:
+        probe = socket.create_server(("127.0.0.1", wanted))
+    except OSError:
+        probe = socket.create_server(("127.0.0.1", 0))
+    with probe:
+        return probe.getsockname()[1]

@@ -1,6 +1,6 @@
-"""A Python module as a command that ends when the process that started it has ended, however.
+"""Run a Python module as a subprocess that ends with its parent, even if that is killed.
 
-Run by its path, so that it imports nothing of the project.
+Started by path, so that it imports nothing else of the project.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 
 import psutil
 
-PATIENCE = 6.0
-"""Seconds that processes have for their end."""
+GRACE_SECONDS = 6.0
+"""Time between SIGTERM and SIGKILL."""
 
 
 def watched(*words: str) -> list[str]:
-    """A module and its arguments, as a command that ends with this process."""
+    """The command line for a module with its arguments."""
     return [sys.executable, "-P", __file__, str(os.getpid()), *words]
 
 
 @contextmanager
 def running(*words: str, **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """Such a command while the body runs; ``options`` are those of `subprocess.Popen`."""
+    """Such a process while the body runs; `options` are those of `subprocess.Popen`."""
     process = subprocess.Popen(watched(*words), **options)
     try:
         yield process
@@ -37,15 +37,15 @@ def running(*words: str, **options: Any) -> Iterator[subprocess.Popen[Any]]:
         process.wait()
 
 
-def end(number: int) -> None:
-    """Ask what a process has started to end, then the process itself; kill who goes on."""
+def end(pid: int) -> None:
+    """End the descendants of a process and then the process: SIGTERM first, then SIGKILL."""
     with suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(number)
+        parent = psutil.Process(pid)
         for group in (parent.children(recursive=True), [parent]):
             for process in group:
                 with suppress(psutil.NoSuchProcess):
                     process.terminate()
-            for process in psutil.wait_procs(group, timeout=PATIENCE)[1]:
+            for process in psutil.wait_procs(group, timeout=GRACE_SECONDS)[1]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
 
