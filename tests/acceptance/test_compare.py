@@ -35,7 +35,7 @@ def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Proj
 @pytest.fixture(scope="module")
 def compared(project: Project) -> Path:
     """The comparison's results."""
-    said = project.do(sys.executable, "-m", "flows.service.reproduce", "methods/dvc.yaml:compare")
+    said = project.do("memit", "repro", "methods/dvc.yaml:compare")
     assert "Traceback" not in said
     return project.place / "comparison"
 
