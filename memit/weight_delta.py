@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.files.tensors import load_tensors, save_tensors, tensor_digest
-from memit.language_model import LanguageModel
+from memit.language_model import AppliedEdit, LanguageModel
 
 
 @dataclass(frozen=True)
@@ -120,18 +120,6 @@ def base_digests(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class AppliedDelta:
-    """A delta that stands in a model's weights, and what stood there before."""
-
-    delta: WeightDelta
-    """What was applied."""
-    base: Mapping[str, Tensor]
-    """The parameters before (in the model's dtype, on the CPU)."""
-    digests: Mapping[str, str]
-    """Their digests."""
-
-
 def check_base(lm: LanguageModel, delta: WeightDelta) -> None:
     """Raise `IntegrityError` unless the delta was made for the weights that stand in `lm` now.
 
@@ -176,7 +164,7 @@ def apply(lm: LanguageModel, delta: WeightDelta) -> None:
     for name in weights:
         lm.set_parameter(name, changed[name])
     digests = {name: tensor_digest(weight) for name, weight in base.items()}
-    lm.applied.append(AppliedDelta(delta, base, digests))
+    lm.applied.append(AppliedEdit(delta, base, digests))
 
 
 def added(weight: Tensor, delta: WeightDelta, name: str) -> Tensor:

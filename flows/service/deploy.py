@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from prefect import serve
 from prefect.client.orchestration import get_client
 from prefect.deployments.runner import RunnerDeployment
 from prefect.runner import Runner
+from prefect.schedules import Schedule
 
 from flows.command.parameters import read_parameters
 from flows.command.script import console, reporting
@@ -71,10 +73,13 @@ def _read_deployments() -> list[RunnerDeployment]:
     parameters = project()["parameters"]
     for entry in entries:
         del entry["work_pool"]
+        entry["schedules"] = [Schedule(**schedule) for schedule in entry.get("schedules", ())]
         if "parameters" in entry:
             entry["parameters"] = {"parameters": parameters}
     return [RunnerDeployment.from_entrypoint(**entry) for entry in entries]
 
 
 if __name__ == "__main__":
+    # Prefect's handler of SIGTERM does not await it.
+    warnings.filterwarnings("ignore", "coroutine 'Runner.astop' was never awaited")
     sys.exit(reporting(lambda: run_deployments("--once" in sys.argv)))

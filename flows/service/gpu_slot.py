@@ -6,9 +6,8 @@ was killed becomes free when its lease expires.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from prefect.client.orchestration import get_client
@@ -17,24 +16,12 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
 
-from flows.command.parameters import Parameters
 from flows.service.server import PRIVATE
 
 GPU_LIMIT = "gpu"
 """Name of the limit."""
 LEASE_SECONDS = 60.0
 """Length of a lease, which Prefect renews; the shortest that it allows."""
-
-
-def with_gpu_slot(step: Callable[[Parameters], None]) -> Callable[[Parameters], None]:
-    """Hold a slot while the step runs."""
-
-    @functools.wraps(step)
-    def run(parameters: Parameters) -> None:
-        with gpu_slot(parameters.model.device):
-            step(parameters)
-
-    return run
 
 
 @contextmanager
@@ -60,6 +47,3 @@ def is_gpu(device: str) -> bool:
 
         return torch.cuda.is_available()
     return device != "cpu"
-
-
-taking_turns = with_gpu_slot

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from prefect import Flow, Task, flow
 
 from flows.command.parameters import Parameters, complete_parameters
-from flows.service.gpu_slot import gpu_turn
+from flows.service.gpu_slot import gpu_slot
 from flows.service.run_lock import alone
 from flows.service.workers import workers_of
 from memit.hyperparameters import Hyperparameters
@@ -64,7 +64,7 @@ class Run:
     @cached_property
     def model(self) -> ModelReference:
         """The model that is edited. If it computes on a GPU, the step waits here for its turn."""
-        self.resources.enter_context(gpu_turn(self.parameters.model.device))
+        self.resources.enter_context(gpu_slot(self.parameters.model.device))
         return open_model(**self.parameters.model.placement())
 
     @property

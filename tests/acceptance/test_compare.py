@@ -35,8 +35,7 @@ def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Proj
 @pytest.fixture(scope="module")
 def compared(project: Project) -> Path:
     """The comparison's results."""
-    stage = "methods/dvc.yaml:compare"
-    output = project.do(sys.executable, "-m", "flows.service.reproduce", stage)
+    output = project.do("memit", "repro", "methods/dvc.yaml:compare")
     assert "Traceback" not in output
     return project.path / "comparison"
 

@@ -123,7 +123,7 @@ MEMIT = ["-c", "from flows.command.cli import main; main()"]
         ([*MEMIT, "run"], "weights in a pickle only"),
         ([*MEMIT, "check", "facts.jsonl"], "a pipe"),
         (["-m", "flows", "experiment"], "params.yaml: a billion laughs"),
-        (["-m", "flows.service.reproduce"], "a prompt with two {}"),
+        ([*MEMIT, "repro"], "a prompt with two {}"),
         (["-m", "flows", "compare"], "a method that climbs"),
     ],
 )

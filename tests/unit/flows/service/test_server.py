@@ -1,4 +1,4 @@
-"""A Prefect server ends with whoever started it, and is missed when it is lost."""
+"""A Prefect server ends with the process that started it; runs end when their server is lost."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tasks.engine.signals import PATIENCE
 LOST_WITHIN = 60.0
 """Seconds that a run without its server may go on."""
 
-SERVANT = """
+CHILD = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 time.sleep(600)
 """
-MASTER = """
+PARENT = """
 import subprocess
 from flows.service.watched import watched
-servant = subprocess.Popen(watched("servant"), start_new_session=True)
-print(servant.pid, flush=True)
-servant.wait()
+process = subprocess.Popen(watched("child"), start_new_session=True)
+print(process.pid, flush=True)
+process.wait()
 """
-NEEDY = """
+CLIENT = """
 import sys, time
 from flows.service import server
 server.PING_SECONDS = 0.1
@@ -42,36 +42,35 @@ time.sleep(float(sys.argv[2]))
 """
 
 
-def test_what_was_started_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "servant.py").write_text(SERVANT)
+def test_a_subprocess_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text(CHILD)
     with subprocess.Popen(
-        [sys.executable, "-c", MASTER], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    ) as master:
-        assert master.stdout is not None
-        numbers = [int(master.stdout.readline()) for _ in range(2)]
-        started = [psutil.Process(number) for number in numbers]
-        master.kill()
+        [sys.executable, "-c", PARENT], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        started = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
+        parent.kill()
         assert psutil.wait_procs(started, timeout=20)[1] == []
 
 
-def needy(address: str, seconds: float) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", NEEDY, address, str(seconds)]
+def process_with_server(address: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", CLIENT, address, str(seconds)]
     return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_process_ends_whose_server_is_lost() -> None:
+def test_a_process_ends_when_its_server_is_lost() -> None:
     started = time.monotonic()
-    ended = needy("http://127.0.0.1:9/api", 600)
+    ended = process_with_server("http://127.0.0.1:9/api", 600)
     assert time.monotonic() - started < 30
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: Prefect's server at http://127.0.0.1:9/api")
     assert len(ended.stderr.splitlines()) == 1
-    # A question takes 5 s at most, and leaving twice the patience.
+    # A ping takes 5 s at most.
     assert PINGS * (PING_SECONDS + 1) + 2 * PATIENCE < LOST_WITHIN
 
 
 class Busy(BaseHTTPRequestHandler):
-    """Answers that it has no time."""
+    """Responds with an error status."""
 
     def do_GET(self) -> None:
         self.send_error(503)
@@ -89,10 +88,10 @@ def busy() -> Iterator[str]:
 
 
 def test_a_server_that_is_busy_is_not_lost(busy: str) -> None:
-    assert needy(busy, 2).returncode == 0
+    assert process_with_server(busy, 2).returncode == 0
 
 
-def test_a_server_is_not_started_on_a_useless_data_base(
+def test_a_server_is_not_started_on_a_damaged_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect.settings import (
@@ -103,7 +102,7 @@ def test_a_server_is_not_started_on_a_useless_data_base(
 
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    (tmp_path / "prefect.db").write_bytes(b"no data base at all" * 100)
+    (tmp_path / "prefect.db").write_bytes(b"no database" * 100)
     address = f"sqlite+aiosqlite:///{tmp_path}/prefect.db"
     with (
         temporary_settings(
