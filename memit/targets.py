@@ -75,8 +75,8 @@ class Targets:
     @staticmethod
     def empty(count: int, width: int, evaluations: int) -> Targets:
         """Uninitialised targets of `count` requests."""
-        shapes = (count, width), (count, width), (count, evaluations)
-        return Targets(*map(torch.empty, shapes), torch.empty(count, dtype=torch.bool))
+        z, hidden = torch.empty(2, count, width)
+        return Targets(z, hidden, torch.empty(count, evaluations), torch.empty(count).bool())
 
     @staticmethod
     def concatenate(parts: Sequence[Targets]) -> Targets:
