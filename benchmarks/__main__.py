@@ -18,8 +18,8 @@ from benchmarks import steps
 from benchmarks.floor import measure_machine
 from benchmarks.steps import Bench
 from benchmarks.workload import GPTJ, GPTJ_TINY, SMALL, Shape, make_model, make_tokenizer
+from memit import reference as oracle
 from memit.language_model import LanguageModel
-from tests import oracle
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -64,7 +64,7 @@ def cpu_rows(quick: bool) -> list[dict[str, Any]]:
     ours = steps.evaluation(bench, count)
     for name, evaluate in (
         ("evaluation, oracle by record", oracle.evaluate),
-        ("evaluation, oracle by prompt and object", oracle.evaluate_singly),
+        ("evaluation, oracle by prompt and object", steps.evaluate_singly),
     ):
         rows.append(_beside(ours, name, steps.oracle_evaluation(bench, count, evaluate)))
     for size in (16, 32) if quick else (64, 256, 1024, 4096):

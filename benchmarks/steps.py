@@ -34,16 +34,16 @@ from benchmarks.workload import (
     make_records,
     make_requests,
 )
+from memit import reference as oracle
 from memit.batches import auto_token_budget
 from memit.evaluation.counterfact import prompts_of, score_prompts
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.positions import continuation_rows
-from memit.requests import EditRequest
+from memit.requests import EditRequest, Record
 from memit.second_moment import SecondMoment, collect_second_moments
 from memit.spread import solve, spread
 from memit.targets import compute_targets
-from tests import oracle
 
 ROWS = PREFIXES + 1
 BEFORE = SUBJECT_TOKENS - 1
@@ -54,7 +54,7 @@ AFTER = 1 + PROMPT_TOKENS + OBJECT_TOKENS - 1
 # The oracle looks positions up by decoding; that is done once and not timed. Ours are timed, but
 # for the evaluation, where its tokenising is told by itself.
 oracle.row = functools.cache(oracle.row)
-oracle._continuation = functools.cache(oracle._continuation)
+oracle.continuation = functools.cache(oracle.continuation)
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,14 @@ def evaluation(bench: Bench, count: int, repeats: int = 3) -> dict:
         records_per_second=count / whole,
         seconds_with_tokenising=whole,
     )
+
+
+def evaluate_singly(model: PreTrainedModel, tokenizer: Any, record: Record) -> None:
+    """The oracle's scores with a forward pass for every prompt and object."""
+    request = record.request
+    for prompt in (request.text, *record.paraphrase_prompts, *record.neighborhood_prompts):
+        for target in (request.target_new, request.target_true):
+            oracle.scores(model, tokenizer, [(prompt, str(target))])
 
 
 def oracle_evaluation(bench: Bench, count: int, evaluate: Callable[..., Any]) -> float:

@@ -35,45 +35,44 @@ def edit(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> WeightDelta:
-    """Put the records' facts into the model and return what that added to its weights.
+    """Edit the records' facts into the model and return the change of its weights.
 
     `corpus` is a text, JSONL or Parquet file, the name of a data set on the hub, or texts; the
     first `documents` of it give the second moments. Without `hyperparameters` the preset of the
-    model is used. `delta.revert(lm)` takes the edit back. Raises `ConflictError` for records that
-    contradict each other, `InputError` for layers or texts that do not fit the model.
+    model is used. `delta.revert(lm)` undoes the edit.
+
+    Raises:
+        ConflictError: records contradict each other.
+        InputError: layers or texts do not fit the model.
     """
-    hp = hyperparameters or preset(lm.name, lm.depth)
+    settings = hyperparameters or preset(lm.name, lm.depth)
     if not records:
         raise InputError("there is nothing to edit: give at least one record.")
-    lm.check_layers(hp.layers)
+    lm.check_layers(settings.layers)
     check_conflicts(records)
     prefixes = sample_prefixes(lm, seed)
     edit_rows(lm, [record.request for record in records], prefixes)
     texts = read_documents(corpus) if isinstance(corpus, str | Path) else corpus
     budget = partial(auto_token_budget, lm.shape, lm.dtype.itemsize, str(lm.device))
-    moments = collect_second_moments(
-        lm,
-        list(islice(texts, documents)),
-        hp.layers,
-        token_budget=budget(),
-    )
+    documents_used = list(islice(texts, documents))
+    moments = collect_second_moments(lm, documents_used, settings.layers, token_budget=budget())
     for layer, moment in moments.items():
         check_rank(moment, f"layer {layer}")
     resources = Resources(
-        token_budget=budget(trained_blocks=lm.depth - 1 - hp.layers[-1]),
+        token_budget=budget(trained_blocks=lm.depth - 1 - settings.layers[-1]),
         prefixes=prefixes,
         moments=moments,
         seed=seed,
         progress=progress,
     )
-    delta = Memit(hp).edit(lm, [record.request for record in records], resources)
+    delta = Memit(settings).edit(lm, [record.request for record in records], resources)
     delta.apply(lm)
     return delta
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A next token and how likely the model holds it."""
+    """A next token and its probability."""
 
     text: str
     """The token's text."""
@@ -85,7 +84,8 @@ class Answer:
 def ask(lm: LanguageModel, prompt: str, top: int = 5) -> list[Answer]:
     """The most likely next tokens after a prompt, most likely first.
 
-    Raises `InputError` for a prompt that is empty or longer than the model's context.
+    Raises:
+        InputError: the prompt is empty or longer than the model's context.
     """
     ids = torch.tensor(open_ids(lm.tokenizer, [prompt]), device=lm.device)
     if not 0 < ids.shape[1] <= lm.context_length:

@@ -1,9 +1,9 @@
-"""Texts that a model writes: seeded top-k sampling, a batch at a time.
+"""Texts that a model writes: seeded top-k sampling in batches.
 
-What is drawn for a text depends on the seed, its prompt, and which repetition of that prompt it is,
-never on the other texts of its batch: each text has its own noise, and picks the
-best of the top k by its logit plus that noise (the Gumbel trick), which is sampling from their
-softmax. Batches can only matter through the last bits of the logits.
+The draws for a text depend on the seed, its prompt and which repetition of that prompt it is, never
+on the other texts of its batch: each text has its own noise, and takes the token of the top k with
+the largest sum of logit and noise (the Gumbel trick), which is sampling from their softmax. Batches
+can only matter through the last bits of the logits.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ def generate_texts(
 ) -> list[str]:
     """Continue each prompt, by `new_tokens` or until it has `total_tokens`, prompt included.
 
-    Returns texts without special tokens, behind their prompts or, if not `whole`, without; an
-    end-of-text token does not end one. Only the arguments decide how tokens are drawn, nothing of
-    the checkpoint's own settings. `repetitions` numbers the texts of one prompt; if not given, they
-    are counted in the order of the call. `token_budget` bounds texts × tokens at a time; `progress`
-    is told how many texts are newly written. Raises `InputError` if not exactly one of the lengths
-    is given, or one is beyond the model's context.
+    Texts have no special tokens, and begin with their prompts if `whole`; an end-of-text token does
+    not end one. The checkpoint's own generation settings are ignored. `repetitions` numbers the
+    texts of one prompt; by default they are counted in the order of the call. `token_budget` bounds
+    texts × tokens at a time; `progress` is called with the number of newly written texts.
+
+    Raises:
+        InputError: not exactly one of the lengths is given, or one exceeds the model's context.
     """
     if (new_tokens is None) == (total_tokens is None):
         raise InputError("give either new_tokens or total_tokens: one of them sets the length.")
@@ -115,7 +116,7 @@ def _write_all(
 
 def _check_length(lm: LanguageModel, prompt: str, length: int, more: int) -> None:
     if length == 0:
-        raise InputError(f"no token stands for the prompt {prompt!r}: give a longer one.")
+        raise InputError(f"no token represents the prompt {prompt!r}: give a longer one.")
     if length + more > lm.context_length:
         raise InputError(
             f"the prompt {prompt[:60]!r}… would grow to {length + more} tokens and {lm.name} takes "
@@ -134,7 +135,7 @@ def _shape(text: _Text) -> tuple[int, int]:
 
 @contextmanager
 def _own_settings(lm: LanguageModel) -> Iterator[None]:
-    """Hide the checkpoint's generation settings, which would fill in what is left open."""
+    """Hide the checkpoint's generation settings, which would replace our defaults."""
     theirs = lm.model.generation_config
     lm.model.generation_config = GenerationConfig()
     try:
@@ -178,7 +179,7 @@ def _noise(seed: int, steps: int, top_k: int) -> Tensor:
 
 
 class _TopKSampler(LogitsProcessor):
-    """Leaves of each row's logits only the token that it has drawn from the k most probable."""
+    """Keeps in each row only the logit of the token drawn from the k most probable."""
 
     def __init__(self, noise: Tensor, prompt_width: int):
         self.noise = noise

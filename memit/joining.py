@@ -1,4 +1,4 @@
-"""What stands between a prompt and its object: the object is where a reader will meet it."""
+"""What comes between a prompt and its object: a space, or nothing where running text has none."""
 
 import re
 
@@ -26,7 +26,7 @@ _FOREIGN_NAME = re.compile(rf"[^\s{_U}]\s[{_U}]+\0[^\W{_U}]")
 
 
 def ending(prompt: str, target: str, between: str | None) -> str:
-    """The target as it stands behind the prompt: after `between`, or, if that is None, after a
+    """The text that follows the prompt: the target after `between`, or, if that is None, after a
     space where running text has one."""
     if between is None:
         seam = f"{prompt}\0{target}"

@@ -1,7 +1,7 @@
-"""From text to token positions: whole strings are tokenised once, places come from characters.
+"""From text to token positions: whole strings are tokenised once, positions come from characters.
 
 Lengths of separately tokenised pieces are never added: a beginning-of-sequence token or a
-SentencePiece leading space would shift them (ALGORITHM: section "Requests and tokens").
+SentencePiece leading space would shift them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TokenRow:
 
 
 def mark(template: str, subject: str, *, prefix: str = "", target: str | None = None) -> MarkedText:
-    """Put `subject` in the template's `{}`, `prefix` before, `target` after it, as it stands."""
+    """Put `subject` in the template's `{}`, `prefix` before and `target`, unchanged, after it."""
     before, after = template.split("{}")
     subject_end = len(prefix) + len(before) + len(subject)
     prompt = f"{prefix}{before}{subject}{after}"
@@ -54,7 +54,8 @@ def mark(template: str, subject: str, *, prefix: str = "", target: str | None = 
 def locate(tokenizer: PreTrainedTokenizerBase, marked: Sequence[MarkedText]) -> list[TokenRow]:
     """Tokenise marked texts.
 
-    Raises `InputError` for a subject or a target that no token stands for.
+    Raises:
+        InputError: a subject or a target has no tokens.
     """
     tokenized = tokenize(tokenizer, [m.text for m in marked])
     return [_row(mark, ids, ends) for mark, (ids, ends) in zip(marked, tokenized, strict=True)]
@@ -63,47 +64,42 @@ def locate(tokenizer: PreTrainedTokenizerBase, marked: Sequence[MarkedText]) -> 
 def continuation_rows(
     tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]
 ) -> list[TokenRow]:
-    """Token rows of prompts and what follows them, as it stands; no subject is looked for."""
+    """Token rows of prompts, each followed by its target as given; no subject is located."""
     marked = [MarkedText(prompt + target, len(prompt), len(prompt)) for prompt, target in pairs]
     return locate(tokenizer, marked)
 
 
 def _row(marked: MarkedText, ids: list[int], ends: list[int]) -> TokenRow:
-    subject_last = _first_reaching(ends, marked.subject_end)
-    if subject_last is None or marked.subject_end == 0:
-        raise InputError(f"no token stands for the subject in {marked.text!r}; give another name.")
-    target = _target_places(marked, ends)
+    # The token that completes the first m characters is the first one whose end reaches m.
+    subject_last = bisect_left(ends, marked.subject_end)
+    if subject_last == len(ends) or marked.subject_end == 0:
+        raise InputError(f"no token represents the subject in {marked.text!r}; give another name.")
+    target = _target_positions(marked, ends)
     if len(marked.text) > marked.prompt_end and not target:
-        raise InputError(f"no token stands for the object in {marked.text!r}; give another object.")
+        raise InputError(f"no token represents the object in {marked.text!r}; give another object.")
     length = target[-1] + 1 if target else len(ids)
     return TokenRow(tuple(ids[:length]), subject_last, tuple(target))
 
 
-def _target_places(marked: MarkedText, ends: list[int]) -> range:
-    """Positions after the prompt, up to the text's end; a special token behind it is left out."""
-    # A token for a line break ends the prompt; a space may be part of the token behind it.
+def _target_positions(marked: MarkedText, ends: list[int]) -> range:
+    """Positions after the prompt, up to the text's end; a special token after it is left out."""
+    # A token for a line break ends the prompt; a space may be part of the token after it.
     prompt_end = len(marked.text[: marked.prompt_end].rstrip(" "))
     text_end = len(marked.text.rstrip())
-    first, last = _first_reaching(ends, prompt_end), _first_reaching(ends, text_end)
-    if text_end <= marked.prompt_end or first is None or last is None:
+    first, last = bisect_left(ends, prompt_end), bisect_left(ends, text_end)
+    if text_end <= marked.prompt_end or len(ends) in (first, last):
         return range(0)
     return range(first + (ends[first] <= marked.prompt_end), last + 1)
 
 
-def _first_reaching(ends: list[int], end: int) -> int | None:
-    """Position of the token that completes the first `end` characters."""
-    place = bisect_left(ends, end)
-    return place if place < len(ends) else None
-
-
 def open_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that go on: as the tokenizer makes them by default, without what it puts
-    behind a text's last character (`</s>`, `[SEP]`)."""
+    """Token ids of texts to be continued: as the tokenizer makes them by default, without special
+    tokens after the last character (`</s>`, `[SEP]`)."""
     if not texts:
         return []
     batch = tokenizer(list(texts), return_special_tokens_mask=True, return_attention_mask=False)
     return [
-        ids[: max((place for place, added in enumerate(mask, 1) if not added), default=0)]
+        ids[: max((end for end, added in enumerate(mask, start=1) if not added), default=0)]
         for ids, mask in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True)
     ]
 
@@ -112,7 +108,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids of each text as the tokenizer makes them by default, and for each token the number
-    of the text's characters that are complete once it has been read (ascending)."""
+    of the text's characters that are complete with it (ascending)."""
     if not tokenizer.is_fast:
         return [_by_decoding(tokenizer, text) for text in texts]
     batch = tokenizer(list(texts), return_offsets_mapping=True, return_attention_mask=False)
@@ -127,8 +123,8 @@ def tokenize(
 
 
 def _ends_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[int] | None:
-    """Completed characters after each token, or None if the offsets cannot be right: they must not
-    go back, and must leave out nothing but white space."""
+    """Completed characters after each token, or None if the offsets cannot be right: they must
+    ascend and cover everything but white space."""
     if text.isascii() and (whole := _ends_in_a_row(text, offsets)) is not None:
         return whole
     ends: list[int] = []
@@ -139,7 +135,7 @@ def _ends_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[in
             continue
         later = next((s for s, e in offsets[index + 1 :] if s != e), len(text))
         while end < later and unicodedata.combining(text[end]):
-            end += 1  # a tokenizer that composes characters leaves their marks out
+            end += 1  # tokenizers that compose characters leave combining marks out
         if end < reached or end > len(text) or text[reached:start].strip():
             return None
         # A character that continues in the next token is not complete.
@@ -149,8 +145,7 @@ def _ends_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[in
 
 
 def _ends_in_a_row(text: str, offsets: Sequence[tuple[int, int]]) -> list[int] | None:
-    """The same where one token begins behind the other and none ends inside a character, which is
-    quickly seen; None for anything else."""
+    """The same, faster, where each token begins at the end of the one before; None otherwise."""
     ends: list[int] = []
     reached = 0
     for start, end in offsets:
@@ -172,7 +167,7 @@ def _by_decoding(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[in
             ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         ends.append(_common_prefix(str(decoded).lstrip(), text.lstrip()))
-    # A decoder of bytes may take back what it said while the next character is unfinished.
+    # Inside a character of several bytes the decoded text may be shorter than it was before.
     ends = list(accumulate((leading + end if end else 0 for end in ends), max))
     if not ends or ends[-1] < len(text.rstrip()):
         raise InputError(

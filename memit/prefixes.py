@@ -1,4 +1,4 @@
-"""Context prefixes x_j: what stands before a prompt, so that an edit holds in any context."""
+"""Context prefixes x_j: texts put before a prompt, so that an edit holds in any context."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from memit.generation import generate_texts
 from memit.language_model import LanguageModel
 
 WORDS = ("The", "Therefore", "Because", "I", "You")
-"""What the prefixes begin with."""
+"""First words of the prefixes."""
 TOKENS = 10
 """Length of a prefix in tokens, its first word included."""
 TOP_K = 5
 
 
 def sample_prefixes(lm: LanguageModel, seed: int) -> tuple[str, ...]:
-    """The model's own continuations of `WORDS`, each ended by a full stop and a space.
+    """The model's own continuations of `WORDS`, each followed by a full stop and a space.
 
-    They are plain text: a brace in one is a brace. Equal models and seeds give equal prefixes.
+    Equal models and seeds give equal prefixes. Braces in them have no meaning.
     """
     texts = generate_texts(
         lm, WORDS, total_tokens=TOKENS, top_k=TOP_K, seed=seed, token_budget=len(WORDS) * TOKENS
@@ -25,8 +25,8 @@ def sample_prefixes(lm: LanguageModel, seed: int) -> tuple[str, ...]:
 
 
 def bounded(lm: LanguageModel, text: str) -> str:
-    """The text, without its end where that would read as more than `TOKENS` tokens with a full stop
-    as another: what the model wrote may be spelt otherwise when it is read."""
+    """The text, cut at the end to `TOKENS` tokens before a full stop: tokenising it may give more
+    tokens than the model generated."""
     while len(lm.tokenizer(f"{text}.", add_special_tokens=False)["input_ids"]) > TOKENS + 1:
         text = text[:-1].rstrip("\ufffd")
     return text

@@ -1,4 +1,4 @@
-"""Whether a model's context has room for what will be asked of it, before anything is computed."""
+"""Whether all prompts fit into a model's context, before anything is computed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from memit.targets import REQUESTS_AT_ONCE
 from memit.true_objects import TOKENS_A_WORD
 
 TOKENS_A_BYTE = 2
-"""More than any tokenizer makes of a byte of Unicode's decomposed form."""
+"""An upper bound of the tokens for a byte of text in Unicode's decomposed form."""
 
 Asked = tuple[int, str, str, str | None, int]
-"""A record, a kind of prompt, the prompt, what follows it, and how many tokens come to them."""
+"""A record, a kind of prompt, the prompt, what follows it, and the number of further tokens."""
 
 
 def check_records(
@@ -29,17 +29,20 @@ def check_records(
     plus: bool = False,
     written: int | None = 0,
 ) -> None:
-    """Raise `InputError` for the first prompt of records or of zsRE's questions that is too long.
+    """Check the prompts of records and of zsRE's questions.
 
-    `plus` asks CounterFact+ too, and `written` is how many of the records that have generation
-    prompts are written about (None: all). What is short enough in any tokens is not tokenised,
-    unless the tokenizer has some that the model does not know.
+    `plus` includes the prompts of CounterFact+, and `written` is the number of records whose
+    generation prompts are used (None: all). Texts that are short enough in any tokens are not
+    tokenised, unless the tokenizer has tokens that the model does not know.
+
+    Raises:
+        InputError: a prompt is too long, the first one.
     """
     foreign = len(lm.tokenizer) > lm.model.config.get_text_config().vocab_size
     asked = [
         one
         for one in _asked(lm, records, questions, plus, written)
-        if foreign or TOKENS_A_BYTE * _bytes(one) + one[4] > lm.context_length
+        if foreign or _most_tokens(one) > lm.context_length
     ]
     for start in range(0, len(asked), REQUESTS_AT_ONCE):
         part = asked[start : start + REQUESTS_AT_ONCE]
@@ -50,8 +53,10 @@ def check_records(
             lm.check_room(ids, f"the {kind} prompt of record {record}, {prompt[:80]!r},", more)
 
 
-def _bytes(asked: Asked) -> int:
-    return len(unicodedata.normalize("NFKD", f"{asked[2]}{asked[3]}").encode())
+def _most_tokens(asked: Asked) -> int:
+    _, _, prompt, answer, more = asked
+    text = unicodedata.normalize("NFKD", f"{prompt}{answer}")
+    return TOKENS_A_BYTE * len(text.encode()) + more
 
 
 def _asked(

@@ -1,4 +1,4 @@
-"""Uncentred second moments C = E[k kᵀ] of the inputs of down-projections (section "Covariance").
+"""Uncentred second moments C = E[k kᵀ] of the inputs of down-projections (Eqn. 14).
 
 One pass over the corpus serves all layers and stops after the last one. Sums and counts are kept,
 not means, so that shards add up exactly.
@@ -54,7 +54,7 @@ class SecondMomentFitter:
 
     def __init__(self, width: int, device: torch.device):
         self.upper = torch.zeros(width, width, device=device)
-        """The sum's upper triangle of tiles; what stands below it is not defined."""
+        """The sum's tiles on and above the diagonal; the others are not defined."""
         self.count = 0
         """Tokens so far."""
 
@@ -83,16 +83,27 @@ def collect_second_moments(
 ) -> dict[int, SecondMoment]:
     """Sum k kᵀ over all tokens of some documents, for several layers in one pass.
 
-    A document is one sequence, cut to the model's context. `progress` is told documents. Raises
-    `InputError` if there is no token, `NumericsError` if a key is not finite.
+    A document is one sequence, cut to the model's context. `progress` is called with the number of
+    documents of each finished batch.
+
+    Raises:
+        InputError: the documents have no token.
+        NumericsError: a sum is not finite.
     """
     fitters = {
         layer: SecondMomentFitter(lm.weight(layer).shape[1], lm.block_device(layer))
         for layer in layers
     }
 
+    @torch.no_grad()
     def run(rows: Sequence[list[int]]) -> None:
-        _add_keys(lm, rows, fitters)
+        padded = pad(rows, lm.device)
+        real = torch.nonzero(padded.mask.reshape(-1))[:, 0]  # padding does not count
+        keys = keys_of(lm, padded, list(fitters))
+        # All keys first: a batch that does not fit must not be counted for some layers only.
+        chosen = {layer: found[real.to(found.device)] for layer, found in keys.items()}
+        for layer, fitter in fitters.items():
+            fitter.update(chosen[layer])
 
     # bf16 and fp16 keys are exact in TF32, so that its products lose nothing.
     before = torch.backends.cuda.matmul.allow_tf32
@@ -107,19 +118,6 @@ def collect_second_moments(
     return {layer: _checked(fitter.result(), layer) for layer, fitter in fitters.items()}
 
 
-@torch.no_grad()
-def _add_keys(
-    lm: LanguageModel, rows: Sequence[list[int]], fitters: Mapping[int, SecondMomentFitter]
-) -> None:
-    padded = pad(rows, lm.device)
-    real = torch.nonzero(padded.mask.reshape(-1))[:, 0]
-    keys = keys_of(lm, padded, list(fitters))
-    # All keys first: a batch that does not fit must not be counted for some layers only.
-    chosen = {layer: found[real.to(found.device)] for layer, found in keys.items()}
-    for layer, fitter in fitters.items():
-        fitter.update(chosen[layer])
-
-
 def _tokenised_windows(lm: LanguageModel, documents: Sequence[str]) -> Iterator[list[list[int]]]:
     """Token rows of consecutive documents, longest first within a window so that rows of a batch
     have about one length; the next window is tokenised while the model runs."""
@@ -128,10 +126,9 @@ def _tokenised_windows(lm: LanguageModel, documents: Sequence[str]) -> Iterator[
         tokenized = tokenize_plain(lm, documents[start : start + WINDOW])
         return sorted(tokenized, key=len, reverse=True)
 
-    starts = range(0, len(documents), WINDOW)
     with ThreadPoolExecutor(1) as ahead:
         waiting = ahead.submit(rows_of, 0)
-        for start in starts:
+        for start in range(0, len(documents), WINDOW):
             rows = waiting.result()
             waiting = ahead.submit(rows_of, start + WINDOW)
             yield rows
@@ -159,9 +156,10 @@ def _checked(moment: SecondMoment, layer: int) -> SecondMoment:
 
 
 def write_moment(moment: SecondMoment, path: Path, provenance: Mapping[str, Any]) -> None:
-    """Write one layer's sums as Parquet, a row for each matrix row, with `provenance` inside.
+    """Write one layer's sums and `provenance` as Parquet, a row for each matrix row.
 
-    Raises `NumericsError` rather than write what is not finite.
+    Raises:
+        NumericsError: the sums are not finite in float32; nothing is written.
     """
     matrix = moment.sum.float().contiguous().numpy()
     if not np.isfinite(matrix).all():
@@ -177,7 +175,11 @@ def write_moment(moment: SecondMoment, path: Path, provenance: Mapping[str, Any]
 
 
 def read_moment(path: Path) -> tuple[SecondMoment, dict[str, Any]]:
-    """Read what `write_moment` wrote, and its provenance; raises `IntegrityError` otherwise."""
+    """Read a file of `write_moment`: the sums and the provenance.
+
+    Raises:
+        IntegrityError: the file is no such file, or damaged.
+    """
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
@@ -196,8 +198,9 @@ def read_moment(path: Path) -> tuple[SecondMoment, dict[str, Any]]:
 def import_published(path: Path, width: int) -> SecondMoment:
     """Read a `.npz` of the published code: `mom2.mom2` (sum, f × f) and `mom2.count`.
 
-    Raises `IntegrityError` unless it is a symmetric `width` × `width` matrix, `NumericsError`
-    unless it is positive definite.
+    Raises:
+        IntegrityError: it is not a symmetric `width` × `width` matrix.
+        NumericsError: it is not positive definite.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -238,7 +241,11 @@ def check_moment(moment: SecondMoment, where: str, width: int) -> None:
 
 
 def cholesky(matrix: Tensor, where: str) -> Tensor:
-    """Lower factor of a symmetric float64 matrix; raises `NumericsError` if it is not definite."""
+    """Lower Cholesky factor of a symmetric float64 matrix.
+
+    Raises:
+        NumericsError: the matrix is not positive definite.
+    """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) != 0:
         raise NumericsError(

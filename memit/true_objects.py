@@ -1,4 +1,4 @@
-"""True objects where a record names none: what the unedited model says stands for it."""
+"""True objects of records that name none: the unedited model's own answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def with_true_objects(
 ) -> list[Record]:
     """Give each record without a true object the model's own (greedy) answer to its prompt.
 
-    The answer has as many words as the new object, so that the two are compared on equal terms.
-    Where the model says nothing, or the new object itself, the record stays as it is.
+    The answer has as many words as the new object, so that the two are comparable. A record for
+    which the model gives no word, or the new object itself, is unchanged.
     """
     wanting = [record for record in records if record.request.target_true is None]
     answers: dict[int, str] = {}
@@ -35,16 +35,16 @@ def with_true_objects(
         )
         for record, text in zip(group, texts, strict=True):
             answers[record.case_id] = _first_words(text, words)
-    return [_completed(record, answers.get(record.case_id, "")) for record in records]
+    completed = []
+    for record in records:
+        answer = answers.get(record.case_id)
+        if answer and answer != record.request.target_new:
+            record = replace(record, request=replace(record.request, target_true=answer))
+        completed.append(record)
+    return completed
 
 
 def _first_words(text: str, count: int) -> str:
     """The first words of the first line, without the punctuation around them."""
     line = text.lstrip().split("\n")[0].replace("\ufffd", "")
     return " ".join(line.split()[:count]).strip(" .,;:!?\"'()[]")
-
-
-def _completed(record: Record, answer: str) -> Record:
-    if not answer or answer == record.request.target_new:
-        return record
-    return replace(record, request=replace(record.request, target_true=answer))

@@ -1,4 +1,4 @@
-"""Deltas of weights: low-rank factors where these are smaller, applied, taken back exactly."""
+"""Changes of weights: low-rank factors where these are smaller, applied, reverted exactly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LowRank:
         return (self.left.double() @ self.right.double().T).float()
 
     def transposed(self) -> LowRank:
-        """The same change of a weight that is kept the other way round."""
+        """The same change of the transposed weight."""
         return LowRank(self.right, self.left)
 
 
@@ -46,13 +46,13 @@ class Dense:
         return self.delta
 
     def transposed(self) -> Dense:
-        """The same change of a weight that is kept the other way round."""
+        """The same change of the transposed weight."""
         return Dense(self.delta.T.contiguous())
 
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """What an edit adds to a model's weights, and where that came from."""
+    """What an edit adds to a model's weights, and its provenance."""
 
     changes: Mapping[str, LowRank | Dense]
     """Δ of each changed parameter, by its name in the model and in the model's orientation."""
@@ -65,7 +65,11 @@ class WeightDelta:
         apply(lm, self)
 
     def revert(self, lm: LanguageModel) -> None:
-        """Take it back; raises `InputError` unless it is the edit that was applied last."""
+        """Restore the weights before it.
+
+        Raises:
+            InputError: it is not the edit that was applied last.
+        """
         if lm.applied and lm.applied[-1].delta is not self:
             raise InputError("another edit was applied later; revert that one first.")
         revert(lm)
@@ -73,7 +77,8 @@ class WeightDelta:
     def save(self, path: Path) -> None:
         """Write factors and provenance as safetensors; equal deltas give equal bytes.
 
-        Raises `NumericsError` rather than write what is not finite.
+        Raises:
+            NumericsError: the change is not finite; nothing is written.
         """
         for name, change in self.changes.items():
             if not all(bool(part.isfinite().all()) for part in change.__dict__.values()):
@@ -90,30 +95,30 @@ class WeightDelta:
 
     @staticmethod
     def load(path: Path) -> WeightDelta:
-        """Read what `save` wrote; raises `IntegrityError` for anything else."""
+        """Read a file of `save`.
+
+        Raises:
+            IntegrityError: the file is no such file, or damaged.
+        """
+        parts: dict[str, dict[str, Tensor]] = {}
         try:
             tensors, metadata = load_tensors(path)
-            return WeightDelta(_grouped(tensors), json.loads(metadata["provenance"]))
+            for key, tensor in tensors.items():
+                name, part = key.split(":")
+                parts.setdefault(name, {})[part] = tensor
+            changes = {
+                name: Dense(**found) if "delta" in found else LowRank(**found)
+                for name, found in parts.items()
+            }
+            return WeightDelta(changes, json.loads(metadata["provenance"]))
         except Exception as error:
             raise IntegrityError(
                 f"{path} does not hold a weight delta ({error}); make or fetch it again."
             ) from error
 
 
-def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, LowRank | Dense]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, part = key.split(":")
-        parts.setdefault(name, {})[part] = tensor
-    return {
-        name: Dense(**found) if "delta" in found else LowRank(**found)
-        for name, found in parts.items()
-    }
-
-
 def base_digests(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
-    """What a delta remembers of the weights it was made for: the dtype they were in, and their
-    digests."""
+    """The dtype and the digests of the weights that a delta is made for."""
     return {
         "dtype": str(lm.dtype).removeprefix("torch."),
         "sha256": {name: tensor_digest(lm.parameter(name)) for name in names},
@@ -121,9 +126,12 @@ def base_digests(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
 
 
 def check_base(lm: LanguageModel, delta: WeightDelta) -> None:
-    """Raise `IntegrityError` unless the delta was made for the weights that stand in `lm` now.
+    """Check that the delta was made for the current weights of `lm`.
 
-    Weights in another dtype are compared after rounding them to the one that the delta was made in.
+    Weights are rounded to the dtype that the delta was made in, and then compared.
+
+    Raises:
+        IntegrityError: it was made for others.
     """
     for name in delta.changes.keys() - {name for name, _ in lm.model.named_parameters()}:
         raise IntegrityError(
@@ -134,11 +142,15 @@ def check_base(lm: LanguageModel, delta: WeightDelta) -> None:
 
 
 def check_weights(delta: WeightDelta, weights: Iterable[tuple[str, Tensor]], where: object) -> None:
-    """Raise `IntegrityError` unless the delta was made for these weights, see `check_base`."""
+    """Check that the delta was made for these weights, like `check_base`.
+
+    Raises:
+        IntegrityError: it was made for others.
+    """
     made_for = delta.provenance.get("base")
     if made_for is None:
         raise IntegrityError(
-            "the delta does not say which weights it was made for; make it again with this version."
+            "the delta does not name the weights it was made for; make it again with this version."
         )
     dtype = getattr(torch, made_for["dtype"])
     for name, weight in weights:
@@ -154,8 +166,9 @@ def check_weights(delta: WeightDelta, weights: Iterable[tuple[str, Tensor]], whe
 def apply(lm: LanguageModel, delta: WeightDelta) -> None:
     """Add a delta to the weights: W + Δ in float32, rounded once to the model's dtype.
 
-    Raises `IntegrityError` if it was made for other weights, `NumericsError` if it is not finite;
-    the model is left as it was then.
+    Raises:
+        IntegrityError: it was made for other weights; the model is unchanged.
+        NumericsError: it is not finite; the model is unchanged.
     """
     check_base(lm, delta)
     weights = {name: lm.parameter(name) for name in delta.changes}
@@ -168,8 +181,12 @@ def apply(lm: LanguageModel, delta: WeightDelta) -> None:
 
 
 def added(weight: Tensor, delta: WeightDelta, name: str) -> Tensor:
-    """W + Δ in float32. Raises `IntegrityError` for another shape and `NumericsError` for what is
-    not finite, also when it is rounded to the weight's dtype."""
+    """W + Δ in float32.
+
+    Raises:
+        IntegrityError: the shapes differ.
+        NumericsError: Δ, or W + Δ in the weight's dtype, is not finite.
+    """
     change = delta.changes[name].dense().to(weight.device)
     if change.shape != weight.shape:
         raise IntegrityError(f"the delta of {name} has another shape than the weight.")
@@ -181,7 +198,7 @@ def added(weight: Tensor, delta: WeightDelta, name: str) -> Tensor:
 
 
 def check_rounded(weight: Tensor, dtype: torch.dtype, where: str) -> None:
-    """Raise `NumericsError` if a weight is not finite once it is rounded to `dtype`."""
+    """Raise `NumericsError` if a weight is not finite in `dtype`."""
     if not bool(weight.to(dtype).isfinite().all()):
         raise NumericsError(
             f"the edited weights of {where} are larger than {str(dtype).removeprefix('torch.')} "
@@ -191,16 +208,18 @@ def check_rounded(weight: Tensor, dtype: torch.dtype, where: str) -> None:
 
 @torch.no_grad()
 def revert(lm: LanguageModel) -> WeightDelta:
-    """Take the last applied delta back: the very bits that stood there before return.
+    """Restore the weights before the last applied delta, to the bit.
 
-    Raises `InputError` if nothing is applied, `IntegrityError` if what was kept is damaged.
+    Raises:
+        InputError: no delta is applied.
+        IntegrityError: the stored weights are damaged.
     """
     if not lm.applied:
-        raise InputError(f"no edit stands in {lm.name}; there is nothing to revert.")
+        raise InputError(f"no edit is applied to {lm.name}; there is nothing to revert.")
     last = lm.applied[-1]
     for name, weight in last.base.items():
         if tensor_digest(weight) != last.digests[name]:
-            raise IntegrityError(f"the kept weights of {name} are damaged; load the model again.")
+            raise IntegrityError(f"the stored weights of {name} are damaged; load the model again.")
     for name, weight in last.base.items():
         lm.set_parameter(name, weight)
     lm.applied.pop()

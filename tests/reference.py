@@ -1,4 +1,4 @@
-"""What the oracle finds for each family, worked out once for all tests that compare with it."""
+"""Results of `memit.reference` for each family, computed once for all tests that need them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memit import reference as oracle
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, locate, mark
 from memit.requests import EditRequest
-from tests import oracle
 from tests.families import DOCUMENTS, LAYERS, PREFIXES, families
 
 FAMILIES = tuple(families())
+
+_LLAMA_LIKE = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "cohere", "olmo2", "granite")
+oracle.NAMES |= dict.fromkeys((*_LLAMA_LIKE, "phi3"), oracle.NAMES["llama"])
+oracle.NAMES |= {
+    "gpt_neo": ("transformer.h", "mlp.c_proj"),
+    "opt": ("model.decoder.layers", "fc2"),
+    "phi": ("model.layers", "mlp.fc2"),
+    "bloom": ("transformer.h", "mlp.dense_4h_to_h"),
+    "falcon": ("transformer.h", "mlp.dense_4h_to_h"),
+}
 
 REQUESTS = (
     EditRequest("Zoë Müller", "{} was born in", "Port-au-Prince"),
@@ -33,7 +43,7 @@ HYPERPARAMETERS = Hyperparameters(LAYERS, covariance_weight=2.0, evaluations=8)
 
 @dataclass(frozen=True)
 class Reference:
-    """The oracle's results for one family, with `HYPERPARAMETERS`, `REQUESTS` and `PREFIXES`."""
+    """Its results for one family, with `HYPERPARAMETERS`, `REQUESTS` and `PREFIXES`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -88,7 +98,7 @@ def short_of_memory(block: nn.Module, *, rows: int) -> Iterator[None]:
         if len(oracle.hidden_of(output)) > rows:
             raise torch.OutOfMemoryError("pretended")
 
-    with oracle.hooked(block, check):
+    with block.register_forward_hook(check):
         yield
 
 

@@ -1,8 +1,8 @@
-"""How probable a model finds given answers after prompts: what all teacher-forced metrics need.
+"""How probable a model finds given answers after prompts: the basis of all teacher-forced metrics.
 
-A prompt's tokens are run once for all of its answers and for all questions that share it, and the
-head is asked only where an answer's token is due. An answer of one token needs nothing more; longer
-ones stand one behind the other in the prompt's row, where none sees another.
+The tokens of a prompt are run once for all of its answers and for all questions that share it, and
+give the scores of the answers' first tokens. Later tokens of long answers are run against the
+prompt's keys and values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Index = tuple[int, int]
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the texts that may follow it, each as it stands."""
+    """A prompt and the texts that may follow it, leading spaces included."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """What the model makes of one answer under teacher forcing."""
+    """The model's score of one answer under teacher forcing."""
 
     nll: float
     """Mean over the answer's tokens of −log p, in nats."""
@@ -87,8 +87,11 @@ def score_continuations(
 ) -> list[list[Score]]:
     """Score every answer of every question, in the order given.
 
-    `token_budget` bounds the padded tokens on the device at a time; `progress` is told how many
-    questions are newly finished. Raises `InputError` for a text longer than the model's context.
+    `token_budget` bounds the padded tokens on the device at a time; `progress` is called with the
+    number of newly finished questions.
+
+    Raises:
+        InputError: a text is longer than the model's context.
     """
     scores = _own_scores(lm, questions, token_budget, progress)
     routed = lm.routed([question.prompt for question in questions])

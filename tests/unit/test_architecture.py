@@ -1,11 +1,14 @@
-"""Three floors, arrows down only; and what a plain PyTorch image must be able to import."""
+"""Three floors, arrows down only, no circles; and what a plain PyTorch image can import."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +43,42 @@ def test_a_floor_imports_nothing_from_above(floor: str) -> None:
     assert not wrong
 
 
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the three floors that a file imports anywhere, also for type checking only."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found & MODULES.keys()
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {_module(path): path for floor in ABOVE for path in (ROOT / floor).rglob("*.py")}
+
+
+@pytest.mark.parametrize("floor", ["memit", "tasks"])
+def test_a_floor_has_no_circles(floor: str) -> None:
+    """A package's own `__init__` is left out: `memit` names what it re-exports."""
+    inside = {name for name in MODULES if name.startswith(f"{floor}.")}
+    arrows = {name: imported_modules(MODULES[name]) & inside for name in inside}
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_the_engine_imports_no_step() -> None:
+    for path in (ROOT / "tasks" / "engine").rglob("*.py"):
+        steps = {name for name in imported_modules(path) if re.fullmatch(r"tasks\.\w+", name)}
+        steps = {name for name in steps if MODULES[name].name != "__init__.py"}
+        assert not steps, path
+
+
 def test_mlflow_is_imported_in_one_module_only() -> None:
     modules = (path for floor in ABOVE for path in (ROOT / floor).rglob("*.py"))
     talking = [p for p in modules if "mlflow" in imported_packages(p.read_text(encoding="utf-8"))]
@@ -51,7 +90,7 @@ def test_the_method_and_the_benchmark_run_on_a_plain_image() -> None:
     hide = "".join(f"sys.modules[{name!r}] = None\n" for name in NOT_ON_A_PLAIN_IMAGE)
     program = (
         f"import sys\n{hide}"
-        "import benchmarks.__main__, memit.editing, memit.spread, memit.second_moment\n"
+        "import benchmarks.__main__, memit.editing, memit.reference\n"
         "import memit.evaluation.counterfact\n"
         "print('imported')"
     )
@@ -61,8 +100,13 @@ def test_the_method_and_the_benchmark_run_on_a_plain_image() -> None:
     assert ran.stdout.strip() == "imported", ran.stderr
 
 
+def test_the_reference_stands_alone() -> None:
+    assert not imported_modules(ROOT / "memit" / "reference.py")
+
+
 def test_importing_the_package_imports_no_torch() -> None:
-    program = "import sys, memit, memit.errors; print('torch' in sys.modules)"
+    modules = "memit, memit.errors, memit.hyperparameters, memit.costs"
+    program = f"import sys, {modules}; print('torch' in sys.modules)"
     ran = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -12,8 +12,8 @@ from benchmarks.__main__ import gpu_rows, markdown
 from benchmarks.floor import Machine, Work, covariance_work, spread_work
 from benchmarks.steps import Bench
 from benchmarks.workload import SMALL, make_model, make_tokenizer
+from memit import reference as oracle
 from memit.language_model import LanguageModel
-from tests import oracle
 
 TINY = replace(SMALL, depth=3, width=32, vocabulary=64, layers=(0, 1))
 

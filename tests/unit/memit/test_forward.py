@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memit import reference as oracle
 from memit.forward.key_values import Recorder
 from memit.forward.passes import (
     Padded,
@@ -21,7 +22,6 @@ from memit.forward.passes import (
 )
 from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
-from tests import oracle
 from tests.families import PREFIXES
 from tests.reference import FAMILIES, build
 
@@ -62,7 +62,9 @@ def test_soft_cap_and_logit_scale_are_not_bare_head_outputs():
     for family in ("gemma2", "cohere", "granite"):
         lm = build(family)
         seen = {}
-        with oracle.hooked(lm.head, lambda m, args, output, seen=seen: seen.update(bare=output)):
+        with lm.head.register_forward_hook(
+            lambda m, args, output, seen=seen: seen.update(bare=output)
+        ):
             (logits,) = _whole(lm, [_rows(lm)[0]])
         assert not torch.allclose(seen["bare"][0], logits, atol=0.1)
 
@@ -91,8 +93,8 @@ def test_outputs_and_keys_are_read_where_the_oracle_reads_them(family):
     for index, ids in enumerate(rows):
         for layer in (0, 1, 2):
             with (
-                oracle.hooked(oracle.block(lm.model, layer), keep(("hidden", layer))),
-                oracle.hooked(oracle.down_projection(lm.model, layer), keep(("key", layer))),
+                oracle.block(lm.model, layer).register_forward_hook(keep(("hidden", layer))),
+                oracle.down_projection(lm.model, layer).register_forward_hook(keep(("key", layer))),
             ):
                 _whole(lm, [ids])
         for layer in (0, 2):
@@ -217,7 +219,7 @@ def test_model_that_cannot_be_resumed_is_found_out():
     def blend(module, args, output):
         return output + output.mean(1, keepdim=True)
 
-    with oracle.hooked(lm.blocks[3], blend):
+    with lm.blocks[3].register_forward_hook(blend):
         assert not can_resume(lm)
 
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memit import reference as oracle
 from memit import second_moment
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.second_moment import (
@@ -27,7 +28,6 @@ from memit.second_moment import (
     read_moment,
     write_moment,
 )
-from tests import oracle
 from tests.families import DOCUMENTS, LAYERS
 from tests.reference import FAMILIES, build, reference, relative, short_of_memory
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from memit import reference as oracle
 from memit import targets as targets_module
 from memit.errors import InputError, IntegrityError, ResourceError
 from memit.requests import EditRequest
 from memit.targets import Targets, compute_targets, plain_rows, weak_keys
-from tests import oracle
 from tests.families import PREFIXES
 from tests.reference import (
     FAMILIES,

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from memit import reference as oracle
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.language_model import LanguageModel
 from memit.weight_delta import Dense, LowRank, WeightDelta, apply, base_digests, revert
-from tests import oracle
 from tests.families import families
 from tests.reference import build
 
