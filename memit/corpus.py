@@ -1,9 +1,8 @@
-"""Text corpora: one document after another from a file or from a streamed data set."""
+"""Text corpora: the documents of a file or of a streamed data set."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,9 +11,6 @@ from typing import Any
 from memit.errors import InputError, UnreachableError
 from memit.files.reading import check_file
 
-LONGEST_LINE = 1 << 24
-"""Characters of the longest line that is read."""
-_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 _FILE_KINDS = (".txt", ".jsonl", ".parquet")
 
 
@@ -54,10 +50,7 @@ def _lines(path: Path) -> Iterator[str]:
     check_file(path, "the corpus", size_limit=None)
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), start=1):
-                if len(line) == LONGEST_LINE or "\0" in line:
-                    wrong = "holds a NUL character" if "\0" in line else "has no end"
-                    raise InputError(f"{path} is no text: its line {number} {wrong}; convert it.")
+            for line in file:
                 yield line.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it.") from None
@@ -73,15 +66,12 @@ def _json_texts(path: Path, column: str) -> Iterator[str]:
 def _json_text(path: Path, number: int, line: str, column: str) -> str:
     try:
         text = json.loads(line)[column]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
-    if not isinstance(text, str):
+        text.encode()  # half a surrogate pair, which JSON can spell, is no text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f"{path}, line {number} is no JSON object with a text under {column!r}: "
             "correct the line, or name the column that holds the text."
-        )
-    if _HALF_CHARACTER.search(text):
-        raise InputError(f"{path}, line {number} holds half a character: correct it.")
+        ) from None
     return text
 
 

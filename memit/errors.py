@@ -1,23 +1,17 @@
-"""The errors that a user can meet: one sentence each, with the cause and the way out."""
+"""User-facing errors: one sentence with the cause and the fix."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from memit.redaction import one_line, redacted
-
-LONGEST_QUOTE = 100_000
-"""Characters of a sentence that are looked at."""
+from memit.redaction import one_line
 
 
 class MemitError(Exception):
-    """Base of every error that this project raises for its user.
+    """Base of every error that this project raises for its user: one printable line."""
 
-    Whatever a sentence quotes, it stays on one line and tells no password or token.
-    """
-
-    def __init__(self, sentence: str):
-        super().__init__(one_line(redacted(sentence[:LONGEST_QUOTE])))
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 class InputError(MemitError):
@@ -49,12 +43,12 @@ class NumericsError(MemitError):
 
 
 class EditError(NumericsError):
-    """Some edits among others cannot be written; without them the rest may be."""
+    """Some of the edits cannot be written; the others may be."""
 
-    def __init__(self, sentence: str, edits: Sequence[int]):
-        super().__init__(sentence)
+    def __init__(self, message: str, edits: Sequence[int]):
+        super().__init__(message)
         self.edits = tuple(edits)
-        """Their places among the requests."""
+        """Their indices among the requests."""
 
     def __reduce__(self) -> tuple[type[EditError], tuple[str, tuple[int, ...]]]:
         return type(self), (str(self), self.edits)

@@ -25,15 +25,14 @@ from memit.files.atomic import write_whole
 from memit.files.reading import parse_json, read_text
 from memit.joining import ending
 
-LONGEST_TEXT = 10_000
-"""Characters of the longest text in a record; no model's context holds much more."""
 FACT_COLUMNS = ("subject", "prompt", "target", "target_true", "paraphrases", "neighbors", "joined")
 """Columns of a user's own file; the first three are required.
 
-`prompt` holds one `{}` where the subject goes. `paraphrases` and `neighbors` are lists of whole
-prompts (in CSV separated by `|`); a `{}` in a paraphrase stands for the subject, and a neighbour,
-which is about something else, has none. Line breaks at a prompt's end stay, spaces do not.
-`joined`: true puts nothing between prompts and objects, false a space; see `EditRequest.between`.
+`prompt` holds one `{}` where the subject goes. `paraphrases` and `neighbors` are lists of complete
+prompts (in CSV separated by `|`); a `{}` in a paraphrase is replaced by the subject, and a
+neighbour, which is about something else, has none. Line breaks at a prompt's end are kept, spaces
+are not. `joined`: true puts nothing between prompts and objects, false a space; see
+`EditRequest.between`.
 """
 _BETWEEN = {"none": None, "true": "", "false": " "}
 _ADVICE = {
@@ -45,12 +44,16 @@ _ADVICE = {
     "rephrase_prompt": " (here 'paraphrases')",
     "locality": " (here 'neighbors')",
 }
-"""What to do about keys of other kinds of file."""
+"""The fix for keys of other kinds of file."""
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One fact to write. Raises `InputError` if it cannot be one; objects are stripped."""
+    """One fact to write; its objects are stripped.
+
+    Raises:
+        InputError: it lacks a part, or its prompt has not exactly one `{}`.
+    """
 
     subject: str
     prompt: str
@@ -60,11 +63,10 @@ class EditRequest:
     target_true: str | None = None
     relation_id: str | None = None
     between: str | None = None
-    """What stands between any prompt and object, in data sets " "; None: the white space that the
-    new object begins with, or else a space where running text has one (`memit.joining`)."""
+    """The separator of any prompt and object, in data sets " "; None: the white space that the new
+    object begins with, or else a space where running text has one (`memit.joining`)."""
 
     def __post_init__(self) -> None:
-        """Check the request and strip its objects."""
         begins_with = self.target_new[: -len(self.target_new.lstrip()) or None]
         if self.between is None and begins_with:
             object.__setattr__(self, "between", begins_with)
@@ -75,7 +77,7 @@ class EditRequest:
         if slots != 1:
             raise InputError(
                 f"the prompt {self.prompt!r} has {slots} '{{}}' where it needs exactly one: "
-                "write '{}' in the place of the subject."
+                "write '{}' where the subject goes."
             )
         if not self.subject.strip():
             raise InputError("the subject is empty: name what the fact is about.")
@@ -86,16 +88,16 @@ class EditRequest:
 
     @property
     def text(self) -> str:
-        """The prompt with the subject in its place."""
+        """The prompt with the subject filled in."""
         return fill(self.prompt, self.subject)
 
     @property
     def fact(self) -> tuple[str, str]:
-        """Subject and relation; the prompt stands for a relation without an identifier."""
+        """Subject and relation; without an identifier of the relation, subject and prompt."""
         return self.subject, self.relation_id or self.prompt
 
     def ending(self, prompt: str | None = None, target: str | None = None) -> str:
-        """How a prompt (the request's own) ends in an object (the new one)."""
+        """What follows a prompt (the request's own): the separator and an object (the new one)."""
         return ending(prompt or self.text, target or self.target_new, self.between)
 
 
@@ -114,14 +116,15 @@ class Record:
 
 
 def fill(template: str, subject: str) -> str:
-    """Put the subject in the place of the template's `{}`; other braces stay as they are."""
+    """Replace the template's `{}` by the subject; other braces are kept."""
     return template.replace("{}", subject, 1)
 
 
 def read_records(path: str | Path) -> list[Record]:
     """Read CounterFact or a user's own facts, whichever the file holds.
 
-    Raises `InputError` naming file and record if something in it cannot be used.
+    Raises:
+        InputError: something in it cannot be used; names file and record.
     """
     text = read_text(path, "the records").lstrip()
     rows = parse_json(text, path) if text.startswith("[") else []
@@ -130,9 +133,10 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 def read_counterfact(path: str | Path) -> list[Record]:
-    """Read records in the CounterFact schema, whole or reduced; keys it does not know are ignored.
+    """Read records in the CounterFact schema, whole or reduced; unknown keys are ignored.
 
-    Raises `InputError` naming file and record if something in it cannot be used.
+    Raises:
+        InputError: something in it cannot be used; names file and record.
     """
     rows = parse_json(read_text(path, "the records"), path)
     if not isinstance(rows, list):
@@ -143,8 +147,9 @@ def read_counterfact(path: str | Path) -> list[Record]:
 def read_facts(path: str | Path) -> list[Record]:
     """Read a user's own facts, JSON lines or CSV with the columns of `FACT_COLUMNS`.
 
-    Raises `InputError` naming file and record if something in it cannot be used, `ConflictError`
-    if two of its records ask for different objects.
+    Raises:
+        InputError: something in it cannot be used; names file and record.
+        ConflictError: two of its records ask for different objects.
     """
     records = _checked(_fact_rows(Path(path)), _fact_record, path)
     try:
@@ -170,21 +175,17 @@ def conflict_groups(records: Iterable[Record]) -> list[list[Record]]:
 
 
 def drop_conflicts(records: Iterable[Record]) -> tuple[list[Record], int]:
-    """Keep the first record of each subject and relation, and those that agree with it.
-
-    Returns the records that stay, in order, and the number of those dropped. Where a record names
-    no relation its prompt stands for it.
-    """
-    kept: list[Record] = []
-    dropped = 0
-    objects: dict[tuple[str, str], str] = {}
-    for record in records:
-        first = objects.setdefault(record.request.fact, record.request.target_new)
-        if first == record.request.target_new:
-            kept.append(record)
-        else:
-            dropped += 1
-    return kept, dropped
+    """The first record of each subject and relation and those that agree with it, in their order,
+    and the number of the others."""
+    given = list(records)
+    first: dict[tuple[str, str], str] = {}
+    kept = [
+        record
+        for record in given
+        if first.setdefault(record.request.fact, record.request.target_new)
+        == record.request.target_new
+    ]
+    return kept, len(given) - len(kept)
 
 
 def check_conflicts(records: Iterable[Record]) -> None:
@@ -206,12 +207,15 @@ def sample_records(records: Sequence[Record], count: int, seed: int) -> list[Rec
 
     No subject is drawn twice as long as there are others: edits of one subject share their keys
     where prompts begin with it, and most data sets have few of them. With one seed a smaller sample
-    is part of a larger one. Raises `InputError` if there are fewer records.
+    is part of a larger one.
+
+    Raises:
+        InputError: there are fewer records.
     """
     if not 1 <= count <= len(records):
         raise InputError(
-            f"{count} records were asked for and {len(records)} can be had: "
-            f"choose a count from 1 to {len(records)}."
+            f"the count is {count}, but {len(records)} records are available: choose 1 to "
+            f"{len(records)}."
         )
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
@@ -221,15 +225,15 @@ def sample_records(records: Sequence[Record], count: int, seed: int) -> list[Rec
         subject = records[index].request.subject
         turn_of[index] = turns[subject]
         turns[subject] += 1
-    order.sort(key=turn_of.__getitem__)  # stable: within a turn the order stays as drawn
+    order.sort(key=turn_of.__getitem__)  # stable: within a turn the drawn order is kept
     return [records[index] for index in sorted(order[:count])]
 
 
 def requests_digest(requests: Iterable[EditRequest]) -> str:
-    """Sha256 of the canonical JSON of edit requests, in their order."""
+    """SHA-256 of the canonical JSON of edit requests, in their order."""
     rows = [asdict(request) for request in requests]
     for row in rows:
-        if row["between"] == " ":  # data sets keep the digests that they had without the key
+        if row["between"] == " ":  # digests of data sets are older than the key
             del row["between"]
     canonical = json.dumps(rows, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
@@ -237,13 +241,13 @@ def requests_digest(requests: Iterable[EditRequest]) -> str:
 
 @contextmanager
 def located(path: str | Path, number: int, row: object) -> Iterator[None]:
-    """Say of an error what file and record it is in."""
+    """Prefix an `InputError` with the file and the record that it is about."""
     case = row.get("case_id") if isinstance(row, Mapping) else None
     try:
         yield
     except InputError as error:
-        place = f"{path}, record {number}" + ("" if case is None else f" (case_id {case})")
-        raise InputError(f"{place}: {error}") from None
+        where = f"{path}, record {number}" + ("" if case is None else f" (case_id {case})")
+        raise InputError(f"{where}: {error}") from None
 
 
 def _fact_rows(path: Path) -> list[Any]:
@@ -252,14 +256,12 @@ def _fact_rows(path: Path) -> list[Any]:
         return parse_json(text, path)
     if text.lstrip().startswith("{"):
         return _json_lines(path, text)
-    if not text.strip():
-        return []
     return _csv_rows(path, text)
 
 
 def _json_lines(path: Path, text: str) -> list[Any]:
     rows, line = [], 1
-    for part in re.split(r"\n(?=\s*{)", text):  # a record may go on over several lines
+    for part in re.split(r"\n(?=\s*{)", text):  # a record may take several lines
         if part.strip():
             rows.append(parse_json(part, f"{path}, line {line}"))
         line += part.count("\n") + 1
@@ -291,22 +293,20 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _check_header(path: Path, names: Sequence[str]) -> None:
     for name in names:
-        if name not in FACT_COLUMNS:
+        if name not in FACT_COLUMNS or names.count(name) > 1:
+            wrong = "is there twice" if name in FACT_COLUMNS else "is not known"
             raise InputError(
-                f"{path} has the column {name!r}, which is not known: the first line must name "
-                f"columns out of {', '.join(FACT_COLUMNS)}, separated by commas."
+                f"{path} has the column {name!r}, which {wrong}: the first line must name columns "
+                f"out of {', '.join(FACT_COLUMNS)}, separated by commas."
             )
-        if names.count(name) > 1:
-            raise InputError(f"{path} names the column {name!r} twice: remove one.")
 
 
 def _counterfact_record(row: Any, index: int) -> Record:
     _require_object(row, "the record")
     rewrite = _require_object(_required(row, "requested_rewrite"), "'requested_rewrite'")
     case_id = row.get("case_id", index)
-    if not isinstance(case_id, int) or isinstance(case_id, bool) or not 0 <= case_id < 2**63:
-        shown = str(case_id)[:24]
-        raise InputError(f"'case_id' is {shown!r} where a whole number from 0 on is needed.")
+    if type(case_id) is not int or not 0 <= case_id < 2**63:  # Parquet's largest
+        raise InputError(f"'case_id' is {case_id!r} where a whole number from 0 on is needed.")
     request = EditRequest(
         subject=check_text(_required(rewrite, "subject"), "subject"),
         prompt=check_text(_required(rewrite, "prompt"), "prompt"),
@@ -348,13 +348,13 @@ def _fact_record(row: Any, index: int) -> Record:
     paraphrases = map(_trimmed, _texts(row, "paraphrases"))
     neighbors = tuple(map(_trimmed, _texts(row, "neighbors")))
     if any("{}" in text for text in neighbors):
-        raise InputError("'neighbors' has a '{}': write the name of something else in its place.")
+        raise InputError("'neighbors' has a '{}': replace it by the name of something else.")
     filled = tuple(text.replace("{}", request.subject) for text in paraphrases)
     return Record(index, request, filled, neighbors)
 
 
 def _trimmed(prompt: str) -> str:
-    """Without spaces around it; what stands behind a line break, as in chats, may matter."""
+    """A prompt without surrounding spaces; those after a line break, as in chats, are kept."""
     return re.sub(r"^ +|(?<=\S) +\Z", "", prompt)
 
 
@@ -426,18 +426,11 @@ def _check_objects(request: EditRequest) -> None:
 
 
 def check_text(value: Any, key: str) -> str:
-    """A text that files and models can take; raises `InputError` naming `key` for anything else."""
+    """A text without control characters; raises `InputError` naming `key` for anything else."""
     if not isinstance(value, str):
         raise InputError(f"{key!r} is {_kind(value)} where a text is needed.")
-    if len(value) > LONGEST_TEXT:
-        raise InputError(
-            f"{key!r} has {len(value)} characters, more than the {LONGEST_TEXT} that a prompt may "
-            "have: shorten it."
-        )
-    broken = re.search(r"[\ud800-\udfff]", value)
-    if broken:
-        raise InputError(f"{key!r} holds half a character ({broken[0]!a}): correct it.")
-    control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", value)
+    # Halves of surrogate pairs, which JSON can spell, cannot be written as UTF-8.
+    control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", value)
     if control:
         raise InputError(f"{key!r} holds the control character {control[0]!a}: remove it.")
     return value
@@ -455,4 +448,4 @@ def _texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return names.get(type(value), "nothing" if value is None else f"the number {str(value)[:24]}")
+    return names.get(type(value), "nothing" if value is None else f"the number {value}")

@@ -18,6 +18,7 @@ from rich.console import Console
 from flows.command.parameters import Parameters, read_parameters
 from flows.service.run_lock import alone
 from memit.errors import MemitError, ResourceError, UnreachableError
+from memit.redaction import redacted
 from tasks.engine.signals import GO_ON, INTERRUPTED, TERMINATED, exit_now, exit_on_signal
 
 BAD_INPUT = 2
@@ -112,5 +113,5 @@ def _known(error: BaseException | None) -> MemitError | None:
 def fail(error: MemitError) -> NoReturn:
     """Print an error's sentence and exit."""
     console.print("[bold red]error:[/] ", end="")
-    console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    console.print(redacted(str(error)), markup=False, highlight=False, soft_wrap=True)
     sys.exit(BAD_INPUT)

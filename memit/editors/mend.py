@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from memit.batches import run_in_batches
 from memit.editors.base import Editor, Resources, provenance, register
-from memit.editors.learning import Training, content_digest, run_training
 from memit.editors.mend_network import Factors, Matrix, MendNetwork
 from memit.editors.settings import MendSettings
 from memit.editors.teacher_forcing import Pair, mean_nll, pair_rows, row_means, target_places
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError
-from memit.files.digests import file_sha256
+from memit.files.digests import content_digest, file_sha256
 from memit.forward.passes import logits_at, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow
 from memit.requests import EditRequest, Record
+from memit.training import Training, run_training
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
 
 
@@ -187,15 +187,13 @@ def train_mend(
     _take_statistics(lm, modules, network, examples[: settings.examples_for_statistics])
     lesson = _Lesson(lm, modules, network, examples, settings)
     training = Training(
-        f"mend-{content_digest(origin)[:16]}", settings.steps, directory, progress=progress
+        f"mend-{content_digest(origin)[:16]}",
+        settings.steps,
+        directory,
+        settings.largest_gradient,
+        progress=progress,
     )
-    losses = run_training(
-        training,
-        network,
-        _optimizer(network, settings),
-        lesson.loss,
-        largest_gradient=settings.largest_gradient,
-    )
+    losses = run_training(training, network, _optimizer(network, settings), lesson.loss)
     return network.requires_grad_(False), losses
 
 

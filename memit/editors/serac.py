@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from memit.editors.base import Editor, Resources, provenance, register
-from memit.editors.learning import Training, content_digest, run_training
 from memit.editors.packed_models import pack, unpack
 from memit.editors.scope_classifier import ScopeClassifier, load_encoder, new_encoder
 from memit.editors.settings import SeracSettings
 from memit.editors.teacher_forcing import mean_nll, pair_rows
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError, IntegrityError
-from memit.files.digests import file_sha256
+from memit.files.digests import content_digest, file_sha256
 from memit.files.tensors import load_tensors, save_tensors
 from memit.language_model import LanguageModel, load_model
 from memit.requests import EditRequest, Record
+from memit.training import Training, run_training, warmup
 
 TOKEN_BUDGET = 4_096
 """Padded tokens that the classifier encodes at a time."""
@@ -134,8 +134,15 @@ def train_serac(
     return models, {
         part: _train(
             module,
-            Training(f"serac-{part}-{name}", steps, directory, settings.warmup_steps, progress),
-            settings,
+            Training(
+                f"serac-{part}-{name}",
+                steps,
+                directory,
+                settings.largest_gradient,
+                warmup(settings.warmup_steps),
+                progress=progress,
+            ),
+            settings.learning_rate,
             loss_of(models, records, settings),
         )
         for part, (module, steps, loss_of) in parts.items()
@@ -143,13 +150,11 @@ def train_serac(
 
 
 def _train(
-    module: nn.Module, training: Training, settings: SeracSettings, loss: Callable[[int], Tensor]
+    module: nn.Module, training: Training, learning_rate: float, loss: Callable[[int], Tensor]
 ) -> list[float]:
     module.train().requires_grad_()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-    losses = run_training(
-        training, module, optimizer, loss, largest_gradient=settings.largest_gradient
-    )
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.0)
+    losses = run_training(training, module, optimizer, loss)
     module.eval().requires_grad_(False)
     return losses
 

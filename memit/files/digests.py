@@ -1,9 +1,11 @@
-"""SHA-256 digests of files."""
+"""SHA-256 digests of files and of plain values."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from memit.errors import IntegrityError
 
@@ -12,6 +14,11 @@ def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(content: Any) -> str:
+    """SHA-256 over values that JSON can hold, in hexadecimal; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def verify_sha256(path: str | Path, expected: str) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from memit.errors import NumericsError, ResourceError
-from memit.files.checkpoint import resume, save_checkpoint
+from memit.errors import ResourceError
+from memit.training import Training, run_training
 from memit.world.people import World
 from memit.world.settings import TrainingParameters
 from memit.world.tokenizer import train_tokenizer
@@ -34,33 +34,38 @@ def train(
     checkpoint_dir: Path,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Trains a model on the world's documents, going on from a checkpoint where there is one.
+    """Train a model on the world's documents, resuming from a checkpoint if there is one.
 
     With equal world, parameters and number of threads the weights are equal to the bit, however
-    often the training was interrupted.
+    often the training was interrupted. Checkpoint and model are kept in `checkpoint_dir`, named by
+    a digest of text and parameters. `progress` is called with the number of newly finished steps.
 
-    Args:
-        world: its documents are the training text.
-        parameters: shape and schedule.
-        checkpoint_dir: where the training's state and the finished model are kept, under names
-            made of a digest of text and parameters, so that trainings never meet.
-        progress: called with the number of steps that were finished since the last call.
-
-    Returns:
-        A `save_pretrained` directory: float32 model, tokenizer, and `training.json` with the loss
-        of every step.
+    Gives a `save_pretrained` directory: float32 model, tokenizer, and `training.json` with the loss
+    of every step.
 
     Raises:
-        NumericsError: the loss is no longer finite.
+        NumericsError: the training diverges.
         ResourceError: the disk is full.
     """
-    progress = progress or (lambda steps: None)
     digest = _digest(world.documents, parameters)
-    checkpoint = checkpoint_dir / f"checkpoint-{digest}.safetensors"
     tokenizer = train_tokenizer(world.documents, parameters.vocabulary)
-    model = make_model(len(tokenizer), parameters)
-    documents = _encode(tokenizer, world.documents)
-    losses = _run_steps(model, documents, parameters, checkpoint, digest, progress)
+    model = make_model(len(tokenizer), parameters).train()
+    documents = tokenizer(list(world.documents))["input_ids"]
+    training = Training(
+        f"small-model-{digest}",
+        parameters.steps,
+        checkpoint_dir,
+        LARGEST_GRADIENT,
+        lambda _, step: learning_rate_at(step, parameters),
+        parameters.checkpoint_every,
+        progress,
+    )
+    losses = run_training(
+        training,
+        model,
+        _make_optimizer(model, parameters),
+        _loss_at(model, documents, parameters),
+    )
     return _save_model(checkpoint_dir / f"model-{digest}", model, tokenizer, losses)
 
 
@@ -89,14 +94,8 @@ def training_rows(
 ) -> Iterator[list[int]]:
     """Endless rows of `length` tokens, each of which begins with a document.
 
-    Documents are shuffled anew each time round, and follow one another with the end of text
-    between them; the last of a row is cut off. No row begins inside a document, since a prompt
-    does not either.
-
-    Args:
-        documents: token ids of each, not empty.
-        length: tokens of a row.
-        seed: of the order.
+    In each epoch the documents (token ids, not empty) are shuffled and joined by the end of text;
+    the last one of a row is cut off. No row begins inside a document, as no prompt does.
     """
     order = Random(f"memit training {seed}")
     row: list[int] = []
@@ -116,51 +115,18 @@ def learning_rate_at(step: int, parameters: TrainingParameters) -> float:
     return parameters.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def _run_steps(
-    model: GPT2LMHeadModel,
-    documents: list[list[int]],
-    parameters: TrainingParameters,
-    checkpoint: Path,
-    digest: str,
-    progress: Callable[[int], None],
-) -> list[float]:
-    optimizer = _make_optimizer(model, parameters)
-    losses = resume(checkpoint, model, optimizer, digest)
-    done = len(losses)
-    if done:
-        progress(done)
-    batches = _batches(documents, parameters)
-    for _ in range(done):
-        next(batches)
-    model.train()
-    for step in range(done, parameters.steps):
-        losses.append(_step(model, optimizer, next(batches), learning_rate_at(step, parameters)))
-        if not math.isfinite(losses[-1]):
-            curve = checkpoint.with_name(f"diverged-{digest}.json")
-            curve.write_text(json.dumps({"losses": [str(loss) for loss in losses]}))
-            raise NumericsError(
-                f"The small model's loss is {losses[-1]} at step {step + 1} (its losses are in "
-                f"{curve}): lower its learning_rate or lengthen warmup_steps."
-            )
-        if (step + 1) % parameters.checkpoint_every == 0 or step + 1 == parameters.steps:
-            save_checkpoint(checkpoint, model, optimizer, losses, digest)
-        progress(1)
-    return losses
+def _loss_at(
+    model: GPT2LMHeadModel, documents: list[list[int]], parameters: TrainingParameters
+) -> Callable[[int], Tensor]:
+    """The mean loss of each step's rows, in nats a token; steps must ascend."""
+    batches = enumerate(_batches(documents, parameters))
 
+    def loss_at(step: int) -> Tensor:
+        rows = next(rows for number, rows in batches if number == step)  # batch × length
+        logits = model(input_ids=rows, use_cache=False).logits
+        return cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
 
-def _step(
-    model: GPT2LMHeadModel, optimizer: torch.optim.AdamW, rows: Tensor, learning_rate: float
-) -> float:
-    """One update on rows of shape (batch, length); gives their mean loss in nats a token."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    logits = model(input_ids=rows, use_cache=False).logits
-    loss = cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
-    optimizer.step()
-    return loss.item() if bool(norm.isfinite()) else math.nan
+    return loss_at
 
 
 def _make_optimizer(model: GPT2LMHeadModel, parameters: TrainingParameters) -> torch.optim.AdamW:
@@ -182,17 +148,13 @@ def _batches(documents: list[list[int]], parameters: TrainingParameters) -> Iter
         yield torch.tensor([next(rows) for _ in range(parameters.batch_size)])
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(documents))["input_ids"]
-
-
 def _save_model(
     directory: Path,
     model: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerFast,
     losses: list[float],
 ) -> Path:
-    """Writes the directory anew: what an earlier process left there may be half of it."""
+    """Write the directory, replacing what an interrupted process may have left."""
     shutil.rmtree(directory, ignore_errors=True)
     model.eval()
     try:

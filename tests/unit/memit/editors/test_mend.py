@@ -237,7 +237,7 @@ class StoppedError(Exception):
 def test_an_interrupted_training_ends_with_the_same_weights(
     lm: LanguageModel, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("memit.editors.learning.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("memit.training.CHECKPOINT_EVERY", 2)
     examples = examples_from_records(make_records())
     whole, losses = train_mend(lm, examples, SETTINGS, directory=tmp_path / "whole")
     finished = 0

@@ -244,7 +244,7 @@ class StoppedError(Exception):
 def test_an_interrupted_training_ends_with_the_same_models(
     lm: LanguageModel, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("memit.editors.learning.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("memit.training.CHECKPOINT_EVERY", 2)
     settings = replace(SETTINGS, classifier_steps=5, counterfactual_steps=5)
     whole, losses = train_serac(lm, LEARNED, settings, directory=tmp_path / "whole")
     done: list[int] = []

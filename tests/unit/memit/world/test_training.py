@@ -96,8 +96,8 @@ def test_a_half_written_checkpoint_is_never_read(world, trained, tmp_path):
         train(world, PARAMETERS, checkpoint_dir=tmp_path, progress=stop_after(7))
     (checkpoint,) = tmp_path.iterdir()
     checkpoint.with_name(f".{checkpoint.name}.1-ab.partial").write_bytes(b"half of it")
-    (tmp_path / checkpoint.stem.replace("checkpoint", "model")).mkdir()
-    (tmp_path / checkpoint.stem.replace("checkpoint", "model") / "config.json").write_text("{")
+    (tmp_path / checkpoint.stem.replace("checkpoint-small-", "")).mkdir()
+    (tmp_path / checkpoint.stem.replace("checkpoint-small-", "") / "config.json").write_text("{")
     assert files(train(world, PARAMETERS, checkpoint_dir=tmp_path)) == files(trained)
 
 
