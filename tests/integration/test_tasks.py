@@ -9,7 +9,6 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from safetensors.torch import load_file
-from tasks.corpus import CorpusSource, collect_corpus, read_texts
 
 from memit.editors.memit import Memit
 from memit.errors import EditError, InputError, IntegrityError
