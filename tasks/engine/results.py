@@ -63,7 +63,7 @@ STEP_FILES = {
     "compare": Path("comparison/step.json"),
     "scaling": Path("scaling/step.json"),
 }
-"""The files of steps outside of the experiment; those of its own steps are in `artifacts/steps/`, on
+"""Files of steps outside of the experiment; those of its own steps are in `artifacts/steps/`, on
 which the report depends."""
 
 
