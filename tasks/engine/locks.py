@@ -21,14 +21,14 @@ def lock_file(key: str) -> Path:
 
 
 def release(lock: FileLock) -> None:
-    """Release a lock, and delete its file first: whoever waits for that then locks a new one."""
+    """Release a lock and delete its file; waiting processes then lock a new file."""
     if lock.lock_counter == 1:
         Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
 
 
 class FileLocks:
-    """Prefect's `LockManager`, see there for the methods.
+    """A `LockManager` for Prefect, see there for the methods.
 
     Prefect's own `FileSystemLockManager` leaves its file behind after SIGKILL, and the next run
     would wait for it for ever.

@@ -15,10 +15,9 @@ from tasks.engine.store import shared_store
 
 
 class Records(LocalFileSystem):
-    """The records in `.cache/records/`, each under its key and behind its SHA-256.
+    """The records in `.cache/records/`, each under its key and after its own SHA-256.
 
-    Prefect takes a record whose reading fails, for whatever reason, for one that is not there, and
-    computes the piece again.
+    Where reading a record fails, for whatever reason, Prefect computes its piece again.
     """
 
     _block_type_name = "Checked Records"
@@ -32,16 +31,16 @@ class Records(LocalFileSystem):
         Raises:
             IntegrityError: it is damaged or another key's, or a file that it names is.
         """
-        place, store = self._resolve_path(path), shared_store()
-        if store is not None and not place.exists():
-            write_whole(place, lambda partial: store.get(f"records/{place.name}", partial))
-        checksum, _, content = place.read_bytes().partition(b"\n")
+        file, store = self._resolve_path(path), shared_store()
+        if store is not None and not file.exists():
+            write_whole(file, lambda partial: store.get(f"records/{file.name}", partial))
+        checksum, _, content = file.read_bytes().partition(b"\n")
         if _checksum(content) != checksum:
-            raise IntegrityError(f"{place} is damaged: delete it and run again.")
+            raise IntegrityError(f"{file} is damaged: delete it and run again.")
         record = ResultRecord.deserialize(content)
-        is_own = Path(record.metadata.storage_key or "").name == place.name
+        is_own = Path(record.metadata.storage_key or "").name == file.name
         if not (is_own and all(artifact.intact() for artifact in artifacts_in(record.result))):
-            raise IntegrityError(f"{place} is another piece's, or files that it names are damaged.")
+            raise IntegrityError(f"{file} is another piece's, or files that it names are damaged.")
         return content
 
     async def aread_path(self, path: str) -> bytes:
@@ -55,11 +54,11 @@ class Records(LocalFileSystem):
             ResourceError: the disk is full.
             UnreachableError: the store cannot be written.
         """
-        place, store = self._resolve_path(path), shared_store()
-        write_whole(place, lambda file: file.write_bytes(_checksum(content) + b"\n" + content))
+        file, store = self._resolve_path(path), shared_store()
+        write_whole(file, lambda partial: partial.write_bytes(_checksum(content) + b"\n" + content))
         if store is not None:
-            store.put(place, f"records/{place.name}")
-        return str(place)
+            store.put(file, f"records/{file.name}")
+        return str(file)
 
     async def awrite_path(self, path: str, content: bytes) -> str:
         """The same for an asynchronous caller."""

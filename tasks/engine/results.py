@@ -1,6 +1,6 @@
-"""The named results of the steps, and the file that each step leaves about its own.
+"""The named results of the steps, and the file in which each step describes its own.
 
-Next to its results every step leaves `artifacts/steps/<step>.json`: the digests of its files, those
+Next to its results every step writes `artifacts/steps/<step>.json`: the digests of its files, those
 of the results that it read, and its cost. A later step checks the digests before it uses anything,
 so that a damaged file or one of another experiment is refused by name.
 """
@@ -63,7 +63,7 @@ STEP_FILES = {
     "compare": Path("comparison/step.json"),
     "scaling": Path("scaling/step.json"),
 }
-"""What the steps outside of the experiment leave; that of the others is in `artifacts/steps/`, on
+"""Files of steps outside of the experiment; those of its own steps are in `artifacts/steps/`, on
 which the report depends."""
 
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether waiting can help: a host does not answer, and the user did not forbid to ask it."""
+    """Whether waiting can help: a host does not answer, and the user has not forbidden requests."""
     return isinstance(error, UnreachableError) and not os.environ.get("HF_HUB_OFFLINE")
 
 
@@ -32,4 +32,4 @@ retry_unreachable = tenacity.retry(
     before_sleep=_warn,
     reraise=True,
 )
-"""Decorates functions that ask a hub or download from an address."""
+"""Decorates functions that use the network."""

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from prefect import Task, unmapped
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
@@ -250,8 +251,6 @@ def _ray_cluster(workers: Workers) -> Iterator[None]:
 
 def _gpus(device: str) -> int:
     """The number of GPUs that a piece needs for itself; Ray hides the others from it."""
-    import torch
-
     present = torch.cuda.device_count()
     if device == "sharded":
         return present
