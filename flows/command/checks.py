@@ -108,7 +108,7 @@ def _check_compared(parameters: Parameters) -> int:
     questions = () if section.zsre is None else read_zsre(section.zsre)
     records, lm = _check(parameters)
     if lm is None:
-        _methods(parameters, "synthetic", parameters.model.training_parameters().layers)
+        _methods(parameters, "synthetic", parameters.model.training.layers)
     else:
         _check_layers(parameters, lm, _methods(parameters, lm.name, lm.depth))
         asked = () if questions else records

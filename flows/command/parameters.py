@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,7 +27,6 @@ from pydantic import (
     create_model,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
@@ -47,8 +45,8 @@ SCRATCH = "scratch"
 """Instead of a hub model: a small one that is trained from random weights."""
 SIZE_LIMIT = 1 << 20
 """Bytes of the largest `params.yaml` that is read."""
-NOT_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-"""Control characters and lone surrogates."""
+STORES = "https?|file|sqlite|postgresql|mysql|mssql|databricks"
+"""URI schemes of MLflow's tracking stores."""
 ANY_MODEL = preset("", 1_000)
 """Hyperparameters whose fields are overridden to check their ranges."""
 EDIT = ("layers", "covariance_weight", "key_average", "largest_update")
@@ -76,33 +74,9 @@ UsersFile = Annotated[
     PlainSerializer(lambda value: value or NO_FILE, return_type=str, when_used="json"),
 ]
 Setting = bool | int | float | str | None
+Digest = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+MethodName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Settings = TypeVar("Settings")
-
-
-def _matching(pattern: str, expected: str) -> AfterValidator:
-    """A validator of texts with an error message that says what is `expected`."""
-
-    def check(text: str) -> str:
-        if re.fullmatch(pattern, text) is None:
-            raise PydanticCustomError("pattern", "expected {form}", {"form": expected})
-        return text
-
-    return AfterValidator(check)
-
-
-Device = Annotated[
-    str, _matching(r"auto|cpu|mps|sharded|cuda(:\d+)?", "auto, cpu, mps, sharded, cuda or cuda:N")
-]
-Digest = Annotated[str, _matching(r"[0-9a-fA-F]{64}", "64 hexadecimal digits")]
-MethodName = Annotated[str, _matching(r"[a-z][a-z0-9_]{0,63}", "a lower-case identifier")]
-Url = Annotated[str, _matching(r"https?://[^/\s]+\S*", "an http or https URL")]
-Store = Annotated[
-    str,
-    _matching(
-        r"(https?|file|sqlite|postgresql|mysql|mssql|databricks)(\+\w+)?:.*|[^:]*",
-        "a path or a URI that MLflow can open (http, sqlite, postgresql, ...)",
-    ),
-]
 
 
 class Section(BaseModel):
@@ -129,7 +103,7 @@ def with_overrides(settings: Settings, section: Section) -> Settings:
 
 def settings_section(
     default: Any, names: Collection[str] = (), *, optional: bool = False
-) -> type[Section]:
+) -> Any:  # a type whose attributes are not known before it is made
     """A section with fields of a dataclass: its types, docs, defaults and range checks.
 
     The fields are those in `names`, or all but the seed. If they are `optional`, null is the
@@ -179,7 +153,7 @@ class ModelSection(Section):
     revision: str | None = Field(default=None, description="hub: a commit, branch or tag")
     path: UsersFile = Field(default=None, description="local: a model directory")
     dtype: Precision | Literal["tf32"] = "float32"
-    device: Device = "cpu"
+    device: str = Field(default="cpu", pattern=r"^(auto|cpu|mps|sharded|cuda(:\d+)?)$")
     threads: int = Field(default=2, ge=1, le=1_024, description="CPU threads; change the last bits")
     seed: Seed = 0
     world: WorldSection = WorldSection()
@@ -193,17 +167,13 @@ class ModelSection(Section):
         """The synthetic people that the model learns."""
         return with_overrides(WorldParameters(seed=self.seed), self.world)
 
-    def training_parameters(self) -> TrainingParameters:
-        """Shape and training of the synthetic model."""
-        return with_overrides(TrainingParameters(seed=self.seed), self.training)
-
 
 class RequestsSection(Section):
     """Which facts are edited."""
 
     source: Literal["synthetic", "counterfact", "facts"] = "synthetic"
     path: UsersFile = Field(default=None, description="a file of records or facts")
-    url: Url | None = Field(default=None, description="instead of path, with its sha256")
+    url: str | None = Field(default=None, description="instead of path, with its sha256")
     sha256: Digest | None = None
     count: Count | None = Field(default=64, description="null: all of them")
     seed: Seed = 0
@@ -268,7 +238,7 @@ class ReportSection(Section):
     """Where the run is logged."""
 
     experiment: str = Field(default="memit", description="the experiment's name in MLflow")
-    tracking_uri: Store | None = Field(default=None, description="null: mlflow.db in the project")
+    tracking_uri: str | None = Field(default=None, description="null: mlflow.db in the project")
 
 
 class MendSection(settings_section(MendSettings(), optional=True)):
@@ -370,6 +340,11 @@ class Parameters(Section):
             yield f"requests.source is {requests.source!r}: set one of requests.path, requests.url."
         if requests.url is not None and requests.sha256 is None:
             yield "requests.url needs requests.sha256: set it as well."
+        if requests.url is not None and not re.match(r"https?://[^/\s]+\S*$", requests.url):
+            yield f"requests.url is {requests.url!r}: give an http or https URL."
+        uri = self.report.tracking_uri or ""
+        if re.match(rf"(?!({STORES})[+:])[\w.-]+:", uri):
+            yield f"report.tracking_uri is {uri!r}: give a path, or a URI with one of {STORES}."
         if self.runner.address is not None and self.runner.kind == "threads":
             yield "runner.address needs a cluster, but runner.kind is 'threads': use dask or ray."
         if len(set(self.compare.methods)) < len(self.compare.methods):
@@ -393,7 +368,7 @@ class Parameters(Section):
         if self.requests.source == "synthetic" and count is not None and count > records:
             yield f"requests.count is {count}, but model.world has {records} records: use fewer."
         try:
-            self.hyperparameters("synthetic", self.model.training_parameters().layers)
+            self.hyperparameters("synthetic", self.model.training.layers)
         except InputError as error:
             yield str(error)
 
@@ -456,8 +431,6 @@ def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:
         raise InputError(f"{name} must hold sections ({', '.join(Parameters.model_fields)}).")
     try:
         for key, value in _nodes(tree):
-            if isinstance(value, str) and NOT_TEXT.search(value):
-                raise InputError(f"{name}: {key} contains a control character: remove it.")
             if isinstance(value, str) and holds_secret(value):
                 raise InputError(
                     f"{name}: {key} contains a password or a token, which would be kept in git, "

@@ -41,8 +41,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
-@pytest.mark.parametrize("excepted", ["NO_PROXY", "no_proxy"])
+@pytest.mark.parametrize(
+    ("name", "excepted"), [("HTTP_PROXY", "no_proxy"), ("all_proxy", "NO_PROXY")]
+)
 def test_no_proxy_stands_before_loopback(name: str, excepted: str) -> None:
     said = run(ASK, **{name: PROXY, excepted: "example.com"})
     assert said.stdout.splitlines() == [
@@ -73,7 +74,7 @@ def test_a_directory_that_no_address_can_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / name))
-    with pytest.raises(InputError, match="rename the directory"):
+    with pytest.raises(InputError, match=name.replace("?", r"\?")):
         check_inputs(Parameters())
 
 
@@ -129,7 +130,7 @@ def made(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["a b", "a#b", "a$HOME", "it's", 'a "b', "a(b)&;c", "ä ö "])
+@pytest.mark.parametrize("name", ["a b#c", "a$HOME", "it's 'a \"b", "a(b)&;c", "ä ö "])
 def test_make_runs_in_any_directory(tmp_path: Path, name: str) -> None:
     said = made(tmp_path / name, "-n", "run")
     assert said.returncode == 0, said.stderr
