@@ -17,7 +17,8 @@ DELTA = Path("artifacts/edit/delta.safetensors")
 
 Delta = Annotated[ExistingFile | None, Parameter(help=f"The edit; by default {DELTA}.")]
 Model = Annotated[
-    ExistingDirectory | None, Parameter(help="Its directory; by default that of params.yaml.")
+    ExistingDirectory | None,
+    Parameter(help="A model directory; by default the model of params.yaml."),
 ]
 Precision = Literal["float32", "bfloat16", "float16"]
 

@@ -49,7 +49,9 @@ def run_deployments(once: bool) -> int:
         The exit status: 0 if the first run completed.
     """
     deployments = _read_deployments()
-    runner = Runner(limit=1, pause_on_shutdown=False)  # one at a time: all write the same files
+    # Without a limit of 1, so that an older run which is due does not take the place of this one;
+    # runs in one directory wait for each other.
+    runner = Runner(pause_on_shutdown=False)
     for deployment in deployments:
         runner.add_deployment(deployment)
     with get_client(sync_client=True) as client:

@@ -13,12 +13,8 @@ from threading import Thread
 import psutil
 import pytest
 
-from flows.service.server import PING_SECONDS, PINGS, prefect_server
+from flows.service.server import prefect_server
 from memit.errors import ResourceError
-from tasks.engine.signals import PATIENCE
-
-LOST_WITHIN = 60.0
-"""Seconds that a run without its server may go on."""
 
 CHILD = """
 import subprocess, sys, time
@@ -65,8 +61,6 @@ def test_a_process_ends_when_its_server_is_lost() -> None:
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: Prefect's server at http://127.0.0.1:9/api")
     assert len(ended.stderr.splitlines()) == 1
-    # A ping takes 5 s at most.
-    assert PINGS * (PING_SECONDS + 1) + 2 * PATIENCE < LOST_WITHIN
 
 
 class Busy(BaseHTTPRequestHandler):
