@@ -17,10 +17,10 @@ $(error a colon in the path of this directory separates paths: rename $(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run repro deploy compare scale test lint format stages golden audit bench chaos ui clean
+.PHONY: help install run repro deploy compare scale test test-unit lint format stages golden audit bench chaos ui clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP) ## make .venv and install the project with pinned dependencies
 
@@ -56,6 +56,9 @@ scale: $(STAMP) methods/dvc.yaml ## all methods on ever more edits: table and fi
 
 test: $(STAMP) ## the whole test suite
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-unit: $(STAMP) ## the tests of single functions, in about a minute
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit
 
 lint: $(STAMP) ## format, lint and type checks, changing nothing
 	@$(BIN)/ruff format --check .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -28,6 +30,7 @@ from tasks.model import describe_model
 from tasks.prefixes import draw_prefixes
 from tasks.requests import choose_requests
 from tasks.statistics import (
+    Corpus,
     CorpusSource,
     collect_corpus,
     collect_shard,
@@ -41,41 +44,46 @@ from tests.families import families
 HYPERPARAMETERS = Hyperparameters(layers=(1, 2), covariance_weight=5.0, evaluations=4)
 PREFIXES = ("The town is. ", "I was there. ")
 BUDGET = 256
-PLACES = ("Rome", "São Paulo", "a small town")
+CITIES = ("Rome", "São Paulo", "a small town")
 
 
 def record(case_id: int) -> Record:
     subject = f"Zoë O'Brien {case_id}"
     return Record(
         case_id,
-        EditRequest(subject, "{} lives in", PLACES[case_id % 3], PLACES[(case_id + 1) % 3]),
+        EditRequest(subject, "{} lives in", CITIES[case_id % 3], CITIES[(case_id + 1) % 3]),
         paraphrase_prompts=(f"The home of {subject} is",),
         neighborhood_prompts=("Ada Lovelace lives in", "Carl Gauss lives in"),
     )
 
 
 RECORDS = [record(case_id) for case_id in range(7)]
-DOCUMENTS = [f"{r.request.text} {r.request.target_true}. It is {'very ' * i}far away." for i, r in
-             enumerate(RECORDS * 3)]  # fmt: skip
+DOCUMENTS = [
+    f"{r.request.text} {r.request.target_true}. It is {'very ' * i}far away."
+    for i, r in enumerate(RECORDS * 3)
+]
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory."""
-    place = tmp_path_factory.mktemp("model")
+    path = tmp_path_factory.mktemp("model")
     model, tokenizer = families()["gpt2"]()
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
-@pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    return tmp_path
+@pytest.fixture(scope="module", autouse=True)
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The directory that pieces are stored in."""
+    path = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(path))
+        yield path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def reference(directory: Path) -> ModelReference:
     return ModelReference(
         directory=str(directory),
@@ -86,24 +94,54 @@ def reference(directory: Path) -> ModelReference:
     )
 
 
-@pytest.fixture
-def requests_file(project: Path) -> Artifact:
-    return write_file(project / "requests.json", lambda path: write_records(RECORDS, path))
+@dataclass(frozen=True)
+class Inputs:
+    """What an edit reads."""
+
+    model: ModelReference
+    records: Artifact
+    targets: Artifact
+    moments: dict[int, Artifact]
+
+    def edited(
+        self, hyperparameters: Hyperparameters = HYPERPARAMETERS, on_failure: str = "stop"
+    ) -> MethodEdit:
+        return edit_with.fn(
+            Method("memit", Memit(hyperparameters)),
+            self.model,
+            self.records,
+            prefixes=PREFIXES,
+            moments=self.moments,
+            targets=self.targets,
+            token_budget=BUDGET,
+            on_failure=on_failure,
+        )
 
 
-def corpus_file(project: Path) -> Artifact:
-    return write_file(
-        project / "corpus.txt", lambda path: path.write_text("\n".join(DOCUMENTS) + "\n")
-    )
+@pytest.fixture(scope="module")
+def inputs(project: Path, reference: ModelReference) -> Inputs:
+    records = write_file(project / "requests.json", lambda path: write_records(RECORDS, path))
+    targets = write_file(project / "targets.safetensors", targets_of(reference, 7).save)
+    paths = {layer: project / f"layer-{layer}.parquet" for layer in HYPERPARAMETERS.layers}
+    for layer, path in paths.items():
+        write_moment(path, reference, corpus_of(project, 9), layer)
+    return Inputs(reference, records, targets, {la: describe(path) for la, path in paths.items()})
 
 
-def moments(project: Path, reference: ModelReference, per_shard: int, name: str) -> Path:
-    """Statistics of layer 1 over shards of some documents."""
-    made = collect_corpus.fn(CorpusSource(file=corpus_file(project)), 18, per_shard, 2)
-    shards = [collect_shard.fn(r.texts, reference, (1, 2), BUDGET) for r in made.ranges]
-    path = project / name
-    merge_shards(shards, describe_moment(reference, made.digest, 1), path)
-    return path
+@pytest.fixture(scope="module")
+def edit(inputs: Inputs) -> Artifact:
+    return inputs.edited().edit
+
+
+def corpus_of(project: Path, per_shard: int, *, documents: int | None = 18) -> Corpus:
+    text = "\n".join(DOCUMENTS) + "\n"
+    file = write_file(project / "corpus.txt", lambda path: path.write_text(text))
+    return collect_corpus.fn(CorpusSource(file=file), documents, per_shard, 2)
+
+
+def write_moment(path: Path, reference: ModelReference, corpus: Corpus, layer: int) -> None:
+    shards = [collect_shard.fn(r.texts, reference, (1, 2), BUDGET) for r in corpus.ranges]
+    merge_shards(shards, describe_moment(reference, corpus.digest, layer), path)
 
 
 def targets_of(reference: ModelReference, size: int) -> Targets:
@@ -114,134 +152,94 @@ def targets_of(reference: ModelReference, size: int) -> Targets:
     return Targets.concatenate([Targets.load(piece.targets.checked()) for piece in made])
 
 
-def edit_of(project: Path, reference: ModelReference, requests_file: Artifact) -> MethodEdit:
-    made = collect_corpus.fn(CorpusSource(file=corpus_file(project)), 18, 9, 2)
-    shards = [collect_shard.fn(r.texts, reference, (1, 2), BUDGET) for r in made.ranges]
-    files = {}
-    for layer in (1, 2):
-        path = project / f"layer-{layer}.parquet"
-        merge_shards(shards, describe_moment(reference, made.digest, layer), path)
-        files[layer] = describe(path)
-    goals = write_file(project / "targets.safetensors", targets_of(reference, 7).save)
-    return edited(reference, requests_file, goals, files)
-
-
-def edited(
-    reference: ModelReference,
-    records: Artifact,
-    targets: Artifact,
-    moments: dict[int, Artifact],
-    hyperparameters: Hyperparameters = HYPERPARAMETERS,
-    on_failure: str = "stop",
-) -> MethodEdit:
-    return edit_with.fn(
-        Method("memit", Memit(hyperparameters)),
-        reference,
-        records,
-        prefixes=PREFIXES,
-        moments=moments,
-        targets=targets,
-        token_budget=BUDGET,
-        on_failure=on_failure,
-    )
-
-
 def test_a_corpus_is_cut_into_ranges_and_the_rest_is_held_out(project: Path) -> None:
-    made = collect_corpus.fn(CorpusSource(file=corpus_file(project)), 18, 5, 2)
+    made = corpus_of(project, 5)
     texts = [read_texts(part.texts.checked()) for part in made.ranges]
     assert [len(part) for part in texts] == [5, 5, 5, 3] == [part.count for part in made.ranges]
     assert [text for part in texts for text in part] == DOCUMENTS[:18]
     assert read_texts(made.held_out.texts.checked()) == DOCUMENTS[18:20]
-    whole = collect_corpus.fn(CorpusSource(file=corpus_file(project)), None, 100, 2)
+    whole = corpus_of(project, 100, documents=None)
     assert whole.ranges[0].count == len(DOCUMENTS)
     assert whole.held_out.count == 0
 
 
-def test_statistics_agree_across_shards(project: Path, reference: ModelReference) -> None:
-    one = moments(project, reference, 18, "one.parquet")
-    many = moments(project, reference, 4, "many.parquet")
-    again = moments(project, reference, 4, "again.parquet")
+def test_statistics_agree_across_shards(tmp_path: Path, reference: ModelReference) -> None:
+    one, many, again = (tmp_path / name for name in ("one", "many", "again"))
+    for path, per_shard in ((one, 18), (many, 4), (again, 4)):
+        write_moment(path, reference, corpus_of(tmp_path, per_shard), 1)
     assert many.read_bytes() == again.read_bytes()
-    (whole, _), (parts, said) = read_moment(one), read_moment(many)
+    (whole, _), (parts, origin) = read_moment(one), read_moment(many)
     assert whole.count == parts.count
     assert (whole.mean - parts.mean).norm() <= 1e-6 * whole.mean.norm()
-    assert (said["model"], said["layer"]) == (reference.model.digest, 1)
+    assert (origin["model"], origin["layer"]) == (reference.model.digest, 1)
 
 
-def test_a_shard_of_another_layer_is_refused(project: Path, reference: ModelReference) -> None:
-    made = collect_corpus.fn(CorpusSource(file=corpus_file(project)), 18, 9, 2)
+def test_a_shard_of_another_layer_is_refused(tmp_path: Path, reference: ModelReference) -> None:
+    made = corpus_of(tmp_path, 9)
     shard = collect_shard.fn(made.ranges[0].texts, reference, (1, 2), BUDGET)
     swapped = shard.model_copy(update={"moments": {1: shard.moments[2], 2: shard.moments[1]}})
-    with pytest.raises(IntegrityError, match="shard of other statistics"):
-        merge_shards([swapped], describe_moment(reference, made.digest, 1), project / "x.parquet")
-    assert not (project / "x.parquet").exists()
+    with pytest.raises(IntegrityError):
+        merge_shards([swapped], describe_moment(reference, made.digest, 1), tmp_path / "x.parquet")
+    assert not (tmp_path / "x.parquet").exists()
 
 
 def test_a_corpus_with_fewer_tokens_than_a_key_has_dimensions_leaves_no_statistics(
-    project: Path, reference: ModelReference
+    tmp_path: Path, reference: ModelReference
 ) -> None:
-    made = collect_corpus.fn(CorpusSource(file=corpus_file(project)), 2, 1, 2)
-    shards = [collect_shard.fn(r.texts, reference, (1, 2), BUDGET) for r in made.ranges]
-    with pytest.raises(InputError, match="keys of layer 1 have 128 dimensions: give more text"):
-        merge_shards(shards, describe_moment(reference, made.digest, 1), project / "x.parquet")
-    assert not (project / "x.parquet").exists()
+    with pytest.raises(InputError, match="layer 1"):
+        write_moment(tmp_path / "x.parquet", reference, corpus_of(tmp_path, 1, documents=2), 1)
+    assert not (tmp_path / "x.parquet").exists()
 
 
 def test_held_out_text_without_anything_to_predict_has_no_perplexity(
-    project: Path, reference: ModelReference
+    tmp_path: Path, reference: ModelReference
 ) -> None:
-    file = write_file(project / "corpus.txt", lambda path: path.write_text("q\nq\nq\n"))
+    file = write_file(tmp_path / "corpus.txt", lambda path: path.write_text("q\nq\nq\n"))
     held_out = collect_corpus.fn(CorpusSource(file=file), 1, 1, 2).held_out
     assert held_out.count == 2
     assert measure_perplexity.fn(held_out.texts, reference, None, BUDGET).perplexity is None
 
 
-def test_targets_agree_across_pieces(reference: ModelReference) -> None:
-    whole, parts, again = (targets_of(reference, size) for size in (7, 2, 2))
+def test_targets_agree_across_pieces(inputs: Inputs, reference: ModelReference) -> None:
+    whole = Targets.load(inputs.targets.checked())
+    parts, again = (targets_of(reference, 2) for _ in range(2))
     assert torch.equal(parts.z, again.z)
     assert (whole.z - parts.z).norm() <= 1e-4 * whole.z.norm()
     assert torch.equal(whole.losses.isnan(), parts.losses.isnan())
 
 
 def test_an_edit_is_signed_and_leaves_the_model_alone(
-    project: Path, reference: ModelReference, requests_file: Artifact, directory: Path
+    reference: ModelReference, inputs: Inputs, edit: Artifact, directory: Path
 ) -> None:
-    edit = edit_of(project, reference, requests_file)
-    delta = WeightDelta.load(edit.edit.checked())
+    delta = WeightDelta.load(edit.checked())
     assert delta.provenance["model"] == "small"
     assert delta.provenance["count"] == len(RECORDS)
     original = load_file(directory / "model.safetensors")
     with loaded(reference) as lm:
         for name in delta.changes:
             assert torch.equal(lm.parameter(name), original[name])
-    changed = load_file(changed_weights.fn(reference, edit.edit).checked())
+    changed = load_file(changed_weights.fn(reference, edit).checked())
     assert set(changed) == set(delta.changes)
     for name, matrix in changed.items():
         assert torch.equal(matrix, original[name] + delta.changes[name].dense())
-    assert edit_of(project, reference, requests_file).edit == edit.edit
+    assert inputs.edited().edit == edit
 
 
-def test_statistics_of_another_model_are_refused(
-    project: Path, reference: ModelReference, requests_file: Artifact
+def test_statistics_of_another_model_or_layer_are_refused(
+    reference: ModelReference, inputs: Inputs
 ) -> None:
     other = reference.model.model_copy(update={"files": {"model.safetensors": "0" * 64}})
     foreign = reference.model_copy(update={"model": other})
-    made = collect_corpus.fn(CorpusSource(file=corpus_file(project)), 18, 18, 2)
-    shards = [collect_shard.fn(made.ranges[0].texts, reference, (1, 2), BUDGET)]
-    path = project / "layer-1.parquet"
-    merge_shards(shards, describe_moment(reference, made.digest, 1), path)
-    goals = write_file(project / "targets.safetensors", targets_of(reference, 7).save)
-    with pytest.raises(IntegrityError, match="is missing or is not the file"), loaded(foreign):
+    with pytest.raises(IntegrityError, match=r"model\.safetensors"), loaded(foreign):
         pass
     wrong = Hyperparameters(layers=(2,), covariance_weight=5.0)
-    with pytest.raises(IntegrityError, match="statistics of another model or layer"):
-        edited(reference, requests_file, goals, {2: describe(path)}, wrong)
+    with pytest.raises(IntegrityError, match="layer"):
+        replace(inputs, moments={2: inputs.moments[1]}).edited(wrong)
 
 
 def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
-    project: Path, reference: ModelReference, requests_file: Artifact
+    reference: ModelReference, edit: Artifact
 ) -> None:
-    delta = edit_of(project, reference, requests_file).edit
     prompts = prompts_of(RECORDS)
 
     def scored(size: int, edit: Artifact | None):
@@ -250,13 +248,12 @@ def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
             [score_piece.fn(prompts[i : i + size], reference, edit, BUDGET) for i in cuts]
         )
 
-    before, after, back = scored(99, None), scored(99, delta), scored(99, None)
+    before, after, back = scored(99, None), scored(99, edit), scored(99, None)
     assert before.equals(back)
     assert before["hit_new"].equals(scored(4, None)["hit_new"])
-    for column in ("nll_new", "nll_true"):
-        for edit, whole in ((None, before), (delta, after)):
-            parts = scored(4, edit)[column].to_numpy()
-            assert abs(whole[column].to_numpy() - parts).max() < 1e-4
+    for whole, parts in ((before, scored(4, None)), (after, scored(4, edit))):
+        for column in ("nll_new", "nll_true"):
+            assert abs(whole[column].to_numpy() - parts[column].to_numpy()).max() < 1e-4
     assert abs(before["nll_new"].to_numpy() - after["nll_new"].to_numpy()).max() > 0.1
     metrics = metrics_of(after, SCHEMA.empty_table(), RECORDS, {})
     assert metrics["records"] == len(RECORDS)
@@ -265,65 +262,61 @@ def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
 
 
 def test_a_model_is_measured_as_it_will_be_served(
-    project: Path, reference: ModelReference, requests_file: Artifact
+    reference: ModelReference, edit: Artifact
 ) -> None:
-    delta = edit_of(project, reference, requests_file).edit
     served = reference.model_copy(update={"served_in": "bfloat16"})
     prompts = prompts_of(RECORDS)
-    exact = read_table([score_piece.fn(prompts, reference, delta, BUDGET)])
-    rounded = read_table([score_piece.fn(prompts, served, delta, BUDGET)])
-    unedited = read_table([score_piece.fn(prompts, served, None, BUDGET)])
-    gap = abs(exact["nll_new"].to_numpy() - rounded["nll_new"].to_numpy()).max()
-    assert 0 < gap < 0.3
-    assert abs(unedited["nll_new"].to_numpy() - rounded["nll_new"].to_numpy()).max() > gap
-    with with_edit(served, delta) as lm:
+    given = ((reference, edit), (served, edit), (served, None))
+    exact, rounded, unedited = (
+        read_table([score_piece.fn(prompts, model, delta, BUDGET)])["nll_new"].to_numpy()
+        for model, delta in given
+    )
+    assert 0 < abs(exact - rounded).max() < 0.3
+    assert abs(unedited - rounded).max() > abs(exact - rounded).max()
+    with with_edit(served, edit) as lm:
         assert lm.model.dtype == torch.bfloat16
 
 
 def test_an_edit_that_cannot_be_written_stops_the_run_or_is_dropped(
-    project: Path, reference: ModelReference, requests_file: Artifact, tmp_path: Path
+    project: Path, inputs: Inputs
 ) -> None:
-    edit_of(project, reference, requests_file)
-    files = {layer: describe(project / f"layer-{layer}.parquet") for layer in (1, 2)}
-    goals = Targets.load(project / "targets.safetensors")
-    goals.finite[1] = False
-    goals.z[4, 0] = float("nan")
-    spoilt = write_file(project / "spoilt.safetensors", goals.save)
+    targets = Targets.load(inputs.targets.checked())
+    targets.finite[1] = False
+    targets.z[4, 0] = float("nan")
+    spoilt = replace(inputs, targets=write_file(project / "spoilt.safetensors", targets.save))
     stored = content(project)
-    with pytest.raises(EditError, match=f"{RECORDS[1].request.subject} lives in. is not finite"):
-        edited(reference, requests_file, spoilt, files)
+    with pytest.raises(EditError, match=RECORDS[1].request.text):
+        spoilt.edited()
     assert content(project) == stored
-    made = edited(reference, requests_file, spoilt, files, on_failure="drop")
+    made = spoilt.edited(on_failure="drop")
     summary = describe_edit(made, project / "spoilt.safetensors", project / "requests.json")
     assert summary["count"] == 5
     assert [(edit["case_id"], edit["prompt"]) for edit in summary["dropped"]] == [
         (case_id, RECORDS[case_id].request.text) for case_id in (1, 4)
     ]
-    assert "at layer 1 is not finite" in summary["dropped"][1]["reason"]
+    assert "layer 1" in summary["dropped"][1]["reason"]
     assert described_edit(summary)["dropped"] == 2
     delta = WeightDelta.load(made.edit.checked())
     assert delta.provenance["count"] == 5
     assert all(torch.isfinite(change.dense()).all() for change in delta.changes.values())
     kept = [record for record in RECORDS if record.case_id not in (1, 4)]
     file = write_file(project / "kept.json", lambda path: write_records(kept, path))
-    rest = write_file(project / "kept.safetensors", goals.chosen([0, 2, 3, 5, 6]).save)
-    alone = edited(reference, file, rest, files)
+    rest = write_file(project / "kept.safetensors", targets.chosen([0, 2, 3, 5, 6]).save)
+    alone = replace(inputs, records=file, targets=rest).edited()
     assert alone.edit.sha256 == made.edit.sha256
 
 
-def content(place: Path) -> dict[str, bytes]:
+def content(directory: Path) -> dict[str, bytes]:
     """All files below a directory."""
-    return {str(path): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_perplexity_and_prefixes_are_the_models_own(
     project: Path, reference: ModelReference
 ) -> None:
-    made = collect_corpus.fn(CorpusSource(file=corpus_file(project)), 18, 18, 2)
-    held_out = made.held_out.texts
-    first = measure_perplexity.fn(held_out, reference, None, BUDGET)
-    assert first.perplexity == measure_perplexity.fn(held_out, reference, None, BUDGET).perplexity
-    assert first.perplexity > 1
+    held_out = corpus_of(project, 18).held_out.texts
+    first, again = (measure_perplexity.fn(held_out, reference, None, BUDGET) for _ in range(2))
+    assert first.perplexity == again.perplexity > 1
     prefixes = draw_prefixes.fn(reference, 3).prefixes
     assert len(prefixes) == 5
     assert prefixes == draw_prefixes.fn(reference, 3).prefixes
@@ -331,23 +324,23 @@ def test_perplexity_and_prefixes_are_the_models_own(
 
 
 def test_requests_are_sampled_checked_and_completed(
-    project: Path, reference: ModelReference, requests_file: Artifact
+    project: Path, reference: ModelReference, inputs: Inputs
 ) -> None:
-    chosen = choose_requests.fn("counterfact", requests_file, 3, 0, reference)
+    chosen = choose_requests.fn("counterfact", inputs.records, 3, 0, reference)
     assert len(read_counterfact(chosen.records.checked())) == 3
     facts = project / "facts.jsonl"
     lines = [{"subject": f"Ada {n}", "prompt": "{} lives in", "target": "Rome"} for n in range(9)]
     facts.write_text("\n".join(map(json.dumps, lines)))
     own = choose_requests.fn("facts", describe(facts), None, 0, reference)
-    said = [record.request.target_true for record in read_counterfact(own.records.checked())]
-    assert any(said)  # a random model has no answer to some
-    assert "Rome" not in said
+    answers = [record.request.target_true for record in read_counterfact(own.records.checked())]
+    assert any(answers)  # a random model has no answer to some
+    assert "Rome" not in answers
     facts.write_text('{"subject": "Ada", "prompt": "lives in", "target": "Rome"}\n')
     with pytest.raises(InputError, match="record 1"):
         choose_requests.fn("facts", describe(facts), None, 0, reference)
 
 
-def test_pieces_are_parquet_that_anything_reads(project: Path, reference: ModelReference) -> None:
+def test_pieces_are_parquet_that_anything_reads(reference: ModelReference) -> None:
     piece = score_piece.fn(prompts_of(RECORDS[:1]), reference, None, BUDGET)
     table = parquet.read_table(piece.table.checked())
     assert table["case_id"].to_pylist() == [0] * 4
