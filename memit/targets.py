@@ -75,8 +75,8 @@ class Targets:
     @staticmethod
     def empty(count: int, width: int, evaluations: int) -> Targets:
         """Uninitialised targets of `count` requests."""
-        shapes = (count, width), (count, width), (count, evaluations)
-        return Targets(*map(torch.empty, shapes), torch.empty(count, dtype=torch.bool))
+        rows = torch.empty(count, width), torch.empty(count, width)
+        return Targets(*rows, torch.empty(count, evaluations), torch.empty(count).bool())
 
     @staticmethod
     def concatenate(parts: Sequence[Targets]) -> Targets:
