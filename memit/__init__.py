@@ -11,6 +11,8 @@
 Names are imported when they are used, so that `import memit` itself costs nothing.
 """
 
+# ruff: noqa: F401 - type checkers read the imports below, everybody else `_MODULES`
+
 from __future__ import annotations
 
 from importlib import import_module
@@ -23,35 +25,15 @@ if TYPE_CHECKING:
     from memit.requests import EditRequest, Record, read_records
     from memit.weight_delta import WeightDelta, apply, revert
 
-__all__ = [
-    "Answer",
-    "EditRequest",
-    "Hyperparameters",
-    "LanguageModel",
-    "Record",
-    "WeightDelta",
-    "apply",
-    "ask",
-    "edit",
-    "load_model",
-    "read_records",
-    "revert",
-]
-
-_HOMES = {
-    "Answer": "editing",
-    "EditRequest": "requests",
-    "Hyperparameters": "hyperparameters",
-    "LanguageModel": "language_model",
-    "Record": "requests",
-    "WeightDelta": "weight_delta",
-    "apply": "weight_delta",
-    "ask": "editing",
-    "edit": "editing",
-    "load_model": "language_model",
-    "read_records": "requests",
-    "revert": "weight_delta",
+_MODULES = {
+    "editing": ("Answer", "ask", "edit"),
+    "hyperparameters": ("Hyperparameters",),
+    "language_model": ("LanguageModel", "load_model"),
+    "requests": ("EditRequest", "Record", "read_records"),
+    "weight_delta": ("WeightDelta", "apply", "revert"),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

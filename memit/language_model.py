@@ -402,23 +402,24 @@ def reading(part: str, source: str | Path) -> Iterator[None]:
 
 
 def _check_directory(directory: Path) -> None:
-    fault = None
     if (directory / "adapter_config.json").is_file():
-        fault = "it is an adapter, to be merged into its base first (peft: merge_and_unload)"
-    elif not (directory / "config.json").is_file():
-        below = [*directory.glob("*/config.json"), *directory.glob("*/*/config.json")]
-        fault = f"it has no config.json; {max(below).parent if below else 'nothing in it'} has one"
-    if fault is not None:
-        raise InputError(f"{directory} does not hold a causal language model: {fault}.")
+        raise InputError(
+            f"{directory} is an adapter: merge it into its base first (peft: merge_and_unload)."
+        )
+    if not (directory / "config.json").is_file():
+        below = max(
+            [*directory.glob("*/config.json"), *directory.glob("*/*/config.json")], default=None
+        )
+        found = f"{below.parent} has one" if below else "it is no model directory"
+        raise InputError(f"{directory} has no config.json: {found}.")
 
 
 def _check_config(config: PreTrainedConfig, name: str) -> None:
     parts = config, config.get_text_config()
     if any(getattr(part, "quantization_config", None) is not None for part in parts):
         raise InputError(
-            f"the configuration of {name} says that its weights are quantised "
-            "(quantization_config), and only floating-point ones are edited: give such a model, or "
-            "take that key out of config.json if they are."
+            f"{name} is quantised (quantization_config in config.json): only floating-point "
+            "weights can be edited."
         )
     if config.is_encoder_decoder:
         raise ModelStructureError(

@@ -179,62 +179,52 @@ def _prompts(lm: LanguageModel, questions: Sequence[Question]) -> list[_Prompt]:
 def _measure(lm: LanguageModel, prompts: Sequence[_Prompt]) -> list[Score]:
     """Scores of all answers of some prompts, prompt by prompt."""
     answers = [(row, answer) for row, prompt in enumerate(prompts) for answer in prompt.answers]
-    long = [(row, answer) for row, answer in answers if len(answer) > 1]
-    recorder = Recorder(lm, 0) if long and can_resume(lm) else None
+    later = [(i, step) for i, (_, answer) in enumerate(answers) for step in range(1, len(answer))]
+    recorder = Recorder(lm, 0) if later and can_resume(lm) else None
     lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
     padded = pad([prompt.ids for prompt in prompts], lm.device)
     logits = logits_at(lm, padded, torch.arange(len(prompts)), lengths - 1, recorder=recorder)
-    # Each prompt's last position gives the first token of all of its answers.
-    rows = torch.tensor([row for row, _ in answers])
-    nll, right = _token_scores(logits, rows, torch.tensor([answer[0] for _, answer in answers]))
-    if long:
-        # Sums over an answer's later tokens (answers), 0 where it has one token only.
-        later = nll.new_zeros(2, len(answers))
-        later[:, [len(answer) > 1 for _, answer in answers]] = _later(
-            lm, prompts, long, None if recorder is None else recorder.before(lengths.to(lm.device))
-        )
-        nll, right = nll + later[0], right + later[1]
-    return [
-        Score(total / len(answer), int(hits), len(answer))
-        for (_, answer), total, hits in zip(answers, nll.tolist(), right.tolist(), strict=True)
-    ]
+    # −log p and hits (2 × answers × tokens), summed over tokens at the end: not by index_add, whose
+    # order of additions changes from run to run on a GPU.
+    table = logits.new_zeros(2, len(answers), max(len(answer) for _, answer in answers))
+    # A prompt's last position gives the first token of all of its answers.
+    rows, first = zip(*((row, answer[0]) for row, answer in answers), strict=True)
+    table[:, :, 0] = _token_scores(logits, torch.tensor(rows), torch.tensor(first))
+    if later:
+        which, steps = torch.tensor(later).unbind(1)
+        before = None if recorder is None else recorder.before(lengths.to(lm.device))
+        table[:, which, steps] = _later_scores(lm, prompts, answers, which, steps, before)
+    sums = zip(answers, *table.sum(2).tolist(), strict=True)
+    return [Score(nll / len(a), int(right), len(a)) for (_, a), nll, right in sums]
 
 
-def _later(
+def _later_scores(
     lm: LanguageModel,
     prompts: Sequence[_Prompt],
     answers: Sequence[tuple[int, Tokens]],
+    which: Tensor,
+    steps: Tensor,
     before: KeyValues | None,
 ) -> Tensor:
-    """Sums of −log p and of argmax hits over the tokens of answers behind the first (2 × answers).
+    """Scores (2 × k) of tokens `steps` of answers `which` (k each), first tokens excluded.
 
-    The answers continue the keys and values of their prompts' rows, or, where the model cannot be
-    resumed (`before` is None), run behind their prompts once more.
+    The answers continue the keys and values of their prompts' rows; without these, as the model
+    cannot be resumed, the prompts are run again before them.
     """
-    starts = [0 if before else len(prompts[row].ids) for row, _ in answers]
-    tails = [(() if before else prompts[row].ids) + answer[:-1] for row, answer in answers]
-    own = (
-        None
-        if before is None
-        else before.select(torch.tensor([r for r, _ in answers]).to(lm.device))
-    )
-    steps = [
-        (row, step) for row, (_, answer) in enumerate(answers) for step in range(len(answer) - 1)
-    ]
-    rows, columns = torch.tensor(steps).unbind(1)
-    logits = logits_at(
-        lm, pad(tails, lm.device), rows, columns + torch.tensor(starts)[rows], before=own
-    )
-    tokens = torch.tensor([token for _, answer in answers for token in answer[1:]])
-    scores = torch.stack(_token_scores(logits, torch.arange(len(tokens)), tokens))
-    # Not index_add, whose order of additions changes from run to run on a GPU.
-    table = scores.new_zeros(2, len(answers), int(columns.max()) + 1)
-    table[:, rows, columns] = scores
-    return table.sum(2)
+    chosen, rows = which.unique(return_inverse=True)
+    long = [answers[index] for index in chosen.tolist()]
+    if before is not None:
+        before = before.select(torch.tensor([row for row, _ in long], device=lm.device))
+    stems = [prompts[row].ids if before is None else () for row, _ in long]
+    tails = [stem + answer[:-1] for stem, (_, answer) in zip(stems, long, strict=True)]
+    columns = torch.tensor([len(stem) for stem in stems])[rows] + steps - 1
+    logits = logits_at(lm, pad(tails, lm.device), rows, columns, before=before)
+    tokens = torch.tensor([token for _, answer in long for token in answer[1:]])
+    return _token_scores(logits, torch.arange(len(tokens)), tokens)
 
 
-def _token_scores(logits: Tensor, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """−log p of tokens at rows of the logits (k), and 1 where one is the most probable (k)."""
+def _token_scores(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """−log p of tokens at rows of the logits, and 1 where one is the most probable (2 × k)."""
     rows, tokens = rows.to(logits.device), tokens.to(logits.device)
     nll = logits.logsumexp(-1)[rows] - logits[rows, tokens]
-    return nll, (logits.argmax(-1)[rows] == tokens).to(nll.dtype)
+    return torch.stack((nll, (logits.argmax(-1)[rows] == tokens).to(nll.dtype)))
