@@ -256,7 +256,7 @@ def _fact_rows(path: Path) -> list[Any]:
         return parse_json(text, path)
     if text.lstrip().startswith("{"):
         return _json_lines(path, text)
-    return _csv_rows(path, text)
+    return _csv_rows(path, text) if text.strip() else []
 
 
 def _json_lines(path: Path, text: str) -> list[Any]:

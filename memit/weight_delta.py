@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,12 @@ class LowRank:
     def transposed(self) -> LowRank:
         """The same change of the transposed weight."""
         return LowRank(self.right, self.left)
+
+    @staticmethod
+    def concatenated(parts: Sequence[LowRank]) -> LowRank:
+        """The sum of several changes: their columns side by side."""
+        left = torch.cat([part.left for part in parts], 1)
+        return LowRank(left, torch.cat([part.right for part in parts], 1))
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,13 @@ class FineTuning(Editor):
     ) -> WeightDelta:
         """Tune the block until the requests are learnt.
 
-        Raises `NumericsError` for a loss that is no longer finite, with the mean loss of every
-        epoch until then.
+        Raises:
+            NumericsError: the loss is not finite; names the mean loss of every epoch so far.
         """
         lm.check_layers((self.layer,))
         names = self.parameter_names(lm)
         rows = plain_rows(lm, requests)
-        shares = _Shares(resources.progress, len(requests), self.epochs)
+        progress = _Progress(resources.progress, len(requests), self.epochs)
         with _trainable(lm, names) as masters:
             optimizer = torch.optim.Adam(
                 [master.weight for master in masters],
@@ -80,12 +80,12 @@ class FineTuning(Editor):
                 weight_decay=self.decay_for(len(requests)),
             )
             batches = self._batches(lm, rows, resources.token_budget)
-            losses = self._tune(lm, batches, masters, optimizer, shares)
+            losses = self._tune(lm, batches, masters, optimizer, progress)
             changes = {
                 name: Dense((master.weight - master.base).cpu())
                 for name, master in zip(names, masters, strict=True)
             }
-        shares.finish()
+        progress.finish()
         origin = {**provenance(self, lm, requests), "base": base_digests(lm, names)}
         return WeightDelta(changes, {**origin, "losses": losses})
 
@@ -125,7 +125,7 @@ class FineTuning(Editor):
         batches: Sequence[Sequence[_Chunk]],
         masters: Sequence[_Master],
         optimizer: torch.optim.Optimizer,
-        shares: _Shares,
+        progress: _Progress,
     ) -> list[float]:
         """Run the epochs; the mean loss of each."""
         means: list[float] = []
@@ -136,11 +136,15 @@ class FineTuning(Editor):
                 loss = _backward(lm, batch, size, self.layer)
                 total, count = total + loss * size, count + size
                 if not math.isfinite(loss):
-                    raise _diverged([*means, loss])
+                    losses = ", ".join(f"{mean:.3g}" for mean in [*means, loss])
+                    raise NumericsError(
+                        f"fine-tuning diverged in epoch {len(means) + 1} (mean losses so far: "
+                        f"{losses}); lower its learning rate."
+                    )
                 if loss >= self.loss_threshold:
                     _step(masters, optimizer, self.bound)
-                _forget_gradients(masters)
-                shares.add(size)
+                _clear_gradients(masters)
+                progress.add(size)
             means.append(total / count)
             if means[-1] < self.loss_threshold:
                 break
@@ -153,15 +157,8 @@ def fine_tuning_with_decay(layer: int, weight_decay: float = 5e-4) -> FineTuning
 
 
 def constrained_fine_tuning(bound: float = 5e-5) -> FineTuning:
-    """FT+L: the down-projection of block 0, each weight within `bound` of where it was."""
+    """FT+L: the down-projection of block 0, each weight within `bound` of its base value."""
     return FineTuning(0, parameters="down_projection", bound=bound)
-
-
-def _diverged(losses: Sequence[float]) -> NumericsError:
-    return NumericsError(
-        f"fine-tuning diverged in epoch {len(losses)} (mean losses so far: "
-        f"{', '.join(f'{loss:.3g}' for loss in losses)}); lower its learning rate."
-    )
 
 
 # --- what is scored -----------------------------------------------------------------------------
@@ -169,7 +166,7 @@ def _diverged(losses: Sequence[float]) -> NumericsError:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows that are run together, and where they are scored."""
+    """Rows that are run together, and the positions that are scored."""
 
     padded: Padded
     hidden: Tensor | None
@@ -181,7 +178,7 @@ class _Chunk:
     wanted: Tensor
     """The token (k)."""
     weight: Tensor
-    """Its part of its row's mean (k)."""
+    """Its share of its row's mean (k)."""
 
     @property
     def count(self) -> int:
@@ -191,13 +188,16 @@ class _Chunk:
 
 @torch.no_grad()
 def _chunk(lm: LanguageModel, rows: Sequence[TokenRow], layer: int, loss: Loss) -> _Chunk:
-    places = [
-        (index, (row.target[0] if loss == "published" else place) - 1, row.ids[place])
+    # A token is predicted at the position before it; the published loss asks for all tokens of the
+    # object at the prompt's last position.
+    scored = [
+        (index, (row.target[0] if loss == "published" else position) - 1, row.ids[position])
         for index, row in enumerate(rows)
-        for place in row.target
+        for position in row.target
     ]
-    row, column, wanted = torch.tensor(places, device=lm.device).T
-    weight = torch.tensor([1 / len(rows[index].target) for index, _, _ in places])
+    row, column, wanted = torch.tensor(scored, device=lm.device).T
+    weight = torch.tensor([1 / len(rows[index].target) for index, _, _ in scored])
+    # Blocks below the tuned one do not change: run them once and keep what enters it.
     padded = pad([r.ids[:-1] for r in rows], lm.device)
     held = layer > 0 and can_resume(lm)
     hidden = block_output(lm, padded, layer - 1).cpu() if held else None
@@ -205,7 +205,7 @@ def _chunk(lm: LanguageModel, rows: Sequence[TokenRow], layer: int, loss: Loss) 
 
 
 def _backward(lm: LanguageModel, batch: Sequence[_Chunk], size: int, layer: int) -> float:
-    """Add the gradients of the batch's mean loss to its parameters' and give that loss."""
+    """Accumulate the gradients of the batch's mean loss; gives that loss."""
     total = 0.0
     for chunk in batch:
         hidden = None if chunk.hidden is None else chunk.hidden.to(lm.device)
@@ -234,9 +234,10 @@ class _Master:
 
 @contextmanager
 def _trainable(lm: LanguageModel, names: Sequence[str]) -> Iterator[list[_Master]]:
-    """Let some parameters have gradients; they come back as they were.
+    """Let some parameters have gradients, and restore their values at the end.
 
-    Raises `InputError` if they wait outside their device, where nothing can be trained.
+    Raises:
+        InputError: they are offloaded from their device, where nothing can be trained.
     """
     if any(lm.parameter(name) is not lm.model.get_parameter(name) for name in names):
         raise InputError(
@@ -252,12 +253,12 @@ def _trainable(lm: LanguageModel, names: Sequence[str]) -> Iterator[list[_Master
     try:
         yield masters
     finally:
-        _forget_gradients(masters)
+        _clear_gradients(masters)
         for parameter, base in zip(parameters, kept, strict=True):
             parameter.requires_grad_(False).copy_(base)
 
 
-def _forget_gradients(masters: Sequence[_Master]) -> None:
+def _clear_gradients(masters: Sequence[_Master]) -> None:
     for master in masters:
         master.parameter.grad = None
 
@@ -277,26 +278,26 @@ def _step(
         master.parameter.copy_(master.weight)
 
 
-class _Shares:
-    """Progress in requests, each of which counts as finished a part in every epoch."""
+class _Progress:
+    """Progress in requests, each of which counts in equal parts in every epoch."""
 
-    def __init__(self, progress: Callable[[int], None] | None, count: int, epochs: int):
-        self.progress = progress
+    def __init__(self, report: Callable[[int], None] | None, count: int, epochs: int):
+        self.report = report
         self.count = count
         self.epochs = epochs
         self.seen = 0
-        self.told = 0
+        self.reported = 0
 
     def add(self, requests: int) -> None:
-        """Requests that were seen once more."""
+        """Count requests that were seen once more."""
         self.seen += requests
-        self._tell(self.seen // self.epochs)
+        self._report(self.seen // self.epochs)
 
     def finish(self) -> None:
-        """All of them are learnt."""
-        self._tell(self.count)
+        """Count all requests as finished."""
+        self._report(self.count)
 
-    def _tell(self, done: int) -> None:
-        if self.progress is not None and done > self.told:
-            self.progress(done - self.told)
-            self.told = done
+    def _report(self, done: int) -> None:
+        if self.report is not None and done > self.reported:
+            self.report(done - self.reported)
+            self.reported = done

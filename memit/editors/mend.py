@@ -1,7 +1,7 @@
 """MEND: a hypernetwork that turns the gradient of fine-tuning into an edit (Mitchell et al., 2021).
 
-Training: the network sees the factors of some edits' gradients at once, and is judged by what its
-update does to other wordings of those edits and to prompts that have nothing to do with them.
+In training, the network maps the gradients of several edits at once; its loss is what the update
+does to other wordings of those edits and to unrelated prompts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from memit.batches import run_in_batches
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.mend_network import Factors, Matrix, MendNetwork
 from memit.editors.settings import MendSettings
-from memit.editors.teacher_forcing import Pair, mean_nll, pair_rows, row_means, target_places
+from memit.editors.teacher_forcing import Pair, mean_nll, pair_rows, row_means, target_positions
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError
 from memit.files.digests import content_digest, file_sha256
@@ -34,44 +34,45 @@ from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
 
 @dataclass(frozen=True)
 class EditExample:
-    """An edit to learn from, and what shows whether it was done well."""
+    """An edit to learn from, with the prompts that its loss is measured on."""
 
     edit: Pair
     """The prompt whose gradient is mapped, and what must follow."""
     wordings: tuple[Pair, ...]
-    """What must be so afterwards: the edit, and other prompts with the same continuation."""
+    """What must hold afterwards: the edit, and other prompts with the same continuation."""
     unrelated: tuple[Pair, ...]
-    """Prompts, with a continuation, at whose continuation nothing may change."""
+    """Prompts with a continuation whose probabilities may not change."""
     key: str = ""
     """`fact_key` of the edit if it is a record's."""
 
 
 def examples_from_records(records: Sequence[Record]) -> list[EditExample]:
-    """Edits of records: judged by prompt and paraphrases, and by the neighbourhood prompts."""
-    return [_example(record) for record in records]
-
-
-def _example(record: Record) -> EditExample:
-    request = record.request
-    true = request.target_true or request.target_new
-    prompts = (request.text, *record.paraphrase_prompts)
-    return EditExample(
-        edit=(request.text, request.ending()),
-        wordings=tuple((prompt, request.ending(prompt)) for prompt in prompts),
-        unrelated=tuple((p, request.ending(p, true)) for p in record.neighborhood_prompts),
-        key=fact_key(request),
-    )
+    """Edits of records, with their paraphrases as wordings and their neighbourhood as unrelated."""
+    examples = []
+    for record in records:
+        request = record.request
+        true = request.target_true or request.target_new
+        prompts = (request.text, *record.paraphrase_prompts)
+        example = EditExample(
+            edit=(request.text, request.ending()),
+            wordings=tuple((prompt, request.ending(prompt)) for prompt in prompts),
+            unrelated=tuple((p, request.ending(p, true)) for p in record.neighborhood_prompts),
+            key=fact_key(request),
+        )
+        examples.append(example)
+    return examples
 
 
 def examples_from_texts(texts: Sequence[Pair]) -> list[EditExample]:
-    """Edits of texts: each beginning must have its ending, which was sampled from the model; the
-    other texts are what may not change."""
-    return [EditExample(text, (text, (_later_half(text[0]), text[1])), ()) for text in texts]
-
-
-def _later_half(text: str) -> str:
-    words = text.split(" ")
-    return " ".join(words[len(words) // 2 :])
+    """Edits of texts: each beginning must be followed by its ending, sampled from the model, also
+    after the second half of the beginning alone; the other texts are unrelated."""
+    examples = []
+    for beginning, ending in texts:
+        words = beginning.split(" ")
+        half = " ".join(words[len(words) // 2 :])
+        edit = (beginning, ending)
+        examples.append(EditExample(edit, (edit, (half, ending)), ()))
+    return examples
 
 
 # --- gradients and edited passes -----------------------------------------------------------------
@@ -81,8 +82,7 @@ def edited_matrices(lm: LanguageModel, blocks: int) -> dict[str, nn.Module]:
     """The linear modules of the last blocks' MLPs, by the names of their weights."""
     if not 1 <= blocks <= lm.depth:
         raise InputError(
-            f"MEND is asked to edit the last {blocks} blocks, and {lm.name} has {lm.depth}: "
-            f"choose 1 to {lm.depth}."
+            f"MEND's blocks is {blocks}, but {lm.name} has {lm.depth}: choose 1 to {lm.depth}."
         )
     return {
         name: module
@@ -101,8 +101,10 @@ def gradient_factors(
 ) -> dict[str, Factors]:
     """The gradient of Σ over rows of the mean nll of their targets, for each module's weight.
 
-    Positions that the loss does not reach are left out. Factors are float32.
+    Positions without a gradient are left out. Factors are float32.
     """
+    # For y = W x the gradient in W is Σ over positions of (∂loss/∂y) xᵀ: record x and y of each
+    # module, and differentiate in y alone.
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -125,9 +127,9 @@ def gradient_factors(
 
 
 def _reached(inputs: Tensor, gradients: Tensor) -> Factors:
-    x = inputs.reshape(-1, inputs.shape[-1]).float()
-    delta = gradients.reshape(-1, gradients.shape[-1]).float()
-    reached = delta.any(1)
+    x = inputs.reshape(-1, inputs.shape[-1]).float()  # positions × inputs
+    delta = gradients.reshape(-1, gradients.shape[-1]).float()  # positions × outputs
+    reached = delta.any(1)  # not padding, nor a last layer's positions without a target
     return Factors(x[reached], delta[reached])
 
 
@@ -136,6 +138,7 @@ def _adding(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) ->
     """Let the modules compute with W + Δ, differentiably in Δ's factors."""
 
     def add(change: LowRank) -> Callable[..., Tensor]:
+        # Δ x = left (rightᵀ x), without ever making Δ (outputs × inputs).
         def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             return output + (args[0].float() @ change.right @ change.left.T).to(output.dtype)
 
@@ -158,11 +161,15 @@ def train_mend(
     directory: Path | None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[MendNetwork, list[float]]:
-    """Train a network on edits that are not the evaluated ones; the model's weights stay.
+    """Train a network on edits that are not the evaluated ones; the model's weights stay as they
+    are.
 
-    `directory` keeps checkpoints, from which an interrupted training goes on, under a digest of
-    everything that it depends on. Gives the network and the loss of each step. Raises `InputError`
-    for too few examples, `NumericsError` for a training that diverges.
+    `directory` keeps checkpoints, from which an interrupted training resumes, under a digest of
+    everything that it depends on. Gives the network and the loss of each step.
+
+    Raises:
+        InputError: there are too few examples.
+        NumericsError: the training diverges.
     """
     if len(examples) < 2 * settings.edits_at_once:
         raise InputError(
@@ -220,7 +227,7 @@ def _take_statistics(
 
 @dataclass(frozen=True)
 class _Lesson:
-    """What the loss of a training step depends on."""
+    """The loss of training steps."""
 
     lm: LanguageModel
     modules: Mapping[str, nn.Module]
@@ -229,10 +236,11 @@ class _Lesson:
     settings: MendSettings
 
     def loss(self, step: int) -> Tensor:
-        """0.1 · mean nll of the edits in another wording + mean divergence at unrelated prompts."""
+        """`edit_weight` · mean nll of other wordings + mean KL at unrelated prompts."""
         random = Random(f"{self.settings.seed} {step}")
         chosen = random.sample(self.examples, 2 * self.settings.edits_at_once)
         edits, others = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
+        # One update for all edits of the step; its loss reaches the network through the factors.
         factors = gradient_factors(
             self.lm, self.modules, pair_rows(self.lm, [example.edit for example in edits])
         )
@@ -250,14 +258,14 @@ class _Lesson:
     ) -> tuple[Tensor, Tensor]:
         """Mean nll of `asked` and mean KL(before ‖ after) at the targets of `kept`."""
         lm = self.lm
-        owner, columns, _ = target_places(kept)
+        owner, columns, _ = target_positions(kept)
         padded = pad([row.ids[:-1] for row in kept], lm.device)
         with torch.no_grad():
             before = logits_at(lm, padded, owner, columns).log_softmax(-1)
         with _adding(self.modules, changes):
             nll = mean_nll(lm, asked).mean()
             after = logits_at(lm, padded, owner, columns).log_softmax(-1)
-        divergences = (before.exp() * (before - after)).sum(1)
+        divergences = (before.exp() * (before - after)).sum(1)  # one for each target token
         return nll, row_means(divergences, owner, len(kept)).mean()
 
 
@@ -287,7 +295,8 @@ class Mend(Editor):
     ) -> WeightDelta:
         """Map the gradients of all requests and sum the updates.
 
-        Raises `InputError` if the network was trained on a request or belongs to another model.
+        Raises:
+            InputError: the network was trained on a request or belongs to another model.
         """
         network = self._network(lm, resources).to(lm.device)
         check_unseen(requests, frozenset(network.origin["trained_on"]), "MEND's network")
@@ -320,7 +329,8 @@ def mend_changes(
 ) -> dict[str, LowRank | Dense]:
     """The summed updates of all requests, by weight name and in the model's orientation.
 
-    Raises `InputError` if the network was made for other matrices.
+    Raises:
+        InputError: the network was made for other matrices.
     """
     modules = _modules_of(lm, network)
     rows = pair_rows(lm, [(request.text, request.ending()) for request in requests])
@@ -347,8 +357,8 @@ def _modules_of(lm: LanguageModel, network: MendNetwork) -> dict[str, nn.Module]
     for name, module in modules.items():
         if module is None or _matrix(module) != network.matrices[name]:
             raise InputError(
-                f"MEND's network was trained for another model than {lm.name} (its {name} has "
-                "another shape, or is not there): train it on this one."
+                f"MEND's network was trained for another model than {lm.name} (its {name} is "
+                "missing or has another shape): train it on this one."
             )
     return {name: module for name, module in modules.items() if module is not None}
 
@@ -357,20 +367,18 @@ class _Sum:
     """Updates of one matrix: factors while these are smaller than the matrix, then their sum."""
 
     def __init__(self, matrix: Matrix):
-        self.room = matrix.inputs * matrix.outputs // (matrix.inputs + matrix.outputs)
+        self.largest_rank = matrix.inputs * matrix.outputs // (matrix.inputs + matrix.outputs)
         self.parts: list[LowRank] = []
         self.total: Tensor | None = None
 
     def add(self, update: LowRank) -> None:
         self.parts.append(update)
-        if self.total is not None or sum(part.left.shape[1] for part in self.parts) > self.room:
+        rank = sum(part.left.shape[1] for part in self.parts)
+        if self.total is not None or rank > self.largest_rank:
             for part in self.parts:
                 added = part.left @ part.right.T
                 self.total = added if self.total is None else self.total + added
             self.parts = []
 
     def change(self) -> LowRank | Dense:
-        if self.total is not None:
-            return Dense(self.total)
-        left = torch.cat([part.left for part in self.parts], 1)
-        return LowRank(left, torch.cat([part.right for part in self.parts], 1))
+        return LowRank.concatenated(self.parts) if self.total is None else Dense(self.total)

@@ -1,4 +1,4 @@
-"""Hugging Face models with their tokenizers inside one safetensors file, next to other things."""
+"""Hugging Face models and their tokenizers as tensors and metadata of a safetensors file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def pack(
@@ -37,12 +35,11 @@ def pack(
 def unpack(
     name: str, model_class: Any, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (float32) and tokenizer out of what `pack` gave; `model_class` is AutoModel or a kin.
+    """Model (float32) and tokenizer from the output of `pack`; `model_class` as AutoModel.
 
-    Raises `KeyError` or `ValueError` if something is missing.
+    Raises:
+        KeyError, ValueError: something is missing.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     with tempfile.TemporaryDirectory() as folder:
         for file, content in json.loads(metadata[name]).items():
             if Path(file).name != file:

@@ -1,16 +1,14 @@
 """ROME: one rank-one update after another at one layer (Meng et al., 2022).
 
-Each edit is computed on the model that the edits before it left. Its value v* is optimised at the
-output of the layer's down-projection, as MEMIT's targets are at the output of a block.
+Each edit is computed on the model as edited so far. Its value v* is optimised at the output of the
+layer's down-projection, as MEMIT's targets are at the output of a block.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError, IntegrityError, NumericsError
+from memit.files.digests import content_digest
 from memit.forward.passes import block_output, pad, reading_keys
 from memit.hyperparameters import Hyperparameters, published_layer
 from memit.language_model import LanguageModel
@@ -36,13 +35,13 @@ from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
 logger = logging.getLogger(__name__)
 
 PUBLISHED_LAYERS = {"gpt2-xl": 17, "gpt-j-6b": 5, "gpt-neox-20b": 15, "synthetic": 0}
-"""The edited layer by the last part of the model's name, and that of the embedded default."""
+"""The edited layer by `short_name` of the model."""
 EDITS_BETWEEN_CHECKPOINTS = 50
 PREFIX_LENGTHS = (5, 10)
-"""Tokens of the sampled prefixes, the token that they begin from included."""
+"""Tokens of the sampled prefixes, the start token included."""
 PREFIXES_OF_EACH_LENGTH = 10
 TOP_K = 5
-"""Among how many tokens the next one of a prefix is drawn."""
+"""The next token of a prefix is drawn among the most probable k."""
 
 
 @register("rome")
@@ -92,8 +91,10 @@ class Rome(Editor):
         """Insert the requests in their order.
 
         Needs the second moment of its layer in `resources.moments`. An edit whose update is not
-        finite, since the edits before it broke the model, is left out and named in the
-        provenance. Raises `NumericsError` if none is left.
+        finite, because earlier edits broke the model, is left out and named in the provenance.
+
+        Raises:
+            NumericsError: no edit has a finite update.
         """
         lm.check_layers((self.layer,))
         prefixes = sample_rome_prefixes(lm, resources.seed)
@@ -107,8 +108,10 @@ class Rome(Editor):
             "base": base_digests(lm, [name]),
             "prefixes": list(prefixes),
         }
+        progress = resources.progress or (lambda edits: None)
         done = _Done.resumed(resources.checkpoints, origin)
-        done.tell(resources.progress, done.count)
+        if done.count:
+            progress(done.count)
         with _restoring(lm, self.layer) as master:
             for update in done.updates:
                 _add(lm, self.layer, master, update)
@@ -116,13 +119,13 @@ class Rome(Editor):
                 update = self._update(lm, request, prefixes, factor, resources.token_budget)
                 if done.take(update):
                     _add(lm, self.layer, master, update)
-                done.tell(resources.progress, 1)
+                progress(1)
         if not done.updates:
             raise NumericsError(
                 f"no edit of {len(requests)} has a finite update; run the model in float32 or "
                 "bfloat16."
             )
-        done.keep()
+        done.save()
         change = joined(done.updates)
         return WeightDelta(
             {name: change.transposed() if lm.is_transposed(self.layer) else change},
@@ -137,7 +140,7 @@ class Rome(Editor):
         factor: Tensor,
         token_budget: int,
     ) -> LowRank:
-        """The update of one fact, for the weights as they now stand."""
+        """The update of one fact for the present weights: (v* − W k) (C⁻¹k)ᵀ / kᵀC⁻¹k."""
         found = compute_targets(
             lm,
             [request],
@@ -146,14 +149,17 @@ class Rome(Editor):
             token_budget=token_budget,
             site=MlpOutput(self.layer),
         )
+        # k*: the key of the plain prompt is row 0, those behind the prefixes follow (rows × f).
         rows = edit_rows(lm, [request], prefixes)[0]
         keys = subject_keys(lm, [rows.plain, *rows.prefixed], self.layer)
         average = keys.mean(0)
         reached = keys[0] if self.update == "published" else average
-        residual = found.z[0].to(reached.device) - _said(lm, self.layer, reached)
+        # v* − W k: what the output at the key still lacks (d).
+        residual = found.z[0].to(reached.device) - _output(lm, self.layer, reached)
         average, reached, residual = (
             part.to(factor.device).double() for part in (average, reached, residual)
         )
+        # C⁻¹k by C's Cholesky factor, scaled so that Δ k is the whole residual.
         direction = torch.cholesky_solve(average[:, None], factor)[:, 0]
         right = direction / (direction @ reached)
         return LowRank(residual[:, None], right[:, None])
@@ -165,23 +171,23 @@ def rome_preset(model_name: str, depth: int) -> Rome:
 
 
 class _Done:
-    """The updates so far, in a file from time to time."""
+    """The finished updates, with a checkpoint every so many."""
 
     def __init__(self, path: Path | None, origin: str):
         self.path = path
         self.origin = origin
         """A digest of everything that the updates depend on."""
         self.count = 0
-        """Requests that were dealt with."""
+        """Finished requests, those left out included."""
         self.updates: list[LowRank] = []
         self.left_out: list[int] = []
-        """Places of the requests without a finite update."""
+        """Indices of the requests without a finite update."""
 
     @staticmethod
     def resumed(directory: Path | None, origin: Mapping[str, Any]) -> _Done:
-        """What an earlier process with the same model, requests and settings had done; nothing if
-        its file is damaged."""
-        digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
+        """The updates in the checkpoint of the same model, requests and settings; none if there is
+        no such file or it is damaged."""
+        digest = content_digest(origin)
         done = _Done(directory and directory / f"rome-{digest[:32]}.safetensors", digest)
         if done.path is None or not done.path.exists():
             return done
@@ -198,7 +204,7 @@ class _Done:
         return done
 
     def take(self, update: LowRank) -> bool:
-        """Count one more request; whether its update can be used."""
+        """Add the update of one more request; whether it is finite."""
         finite = bool(update.left.isfinite().all() and update.right.isfinite().all())
         if finite:
             self.updates.append(update)
@@ -207,37 +213,28 @@ class _Done:
             logger.warning("edit %d has no finite update and is left out", self.count + 1)
         self.count += 1
         if self.count % EDITS_BETWEEN_CHECKPOINTS == 0:
-            self.keep()
+            self.save()
         return finite
 
-    def keep(self) -> None:
-        """Write the updates down."""
-        if self.path is None or not self.updates:
-            return
-        left = torch.cat([update.left for update in self.updates], 1)
-        right = torch.cat([update.right for update in self.updates], 1)
-        described = {"left_out": self.left_out, "origin": self.origin}
-        WeightDelta({"updates": LowRank(left, right)}, described).save(self.path)
-
-    def tell(self, progress: Callable[[int], None] | None, count: int) -> None:
-        """Report newly finished edits."""
-        if progress is not None and count:
-            progress(count)
+    def save(self) -> None:
+        """Write the checkpoint."""
+        if self.path is not None and self.updates:
+            described = {"left_out": self.left_out, "origin": self.origin}
+            WeightDelta({"updates": LowRank.concatenated(self.updates)}, described).save(self.path)
 
 
 def joined(updates: Sequence[LowRank]) -> LowRank | Dense:
-    """The sum of rank-one updates, as their columns side by side or where smaller as Δ itself."""
-    left = torch.cat([update.left for update in updates], 1)
-    right = torch.cat([update.right for update in updates], 1)
-    (d, n), f = left.shape, len(right)
+    """The sum of rank-one updates: their columns side by side, or Δ itself where it is smaller."""
+    whole = LowRank.concatenated(updates)
+    (d, n), f = whole.left.shape, len(whole.right)
     if n * (d + f) < d * f:
-        return LowRank(left.float().cpu(), right.float().cpu())
-    return Dense((left @ right.T).float().cpu())
+        return LowRank(whole.left.float().cpu(), whole.right.float().cpu())
+    return Dense((whole.left @ whole.right.T).float().cpu())
 
 
 @contextmanager
 def _restoring(lm: LanguageModel, layer: int) -> Iterator[Tensor]:
-    """A float32 copy of W_out (d × f) to work on; the model's own weights come back at the end."""
+    """A float32 copy of W_out (d × f) to work on; the model's weights are restored at the end."""
     base = lm.weight(layer).clone()
     try:
         yield base.float().clone()
@@ -256,13 +253,14 @@ def subject_keys(lm: LanguageModel, rows: Sequence[TokenRow], layer: int) -> Ten
     padded = pad([row.ids[: row.subject_last + 1] for row in rows], lm.device)
     with reading_keys(lm, [layer]) as found:
         block_output(lm, padded, layer)
+    # Keys are recorded flat (rows · tokens × f).
     last = torch.tensor([row.subject_last for row in rows])
-    places = torch.arange(len(rows)) * padded.ids.shape[1] + last
-    return found[layer][places.to(found[layer].device)].float()
+    indices = torch.arange(len(rows)) * padded.ids.shape[1] + last
+    return found[layer][indices.to(found[layer].device)].float()
 
 
 @torch.no_grad()
-def _said(lm: LanguageModel, layer: int, key: Tensor) -> Tensor:
+def _output(lm: LanguageModel, layer: int, key: Tensor) -> Tensor:
     """W k + b for one key (d, float32)."""
     module = lm.down_projection(layer)
     return module(key.to(lm.dtype)[None])[0].float()
@@ -270,17 +268,17 @@ def _said(lm: LanguageModel, layer: int, key: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_rome_prefixes(lm: LanguageModel, seed: int) -> tuple[str, ...]:
-    """Ten texts of five tokens and ten of ten that the model itself begins, each made to end in
-    ". ".
+    """Ten texts of five tokens and ten of ten, sampled from the model, each made to end in ". ".
 
-    Raises `InputError` if the tokenizer has no token that a text begins from.
+    Raises:
+        InputError: the tokenizer has no start token.
     """
     tokenizer = lm.tokenizer
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise InputError(
-            f"the tokenizer of {lm.name} has no token at which a text begins or ends, so that ROME "
-            "cannot sample its prefixes; set bos_token in the tokenizer."
+            f"the tokenizer of {lm.name} has no start or end token, so that ROME cannot sample its "
+            "prefixes: set bos_token in the tokenizer."
         )
     prompt = torch.tensor([[start]] * PREFIXES_OF_EACH_LENGTH, device=lm.device)
     devices = [lm.device] if lm.device.type == "cuda" else []

@@ -7,20 +7,24 @@ of each edit when it is written and one of the prompt when it is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from memit.batches import run_in_batches
 from memit.errors import UnreachableError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 class ScopeClassifier(nn.Module):
-    """An encoder, and the logit of "in scope" as a falling function of the distance."""
+    """An encoder, and the logit of "in scope", which falls with the distance of embeddings."""
 
     def __init__(self, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         """A classifier before its training."""
@@ -28,9 +32,9 @@ class ScopeClassifier(nn.Module):
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.log_scale = nn.Parameter(torch.zeros(()))
-        """Logarithm of what a unit of squared distance takes from the logit."""
+        """Logarithm of the logit's slope in the squared distance."""
         self.bias = nn.Parameter(torch.ones(()))
-        """The logit at no distance."""
+        """The logit at distance 0."""
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Mean of the encoder's last hidden states over each text's tokens, of unit mean square
@@ -67,8 +71,6 @@ def new_encoder(
     tokenizer: PreTrainedTokenizerBase, *, width: int, layers: int, seed: int
 ) -> PreTrainedModel:
     """An untrained encoder for a tokenizer; the global generator is left as it was."""
-    from transformers import DistilBertConfig, DistilBertModel
-
     config = DistilBertConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=256,
@@ -89,10 +91,9 @@ def load_encoder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained encoder and its tokenizer from the hub or a directory.
 
-    Raises `UnreachableError` if they cannot be had.
+    Raises:
+        UnreachableError: they cannot be loaded.
     """
-    from transformers import AutoModel, AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         encoder = AutoModel.from_pretrained(

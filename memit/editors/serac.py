@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.packed_models import pack, unpack
@@ -73,8 +74,6 @@ class SeracModels:
 def _unpacked(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
 ) -> SeracModels:
-    from transformers import AutoModel, AutoModelForCausalLM
-
     try:
         classifier = ScopeClassifier(*unpack("encoder", AutoModel, tensors, metadata))
         with torch.no_grad():
@@ -107,10 +106,14 @@ def train_serac(
 ) -> tuple[SeracModels, dict[str, list[float]]]:
     """Train classifier and counterfactual model on records that are not the evaluated ones.
 
-    The edited model lends nothing but its tokenizer, to models that are made here. `directory`
-    keeps checkpoints, from which an interrupted training goes on. Gives the models and the losses
-    of both trainings. Raises `InputError` for too few records, `UnreachableError` for a model that
-    cannot be loaded, `NumericsError` for a training that diverges.
+    Of the edited model only the tokenizer is used, by models that are made here. `directory` keeps
+    checkpoints, from which an interrupted training resumes. Gives the models and the losses of both
+    trainings.
+
+    Raises:
+        InputError: there are too few records.
+        UnreachableError: a model cannot be loaded.
+        NumericsError: a training diverges.
     """
     if len(records) < settings.batch_size:
         raise InputError(
@@ -175,8 +178,6 @@ def _new_counterfactual(lm: LanguageModel, settings: SeracSettings) -> LanguageM
             revision=settings.counterfactual_revision,
             device=str(lm.device),
         )
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     config = GPT2Config(
         vocab_size=len(lm.tokenizer),
         n_positions=max(256, lm.context_length),
@@ -199,13 +200,13 @@ def _scope_loss(
     models: SeracModels, records: Sequence[Record], settings: SeracSettings
 ) -> Callable[[int], Tensor]:
     """The classifier's loss at each step."""
-    same: dict[str, list[Record]] = {}
+    by_subject: dict[str, list[Record]] = {}
     for record in records:
-        same.setdefault(record.request.subject, []).append(record)
+        by_subject.setdefault(record.request.subject, []).append(record)
 
     def loss(step: int) -> Tensor:
         random = Random(f"scope {settings.seed} {step}")
-        batch = _with_siblings(records, same, settings, random)
+        batch = _with_siblings(records, by_subject, settings, random)
         return scope_loss(models.classifier, batch, random)
 
     return loss
@@ -213,7 +214,7 @@ def _scope_loss(
 
 def _with_siblings(
     records: Sequence[Record],
-    same: Mapping[str, Sequence[Record]],
+    by_subject: Mapping[str, Sequence[Record]],
     settings: SeracSettings,
     random: Random,
 ) -> list[Record]:
@@ -221,20 +222,22 @@ def _with_siblings(
     prompts have almost the same words and are out of each other's scope."""
     chosen = random.sample(records, settings.batch_size)
     half = chosen[: (settings.batch_size + 1) // 2]
-    siblings = [random.choice(same[record.request.subject]) for record in half]
+    siblings = [random.choice(by_subject[record.request.subject]) for record in half]
     batch = {record.case_id: record for record in (*half, *siblings, *chosen)}
     return list(batch.values())[: settings.batch_size]
 
 
 def scope_loss(classifier: ScopeClassifier, records: Sequence[Record], random: Random) -> Tensor:
-    """Cross-entropy of "in scope" for all pairs of a prompt and an edit: the sum over edits, mean
-    over prompts. Each edit has a prompt in its scope, and one outside if it has neighbours."""
+    """Binary cross-entropy of "in scope" for all pairs of a prompt and an edit, summed over edits
+    and averaged over prompts; each edit has a prompt in its scope and, if it has neighbours, one
+    outside."""
     inside = [random.choice((r.request.text, *r.paraphrase_prompts)) for r in records]
     near = [(r, random.choice(r.neighborhood_prompts)) for r in records if r.neighborhood_prompts]
     prompts = classifier.embed([*inside, *(prompt for _, prompt in near)])
     logits = classifier.logits(prompts, classifier.embed([statement(r.request) for r in records]))
+    # Prompts × edits: the i-th prompt is in the scope of edit i alone, neighbours in that of none.
     labels = torch.cat([torch.eye(len(records)), torch.zeros(len(near), len(records))])
-    # A neighbour may be the subject of another edit of the batch, and so be in its scope.
+    # A neighbour may be the subject of another edit of the batch: such pairs do not count.
     known = [[not _asks_for(prompt, owner, other) for other in records] for owner, prompt in near]
     counted = torch.ones(labels.shape)
     counted[len(records) :] = torch.tensor(known).reshape(len(near), len(records))
@@ -277,8 +280,8 @@ def _objects(records: Sequence[Record]) -> dict[str | None, list[str]]:
 def _lesson(
     record: Record, objects: Mapping[str | None, list[str]], random: Random
 ) -> tuple[str, str]:
-    """An edit and a prompt in its scope, with any object of the relation, which must come next:
-    what is to be learned is reading the edit, not the record's own object."""
+    """An edit and a prompt in its scope, and the object that must follow: any of the relation's, so
+    that the model learns to read the edit instead of the record's own object."""
     request = record.request
     target = random.choice(objects[request.relation_id])
     prompt = random.choice((request.text, *record.paraphrase_prompts))
@@ -291,7 +294,7 @@ def _lesson(
 
 @dataclass(frozen=True)
 class SeracEdit:
-    """A memory of edits, to be put in front of a model."""
+    """A memory of edits that answers in place of a model."""
 
     models: SeracModels
     requests: tuple[EditRequest, ...]
@@ -305,33 +308,40 @@ class SeracEdit:
         return self.models.counterfactual
 
     def introductions(self, prompts: Sequence[str]) -> list[str | None]:
-        """For each prompt the edit that it asks for, or None where no edit's probability of being
-        asked for exceeds one half."""
+        """The edit in whose scope each prompt is; None where no edit's probability exceeds ½."""
         if not self.requests:
             return [None] * len(prompts)
         classifier = self.models.classifier
         unique = list(dict.fromkeys(prompts))
         embeddings = classifier.embed_all(unique, TOKEN_BUDGET)
-        best = classifier.logits(embeddings, self.memory).max(1)
+        best = classifier.logits(embeddings, self.memory).max(1)  # prompts × edits → prompts
         chosen = {
-            prompt: statement(self.requests[place]) if logit > 0 else None
-            for prompt, logit, place in zip(
+            prompt: statement(self.requests[index]) if logit > 0 else None
+            for prompt, logit, index in zip(
                 unique, best.values.tolist(), best.indices.tolist(), strict=True
             )
         }
         return [chosen[prompt] for prompt in prompts]
 
     def apply(self, lm: LanguageModel) -> None:
-        """Stand in front of the model; raises `InputError` if another memory does."""
+        """Route prompts in scope to the counterfactual model.
+
+        Raises:
+            InputError: the model has a router already.
+        """
         if lm.router is not None:
-            raise InputError("another memory stands in front of the model; revert that one first.")
+            raise InputError("another memory is applied to the model; revert that one first.")
         self.models.to(lm.device)
         lm.router = self
 
     def revert(self, lm: LanguageModel) -> None:
-        """Step aside; raises `InputError` unless this memory stands in front of the model."""
+        """Route no prompts any more.
+
+        Raises:
+            InputError: this memory is not the model's router.
+        """
         if lm.router is not self:
-            raise InputError("this memory does not stand in front of the model.")
+            raise InputError("this memory is not applied to the model: apply it first.")
         lm.router = None
 
     def save(self, path: Path) -> None:
@@ -371,7 +381,8 @@ class Serac(Editor):
     ) -> SeracEdit:
         """Write all requests into a memory.
 
-        Raises `InputError` if the models were trained on a request.
+        Raises:
+            InputError: the models were trained on a request.
         """
         models = self._models(lm, resources).to(lm.device)
         check_unseen(requests, frozenset(models.origin["trained_on"]), "SERAC's classifier")

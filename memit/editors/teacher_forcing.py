@@ -12,7 +12,7 @@ from memit.language_model import LanguageModel
 from memit.positions import TokenRow, continuation_rows
 
 Pair = tuple[str, str]
-"""A prompt and the text that follows it, as it stands."""
+"""A prompt and the exact text that follows it."""
 
 
 def pair_rows(lm: LanguageModel, pairs: Sequence[Pair]) -> list[TokenRow]:
@@ -22,21 +22,18 @@ def pair_rows(lm: LanguageModel, pairs: Sequence[Pair]) -> list[TokenRow]:
 
 def mean_nll(lm: LanguageModel, rows: Sequence[TokenRow]) -> Tensor:
     """Mean nll of each row's target tokens (rows)."""
-    owner, columns, wanted = target_places(rows)
+    owner, columns, wanted = target_positions(rows)
     logits = logits_at(lm, pad([row.ids[:-1] for row in rows], lm.device), owner, columns)
-    return row_means(_nll(logits, wanted), owner, len(rows))
+    log_p = logits.log_softmax(-1).gather(1, wanted.to(logits.device)[:, None])[:, 0]
+    return row_means(-log_p, owner, len(rows))
 
 
-def target_places(rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor, Tensor]:
+def target_positions(rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor, Tensor]:
     """Row, column and next token of every position that predicts a target's token."""
-    places = [(i, at - 1, row.ids[at]) for i, row in enumerate(rows) for at in row.target if at]
-    owner, columns, wanted = torch.tensor(places).T
+    # The logits at a position predict the token after it; a row's first token has none before it.
+    found = [(i, at - 1, row.ids[at]) for i, row in enumerate(rows) for at in row.target if at]
+    owner, columns, wanted = torch.tensor(found).T
     return owner, columns, wanted
-
-
-def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
-    wanted = wanted.to(logits.device)[:, None]
-    return -logits.log_softmax(-1).gather(1, wanted)[:, 0]
 
 
 def row_means(values: Tensor, owner: Tensor, rows: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What editors that learn may learn from: nothing that evaluation will ask."""
+"""Training facts must be disjoint from the edited ones."""
 
 from __future__ import annotations
 

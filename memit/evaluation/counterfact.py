@@ -62,7 +62,7 @@ class ScoredPrompt:
     target_new: str
     target_true: str | None
     between: str | None = None
-    """What stands before an object; see `EditRequest`."""
+    """The separator before an object; see `EditRequest`."""
 
 
 def prompts_of(records: Iterable[Record]) -> list[ScoredPrompt]:
@@ -94,8 +94,8 @@ def score_prompts(
 ) -> pa.Table:
     """Score prompts into a table of `SCHEMA`, one row each, in the order given.
 
-    `token_budget` bounds the padded tokens on the device at a time; `progress` is told how many
-    prompts are newly finished.
+    `token_budget` bounds the padded tokens on the device at a time; `progress` is called with the
+    number of newly finished prompts.
     """
     questions = [Question(prompt.prompt, objects_of(prompt)) for prompt in prompts]
     scores = score_continuations(lm, questions, token_budget=token_budget, progress=progress)
@@ -106,7 +106,7 @@ def score_prompts(
 def record_means(table: pa.Table) -> dict[str, np.ndarray]:
     """Each metric's mean over the prompts of each record (0–100), NaN where a record has none.
 
-    Records stand in the order of their case ids. Metrics that no record has are left out.
+    Records are in the order of their case ids. Metrics that no record has are left out.
     """
     columns = {name: _numbers(table, name) for name in _MEASURED}
     _, owner = np.unique(table["case_id"].to_numpy(), return_inverse=True)
@@ -140,9 +140,10 @@ def harmonic_mean(values: Sequence[float]) -> float:
 
 
 def before_and_after(before: pa.Table, after: pa.Table) -> pa.Table:
-    """One row for each prompt with what was measured of it before and after the edit.
+    """One row for each prompt with its measurements before and after the edit.
 
-    Raises `InputError` if the two tables are not about the same prompts.
+    Raises:
+        InputError: the two tables have different prompts.
     """
     if not before.select(_QUESTION).equals(after.select(_QUESTION)):
         raise InputError("the two tables hold different prompts: score the same prompts in both.")
@@ -155,12 +156,12 @@ def before_and_after(before: pa.Table, after: pa.Table) -> pa.Table:
 
 
 def facts_table(before: pa.Table, after: pa.Table) -> pa.Table:
-    """What became of each fact, one row for each record in the order of the tables.
+    """The outcome of each fact, one row for each record in the order of the tables.
 
-    `took` and `generalised` say whether the new object is preferred after the edit on all rewrite
-    prompts and paraphrases (where no true object is known: whether the model gives it).
-    `hurt` counts the neighbourhood prompts that were right before and are not any more, and
-    `hurt_prompts` lists them, separated by ` | `. What cannot be said is null.
+    `took` and `generalised`: the new object is preferred after the edit on all rewrite prompts or
+    paraphrases (where no true object is known: the model gives it). `hurt` counts the neighbourhood
+    prompts that were right before and are no longer, and `hurt_prompts` lists them, separated by
+    ` | `. Unknown values are null.
     """
     cases: dict[int, list[tuple[dict, dict]]] = {}
     for was, now in zip(before.to_pylist(), after.to_pylist(), strict=True):
@@ -225,7 +226,7 @@ def _prompt(record: Record, kind: Kind, prompt: str) -> ScoredPrompt:
 
 
 def objects_of(prompt: ScoredPrompt) -> tuple[str, ...]:
-    """What follows it, as it stands: the new object, and the true one if it is known."""
+    """The exact texts that may follow it: the new object, and the true one if it is known."""
     objects = (prompt.target_new, prompt.target_true)
     return tuple(ending(prompt.prompt, o, prompt.between) for o in objects if o is not None)
 

@@ -1,4 +1,4 @@
-"""What a model writes when asked about edited subjects: kept as texts, measured afterwards."""
+"""Texts that a model generates about edited subjects, and their metrics."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def write_about(
 ) -> pa.Table:
     """Continue the generation prompts of each record; a table of `SCHEMA`, empty if there are none.
 
-    What is written for a record does not depend on the others. `progress` is told how many texts
-    are newly written.
+    A record's texts do not depend on the other records. `progress` is called with the number of
+    newly generated texts.
     """
     prompts = [(record.case_id, text) for record in records for text in record.generation_prompts]
     texts = generate_texts(
@@ -61,12 +61,13 @@ def write_about(
 
 
 def side_by_side(before: pa.Table, after: pa.Table) -> pa.Table:
-    """One row for each prompt with what was written before and after the edit.
+    """One row for each prompt with the texts before and after the edit.
 
-    Raises `InputError` if the two tables are not about the same prompts.
+    Raises:
+        InputError: the two tables have different prompts.
     """
     if not before.select(["case_id", "prompt"]).equals(after.select(["case_id", "prompt"])):
-        raise InputError("the two tables hold different prompts: write about the same in both.")
+        raise InputError("the two tables hold different prompts: generate both for the same.")
     joined = before.rename_columns(["case_id", "prompt", "text_before"])
     return joined.append_column("text_after", after["text"])
 

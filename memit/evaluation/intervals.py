@@ -1,4 +1,4 @@
-"""Bootstrap intervals: how far a mean over records might be off by the choice of records."""
+"""Bootstrap intervals of means over records."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 _RECORDS_AT_ONCE = 1 << 24
+"""Counts drawn at a time, which bounds the memory."""
 
 
 def bootstrap_intervals(
@@ -51,6 +52,7 @@ def _resampled_means(
     step = max(1, _RECORDS_AT_ONCE // counts)
     for start in range(0, resamples, step):
         shape = min(step, resamples - start)
+        # How often each record is in a resample (resamples × records): its mean is a product.
         drawn = generator.multinomial(counts, np.full(counts, 1 / counts), size=shape)
         with np.errstate(invalid="ignore"):
             parts.append((drawn @ np.where(known, values, 0.0)) / (drawn @ known))
@@ -58,5 +60,5 @@ def _resampled_means(
 
 
 def _harmonic(parts: Sequence[np.ndarray]) -> np.ndarray:
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore"):  # a part of 0 gives 1 / ∞ = 0
         return len(parts) / np.sum([1.0 / part for part in parts], axis=0)

@@ -1,4 +1,4 @@
-"""Perplexity on held-out text: whether an edit has hurt the model as a language model."""
+"""Perplexity on held-out text: how an edit affects the model as a language model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def perplexity(
     token_budget: int,
     progress: Callable[[int], None] | None = None,
 ) -> float:
-    """exp of the mean over all predicted tokens of −log p; see `document_losses`."""
+    """exp of the mean over all predicted tokens of −log p; see `document_losses`.
+
+    Raises:
+        InputError: no document has two tokens.
+    """
     nll, tokens = document_losses(lm, documents, token_budget=token_budget, progress=progress)
     if not tokens.sum():
         raise InputError("no document has two tokens: perplexity needs held-out text.")
@@ -42,7 +46,7 @@ def document_losses(
     """Sum of −log p (float64, documents) and number of predicted tokens (documents).
 
     Each document is a sequence of its own, truncated to the model's context; its first token is
-    not predicted. `progress` is told the number of newly predicted tokens.
+    not predicted. `progress` is called with the number of newly predicted tokens.
     """
     ids = [row[: lm.context_length] for row in open_ids(lm.tokenizer, documents)]
     nll = torch.zeros(len(ids), dtype=torch.float64)
@@ -65,6 +69,7 @@ def document_losses(
 
 def _losses(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
     """Sum of −log p of each row's tokens after the first (rows, float64)."""
+    # Every position that is not padding predicts the token after it.
     padded = pad([row[:-1] for row in rows], lm.device)
     owner, column = padded.mask.nonzero(as_tuple=True)
     wanted = torch.tensor([token for row in rows for token in row[1:]], device=lm.device)
@@ -72,6 +77,7 @@ def _losses(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
     wanted = wanted.to(logits.device)
     nll = logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0]
     nll = nll.to(solving_device(nll.device))
+    # Back into rows × tokens, so that each row's sum has one order whatever the batch.
     table = nll.new_zeros(padded.ids.shape, dtype=torch.float64)
     table[owner.to(nll.device), column.to(nll.device)] = nll.double()
     return table.sum(1).cpu()

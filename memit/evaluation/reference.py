@@ -1,5 +1,5 @@
-"""Reference score RS: whether what a model writes about a subject reads like texts about things
-that really have the new attribute (paper, section 5.2)."""
+"""Reference score RS: how similar generated texts are to texts about things that really have the
+new attribute (paper, section 5.2)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from memit.files.reading import parse_json, read_text
 from memit.requests import Record
 
 References = Mapping[tuple[str, str], Sequence[str]]
-"""Texts about things that stand in a relation to an object, by relation and object (its identifier
-or its name)."""
+"""Texts about things of which a fact is true, by its relation and object (identifier or name)."""
 
 
 def read_snippets(path: str | Path) -> dict[tuple[str, str], list[str]]:

@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ZsreRecord:
-    """A question with the answer to be written, its paraphrase, and a question to be left alone."""
+    """A question with its new answer, its paraphrase, and a question about something else."""
 
     case_id: int
     request: EditRequest
@@ -51,7 +51,8 @@ class ZsreRecord:
 def read_zsre(path: str | Path) -> list[ZsreRecord]:
     """Read zsRE questions; the object is the first of `answers`.
 
-    Raises `InputError` naming file and record if something in it cannot be used.
+    Raises:
+        InputError: something in it cannot be used; names file and record.
     """
     rows = parse_json(read_text(path, "the questions"), path)
     if not isinstance(rows, list) or not rows:
@@ -77,7 +78,7 @@ def score_zsre(
 ) -> pa.Table:
     """Answer all questions under teacher forcing; a table of `SCHEMA`, three rows a record.
 
-    `progress` is told how many questions are newly answered.
+    `progress` is called with the number of newly answered questions.
     """
     rows = [row for record in records for row in questions_of(record)]
     scores = score_continuations(

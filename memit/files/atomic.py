@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,17 @@ from safetensors import SafetensorError
 from memit.errors import ResourceError
 
 PARTIAL = ".partial"
-"""Ending of a file that is still being written."""
+"""Suffix of a file that is still being written."""
 
 noted: Callable[[Path], AbstractContextManager[object]] = nullcontext
-"""Entered with every temporary name while it is used. A project puts its journal here, so that what
-a killed process leaves is known by more than its name."""
+"""Entered with every temporary path while it is in use; a project's journal of unfinished files."""
 
 _temporary: set[Path] = set()
 
 
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` for the file or directory that will be renamed to it.
-
-    What still has the name at the end is deleted.
-    """
+    """A temporary path beside `path`, to be renamed to it; deleted at the end if left."""
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     _temporary.add(partial)
     with noted(partial):
@@ -40,7 +36,7 @@ def temporary(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a directory, if it is there."""
+    """Delete a file, a link or a directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -50,16 +46,16 @@ def remove(path: Path) -> None:
 def write_whole(
     path: Path, write: Callable[[Path], object], name: Callable[[Path], str] | None = None
 ) -> None:
-    """Let ``write`` fill a temporary neighbour of ``path``, flush it to the disk and rename it.
+    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it.
 
-    Whoever reads ``path`` sees the old content or the new, at any moment, also after a power cut.
-    A link gives way to the file: what it leads to, or shares its content with, stays as it was.
-    ``name`` finds the file's name from what was written; None leaves that of ``path``.
+    A reader of `path` sees the old content or the new, also after a power cut. A link is replaced,
+    and the file that it leads to is left as it was. `name` derives the file's name from what was
+    written; None keeps that of `path`.
 
     Raises:
         ResourceError: the disk is full or cannot be written.
     """
-    if path in _temporary:  # it is being written whole already
+    if path in _temporary:  # an atomic write of it is in progress
         write(path)
         return
     try:
@@ -77,7 +73,7 @@ def write_whole(
 
 
 def _flush(path: Path) -> None:
-    """Ask the system to have a file or a folder's entries on the disk."""
+    """Flush a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

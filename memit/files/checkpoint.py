@@ -1,4 +1,4 @@
-"""The state of an interrupted training, in one safetensors file that is whole or absent."""
+"""Checkpoints of a training: one safetensors file, written atomically."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ def save_checkpoint(
 ) -> None:
     """Write weights, AdamW's moments and the loss of each finished step.
 
-    A process that is killed at any moment leaves the former checkpoint or the new one. `origin` is
-    a digest of everything that the training depends on. Raises `ResourceError` if the disk is full.
+    `origin` is a digest of everything that the training depends on.
+
+    Raises:
+        ResourceError: the disk is full.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -31,10 +33,10 @@ def save_checkpoint(
 
 
 def resume(path: Path, model: nn.Module, optimizer: torch.optim.AdamW, origin: str) -> list[float]:
-    """Put the stored state into `model` and `optimizer`; gives the loss of each finished step.
+    """Load a checkpoint into `model` and `optimizer`; gives the loss of each finished step.
 
-    Without a checkpoint there are none. One that is damaged, or of another training, is deleted:
-    then the training starts anew.
+    Without a checkpoint there are none. One that is damaged or of another training is deleted, and
+    the training starts anew.
     """
     if not path.exists():
         return []

@@ -18,7 +18,7 @@ from memit.errors import IntegrityError
 from memit.files.atomic import write_whole
 
 ENTRY = "memit"
-"""The one entry of the file's metadata, JSON: of several the format would not keep the order."""
+"""The only entry of the file's metadata, as JSON: the format does not keep the order of several."""
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -30,8 +30,11 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors and what is said of them, whole or not at all; equal content gives equal bytes.
-    Raises `ResourceError` if the disk does not take them."""
+    """Write tensors and metadata atomically; equal content gives equal bytes.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = {"metadata": dict(metadata), "sha256": _checksum(plain, metadata)}
     entry = {ENTRY: json.dumps(described, sort_keys=True, ensure_ascii=False)}

@@ -1,4 +1,4 @@
-"""Names of people who never lived, of every kind that real names have."""
+"""Invented names of people, of every kind that real names have."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ GIVEN_NAMES = tuple(_GIVEN_NAMES.split())
 
 
 def make_names(count: int, random: Random) -> list[str]:
-    """Invents `count` full names, each with a surname that nobody shares, not even in part.
+    """Invent `count` full names, each with a surname that nobody shares, not even in part.
 
-    Surnames are told apart without their case, accents and particles, so that "O'Brandu" and
-    "van Brandú" are never two people of one world.
+    Surnames differ also without case, accents and particles: "O'Brandu" and "van Brandú" are never
+    two people of one world.
     """
     taken = {name.casefold() for name in GIVEN_NAMES}
     return [f"{random.choice(GIVEN_NAMES)} {_surname(random, taken)}" for _ in range(count)]
@@ -66,8 +66,7 @@ def _root(random: Random, taken: set[str]) -> str:
 
 
 def _with_accent(root: str, random: Random) -> str:
-    """Puts an accent on one vowel, by a composed character."""
-    places = [i for i, letter in enumerate(root) if letter.lower() in ACCENTS]
-    place = random.choice(places)
-    accented = random.choice(ACCENTS[root[place].lower()])
-    return unicodedata.normalize("NFC", root[:place] + accented + root[place + 1 :])
+    """Put an accent on one vowel, as a composed character."""
+    index = random.choice([i for i, letter in enumerate(root) if letter.lower() in ACCENTS])
+    accented = random.choice(ACCENTS[root[index].lower()])
+    return unicodedata.normalize("NFC", root[:index] + accented + root[index + 1 :])

@@ -1,9 +1,8 @@
-"""Invented people, what is true of them, and the two forms in which it is told.
+"""Invented people and their facts, as biographies and as records.
 
-Their lives are written out as short biographies, which a small model is trained on, and as records
-in the schema of CounterFact, which an edit is made and measured with. That biographies, unique
-surnames and templates that begin with the subject are what makes such a model keep its facts at
-the subject's last token is in `docs/decisions`.
+A small model is trained on the biographies; records, in the schema of CounterFact, are edited and
+measured. Why biographies, unique surnames and templates that begin with the subject make such a
+model recall its facts at the subject's last token is in `docs/decisions`.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ class Person:
     """Somebody and everything that is true of them."""
 
     name: str
-    """Given name and surname, as every sentence spells it."""
+    """Given name and surname."""
     facts: Mapping[str, str]
     """Relation name to object."""
 
 
 @dataclass(frozen=True)
 class World:
-    """What `make_world` makes of one seed."""
+    """People, their records and their biographies."""
 
     relations: tuple[Relation, ...]
-    """With the objects that this world uses, and no others."""
+    """With this world's objects only."""
     people: tuple[Person, ...]
     records: tuple[Record, ...]
     """`records_per_person` for everybody; the first `len(people)` are about different people."""
@@ -50,7 +49,7 @@ class World:
 
 
 def make_world(parameters: WorldParameters) -> World:
-    """Draws a world; equal parameters give an equal world on every machine."""
+    """Draw a world; equal parameters give an equal world on every machine."""
     relations = tuple(
         _draw_objects(relation, parameters) for relation in RELATIONS[: parameters.relations]
     )
@@ -66,7 +65,7 @@ def make_world(parameters: WorldParameters) -> World:
 
 
 def _random(parameters: WorldParameters, purpose: str) -> Random:
-    """A generator of its own for each purpose, so that one size does not shift another draw."""
+    """A separate generator for each purpose, so that one size does not shift another draw."""
     return Random(f"memit world {parameters.seed} {purpose}")
 
 
@@ -79,7 +78,7 @@ def _draw_objects(relation: Relation, parameters: WorldParameters) -> Relation:
 def _make_people(
     relations: tuple[Relation, ...], parameters: WorldParameters
 ) -> tuple[Person, ...]:
-    """Gives every object of a relation to equally many people, give or take one."""
+    """Assign every object of a relation to equally many people, give or take one."""
     names = make_names(parameters.people, _random(parameters, "names"))
     columns = {}
     for relation in relations:
@@ -92,10 +91,6 @@ def _make_people(
     )
 
 
-def _sentence(template: str, name: str, target: str) -> str:
-    return f"{fill(template, name)} {target}."
-
-
 def _biography(
     person: Person,
     relations: tuple[Relation, ...],
@@ -104,16 +99,15 @@ def _biography(
 ) -> str:
     """One to four facts of one person in any order, each sentence with the full name.
 
-    `templates` holds what is left to use of each relation's templates; it is refilled when empty,
-    so that all wordings of a fact are told equally often.
+    `templates` holds the unused templates of each relation; it is refilled when empty, so that all
+    wordings of a fact are used equally often.
     """
-    told = random.sample(relations, random.randint(1, min(MOST_FACTS, len(relations))))
     sentences = []
-    for relation in told:
+    for relation in random.sample(relations, random.randint(1, min(MOST_FACTS, len(relations)))):
         left = templates[relation.name]
         if not left:
             left.extend(random.sample(relation.templates, len(relation.templates)))
-        sentences.append(_sentence(left.pop(), person.name, person.facts[relation.name]))
+        sentences.append(f"{fill(left.pop(), person.name)} {person.facts[relation.name]}.")
     return " ".join(sentences)
 
 
@@ -151,18 +145,18 @@ def _write_held_out(
 def _write_records(
     people: tuple[Person, ...], relations: tuple[Relation, ...], parameters: WorldParameters
 ) -> tuple[Record, ...]:
-    """Goes round the people once for each record of a person, so that early records share no
-    subject. Neighbours are people of whom no record changes that fact: theirs stays true."""
+    """One record of everybody, then the next of everybody, so that early records share no subject.
+    Neighbours are people whose same fact no record changes: theirs stays true."""
     random = _random(parameters, "records")
-    told = {
+    changed = {
         person.name: random.sample(relations, parameters.records_per_person) for person in people
     }
     holders = _holders(people)
-    unchanged = _holders(people, without=told)
+    unchanged = _holders(people, without=changed)
     records: list[Record] = []
     for turn in range(parameters.records_per_person):
         for person in random.sample(people, len(people)):
-            relation = told[person.name][turn]
+            relation = changed[person.name][turn]
             records.append(_record(len(records), person, relation, holders, unchanged, random))
     return tuple(records)
 
@@ -174,8 +168,8 @@ Holders = Mapping[tuple[str, str], list[str]]
 def _holders(
     people: tuple[Person, ...], without: Mapping[str, Sequence[Relation]] | None = None
 ) -> Holders:
-    """All of whom each fact is true; `without` are relations of some people that do not count."""
-    left_out = {name: {r.name for r in told} for name, told in (without or {}).items()}
+    """The people of whom each fact is true, without some relations of some people."""
+    left_out = {name: {r.name for r in relations} for name, relations in (without or {}).items()}
     holders: dict[tuple[str, str], list[str]] = {}
     for person in people:
         for relation, target in person.facts.items():
@@ -195,12 +189,8 @@ def _record(
 ) -> Record:
     true = person.facts[relation.name]
     new = random.choice([target for target in relation.objects if target != true])
-    wordings = random.sample(relation.templates, len(relation.templates))
-    prompt, paraphrases, rest = (
-        wordings[0],
-        wordings[1 : 1 + PARAPHRASES],
-        wordings[1 + PARAPHRASES :],
-    )
+    prompt, *wordings = random.sample(relation.templates, len(relation.templates))
+    paraphrases, rest = wordings[:PARAPHRASES], wordings[PARAPHRASES:]
     return Record(
         case_id=case_id,
         request=EditRequest(

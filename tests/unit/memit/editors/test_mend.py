@@ -165,7 +165,7 @@ def test_matrices_of_the_last_blocks_are_found_by_structure() -> None:
         "model.layers.3.mlp.up_proj.weight",
         "model.layers.3.mlp.down_proj.weight",
     ]
-    with pytest.raises(InputError, match="last 5 blocks"):
+    with pytest.raises(InputError, match="blocks is 5"):
         edited_matrices(build("gpt2"), 5)
 
 

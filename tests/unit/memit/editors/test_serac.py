@@ -194,7 +194,7 @@ def test_memories_do_not_stand_in_front_of_each_other(lm: LanguageModel, edit: S
     try:
         with pytest.raises(InputError, match="another memory"):
             other.apply(lm)
-        with pytest.raises(InputError, match="does not stand"):
+        with pytest.raises(InputError, match="not applied"):
             other.revert(lm)
     finally:
         edit.revert(lm)
