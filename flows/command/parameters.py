@@ -433,7 +433,7 @@ def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:
         for key, value in _nodes(tree):
             if isinstance(value, str) and holds_secret(value):
                 raise InputError(
-                    f"{name}: {key} contains a password or a token, which would be kept in git, "
+                    f"{name}: {key} holds a password or a token, which would be kept in git, "
                     "dvc.lock and MLflow: remove it and use the environment (HF_TOKEN, "
                     "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)."
                 )
