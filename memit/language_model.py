@@ -104,6 +104,7 @@ class LanguageModel:
         self.router: Router | None = None
         """Routes some prompts to another model, if an edit set it."""
         self._down_projections: dict[int, nn.Module] = {}
+        self._mlps: dict[int, nn.Module | None] = {}
         self.head = _find_head(model)
         """The module that turns final hidden states into logits."""
 
@@ -227,7 +228,12 @@ class LanguageModel:
 
     def mlp(self, layer: int) -> nn.Module | None:
         """The module of a block that maps hidden states to its MLP's output, if there is one that
-        does nothing else."""
+        does nothing else. It is searched once, since every evaluation of a target asks for it."""
+        if layer not in self._mlps:
+            self._mlps[layer] = self._find_mlp(layer)
+        return self._mlps[layer]
+
+    def _find_mlp(self, layer: int) -> nn.Module | None:
         block = self.blocks[layer]
         try:
             down = self.down_projection(layer)

@@ -5,7 +5,7 @@ forward passes and dense matrices; nothing is shared or cached. It imports nothi
 package. `memit.edit` computes the same many times as fast; the tests hold it to this module, and
 this module to a recorded run of the published code.
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(...), AutoTokenizer.from_pretrained(...)
+    # with a model and a tokenizer of transformers
     with edited(model, edit(model, tokenizer, facts, documents, settings)):
         print(evaluate(model, tokenizer, records[0]))
 
