@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests import GOLDEN
 from tests.acceptance.golden import compare, within_tolerance
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="no recorded run beside the repository")
 def test_agrees_with_the_recorded_run() -> None:
     errors = compare(GOLDEN)
     assert within_tolerance(errors), errors

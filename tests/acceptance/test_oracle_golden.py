@@ -17,10 +17,7 @@ from tests import GOLDEN
 TENSOR_TOLERANCE = 1e-4
 NLL_TOLERANCE = 1e-3
 
-pytestmark = [
-    pytest.mark.skipif(not GOLDEN.is_dir(), reason="no recorded run beside the repository"),
-    pytest.mark.slow,
-]
+pytestmark = pytest.mark.slow
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
-
 from memit.editors.base import Resources
 from memit.editors.memit import Memit
 from memit.evaluation.counterfact import prompts_of, score_prompts, summarise
@@ -32,7 +30,6 @@ def _summary(golden: Golden, dtype: str) -> dict[str, float]:
     return summarise(score_prompts(lm, prompts_of(golden.records), token_budget=TOKEN_BUDGET))
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="no recorded run beside the repository")
 def test_bfloat16_costs_no_more_than_a_record() -> None:
     golden = read_golden(GOLDEN)
     reference, rounded = _summary(golden, "float32"), _summary(golden, "bfloat16")
