@@ -80,7 +80,10 @@ class Deployment:
     def ask(self, path: str, **content: Any) -> Any:
         """The API's response, to a POST if there is content and to a GET if not."""
         method = "POST" if content else "GET"
-        answer = httpx.request(method, f"{self.address}{path}", json=content or None, timeout=60)
+        url = f"{self.address}{path}"
+        # A server whose database is busy wants to be asked again.
+        while (answer := httpx.request(method, url, json=content or None)).status_code == 503:
+            time.sleep(1)
         answer.raise_for_status()
         return answer.json()
 
