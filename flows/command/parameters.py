@@ -505,9 +505,3 @@ def _unknown_key(key: str) -> str:
     for meant in [*(siblings[n] for n in near), *same_name]:
         return f"there is no key {key}; did you mean {meant}?"
     return f"there is no key {key}: the keys there are {', '.join(siblings)}."
-
-
-if __name__ == "__main__":
-    from flows.command.script import given_parameters
-
-    given_parameters()

@@ -61,7 +61,7 @@ def _module(path: Path) -> str:
 MODULES = {_module(path): path for floor in ABOVE for path in (ROOT / floor).rglob("*.py")}
 
 
-@pytest.mark.parametrize("floor", ["memit", "tasks"])
+@pytest.mark.parametrize("floor", ABOVE)
 def test_a_floor_has_no_circles(floor: str) -> None:
     """A package's own `__init__` is left out: `memit` names what it re-exports."""
     inside = {name for name in MODULES if name.startswith(f"{floor}.")}
@@ -72,9 +72,11 @@ def test_a_floor_has_no_circles(floor: str) -> None:
         pytest.fail(" <- ".join(error.args[1]))
 
 
-def test_the_engine_imports_no_step() -> None:
-    for path in (ROOT / "tasks" / "engine").rglob("*.py"):
-        steps = {name for name in imported_modules(path) if re.fullmatch(r"tasks\.\w+", name)}
+@pytest.mark.parametrize("folder", ["tasks/engine", "tasks/reporting", "flows/service"])
+def test_machinery_imports_no_step(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        imported = imported_modules(path)
+        steps = {name for name in imported if re.fullmatch(r"(tasks|flows)\.\w+", name)}
         steps = {name for name in steps if MODULES[name].name != "__init__.py"}
         assert not steps, path
 
