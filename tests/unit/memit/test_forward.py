@@ -271,11 +271,15 @@ def test_an_mlp_that_is_handed_a_list_of_positions_runs_whole():
     class Flat(nn.Module):
         """Calls the MLP as mixtures of experts call theirs."""
 
-        def forward(self, hidden):
-            return mlp(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape)
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp
 
-    assert lm.mlp(1) is mlp
+        def forward(self, hidden):
+            return self.inner(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape)
+
     lm.blocks[1].mlp = Flat()
+    assert lm.mlp(1) is mlp
     with mlp_at(lm, 1, torch.tensor([1, 2]), torch.tensor([0, 1])) as there_only:
         found = block_output(lm, padded, 1)
     assert not there_only
