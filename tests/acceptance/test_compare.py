@@ -99,9 +99,9 @@ def test_a_repetition_has_nothing_to_do(project: Project, compared: Path) -> Non
 def test_deployments_give_the_same_and_scaling_goes_on_where_it_was_killed(
     project: Project, compared: Path
 ) -> None:
-    edits = project.pieces("method")
+    edits = project.pieces("edit")
     process = project.start("flows", "scaling")
-    while project.pieces("method") == edits:
+    while project.pieces("edit") == edits:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
