@@ -1,7 +1,7 @@
 """What runs, in which order: a Prefect flow for each step, and one that chains them.
 
-Prefect reads its settings when it is first imported, so those of this project are set here, before.
-What stands in the environment already is left alone.
+Prefect reads its settings when it is first imported, so this project's are set here, before that.
+Variables that are already set take precedence.
 """
 
 import os

@@ -24,7 +24,7 @@ from tasks.edit import Method
 from tasks.reporting.labels import LABELS, label
 
 SECTIONS = {"memit": "the sections targets and edit", "mend": "mend", "serac": "serac"}
-"""Where settings stand that are not in `compare.settings`."""
+"""Sections with settings that are not in `compare.settings`."""
 
 
 def make_methods(
@@ -96,9 +96,9 @@ def _with_settings(name: str, editor: Editor, settings: Mapping[str, Mapping[str
     known = [field.name for field in fields(editor) if field.name not in {"settings", "trained"}]
     for key in chosen:
         if key not in known or name in SECTIONS:
-            there_are = f"there are {', '.join(known)}" if known else "it has none of its own"
-            where = f" (those of {name} stand in {SECTIONS[name]})" if name in SECTIONS else ""
-            raise InputError(f"compare.settings.{name} has no {key}: {there_are}{where}.")
+            available = f"it has {', '.join(known)}" if known else "it has none of its own"
+            where = f" (those of {name} are in {SECTIONS[name]})" if name in SECTIONS else ""
+            raise InputError(f"compare.settings.{name} has no {key}: {available}{where}.")
         _check_setting(f"compare.settings.{name}.{key}", chosen[key], getattr(editor, key))
     return replace(editor, **chosen)  # pyright: ignore[reportArgumentType]
 

@@ -123,7 +123,7 @@ def choose_requests(
 ) -> ChosenRequests:
     """Read, filter, sample and tokenise the records.
 
-    Where a record names no true object, what the unedited model says stands for it.
+    A record without a true object gets the unedited model's answer as its true object.
     """
     records, dropped = read_source(source, file.checked())
     chosen = sample(records, count, seed)
@@ -200,13 +200,13 @@ def split_by_subject(
 
 def without_prompts(edited: Sequence[Record], learnt: Sequence[Record]) -> list[Record]:
     """The edited records without neighbourhood prompts that a record to learn from contains."""
-    told = {
+    known = {
         prompt for record in learnt for prompt in (record.request.text, *record.paraphrase_prompts)
     }
     return [
         replace(
             record,
-            neighborhood_prompts=tuple(p for p in record.neighborhood_prompts if p not in told),
+            neighborhood_prompts=tuple(p for p in record.neighborhood_prompts if p not in known),
         )
         for record in edited
     ]

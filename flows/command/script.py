@@ -1,4 +1,4 @@
-"""How a flow is run as a command: parameters first, then slow imports; errors as one sentence."""
+"""Validate params.yaml before slow imports, run a flow, and print known errors on one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memit.redaction import redacted
 from tasks.engine.signals import GO_ON, INTERRUPTED, TERMINATED, exit_now, exit_on_signal
 
 BAD_INPUT = 2
-"""Exit status when the user can put it right."""
+"""Exit status for errors that the user can correct."""
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 Result = TypeVar("Result")
@@ -32,11 +32,11 @@ console = Console(stderr=True)
 
 @cache
 def given_parameters() -> Parameters:
-    """``params.yaml`` in the working directory; if it is wrong, say so and exit.
+    """The parameters in `params.yaml`, read once; if they are wrong, print why and exit.
 
-    The first thing that a command does: from here on it stops when it is asked to.
+    Commands call this first: from then on Ctrl-C and SIGTERM end them without a traceback.
     """
-    # Prefect marks its run as crashed and then calls whoever listened before it.
+    # Prefect marks its run as crashed and then calls the handler that was set before its own.
     signal.signal(signal.SIGTERM, lambda *_: exit_now(TERMINATED))
     sys.excepthook = _without_trace
     return reporting(read_parameters)
@@ -45,7 +45,7 @@ def given_parameters() -> Parameters:
 def _without_trace(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Ctrl-C while modules are imported is no error either."""
+    """Ctrl-C during imports prints no traceback either."""
     if issubclass(kind, KeyboardInterrupt):
         exit_now(INTERRUPTED)
     sys.__excepthook__(kind, error, trace)
@@ -54,13 +54,13 @@ def _without_trace(
 def run_flow(
     flow: Callable[[Parameters], object], check: Callable[[Parameters], object] | None = None
 ) -> None:
-    """Run a flow with ``params.yaml``; what the user can put right ends in one sentence.
+    """Run a flow with `params.yaml`, under a Prefect server; print known errors on one line.
 
-    What ``check`` finds is told before Prefect's server is started.
+    `check` runs before Prefect's server is started.
     """
     parameters = given_parameters()
     exit_on_signal()
-    logging.raiseExceptions = False  # a server that has gone is told of once, not for each record
+    logging.raiseExceptions = False  # a lost server is reported once, not for each record
     if check is not None:
         reporting(lambda: check(parameters))
     reporting(lambda: _run_served(flow, parameters))
@@ -77,7 +77,7 @@ def _run_served(flow: Callable[[Parameters], object], parameters: Parameters) ->
 
 
 def reporting(work: Callable[[], Result]) -> Result:
-    """Do the work; print the project's own errors as a sentence and exit."""
+    """Do the work; print known errors on one line and exit."""
     try:
         return work()
     except MemitError as error:
@@ -92,7 +92,7 @@ def reporting(work: Callable[[], Result]) -> Result:
 
 
 def _known(error: BaseException | None) -> MemitError | None:
-    """What an error of the disk, or of Prefect's server, means; the hub's are told elsewhere."""
+    """The error behind a failure of the disk or of Prefect's server, if it is one of these."""
     from httpx import TransportError
 
     while error is not None:
@@ -111,7 +111,7 @@ def _known(error: BaseException | None) -> MemitError | None:
 
 
 def fail(error: MemitError) -> NoReturn:
-    """Print an error's sentence and exit."""
+    """Print an error on one line, without secrets, and exit."""
     console.print("[bold red]error:[/] ", end="")
     console.print(redacted(str(error)), markup=False, highlight=False, soft_wrap=True)
     sys.exit(BAD_INPUT)

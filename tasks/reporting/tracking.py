@@ -2,7 +2,7 @@
 
 A run is tagged with the digest of its parameters and results. Results that are logged already are
 not logged again, and a run that a killed process left unfinished is replaced. Tracking never
-changes a result: without the store the results stand, and the next report logs them.
+changes a result: without the store the results are kept, and the next report logs them.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def store_errors_as_unreachable(uri: str, step: str) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UnreachableError(
             f"MLflow at {redacted(uri)} did not take the run ({redacted(reason)}); the results "
-            f"stand, and the next `python -m flows {step}` logs them."
+            f"are kept, and the next `python -m flows {step}` logs them."
         ) from error
     finally:
         logging.disable(disabled)
