@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ def until(condition: Callable[[], object], seconds: float = 180.0) -> None:
 
 class Deployment:
     """A project in which `make deploy` runs."""
+
+    holders: Sequence[subprocess.Popen[bytes]]
+    """Processes that want the GPU's slot."""
 
     def __init__(self, place: Path) -> None:
         self.project = Project(place, "")
@@ -121,13 +124,15 @@ class Deployment:
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """After the first run, during which a process that held the GPU's slot was killed."""
+    """After the first run; meanwhile a process that held the GPU's slot was killed."""
     deployment = Deployment(tmp_path_factory.mktemp("deploy") / "project")
     try:
         killed = deployment.hold_gpu("killed", 1_000)
         until(lambda: deployment.slots() == ["killed in"])
         killed.kill()
         killed.wait()
+        # They wait until its lease has expired, and then for each other.
+        deployment.holders = [deployment.hold_gpu(name, 2) for name in ("a", "b")]
         deployment.wait_for("Stop with Ctrl-C")
         yield deployment
     finally:
@@ -173,9 +178,8 @@ def test_parameters_of_a_run_are_laid_over_params_yaml_and_checked(deployed: Dep
 
 
 def test_one_at_a_time_computes_on_the_gpu(deployed: Deployment) -> None:
-    """Also after a holder was killed, when its lease has expired."""
-    runs = [deployed.hold_gpu(name, 2) for name in ("a", "b")]
-    assert [run.wait(timeout=150) for run in runs] == [0, 0]
+    """Also after a holder was killed."""
+    assert [holder.wait(timeout=150) for holder in deployed.holders] == [0, 0]
     orders = (["a in", "a out", "b in", "b out"], ["b in", "b out", "a in", "a out"])
     assert deployed.slots()[1:] in orders
 

@@ -36,7 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def memit(*words: str) -> int:
     """Run a command; gives its exit status."""
     with pytest.raises(SystemExit) as exit_:
-        cli.app(list(words))
+        command.reporting(lambda: cli.app(list(words)))
     return int(exit_.value.code or 0)
 
 
@@ -45,7 +45,9 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join((captured.out + captured.err).split())
 
 
-@pytest.mark.parametrize("name", ["run", "check", "ask", "apply", "revert", "export"])
+@pytest.mark.parametrize(
+    "name", ["run", "repro", "deploy", "check", "ask", "apply", "revert", "export"]
+)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert memit("--help") == 0
     assert name in said(capsys)
