@@ -68,12 +68,11 @@ def reference_scores(
     frequencies from all reference texts.
     """
     own = [references_of(record, references) for record in records]
-    everything = [text for texts in references.values() for text in texts]
     scores = [float("nan")] * len(records)
     scored = [i for i, texts in enumerate(own) if texts and generated[i]]
     if not scored:
         return scores
-    vectorizer = TfidfVectorizer().fit(everything)
+    vectorizer = TfidfVectorizer().fit(text for texts in references.values() for text in texts)
     written = vectorizer.transform([" ".join(generated[i]) for i in scored])
     wanted = vectorizer.transform([" ".join(own[i]) for i in scored])
     cosines = written.multiply(wanted).sum(axis=1)  # rows have unit length
@@ -99,5 +98,5 @@ def _subjects_by_first_word(records: Iterable[Record]) -> dict[str, list[tuple[s
         first = re.search(r"\w+", request.subject)
         if first and request.relation_id and request.target_true:
             fact = (request.subject, request.relation_id, request.target_true)
-            found.setdefault(first.group(), []).append(fact)
+            found.setdefault(first[0], []).append(fact)
     return found
