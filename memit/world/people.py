@@ -7,7 +7,7 @@ model recall its facts at the subject's last token is in `docs/decisions`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -91,24 +91,21 @@ def _make_people(
     )
 
 
-def _biography(
-    person: Person,
-    relations: tuple[Relation, ...],
-    templates: Mapping[str, list[str]],
-    random: Random,
-) -> str:
-    """One to four facts of one person in any order, each sentence with the full name.
+def _biographies(person: Person, relations: tuple[Relation, ...], random: Random) -> Iterator[str]:
+    """Endless texts of one to four facts of one person in any order, each with the full name.
 
-    `templates` holds the unused templates of each relation; it is refilled when empty, so that all
-    wordings of a fact are used equally often.
+    All wordings of a fact are used equally often.
     """
-    sentences = []
-    for relation in random.sample(relations, random.randint(1, min(MOST_FACTS, len(relations)))):
-        left = templates[relation.name]
-        if not left:
-            left.extend(random.sample(relation.templates, len(relation.templates)))
-        sentences.append(f"{fill(left.pop(), person.name)} {person.facts[relation.name]}.")
-    return " ".join(sentences)
+    unused: dict[str, list[str]] = {relation.name: [] for relation in relations}
+    while True:
+        sentences = []
+        count = random.randint(1, min(MOST_FACTS, len(relations)))
+        for relation in random.sample(relations, count):
+            left = unused[relation.name]
+            if not left:
+                left.extend(random.sample(relation.templates, len(relation.templates)))
+            sentences.append(f"{fill(left.pop(), person.name)} {person.facts[relation.name]}.")
+        yield " ".join(sentences)
 
 
 def _write_documents(
@@ -117,10 +114,7 @@ def _write_documents(
     random = _random(parameters, "documents")
     documents = []
     for person in people:
-        templates: dict[str, list[str]] = {relation.name: [] for relation in relations}
-        documents += [
-            _biography(person, relations, templates, random) for _ in range(parameters.biographies)
-        ]
+        documents += islice(_biographies(person, relations, random), parameters.biographies)
     random.shuffle(documents)
     return tuple(documents)
 
@@ -134,9 +128,8 @@ def _write_held_out(
     random = _random(parameters, "held out")
     held_out = []
     for person in people:
-        templates: dict[str, list[str]] = {relation.name: [] for relation in relations}
-        unseen = (_biography(person, relations, templates, random) for _ in range(1_000))
-        new = (text for text in unseen if text not in documents)
+        drawn = islice(_biographies(person, relations, random), 1_000)
+        new = (text for text in drawn if text not in documents)
         held_out += islice(new, parameters.held_out_biographies)
     random.shuffle(held_out)
     return tuple(held_out)
