@@ -306,7 +306,8 @@ def _counterfact_record(row: Any, index: int) -> Record:
         between=_optional({"between": " ", **rewrite}, "between", check_text),
     )
     target_new_id = _optional(rewrite["target_new"], "id", check_text)
-    return Record(case_id, request, *(_texts(row, key) for key in _PROMPTS), target_new_id)
+    prompts = {key: _texts(row, key) for key in _PROMPTS}
+    return Record(case_id, request, **prompts, target_new_id=target_new_id)
 
 
 def _fact_record(row: Any, index: int) -> Record:

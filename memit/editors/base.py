@@ -31,6 +31,7 @@ class Edit(Protocol):
     @property
     def provenance(self) -> Mapping[str, Any]:
         """Method, settings, model and requests that it came from."""
+        ...
 
     def apply(self, lm: LanguageModel) -> None:
         """Make the model answer as edited."""

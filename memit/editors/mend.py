@@ -180,15 +180,15 @@ def train_mend(
     ).to(lm.device)
     edits = [example.edit for example in examples]
     _take_statistics(lm, modules, network, edits[: settings.examples_for_statistics])
-    training = Training(
-        f"mend-{content_digest(origin)[:16]}",
-        settings.steps,
-        directory,
-        settings.largest_gradient,
-        progress=progress,
-    )
+    groups = [
+        {"params": list(network.networks.parameters()), "lr": settings.learning_rate},
+        {"params": [network.log_rates], "lr": settings.rate_learning_rate},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    name, largest = f"mend-{content_digest(origin)[:16]}", settings.largest_gradient
+    training = Training(name, settings.steps, directory, largest, progress=progress)
     loss_at = _loss_at(lm, modules, network, examples, settings)
-    losses = run_training(training, network, _optimizer(network, settings), loss_at)
+    losses = run_training(training, network, optimizer, loss_at)
     return network.requires_grad_(False), losses
 
 
@@ -239,15 +239,6 @@ def _loss_at(
         return settings.edit_weight * nll + row_means(divergences, owner, len(kept)).mean()
 
     return loss_at
-
-
-def _optimizer(network: MendNetwork, settings: MendSettings) -> torch.optim.AdamW:
-    """Adam, with a learning rate of its own for the step sizes."""
-    groups = [
-        {"params": list(network.networks.parameters()), "lr": settings.learning_rate},
-        {"params": [network.log_rates], "lr": settings.rate_learning_rate},
-    ]
-    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 # --- the editor ----------------------------------------------------------------------------------
@@ -318,14 +309,13 @@ def mend_changes(
 
 def _modules_of(lm: LanguageModel, network: MendNetwork) -> dict[str, nn.Module]:
     everywhere = edited_matrices(lm, lm.depth)
-    modules = {name: everywhere.get(name) for name in network.matrices}
-    for name, module in modules.items():
-        if module is None or _matrix(module) != network.matrices[name]:
+    for name, matrix in network.matrices.items():
+        if name not in everywhere or _matrix(everywhere[name]) != matrix:
             raise InputError(
                 f"MEND's network was trained for another model than {lm.name} (its {name} is "
                 "missing or has another shape): train it on this one."
             )
-    return {name: module for name, module in modules.items() if module is not None}
+    return {name: everywhere[name] for name in network.matrices}
 
 
 class _Sum:

@@ -62,8 +62,6 @@ class _Prompt:
     ids: Tokens
     answers: dict[Tokens, list[Index]] = field(default_factory=dict)
     """Tokens of each answer, and the (question, answer) indices that want its score."""
-    questions: int = 0
-    """How many questions are finished with this prompt."""
 
     @property
     def length(self) -> int:
@@ -124,7 +122,7 @@ def _own_scores(
             for indices, score in zip(wanted, scores, strict=True):
                 found |= dict.fromkeys(indices, score)
             if progress is not None:
-                progress(sum(prompt.questions for prompt in batch))
+                progress(sum(answer == 0 for indices in wanted for _, answer in indices))
     return [[found[q, a] for a in range(len(each.answers))] for q, each in enumerate(questions)]
 
 
@@ -163,7 +161,6 @@ def _prompts(lm: LanguageModel, questions: Sequence[Question]) -> list[_Prompt]:
         ids = row.ids[: row.target[0]]
         prompt = prompts.setdefault(ids, _Prompt(ids))
         prompt.answers.setdefault(row.ids[row.target[0] :], []).extend(indices)
-        prompt.questions += sum(a == 0 for _, a in indices)
     return list(prompts.values())
 
 

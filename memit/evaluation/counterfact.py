@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -231,7 +231,7 @@ def objects_of(prompt: ScoredPrompt) -> tuple[str, ...]:
     return tuple(ending(prompt.prompt, o, prompt.between) for o in objects if o is not None)
 
 
-def _row(prompt: ScoredPrompt, scores: Sequence[Score]) -> dict[str, object]:
+def _row(prompt: ScoredPrompt, scores: Sequence[Score]) -> dict[str, Any]:
     new, true = scores[0], scores[1] if len(scores) > 1 else None
     measured = (new.nll, true and true.nll, new.hit, true and true.hit)
     asked = {name: getattr(prompt, name) for name in _QUESTION}

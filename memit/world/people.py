@@ -7,7 +7,7 @@ model recall its facts at the subject's last token is in `docs/decisions`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -54,14 +54,12 @@ def make_world(parameters: WorldParameters) -> World:
         _draw_objects(relation, parameters) for relation in RELATIONS[: parameters.relations]
     )
     people = _make_people(relations, parameters)
-    documents = _write_documents(people, relations, parameters)
-    return World(
-        relations=relations,
-        people=people,
-        records=_write_records(people, relations, parameters),
-        documents=documents,
-        held_out=_write_held_out(people, relations, frozenset(documents), parameters),
-    )
+    records = _write_records(people, relations, parameters)
+    random, count = _random(parameters, "documents"), parameters.biographies
+    documents = _write_documents(people, relations, random, count)
+    random, count = _random(parameters, "held out"), parameters.held_out_biographies
+    held_out = _write_documents(people, relations, random, count, frozenset(documents))
+    return World(relations, people, records, documents, held_out)
 
 
 def _random(parameters: WorldParameters, purpose: str) -> Random:
@@ -109,30 +107,19 @@ def _biographies(person: Person, relations: tuple[Relation, ...], random: Random
 
 
 def _write_documents(
-    people: tuple[Person, ...], relations: tuple[Relation, ...], parameters: WorldParameters
-) -> tuple[str, ...]:
-    random = _random(parameters, "documents")
-    documents = []
-    for person in people:
-        documents += islice(_biographies(person, relations, random), parameters.biographies)
-    random.shuffle(documents)
-    return tuple(documents)
-
-
-def _write_held_out(
     people: tuple[Person, ...],
     relations: tuple[Relation, ...],
-    documents: frozenset[str],
-    parameters: WorldParameters,
+    random: Random,
+    count: int,
+    without: Collection[str] = (),
 ) -> tuple[str, ...]:
-    random = _random(parameters, "held out")
-    held_out = []
+    """`count` biographies of everybody, none of `without`; fewer where 1,000 draws find no more."""
+    documents: list[str] = []
     for person in people:
-        drawn = islice(_biographies(person, relations, random), 1_000)
-        new = (text for text in drawn if text not in documents)
-        held_out += islice(new, parameters.held_out_biographies)
-    random.shuffle(held_out)
-    return tuple(held_out)
+        drawn = islice(_biographies(person, relations, random), max(count, 1_000))
+        documents += islice((text for text in drawn if text not in without), count)
+    random.shuffle(documents)
+    return tuple(documents)
 
 
 def _write_records(
