@@ -21,7 +21,7 @@ from flows.requests import records_source
 from flows.service.step import Run, chunks, step
 from flows.statistics import corpus_of
 from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
-from memit.evaluation.generations import SCHEMA, side_by_side
+from memit.evaluation.generations import SCHEMA
 from memit.evaluation.reference import References, read_snippets
 from memit.requests import Record
 from tasks.engine.artifacts import Artifact
@@ -150,7 +150,7 @@ def measure(
 def _write_tables(run: Run, before: Measured, after: Measured) -> None:
     prompts = before_and_after(before.prompts, after.prompts)
     facts = facts_table(before.prompts, after.prompts)
-    texts = side_by_side(before.texts, after.texts)
+    texts = before_and_after(before.texts, after.texts)
     run.write(PROMPTS_FILE, lambda path: pyarrow.parquet.write_table(prompts, path))
     run.write(FACTS_FILE, lambda path: pyarrow.csv.write_csv(facts, path))
     run.write(GENERATIONS_FILE, lambda path: pyarrow.parquet.write_table(texts, path))

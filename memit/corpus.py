@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from memit.errors import InputError, UnreachableError
 from memit.files.reading import check_file
@@ -60,19 +59,15 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _json_texts(path: Path, column: str) -> Iterator[str]:
     for number, line in enumerate(_lines(path), start=1):
-        yield _json_text(path, number, line, column) if line.strip() else ""
-
-
-def _json_text(path: Path, number: int, line: str, column: str) -> str:
-    try:
-        text = json.loads(line)[column]
-        text.encode()  # half a surrogate pair, which JSON can spell, is no text
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(
-            f"{path}, line {number} is no JSON object with a text under {column!r}: "
-            "correct the line, or name the column that holds the text."
-        ) from None
-    return text
+        try:
+            text = json.loads(line)[column] if line.strip() else ""
+            text.encode()  # half a surrogate pair, which JSON can spell, is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InputError(
+                f"{path}, line {number} is no JSON object with a text under {column!r}: "
+                "correct the line, or name the column that holds the text."
+            ) from None
+        yield text
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[str]:
@@ -82,24 +77,20 @@ def _parquet_rows(path: Path, column: str) -> Iterator[str]:
     check_file(path, "the corpus", size_limit=None)
     try:
         with pq.ParquetFile(path) as file:
-            _check_column(path, file.schema_arrow, column)
+            names = file.schema_arrow.names
+            if names.count(column) != 1:
+                raise InputError(
+                    f"{path} has no single column {column!r}: name one of {', '.join(names)}."
+                )
             for batch in file.iter_batches(columns=[column]):
-                for text in batch.column(0):
-                    yield text.as_py() or ""
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str | None):
+                        raise InputError(
+                            f"{path} holds {text!r:.60} under {column!r}: name a column of texts."
+                        )
+                    yield text or ""
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no whole Parquet file ({error}): fetch it again.") from None
-
-
-def _check_column(path: Path, schema: Any, column: str) -> None:
-    import pyarrow.types as types
-
-    fields = [field for field in schema if field.name == column]
-    if len(fields) != 1:
-        has = "several columns" if fields else "no column"
-        raise InputError(f"{path} has {has} {column!r}: name one of {', '.join(schema.names)}.")
-    kind = fields[0].type.value_type if types.is_dictionary(fields[0].type) else fields[0].type
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-        raise InputError(f"{path} holds {kind} under {column!r}: name a column of texts.")
 
 
 def _streamed(name: str, column: str, config: str | None, revision: str | None) -> Iterator[str]:

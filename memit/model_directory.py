@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,20 @@ def apply_edit(directory: Path, delta_file: Path) -> Path:
         ResourceError: the disk is full.
     """
     delta = WeightDelta.load(delta_file)
-    _check_finished(directory)
+    edits = applied_edits(directory)
+    for folder in edits[-1:]:
+        record = _read_record(folder)
+        matrices = _locate(directory, record["files"], record["edited"])
+        if {name: tensor_digest(m.read()) for name, m in matrices.items()} != record["edited"]:
+            raise InputError(
+                f"the last edit of {directory} was interrupted or its weights were changed since: "
+                f"run `memit revert {directory}` first."
+            )
     stored = _locate(directory, weight_files(directory), delta.changes)
     base = {name: matrix.read() for name, matrix in stored.items()}
     check_weights(delta, base.items(), directory)
     edited = {name: added(base[name], delta, name).to(base[name].dtype) for name in stored}
-    number = 1 + max((int(folder.name) for folder in applied_edits(directory)), default=0)
+    number = 1 + max((int(folder.name) for folder in edits), default=0)
     folder = directory / EDITS / f"{number:04}"
     _write_record(folder, delta_file, stored, base, edited)
     _write_matrices(stored, edited)
@@ -112,17 +121,6 @@ def revert_edit(directory: Path) -> Path:
     return folder
 
 
-def _check_finished(directory: Path) -> None:
-    for folder in applied_edits(directory)[-1:]:
-        record = _read_record(folder)
-        stored = _locate(directory, record["files"], record["edited"])
-        if {name: tensor_digest(m.read()) for name, m in stored.items()} != record["edited"]:
-            raise InputError(
-                f"the last edit of {directory} was interrupted or its weights were changed since: "
-                f"run `memit revert {directory}` first."
-            )
-
-
 def _write_record(
     folder: Path,
     delta_file: Path,
@@ -159,7 +157,7 @@ def _write_matrices(stored: Mapping[str, StoredMatrix], matrices: Mapping[str, T
     """Replace each file that holds some of the matrices by one with their new values."""
     for file in sorted({matrix.file for matrix in stored.values()}):
         new = {m: matrices[name] for name, m in stored.items() if m.file == file}
-        write_whole(file, lambda path, f=file, n=new: _copy_with(f, n, path))
+        write_whole(file, partial(_copy_with, file, new))
 
 
 def _copy_with(source: Path, matrices: Mapping[StoredMatrix, Tensor], target: Path) -> None:

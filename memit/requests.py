@@ -13,12 +13,12 @@ import io
 import json
 import random
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count as counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from memit.errors import ConflictError, InputError
 from memit.files.atomic import write_whole
@@ -35,6 +35,8 @@ are not. `joined`: true puts nothing between prompts and objects, false a space;
 `EditRequest.between`.
 """
 _BETWEEN = {"none": None, "true": "", "false": " "}
+_PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts", "attribute_prompts")
+Read = TypeVar("Read")
 _ADVICE = {
     "requested_rewrite": " (which CounterFact's records have: set requests.source to counterfact "
     "for these, to facts for your own, and name zsRE's questions in compare.zsre)",
@@ -177,14 +179,9 @@ def conflict_groups(records: Iterable[Record]) -> list[list[Record]]:
 def drop_conflicts(records: Iterable[Record]) -> tuple[list[Record], int]:
     """The first record of each subject and relation and those that agree with it, in their order,
     and the number of the others."""
-    given = list(records)
+    given = [(record, record.request.fact, record.request.target_new) for record in records]
     first: dict[tuple[str, str], str] = {}
-    kept = [
-        record
-        for record in given
-        if first.setdefault(record.request.fact, record.request.target_new)
-        == record.request.target_new
-    ]
+    kept = [record for record, fact, new in given if first.setdefault(fact, new) == new]
     return kept, len(given) - len(kept)
 
 
@@ -196,9 +193,8 @@ def check_conflicts(records: Iterable[Record]) -> None:
         other, target = first.setdefault(key, (number, request.target_new))
         if target != request.target_new:
             raise ConflictError(
-                f"records {other} and {number} contradict each other: "
-                f"{request.text!r} should be {target!r} and "
-                f"{request.target_new!r}; remove one of them."
+                f"records {other} and {number} contradict each other: {request.text!r} should be "
+                f"{target!r} and {request.target_new!r}; remove one of them."
             )
 
 
@@ -219,13 +215,9 @@ def sample_records(records: Sequence[Record], count: int, seed: int) -> list[Rec
         )
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
-    turns: Counter[str] = Counter()
-    turn_of = {}
-    for index in order:
-        subject = records[index].request.subject
-        turn_of[index] = turns[subject]
-        turns[subject] += 1
-    order.sort(key=turn_of.__getitem__)  # stable: within a turn the drawn order is kept
+    turns: defaultdict[str, Iterator[int]] = defaultdict(counter)
+    # Stable: among the first records of all subjects, and so on, the drawn order is kept.
+    order.sort(key=lambda index: next(turns[records[index].request.subject]))
     return [records[index] for index in sorted(order[:count])]
 
 
@@ -239,15 +231,17 @@ def requests_digest(requests: Iterable[EditRequest]) -> str:
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
 
-@contextmanager
-def located(path: str | Path, number: int, row: object) -> Iterator[None]:
-    """Prefix an `InputError` with the file and the record that it is about."""
-    case = row.get("case_id") if isinstance(row, Mapping) else None
-    try:
-        yield
-    except InputError as error:
-        where = f"{path}, record {number}" + ("" if case is None else f" (case_id {case})")
-        raise InputError(f"{where}: {error}") from None
+def read_rows(
+    rows: Iterable[Any], read: Callable[[Any, int], Read], path: str | Path
+) -> Iterator[Read]:
+    """Read rows with their indices; an `InputError` names the file and the record."""
+    for index, row in enumerate(rows):
+        try:
+            yield read(row, index)
+        except InputError as error:
+            case = row.get("case_id") if isinstance(row, Mapping) else None
+            where = f"{path}, record {index + 1}" + ("" if case is None else f" (case_id {case})")
+            raise InputError(f"{where}: {error}") from None
 
 
 def _fact_rows(path: Path) -> list[Any]:
@@ -272,33 +266,29 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     rows = []
     try:
-        _check_header(path, [name.strip() for name in reader.fieldnames or ()])
+        names = [name.strip() for name in reader.fieldnames or ()]
+        for name in names:
+            if name not in FACT_COLUMNS or names.count(name) > 1:
+                raise InputError(
+                    f"{path} has the column {name!r}, which is unknown or a duplicate: the first "
+                    f"line must name columns out of {', '.join(FACT_COLUMNS)}, separated by commas."
+                )
+        reader.fieldnames = names
         for row in reader:
             if None in row or None in row.values():
                 raise InputError(
                     f"{path}, line {reader.line_num} has another number of fields than the header: "
                     "put quotes around fields that hold a comma."
                 )
-            cells = {name.strip(): value for name, value in row.items() if value.strip()}
-            for name in ("paraphrases", "neighbors"):
-                if name in cells:
-                    cells[name] = [part for part in cells[name].split("|") if part.strip()]
+            cells: dict[str, Any] = {name: value for name, value in row.items() if value.strip()}
+            for name in cells.keys() & {"paraphrases", "neighbors"}:
+                cells[name] = [part for part in cells[name].split("|") if part.strip()]
             rows.append(cells)
     except csv.Error as error:
         raise InputError(
             f"{path}, line {reader.line_num} is not CSV ({error}): close its quotes."
         ) from None
     return rows
-
-
-def _check_header(path: Path, names: Sequence[str]) -> None:
-    for name in names:
-        if name not in FACT_COLUMNS or names.count(name) > 1:
-            wrong = "is there twice" if name in FACT_COLUMNS else "is not known"
-            raise InputError(
-                f"{path} has the column {name!r}, which {wrong}: the first line must name columns "
-                f"out of {', '.join(FACT_COLUMNS)}, separated by commas."
-            )
 
 
 def _counterfact_record(row: Any, index: int) -> Record:
@@ -315,16 +305,9 @@ def _counterfact_record(row: Any, index: int) -> Record:
         relation_id=_optional(rewrite, "relation_id", check_text),
         between=_optional({"between": " ", **rewrite}, "between", check_text),
     )
-    _check_objects(request)
-    return Record(
-        case_id,
-        request,
-        paraphrase_prompts=_texts(row, "paraphrase_prompts"),
-        neighborhood_prompts=_texts(row, "neighborhood_prompts"),
-        generation_prompts=_texts(row, "generation_prompts"),
-        attribute_prompts=_texts(row, "attribute_prompts"),
-        target_new_id=_optional(rewrite["target_new"], "id", check_text),
-    )
+    target_new_id = _optional(rewrite["target_new"], "id", check_text)
+    prompts = {key: _texts(row, key) for key in _PROMPTS}
+    return Record(case_id, request, **prompts, target_new_id=target_new_id)
 
 
 def _fact_record(row: Any, index: int) -> Record:
@@ -344,7 +327,6 @@ def _fact_record(row: Any, index: int) -> Record:
         target_true=_optional(row, "target_true", check_text),
         between=_BETWEEN[joined],
     )
-    _check_objects(request)
     paraphrases = map(_trimmed, _texts(row, "paraphrases"))
     neighbors = tuple(map(_trimmed, _texts(row, "neighbors")))
     if any("{}" in text for text in neighbors):
@@ -372,22 +354,22 @@ def _counterfact_row(record: Record) -> dict[str, Any]:
     return {
         "case_id": record.case_id,
         "requested_rewrite": rewrite,
-        "paraphrase_prompts": list(record.paraphrase_prompts),
-        "neighborhood_prompts": list(record.neighborhood_prompts),
-        "generation_prompts": list(record.generation_prompts),
-        "attribute_prompts": list(record.attribute_prompts),
+        **{key: list(getattr(record, key)) for key in _PROMPTS},
     }
 
 
 def _checked(rows: list[Any], read: Callable[[Any, int], Record], path: str | Path) -> list[Record]:
     if not rows:
         raise InputError(f"{path} holds no records: give at least one.")
-    records: list[Record] = []
+    records = list(read_rows(rows, read, path))
     numbers: dict[int, int] = {}
-    for number, row in enumerate(rows, start=1):
-        with located(path, number, row):
-            record = read(row, number - 1)
-        records.append(record)
+    for number, record in enumerate(records, start=1):
+        request = record.request
+        if request.target_new == request.target_true:
+            raise InputError(
+                f"{path}, record {number}: the new object {request.target_new!r} is the true one, "
+                "so nothing would change: give another, or leave the record out."
+            )
         first = numbers.setdefault(record.case_id, number)
         if first != number:
             raise InputError(
@@ -409,7 +391,7 @@ def _optional(row: Mapping[str, Any], key: str, read: Any) -> str | None:
 
 def _require_object(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{name} is {_kind(value)} where a JSON object is needed.")
+        raise InputError(f"{name} is {value!r:.60} where a JSON object is needed.")
     return value
 
 
@@ -417,18 +399,10 @@ def _object_text(value: Any, key: str) -> str:
     return check_text(_required(_require_object(value, f"{key!r}"), "str"), f"{key}.str")
 
 
-def _check_objects(request: EditRequest) -> None:
-    if request.target_new == request.target_true:
-        raise InputError(
-            f"the new object {request.target_new!r} is the true one, so nothing would change: give "
-            "another, or leave the record out."
-        )
-
-
 def check_text(value: Any, key: str) -> str:
     """A text without control characters; raises `InputError` naming `key` for anything else."""
     if not isinstance(value, str):
-        raise InputError(f"{key!r} is {_kind(value)} where a text is needed.")
+        raise InputError(f"{key!r} is {value!r:.60} where a text is needed.")
     # Halves of surrogate pairs, which JSON can spell, cannot be written as UTF-8.
     control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", value)
     if control:
@@ -439,13 +413,8 @@ def check_text(value: Any, key: str) -> str:
 def _texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
     values = row.get(key) or ()
     if not isinstance(values, list | tuple):
-        raise InputError(f"{key!r} is {_kind(values)} where a list of texts is needed.")
+        raise InputError(f"{key!r} is {values!r:.60} where a list of texts is needed.")
     texts = tuple(check_text(value, key) for value in values)
     if not all(text.strip() for text in texts):
         raise InputError(f"{key!r} holds an empty prompt: fill it in or remove it.")
     return texts
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return names.get(type(value), "nothing" if value is None else f"the number {value}")

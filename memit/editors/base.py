@@ -35,15 +35,12 @@ class Edit(Protocol):
 
     def apply(self, lm: LanguageModel) -> None:
         """Make the model answer as edited."""
-        ...
 
     def revert(self, lm: LanguageModel) -> None:
         """Make it answer exactly as before."""
-        ...
 
     def save(self, path: Path) -> None:
         """Write it to a file."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -119,21 +116,17 @@ def load_editors(path: Path) -> None:
 
     Raises `InputError` for a file that cannot be imported, or has the name of another module.
     """
-    for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-        _load_file(file.resolve())
-
-
-def _load_file(path: Path) -> None:
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    try:
-        found = import_module(path.stem)
-    except Exception as error:  # it is anybody's code
-        raise InputError(
-            f"{path} cannot be imported ({type(error).__name__}: {error}): correct it."
-        ) from error
-    if found.__file__ is None or not path.samefile(found.__file__):
-        raise InputError(f"{path} has the name of another module ({path.stem}): rename it.")
+    for file in map(Path.resolve, sorted(path.glob("*.py")) if path.is_dir() else [path]):
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))
+        try:
+            found = import_module(file.stem)
+        except Exception as error:  # it is anybody's code
+            raise InputError(
+                f"{file} cannot be imported ({type(error).__name__}: {error}): correct it."
+            ) from error
+        if found.__file__ is None or not file.samefile(found.__file__):
+            raise InputError(f"{file} has the name of another module ({file.stem}): rename it.")
 
 
 def provenance(editor: Editor, lm: LanguageModel, requests: Sequence[EditRequest]) -> dict:

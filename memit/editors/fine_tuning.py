@@ -72,7 +72,6 @@ class FineTuning(Editor):
         lm.check_layers((self.layer,))
         names = self.parameter_names(lm)
         rows = plain_rows(lm, requests)
-        progress = _Progress(resources.progress, len(requests), self.epochs)
         with _trainable(lm, names) as masters:
             optimizer = torch.optim.Adam(
                 [master.weight for master in masters],
@@ -80,12 +79,12 @@ class FineTuning(Editor):
                 weight_decay=self.decay_for(len(requests)),
             )
             batches = self._batches(lm, rows, resources.token_budget)
+            progress = resources.progress or (lambda edits: None)
             losses = self._tune(lm, batches, masters, optimizer, progress)
             changes = {
                 name: Dense((master.weight - master.base).cpu())
                 for name, master in zip(names, masters, strict=True)
             }
-        progress.finish()
         origin = {**provenance(self, lm, requests), "base": base_digests(lm, names)}
         return WeightDelta(changes, {**origin, "losses": losses})
 
@@ -107,16 +106,13 @@ class FineTuning(Editor):
         self, lm: LanguageModel, rows: Sequence[TokenRow], token_budget: int
     ) -> list[list[_Chunk]]:
         """The requests of each step, in chunks under the token budget."""
+        steps = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return [
             [
                 _chunk(lm, part, self.layer, self.loss)
-                for part in split_into_batches(
-                    rows[start : start + self.batch_size],
-                    lambda row: (1, len(row.ids)),
-                    token_budget,
-                )
+                for part in split_into_batches(step, lambda row: (1, len(row.ids)), token_budget)
             ]
-            for start in range(0, len(rows), self.batch_size)
+            for step in steps
         ]
 
     def _tune(
@@ -125,16 +121,17 @@ class FineTuning(Editor):
         batches: Sequence[Sequence[_Chunk]],
         masters: Sequence[_Master],
         optimizer: torch.optim.Optimizer,
-        progress: _Progress,
+        progress: Callable[[int], None],
     ) -> list[float]:
-        """Run the epochs; the mean loss of each."""
+        """Run the epochs; the mean loss of each. A request counts in equal parts in every epoch."""
+        sizes = [sum(len(chunk.padded.ids) for chunk in batch) for batch in batches]
         means: list[float] = []
+        seen = 0
         for _ in range(self.epochs):
-            total = count = 0.0
-            for batch in batches:
-                size = sum(chunk.count for chunk in batch)
+            total = 0.0
+            for batch, size in zip(batches, sizes, strict=True):
                 loss = _backward(lm, batch, size, self.layer)
-                total, count = total + loss * size, count + size
+                total += loss * size
                 if not math.isfinite(loss):
                     losses = ", ".join(f"{mean:.3g}" for mean in [*means, loss])
                     raise NumericsError(
@@ -143,11 +140,14 @@ class FineTuning(Editor):
                     )
                 if loss >= self.loss_threshold:
                     _step(masters, optimizer, self.bound)
-                _clear_gradients(masters)
-                progress.add(size)
-            means.append(total / count)
+                for master in masters:
+                    master.parameter.grad = None
+                finished, seen = seen // self.epochs, seen + size
+                progress(seen // self.epochs - finished)
+            means.append(total / sum(sizes))
             if means[-1] < self.loss_threshold:
                 break
+        progress(sum(sizes) - seen // self.epochs)
         return means
 
 
@@ -179,11 +179,6 @@ class _Chunk:
     """The token (k)."""
     weight: Tensor
     """Its share of its row's mean (k)."""
-
-    @property
-    def count(self) -> int:
-        """Number of requests."""
-        return len(self.padded.ids)
 
 
 @torch.no_grad()
@@ -234,11 +229,7 @@ class _Master:
 
 @contextmanager
 def _trainable(lm: LanguageModel, names: Sequence[str]) -> Iterator[list[_Master]]:
-    """Let some parameters have gradients, and restore their values at the end.
-
-    Raises:
-        InputError: they are offloaded from their device, where nothing can be trained.
-    """
+    """Let some parameters have gradients, and restore their values at the end."""
     if any(lm.parameter(name) is not lm.model.get_parameter(name) for name in names):
         raise InputError(
             f"fine-tuning needs its block's weights on a device, and {lm.name} does not fit there: "
@@ -253,14 +244,9 @@ def _trainable(lm: LanguageModel, names: Sequence[str]) -> Iterator[list[_Master
     try:
         yield masters
     finally:
-        _clear_gradients(masters)
         for parameter, base in zip(parameters, kept, strict=True):
+            parameter.grad = None
             parameter.requires_grad_(False).copy_(base)
-
-
-def _clear_gradients(masters: Sequence[_Master]) -> None:
-    for master in masters:
-        master.parameter.grad = None
 
 
 @torch.no_grad()
@@ -276,28 +262,3 @@ def _step(
         if bound is not None:
             master.weight.clamp_(master.base - bound, master.base + bound)
         master.parameter.copy_(master.weight)
-
-
-class _Progress:
-    """Progress in requests, each of which counts in equal parts in every epoch."""
-
-    def __init__(self, report: Callable[[int], None] | None, count: int, epochs: int):
-        self.report = report
-        self.count = count
-        self.epochs = epochs
-        self.seen = 0
-        self.reported = 0
-
-    def add(self, requests: int) -> None:
-        """Count requests that were seen once more."""
-        self.seen += requests
-        self._report(self.seen // self.epochs)
-
-    def finish(self) -> None:
-        """Count all requests as finished."""
-        self._report(self.count)
-
-    def _report(self, done: int) -> None:
-        if self.report is not None and done > self.reported:
-            self.report(done - self.reported)
-            self.reported = done

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.requests import EditRequest
-from memit.spread import Spread, spread
+from memit.spread import spread
 from memit.targets import check_targets, compute_targets
 from memit.weight_delta import WeightDelta
 
@@ -47,13 +46,9 @@ class Memit(Editor):
         hyperparameters, budget = self.hyperparameters, resources.token_budget
         targets, progress = resources.targets, resources.progress
         if targets is None:
+            prefixes = resources.prefixes
             targets = compute_targets(
-                lm,
-                requests,
-                resources.prefixes,
-                hyperparameters,
-                token_budget=budget,
-                progress=progress,
+                lm, requests, prefixes, hyperparameters, token_budget=budget, progress=progress
             )
             progress = None
         check_targets(requests, targets)
@@ -68,13 +63,10 @@ class Memit(Editor):
             token_budget=budget,
             progress=progress and (lambda layers: progress(layers * edits_per_layer)),
         )
-        origin = {**provenance(self, lm, requests), **_sizes(result), **result.delta.provenance}
+        sizes = {
+            "residuals": {str(layer): round(norm, 6) for layer, norm in result.residuals.items()},
+            "residual_left": round(result.residual_left, 6),
+            "update_ratio": {str(layer): round(r, 6) for layer, r in result.update_ratios.items()},
+        }
+        origin = {**provenance(self, lm, requests), **sizes, **result.delta.provenance}
         return WeightDelta(result.delta.changes, origin)
-
-
-def _sizes(result: Spread) -> dict[str, Any]:
-    return {
-        "residuals": {str(layer): round(norm, 6) for layer, norm in result.residuals.items()},
-        "residual_left": round(result.residual_left, 6),
-        "update_ratio": {str(layer): round(r, 6) for layer, r in result.update_ratios.items()},
-    }

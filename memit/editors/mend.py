@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import cast
@@ -20,13 +21,13 @@ from memit.batches import run_in_batches
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.mend_network import Factors, Matrix, MendNetwork
 from memit.editors.settings import MendSettings
-from memit.editors.teacher_forcing import Pair, mean_nll, pair_rows, row_means, target_positions
+from memit.editors.teacher_forcing import Pair, mean_nll, row_means, target_positions
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError
 from memit.files.digests import content_digest, file_sha256
 from memit.forward.passes import logits_at, pad
 from memit.language_model import LanguageModel
-from memit.positions import TokenRow
+from memit.positions import TokenRow, continuation_rows
 from memit.requests import EditRequest, Record
 from memit.training import Training, run_training
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
@@ -53,13 +54,9 @@ def examples_from_records(records: Sequence[Record]) -> list[EditExample]:
         request = record.request
         true = request.target_true or request.target_new
         prompts = (request.text, *record.paraphrase_prompts)
-        example = EditExample(
-            edit=(request.text, request.ending()),
-            wordings=tuple((prompt, request.ending(prompt)) for prompt in prompts),
-            unrelated=tuple((p, request.ending(p, true)) for p in record.neighborhood_prompts),
-            key=fact_key(request),
-        )
-        examples.append(example)
+        wordings = tuple((prompt, request.ending(prompt)) for prompt in prompts)
+        unrelated = tuple((p, request.ending(p, true)) for p in record.neighborhood_prompts)
+        examples.append(EditExample(wordings[0], wordings, unrelated, fact_key(request)))
     return examples
 
 
@@ -107,46 +104,36 @@ def gradient_factors(
     # module, and differentiate in y alone.
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple, output: Tensor) -> None:
-            if not output.requires_grad:
-                output.requires_grad_()
-            seen[name] = (args[0].detach(), output)
-
-        return hook
+    def watch(name: str, _module: nn.Module, args: tuple, output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_()
+        seen[name] = (args[0].detach(), output)
 
     with torch.enable_grad(), ExitStack() as stack:
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(watch(name)).remove)
+            stack.callback(module.register_forward_hook(partial(watch, name)).remove)
         loss = mean_nll(lm, rows).sum()
         gradients = torch.autograd.grad(loss, [seen[name][1] for name in modules])
-    return {
-        name: _reached(seen[name][0], gradient)
-        for name, gradient in zip(modules, gradients, strict=True)
-    }
-
-
-def _reached(inputs: Tensor, gradients: Tensor) -> Factors:
-    x = inputs.reshape(-1, inputs.shape[-1]).float()  # positions × inputs
-    delta = gradients.reshape(-1, gradients.shape[-1]).float()  # positions × outputs
-    reached = delta.any(1)  # not padding, nor a last layer's positions without a target
-    return Factors(x[reached], delta[reached])
+    found = {}
+    for name, gradient in zip(modules, gradients, strict=True):
+        x = seen[name][0].flatten(0, -2).float()  # positions × inputs
+        delta = gradient.flatten(0, -2).float()  # positions × outputs
+        reached = delta.any(1)  # not padding, nor a last layer's positions without a target
+        found[name] = Factors(x[reached], delta[reached])
+    return found
 
 
 @contextmanager
 def _adding(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> Iterator[None]:
     """Let the modules compute with W + Δ, differentiably in Δ's factors."""
 
-    def add(change: LowRank) -> Callable[..., Tensor]:
+    def add(change: LowRank, _module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         # Δ x = left (rightᵀ x), without ever making Δ (outputs × inputs).
-        def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            return output + (args[0].float() @ change.right @ change.left.T).to(output.dtype)
-
-        return hook
+        return output + (args[0].float() @ change.right @ change.left.T).to(output.dtype)
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(add(changes[name])).remove)
+            stack.callback(module.register_forward_hook(partial(add, changes[name])).remove)
         yield
 
 
@@ -191,16 +178,17 @@ def train_mend(
         seed=settings.seed,
         origin=origin,
     ).to(lm.device)
-    _take_statistics(lm, modules, network, examples[: settings.examples_for_statistics])
-    lesson = _Lesson(lm, modules, network, examples, settings)
-    training = Training(
-        f"mend-{content_digest(origin)[:16]}",
-        settings.steps,
-        directory,
-        settings.largest_gradient,
-        progress=progress,
-    )
-    losses = run_training(training, network, _optimizer(network, settings), lesson.loss)
+    edits = [example.edit for example in examples]
+    _take_statistics(lm, modules, network, edits[: settings.examples_for_statistics])
+    groups = [
+        {"params": list(network.networks.parameters()), "lr": settings.learning_rate},
+        {"params": [network.log_rates], "lr": settings.rate_learning_rate},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    name, largest = f"mend-{content_digest(origin)[:16]}", settings.largest_gradient
+    training = Training(name, settings.steps, directory, largest, progress=progress)
+    loss_at = _loss_at(lm, modules, network, examples, settings)
+    losses = run_training(training, network, optimizer, loss_at)
     return network.requires_grad_(False), losses
 
 
@@ -208,74 +196,49 @@ def _take_statistics(
     lm: LanguageModel,
     modules: Mapping[str, nn.Module],
     network: MendNetwork,
-    examples: Sequence[EditExample],
+    edits: Sequence[Pair],
 ) -> None:
-    found: dict[str, list[Factors]] = {name: [] for name in modules}
-    for start in range(0, len(examples), 16):
-        rows = pair_rows(lm, [example.edit for example in examples[start : start + 16]])
-        for name, factors in gradient_factors(lm, modules, rows).items():
-            found[name].append(factors)
-    for name, parts in found.items():
-        network.normalise(
-            name,
-            Factors(
-                torch.cat([part.input for part in parts]),
-                torch.cat([part.output for part in parts]),
-            ),
-        )
+    parts = [
+        gradient_factors(lm, modules, continuation_rows(lm.tokenizer, edits[start : start + 16]))
+        for start in range(0, len(edits), 16)
+    ]
+    for name in modules:
+        network.normalise(name, [part[name] for part in parts])
 
 
-@dataclass(frozen=True)
-class _Lesson:
-    """The loss of training steps."""
+def _loss_at(
+    lm: LanguageModel,
+    modules: Mapping[str, nn.Module],
+    network: MendNetwork,
+    examples: Sequence[EditExample],
+    settings: MendSettings,
+) -> Callable[[int], Tensor]:
+    """The loss of a step: `edit_weight` · mean nll of other wordings + mean KL(before ‖ after) at
+    the targets of unrelated prompts."""
 
-    lm: LanguageModel
-    modules: Mapping[str, nn.Module]
-    network: MendNetwork
-    examples: Sequence[EditExample]
-    settings: MendSettings
-
-    def loss(self, step: int) -> Tensor:
-        """`edit_weight` · mean nll of other wordings + mean KL at unrelated prompts."""
-        random = Random(f"{self.settings.seed} {step}")
-        chosen = random.sample(self.examples, 2 * self.settings.edits_at_once)
+    def loss_at(step: int) -> Tensor:
+        random = Random(f"{settings.seed} {step}")
+        chosen = random.sample(examples, 2 * settings.edits_at_once)
         edits, others = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
         # One update for all edits of the step; its loss reaches the network through the factors.
-        factors = gradient_factors(
-            self.lm, self.modules, pair_rows(self.lm, [example.edit for example in edits])
-        )
-        changes = {name: self.network.update(name, found) for name, found in factors.items()}
+        rows = continuation_rows(lm.tokenizer, [example.edit for example in edits])
+        factors = gradient_factors(lm, modules, rows)
+        changes = {name: network.update(name, found) for name, found in factors.items()}
         asked = [random.choice(example.wordings) for example in edits]
-        kept = [random.choice(e.unrelated) for e in edits if e.unrelated]
-        kept += [random.choice((e.edit, *e.unrelated)) for e in others]
-        nll, divergence = self._effects(
-            changes, pair_rows(self.lm, asked), pair_rows(self.lm, kept)
-        )
-        return self.settings.edit_weight * nll + divergence
-
-    def _effects(
-        self, changes: Mapping[str, LowRank], asked: list[TokenRow], kept: list[TokenRow]
-    ) -> tuple[Tensor, Tensor]:
-        """Mean nll of `asked` and mean KL(before ‖ after) at the targets of `kept`."""
-        lm = self.lm
+        unrelated = [random.choice(e.unrelated) for e in edits if e.unrelated]
+        unrelated += [random.choice((e.edit, *e.unrelated)) for e in others]
+        kept = continuation_rows(lm.tokenizer, unrelated)
         owner, columns, _ = target_positions(kept)
         padded = pad([row.ids[:-1] for row in kept], lm.device)
         with torch.no_grad():
             before = logits_at(lm, padded, owner, columns).log_softmax(-1)
-        with _adding(self.modules, changes):
-            nll = mean_nll(lm, asked).mean()
+        with _adding(modules, changes):
+            nll = mean_nll(lm, continuation_rows(lm.tokenizer, asked)).mean()
             after = logits_at(lm, padded, owner, columns).log_softmax(-1)
         divergences = (before.exp() * (before - after)).sum(1)  # one for each target token
-        return nll, row_means(divergences, owner, len(kept)).mean()
+        return settings.edit_weight * nll + row_means(divergences, owner, len(kept)).mean()
 
-
-def _optimizer(network: MendNetwork, settings: MendSettings) -> torch.optim.AdamW:
-    """Adam, with a learning rate of its own for the step sizes."""
-    groups = [
-        {"params": list(network.networks.parameters()), "lr": settings.learning_rate},
-        {"params": [network.log_rates], "lr": settings.rate_learning_rate},
-    ]
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+    return loss_at
 
 
 # --- the editor ----------------------------------------------------------------------------------
@@ -298,24 +261,17 @@ class Mend(Editor):
         Raises:
             InputError: the network was trained on a request or belongs to another model.
         """
-        network = self._network(lm, resources).to(lm.device)
+        if self.trained is None:
+            examples, directory = examples_from_records(resources.training), resources.checkpoints
+            network = train_mend(lm, examples, self.settings, directory=directory)[0]
+        else:
+            network = MendNetwork.load(self.trained).requires_grad_(False).to(lm.device)
         check_unseen(requests, frozenset(network.origin["trained_on"]), "MEND's network")
-        changes = mend_changes(
-            lm,
-            requests,
-            network,
-            token_budget=resources.token_budget,
-            progress=resources.progress,
-        )
+        budget, progress = resources.token_budget, resources.progress
+        changes = mend_changes(lm, requests, network, token_budget=budget, progress=progress)
         origin = provenance(replace(self, trained=None), lm, requests)
         origin["network"] = self.trained and file_sha256(self.trained)
         return WeightDelta(changes, {**origin, "base": base_digests(lm, changes)})
-
-    def _network(self, lm: LanguageModel, resources: Resources) -> MendNetwork:
-        if self.trained is not None:
-            return MendNetwork.load(self.trained).requires_grad_(False)
-        examples = examples_from_records(resources.training)
-        return train_mend(lm, examples, self.settings, directory=resources.checkpoints)[0]
 
 
 @torch.no_grad()
@@ -333,13 +289,13 @@ def mend_changes(
         InputError: the network was made for other matrices.
     """
     modules = _modules_of(lm, network)
-    rows = pair_rows(lm, [(request.text, request.ending()) for request in requests])
+    edits = [(request.text, request.ending()) for request in requests]
+    rows = continuation_rows(lm.tokenizer, edits)
     sums = {name: _Sum(matrix) for name, matrix in network.matrices.items()}
-
-    def run(batch: Sequence[TokenRow]) -> dict[str, Factors]:
-        return gradient_factors(lm, modules, batch)
-
-    for batch, factors in run_in_batches(rows, lambda row: (1, len(row.ids)), token_budget, run):
+    gradients = partial(gradient_factors, lm, modules)
+    for batch, factors in run_in_batches(
+        rows, lambda row: (1, len(row.ids)), token_budget, gradients
+    ):
         for name, found in factors.items():
             sums[name].add(network.update(name, found))
         if progress is not None:
@@ -353,14 +309,13 @@ def mend_changes(
 
 def _modules_of(lm: LanguageModel, network: MendNetwork) -> dict[str, nn.Module]:
     everywhere = edited_matrices(lm, lm.depth)
-    modules = {name: everywhere.get(name) for name in network.matrices}
-    for name, module in modules.items():
-        if module is None or _matrix(module) != network.matrices[name]:
+    for name, matrix in network.matrices.items():
+        if name not in everywhere or _matrix(everywhere[name]) != matrix:
             raise InputError(
                 f"MEND's network was trained for another model than {lm.name} (its {name} is "
                 "missing or has another shape): train it on this one."
             )
-    return {name: module for name, module in modules.items() if module is not None}
+    return {name: everywhere[name] for name in network.matrices}
 
 
 class _Sum:

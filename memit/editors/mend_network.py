@@ -7,7 +7,7 @@ matrices of that shape, each of which has its own scale and shift.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,6 @@ class Matrix:
     inputs: int
     outputs: int
 
-    @property
-    def shape_name(self) -> str:
-        """Matrices of one name share a network."""
-        return f"{self.inputs}x{self.outputs}"
-
 
 class MendNetwork(nn.Module):
     """The trained part of MEND for some matrices of one model."""
@@ -74,16 +69,15 @@ class MendNetwork(nn.Module):
         """Model, settings and training facts; written into the file."""
         names: dict[str, list[str]] = {}
         for name, matrix in matrices.items():
-            names.setdefault(matrix.shape_name, []).append(name)
+            names.setdefault(f"{matrix.inputs}x{matrix.outputs}", []).append(name)
         self.places = {name: (shape, i) for shape, of in names.items() for i, name in enumerate(of)}
         """The network of each matrix, and its row among those that share it."""
         generator = torch.Generator().manual_seed(seed)
-        self.networks = nn.ModuleDict(
-            {
-                shape: _SharedNetwork(matrices[of[0]], len(of), rank, generator)
-                for shape, of in names.items()
-            }
-        )
+        shared = {
+            shape: _SharedNetwork(matrices[of[0]], len(of), rank, generator)
+            for shape, of in names.items()
+        }
+        self.networks = nn.ModuleDict(shared)
         start = torch.full((len(matrices),), edit_learning_rate)
         self.log_rates = nn.Parameter(start.log())
         """Logarithm of each matrix's step size, in the order of `matrices`."""
@@ -97,10 +91,10 @@ class MendNetwork(nn.Module):
         return LowRank(-rate * delta.T, x.T)
 
     @torch.no_grad()
-    def normalise(self, name: str, factors: Factors) -> None:
+    def normalise(self, name: str, factors: Sequence[Factors]) -> None:
         """Take mean and deviation of a matrix's factors, by which its inputs are normalised."""
         shape, row = self.places[name]
-        joined = torch.cat([factors.input, factors.output], 1)
+        joined = torch.cat([torch.cat([part.input, part.output], 1) for part in factors])
         network = self.networks[shape]
         assert isinstance(network, _SharedNetwork)
         network.mean[row] = joined.mean(0)

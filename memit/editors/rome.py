@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ class Rome(Editor):
             "prefixes": list(prefixes),
         }
         progress = resources.progress or (lambda edits: None)
-        done = _Done.resumed(resources.checkpoints, origin)
+        done = _Done(resources.checkpoints, origin)
         if done.count:
             progress(done.count)
         with _restoring(lm, self.layer) as master:
@@ -141,21 +141,19 @@ class Rome(Editor):
         token_budget: int,
     ) -> LowRank:
         """The update of one fact for the present weights: (v* − W k) (C⁻¹k)ᵀ / kᵀC⁻¹k."""
+        site, settings = MlpOutput(self.layer), self.optimisation
         found = compute_targets(
-            lm,
-            [request],
-            prefixes,
-            self.optimisation,
-            token_budget=token_budget,
-            site=MlpOutput(self.layer),
+            lm, [request], prefixes, settings, token_budget=token_budget, site=site
         )
         # k*: the key of the plain prompt is row 0, those behind the prefixes follow (rows × f).
         rows = edit_rows(lm, [request], prefixes)[0]
         keys = subject_keys(lm, [rows.plain, *rows.prefixed], self.layer)
         average = keys.mean(0)
         reached = keys[0] if self.update == "published" else average
-        # v* − W k: what the output at the key still lacks (d).
-        residual = found.z[0].to(reached.device) - _output(lm, self.layer, reached)
+        # v* − (W k + b): what the output at the key still lacks (d).
+        with torch.no_grad():
+            output = lm.down_projection(self.layer)(reached.to(lm.dtype)[None])[0].float()
+        residual = found.z[0].to(reached.device) - output
         average, reached, residual = (
             part.to(factor.device).double() for part in (average, reached, residual)
         )
@@ -173,35 +171,25 @@ def rome_preset(model_name: str, depth: int) -> Rome:
 class _Done:
     """The finished updates, with a checkpoint every so many."""
 
-    def __init__(self, path: Path | None, origin: str):
-        self.path = path
-        self.origin = origin
-        """A digest of everything that the updates depend on."""
-        self.count = 0
-        """Finished requests, those left out included."""
+    def __init__(self, directory: Path | None, origin: Mapping[str, Any]):
+        """Resume from an intact checkpoint in `directory` with the same `origin`: a description of
+        everything that the updates depend on."""
+        self.path = directory and directory / f"rome-{content_digest(origin)[:32]}.safetensors"
         self.updates: list[LowRank] = []
         self.left_out: list[int] = []
         """Indices of the requests without a finite update."""
+        with suppress(IntegrityError):
+            if self.path is not None and self.path.exists():
+                kept = WeightDelta.load(self.path)
+                self.left_out += kept.provenance["left_out"]
+                whole = cast(LowRank, kept.changes["updates"])
+                columns = zip(whole.left.split(1, 1), whole.right.split(1, 1), strict=True)
+                self.updates += [LowRank(left, right) for left, right in columns]
 
-    @staticmethod
-    def resumed(directory: Path | None, origin: Mapping[str, Any]) -> _Done:
-        """The updates in the checkpoint of the same model, requests and settings; none if there is
-        no such file or it is damaged."""
-        digest = content_digest(origin)
-        done = _Done(directory and directory / f"rome-{digest[:32]}.safetensors", digest)
-        if done.path is None or not done.path.exists():
-            return done
-        try:
-            kept = WeightDelta.load(done.path)
-        except IntegrityError:
-            return done
-        whole = kept.changes.get("updates")
-        if isinstance(whole, LowRank) and kept.provenance.get("origin") == digest:
-            columns = zip(whole.left.T, whole.right.T, strict=True)
-            done.updates = [LowRank(left[:, None], right[:, None]) for left, right in columns]
-            done.left_out = list(kept.provenance["left_out"])
-            done.count = len(done.updates) + len(done.left_out)
-        return done
+    @property
+    def count(self) -> int:
+        """Finished requests, those left out included."""
+        return len(self.updates) + len(self.left_out)
 
     def take(self, update: LowRank) -> bool:
         """Add the update of one more request; whether it is finite."""
@@ -210,8 +198,7 @@ class _Done:
             self.updates.append(update)
         else:
             self.left_out.append(self.count)
-            logger.warning("edit %d has no finite update and is left out", self.count + 1)
-        self.count += 1
+            logger.warning("edit %d has no finite update and is left out", self.count)
         if self.count % EDITS_BETWEEN_CHECKPOINTS == 0:
             self.save()
         return finite
@@ -219,8 +206,8 @@ class _Done:
     def save(self) -> None:
         """Write the checkpoint."""
         if self.path is not None and self.updates:
-            described = {"left_out": self.left_out, "origin": self.origin}
-            WeightDelta({"updates": LowRank.concatenated(self.updates)}, described).save(self.path)
+            changes = {"updates": LowRank.concatenated(self.updates)}
+            WeightDelta(changes, {"left_out": self.left_out}).save(self.path)
 
 
 def joined(updates: Sequence[LowRank]) -> LowRank | Dense:
@@ -260,13 +247,6 @@ def subject_keys(lm: LanguageModel, rows: Sequence[TokenRow], layer: int) -> Ten
 
 
 @torch.no_grad()
-def _output(lm: LanguageModel, layer: int, key: Tensor) -> Tensor:
-    """W k + b for one key (d, float32)."""
-    module = lm.down_projection(layer)
-    return module(key.to(lm.dtype)[None])[0].float()
-
-
-@torch.no_grad()
 def sample_rome_prefixes(lm: LanguageModel, seed: int) -> tuple[str, ...]:
     """Ten texts of five tokens and ten of ten, sampled from the model, each made to end in ". ".
 
@@ -281,9 +261,8 @@ def sample_rome_prefixes(lm: LanguageModel, seed: int) -> tuple[str, ...]:
             "prefixes: set bos_token in the tokenizer."
         )
     prompt = torch.tensor([[start]] * PREFIXES_OF_EACH_LENGTH, device=lm.device)
-    devices = [lm.device] if lm.device.type == "cuda" else []
     texts: list[str] = []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for length in PREFIX_LENGTHS:
             rows = lm.model.generate(  # type: ignore[operator]
@@ -296,8 +275,5 @@ def sample_rome_prefixes(lm: LanguageModel, seed: int) -> tuple[str, ...]:
                 pad_token_id=start,
             )
             texts += [str(text) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
-    return tuple(bounded(lm, _plain(text)) + ". " for text in texts)
-
-
-def _plain(text: str) -> str:
-    return unicodedata.normalize("NFKD", text).replace("\n\n", " ")
+    plain = (unicodedata.normalize("NFKD", text).replace("\n\n", " ") for text in texts)
+    return tuple(bounded(lm, text) + ". " for text in plain)

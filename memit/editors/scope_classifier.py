@@ -39,7 +39,8 @@ class ScopeClassifier(nn.Module):
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Mean of the encoder's last hidden states over each text's tokens, of unit mean square
         (texts × hidden size)."""
-        rows = [ids[: self._longest] for ids in self.tokenizer(list(texts))["input_ids"]]
+        longest = int(getattr(self.encoder.config, "max_position_embeddings", None) or 512)
+        rows = [ids[:longest] for ids in self.tokenizer(list(texts))["input_ids"]]
         width, device = max(map(len, rows)), self.bias.device
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
@@ -55,16 +56,9 @@ class ScopeClassifier(nn.Module):
     @torch.no_grad()
     def embed_all(self, texts: Sequence[str], token_budget: int) -> Tensor:
         """Embeddings of any number of texts, a batch at a time (texts × hidden size)."""
-
-        def shape(text: str) -> tuple[int, int]:
-            return 1, len(text) // 2 + 1
-
-        parts = [part for _, part in run_in_batches(list(texts), shape, token_budget, self.embed)]
+        batches = run_in_batches(texts, lambda t: (1, len(t) // 2 + 1), token_budget, self.embed)
+        parts = [part for _, part in batches]
         return torch.cat(parts) if parts else torch.zeros(0, self.encoder.config.hidden_size)
-
-    @property
-    def _longest(self) -> int:
-        return int(getattr(self.encoder.config, "max_position_embeddings", None) or 512)
 
 
 def new_encoder(

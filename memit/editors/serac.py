@@ -23,12 +23,13 @@ from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.packed_models import pack, unpack
 from memit.editors.scope_classifier import ScopeClassifier, load_encoder, new_encoder
 from memit.editors.settings import SeracSettings
-from memit.editors.teacher_forcing import mean_nll, pair_rows
+from memit.editors.teacher_forcing import mean_nll
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError, IntegrityError
 from memit.files.digests import content_digest, file_sha256
 from memit.files.tensors import load_tensors, save_tensors
 from memit.language_model import LanguageModel, load_model
+from memit.positions import continuation_rows
 from memit.requests import EditRequest, Record
 from memit.training import Training, run_training, warmup
 
@@ -68,12 +69,12 @@ class SeracModels:
     @staticmethod
     def load(path: Path) -> SeracModels:
         """Read what `save` wrote; raises `IntegrityError` for anything else."""
-        return _unpacked(*load_tensors(path), path)
+        return _unpacked(path)[0]
 
 
-def _unpacked(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
-) -> SeracModels:
+def _unpacked(path: Path) -> tuple[SeracModels, dict[str, Tensor], dict[str, str]]:
+    """The models in a file, and all of its tensors and metadata."""
+    tensors, metadata = load_tensors(path)
     try:
         classifier = ScopeClassifier(*unpack("encoder", AutoModel, tensors, metadata))
         with torch.no_grad():
@@ -81,11 +82,12 @@ def _unpacked(
             classifier.bias.copy_(tensors["bias"])
         model, tokenizer = unpack("counterfactual", AutoModelForCausalLM, tensors, metadata)
         lm = LanguageModel(model, tokenizer, name="counterfactual model")
-        return SeracModels(classifier.requires_grad_(False), lm, json.loads(metadata["origin"]))
+        models = SeracModels(classifier.requires_grad_(False), lm, json.loads(metadata["origin"]))
     except (KeyError, ValueError, RuntimeError, OSError) as error:
         raise IntegrityError(
             f"{path} does not hold the models of SERAC ({error!r}); train or fetch them again."
         ) from error
+    return models, tensors, metadata
 
 
 def statement(request: EditRequest) -> str:
@@ -129,37 +131,28 @@ def train_serac(
     name = content_digest(origin)[:16]
     models = SeracModels(_new_classifier(lm, settings), _new_counterfactual(lm, settings), origin)
     models.to(lm.device)
-    small = models.counterfactual.model
-    parts = {
-        "classifier": (models.classifier, settings.classifier_steps, _scope_loss),
-        "counterfactual": (small, settings.counterfactual_steps, _answer_loss),
-    }
-    return models, {
-        part: _train(
-            module,
-            Training(
-                f"serac-{part}-{name}",
-                steps,
-                directory,
-                settings.largest_gradient,
-                warmup(settings.warmup_steps),
-                progress=progress,
-            ),
-            settings.learning_rate,
-            loss_of(models, records, settings),
+
+    def fit(
+        part: str, module: nn.Module, steps: int, loss_at: Callable[[int], Tensor]
+    ) -> list[float]:
+        schedule, largest = warmup(settings.warmup_steps), settings.largest_gradient
+        training = Training(
+            f"serac-{part}-{name}", steps, directory, largest, schedule, progress=progress
         )
-        for part, (module, steps, loss_of) in parts.items()
+        module.train().requires_grad_()
+        optimizer = torch.optim.AdamW(
+            module.parameters(), lr=settings.learning_rate, weight_decay=0.0
+        )
+        losses = run_training(training, module, optimizer, loss_at)
+        module.eval().requires_grad_(False)
+        return losses
+
+    scope, answer = (loss_of(models, records, settings) for loss_of in (_scope_loss, _answer_loss))
+    small = models.counterfactual.model
+    return models, {
+        "classifier": fit("classifier", models.classifier, settings.classifier_steps, scope),
+        "counterfactual": fit("counterfactual", small, settings.counterfactual_steps, answer),
     }
-
-
-def _train(
-    module: nn.Module, training: Training, learning_rate: float, loss: Callable[[int], Tensor]
-) -> list[float]:
-    module.train().requires_grad_()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.0)
-    losses = run_training(training, module, optimizer, loss)
-    module.eval().requires_grad_(False)
-    return losses
 
 
 def _new_classifier(lm: LanguageModel, settings: SeracSettings) -> ScopeClassifier:
@@ -199,94 +192,74 @@ def _new_counterfactual(lm: LanguageModel, settings: SeracSettings) -> LanguageM
 def _scope_loss(
     models: SeracModels, records: Sequence[Record], settings: SeracSettings
 ) -> Callable[[int], Tensor]:
-    """The classifier's loss at each step."""
+    """The classifier's loss at each step.
+
+    Up to half of a batch are other facts about the subjects of the rest: edits whose prompts have
+    almost the same words and are out of each other's scope.
+    """
     by_subject: dict[str, list[Record]] = {}
     for record in records:
         by_subject.setdefault(record.request.subject, []).append(record)
 
     def loss(step: int) -> Tensor:
         random = Random(f"scope {settings.seed} {step}")
-        batch = _with_siblings(records, by_subject, settings, random)
-        return scope_loss(models.classifier, batch, random)
+        chosen = random.sample(records, settings.batch_size)
+        half = chosen[: (settings.batch_size + 1) // 2]
+        siblings = [random.choice(by_subject[record.request.subject]) for record in half]
+        batch = {record.case_id: record for record in (*half, *siblings, *chosen)}
+        return scope_loss(models.classifier, list(batch.values())[: settings.batch_size], random)
 
     return loss
-
-
-def _with_siblings(
-    records: Sequence[Record],
-    by_subject: Mapping[str, Sequence[Record]],
-    settings: SeracSettings,
-    random: Random,
-) -> list[Record]:
-    """A batch, up to half of which are other facts about the subjects of the rest: edits whose
-    prompts have almost the same words and are out of each other's scope."""
-    chosen = random.sample(records, settings.batch_size)
-    half = chosen[: (settings.batch_size + 1) // 2]
-    siblings = [random.choice(by_subject[record.request.subject]) for record in half]
-    batch = {record.case_id: record for record in (*half, *siblings, *chosen)}
-    return list(batch.values())[: settings.batch_size]
 
 
 def scope_loss(classifier: ScopeClassifier, records: Sequence[Record], random: Random) -> Tensor:
     """Binary cross-entropy of "in scope" for all pairs of a prompt and an edit, summed over edits
     and averaged over prompts; each edit has a prompt in its scope and, if it has neighbours, one
     outside."""
+    edits = [record.request for record in records]
     inside = [random.choice((r.request.text, *r.paraphrase_prompts)) for r in records]
     near = [(r, random.choice(r.neighborhood_prompts)) for r in records if r.neighborhood_prompts]
     prompts = classifier.embed([*inside, *(prompt for _, prompt in near)])
-    logits = classifier.logits(prompts, classifier.embed([statement(r.request) for r in records]))
+    logits = classifier.logits(prompts, classifier.embed([statement(edit) for edit in edits]))
     # Prompts × edits: the i-th prompt is in the scope of edit i alone, neighbours in that of none.
-    labels = torch.cat([torch.eye(len(records)), torch.zeros(len(near), len(records))])
-    # A neighbour may be the subject of another edit of the batch: such pairs do not count.
-    known = [[not _asks_for(prompt, owner, other) for other in records] for owner, prompt in near]
+    labels = torch.cat([torch.eye(len(edits)), torch.zeros(len(near), len(edits))])
+    # A neighbour may be about subject and relation of another edit: such pairs do not count.
     counted = torch.ones(labels.shape)
-    counted[len(records) :] = torch.tensor(known).reshape(len(near), len(records))
+    for row, (owner, prompt) in enumerate(near, start=len(edits)):
+        for column, edit in enumerate(edits):
+            if edit.subject in prompt and edit.fact[1] == owner.request.fact[1]:
+                counted[row, column] = 0
     labels, counted = labels.to(logits.device), counted.to(logits.device)
     entropy = softplus(logits) - labels * logits
     return (entropy * counted).sum(1).mean()
 
 
-def _asks_for(prompt: str, owner: Record, other: Record) -> bool:
-    """Whether a neighbourhood prompt of `owner` is about the subject and relation of `other`."""
-    return other.request.subject in prompt and owner.request.fact[1] == other.request.fact[1]
-
-
 def _answer_loss(
     models: SeracModels, records: Sequence[Record], settings: SeracSettings
 ) -> Callable[[int], Tensor]:
-    """The counterfactual model's loss at each step."""
-    objects, lm = _objects(records), models.counterfactual
+    """The counterfactual model's loss at each step.
+
+    It reads an edit and a prompt in its scope. What must follow is any object of the relation, so
+    that it learns to read the edit instead of the record's own object.
+    """
+    lm = models.counterfactual
+    objects: dict[str | None, dict[str, None]] = {}
+    for request in (record.request for record in records):
+        found = filter(None, (request.target_new, request.target_true))
+        objects.setdefault(request.relation_id, {}).update(dict.fromkeys(found))
 
     def loss(step: int) -> Tensor:
         random = Random(f"counterfactual {settings.seed} {step}")
-        chosen = random.sample(records, settings.batch_size)
-        pairs = [_lesson(record, objects, random) for record in chosen]
-        return mean_nll(lm, pair_rows(lm, pairs)).mean()
+        pairs = []
+        for record in random.sample(records, settings.batch_size):
+            request = record.request
+            target = random.choice(list(objects[request.relation_id]))
+            prompt = random.choice((request.text, *record.paraphrase_prompts))
+            introduction = f"{request.text}{request.ending(target=target)}."
+            pairs.append((f"{introduction} {prompt}", request.ending(prompt, target)))
+        return mean_nll(lm, continuation_rows(lm.tokenizer, pairs)).mean()
 
     return loss
-
-
-def _objects(records: Sequence[Record]) -> dict[str | None, list[str]]:
-    """All objects that the records name for each relation."""
-    found: dict[str | None, dict[str, None]] = {}
-    for record in records:
-        request = record.request
-        for target in (request.target_new, request.target_true):
-            if target is not None:
-                found.setdefault(request.relation_id, {})[target] = None
-    return {relation: list(targets) for relation, targets in found.items()}
-
-
-def _lesson(
-    record: Record, objects: Mapping[str | None, list[str]], random: Random
-) -> tuple[str, str]:
-    """An edit and a prompt in its scope, and the object that must follow: any of the relation's, so
-    that the model learns to read the edit instead of the record's own object."""
-    request = record.request
-    target = random.choice(objects[request.relation_id])
-    prompt = random.choice((request.text, *record.paraphrase_prompts))
-    introduction = f"{request.text}{request.ending(target=target)}."
-    return f"{introduction} {prompt}", request.ending(prompt, target)
 
 
 # --- the edit ------------------------------------------------------------------------------------
@@ -349,14 +322,12 @@ class SeracEdit:
         tensors, metadata = self.models.packed()
         requests = json.dumps([asdict(request) for request in self.requests], ensure_ascii=False)
         described = {"requests": requests, "provenance": json.dumps(self.provenance)}
-        memory = {"memory": self.memory}
-        save_tensors({**tensors, **memory}, path, {**metadata, **described})
+        save_tensors({**tensors, "memory": self.memory}, path, {**metadata, **described})
 
     @staticmethod
     def load(path: Path) -> SeracEdit:
         """Read what `save` wrote; raises `IntegrityError` for anything else."""
-        tensors, metadata = load_tensors(path)
-        models = _unpacked(tensors, metadata, path)
+        models, tensors, metadata = _unpacked(path)
         try:
             requests = tuple(EditRequest(**row) for row in json.loads(metadata["requests"]))
             origin = json.loads(metadata["provenance"])
@@ -384,7 +355,11 @@ class Serac(Editor):
         Raises:
             InputError: the models were trained on a request.
         """
-        models = self._models(lm, resources).to(lm.device)
+        if self.trained is None:
+            training, directory = resources.training, resources.checkpoints
+            models = train_serac(lm, training, self.settings, directory=directory)[0]
+        else:
+            models = SeracModels.load(self.trained).to(lm.device)
         check_unseen(requests, frozenset(models.origin["trained_on"]), "SERAC's classifier")
         statements = [statement(request) for request in requests]
         memory = models.classifier.embed_all(statements, resources.token_budget)
@@ -393,9 +368,3 @@ class Serac(Editor):
         origin = provenance(replace(self, trained=None), lm, requests)
         origin["models"] = self.trained and file_sha256(self.trained)
         return SeracEdit(models, tuple(requests), memory, origin)
-
-    def _models(self, lm: LanguageModel, resources: Resources) -> SeracModels:
-        if self.trained is not None:
-            return SeracModels.load(self.trained)
-        directory = resources.checkpoints
-        return train_serac(lm, resources.training, self.settings, directory=directory)[0]

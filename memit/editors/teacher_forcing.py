@@ -9,15 +9,10 @@ from torch import Tensor
 
 from memit.forward.passes import logits_at, pad
 from memit.language_model import LanguageModel
-from memit.positions import TokenRow, continuation_rows
+from memit.positions import TokenRow
 
 Pair = tuple[str, str]
 """A prompt and the exact text that follows it."""
-
-
-def pair_rows(lm: LanguageModel, pairs: Sequence[Pair]) -> list[TokenRow]:
-    """Token rows of prompts and what follows them."""
-    return continuation_rows(lm.tokenizer, pairs)
 
 
 def mean_nll(lm: LanguageModel, rows: Sequence[TokenRow]) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from memit.positions import continuation_rows
 LOGITS_AT_ONCE = 1 << 28
 """Most logits that one pass may give: 1 GiB in float32."""
 
-Item = TypeVar("Item")
 Tokens = tuple[int, ...]
 Index = tuple[int, int]
 
@@ -63,8 +62,6 @@ class _Prompt:
     ids: Tokens
     answers: dict[Tokens, list[Index]] = field(default_factory=dict)
     """Tokens of each answer, and the (question, answer) indices that want its score."""
-    questions: int = 0
-    """How many questions are finished with this prompt."""
 
     @property
     def length(self) -> int:
@@ -118,34 +115,26 @@ def _own_scores(
     def shape(prompt: _Prompt) -> tuple[int, int]:
         return 1, max(prompt.length, ceil(cost * prompt.scored))
 
-    def measure(batch: Sequence[_Prompt]) -> list[Score]:
-        return _measure(lm, batch)
-
     found: dict[Index, Score] = {}
-    prompts = _prompts(lm, questions)
-    for band in _bands(prompts, lambda prompt: prompt.length, token_budget // 4):
-        for batch, scores in run_in_batches(band, shape, token_budget, measure):
+    for band in _bands(_prompts(lm, questions), token_budget // 4):
+        for batch, scores in run_in_batches(band, shape, token_budget, partial(_measure, lm)):
             wanted = [indices for prompt in batch for indices in prompt.answers.values()]
             for indices, score in zip(wanted, scores, strict=True):
                 found |= dict.fromkeys(indices, score)
             if progress is not None:
-                progress(sum(prompt.questions for prompt in batch))
+                progress(sum(answer == 0 for indices in wanted for _, answer in indices))
     return [[found[q, a] for a in range(len(each.answers))] for q, each in enumerate(questions)]
 
 
-def _bands(
-    items: Iterable[Item], length: Callable[[Item], int], least: int
-) -> Iterator[list[Item]]:
-    """Runs of items in order of length, cut where the length grows once they have `least` tokens:
-    padding costs more than a batch that is not full."""
-    band: list[Item] = []
-    tokens = 0
-    for item in sorted(items, key=length):
-        if tokens >= least and length(item) > length(band[-1]):
+def _bands(prompts: Iterable[_Prompt], least: int) -> Iterator[list[_Prompt]]:
+    """Runs of prompts in order of length, cut where it grows once they have `least` tokens: padding
+    costs more than a batch that is not full."""
+    band: list[_Prompt] = []
+    for prompt in sorted(prompts, key=lambda prompt: prompt.length):
+        if band and prompt.length > band[-1].length and sum(p.length for p in band) >= least:
             yield band
-            band, tokens = [], 0
-        band.append(item)
-        tokens += length(item)
+            band = []
+        band.append(prompt)
     if band:
         yield band
 
@@ -172,7 +161,6 @@ def _prompts(lm: LanguageModel, questions: Sequence[Question]) -> list[_Prompt]:
         ids = row.ids[: row.target[0]]
         prompt = prompts.setdefault(ids, _Prompt(ids))
         prompt.answers.setdefault(row.ids[row.target[0] :], []).extend(indices)
-        prompt.questions += sum(a == 0 for _, a in indices)
     return list(prompts.values())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -108,14 +108,12 @@ def record_means(table: pa.Table) -> dict[str, np.ndarray]:
 
     Records are in the order of their case ids. Metrics that no record has are left out.
     """
-    columns = {name: _numbers(table, name) for name in _MEASURED}
-    _, owner = np.unique(table["case_id"].to_numpy(), return_inverse=True)
+    columns = {name: table[name].cast(pa.float64()).to_numpy() for name in _MEASURED}  # null: NaN
     kinds = np.array(table["kind"].to_pylist())
     means: dict[str, np.ndarray] = {}
     for kind, name in METRICS.items():
-        chosen = kinds == kind
         for suffix, values in _values(kind, columns).items():
-            mean = grouped_means(owner, np.where(chosen, values, np.nan))
+            mean = means_by_record(table, np.where(kinds == kind, values, np.nan))
             if not np.isnan(mean).all():
                 means[name + suffix] = mean
     return means
@@ -140,18 +138,20 @@ def harmonic_mean(values: Sequence[float]) -> float:
 
 
 def before_and_after(before: pa.Table, after: pa.Table) -> pa.Table:
-    """One row for each prompt with its measurements before and after the edit.
+    """One row for each prompt, or generated text, with its columns before and after the edit.
 
     Raises:
         InputError: the two tables have different prompts.
     """
-    if not before.select(_QUESTION).equals(after.select(_QUESTION)):
-        raise InputError("the two tables hold different prompts: score the same prompts in both.")
-    joined = before.select(_QUESTION)
+    shared = [name for name in before.column_names if name in _QUESTION]
+    joined = before.select(shared)
+    if not joined.equals(after.select(shared)):
+        raise InputError("the two tables hold different prompts: use the same prompts in both.")
     for state, table in (("before", before), ("after", after)):
-        for name in _MEASURED:
-            field = SCHEMA.field(name).with_name(f"{name}_{state}")
-            joined = joined.append_column(field, table[name])
+        for field in table.schema:
+            if field.name not in shared:
+                new = field.with_name(f"{field.name}_{state}")
+                joined = joined.append_column(new, table[field.name])
     return joined
 
 
@@ -231,19 +231,11 @@ def objects_of(prompt: ScoredPrompt) -> tuple[str, ...]:
     return tuple(ending(prompt.prompt, o, prompt.between) for o in objects if o is not None)
 
 
-def _row(prompt: ScoredPrompt, scores: Sequence[Score]) -> dict[str, object]:
+def _row(prompt: ScoredPrompt, scores: Sequence[Score]) -> dict[str, Any]:
     new, true = scores[0], scores[1] if len(scores) > 1 else None
-    return {name: getattr(prompt, name) for name in _QUESTION} | {
-        "nll_new": new.nll,
-        "nll_true": None if true is None else true.nll,
-        "hit_new": new.hit,
-        "hit_true": None if true is None else true.hit,
-    }
-
-
-def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    """A column as floats, NaN where it is null."""
-    return table[name].cast(pa.float64()).to_numpy()
+    measured = (new.nll, true and true.nll, new.hit, true and true.hit)
+    asked = {name: getattr(prompt, name) for name in _QUESTION}
+    return asked | dict(zip(_MEASURED, measured, strict=True))
 
 
 def _values(kind: Kind, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -258,8 +250,9 @@ def _values(kind: Kind, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     }
 
 
-def grouped_means(owner: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Mean of each owner's values that are not NaN (owners)."""
+def means_by_record(table: pa.Table, values: np.ndarray) -> np.ndarray:
+    """Mean of the values that are not NaN over each record's rows, in the order of case ids."""
+    _, owner = np.unique(table["case_id"].to_numpy(), return_inverse=True)
     valid = ~np.isnan(values)
     count = int(owner.max(initial=-1)) + 1
     sums = np.bincount(owner[valid], values[valid], count)

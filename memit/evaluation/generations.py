@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 
-from memit.errors import InputError
 from memit.evaluation.entropy import record_entropies
 from memit.evaluation.reference import References, reference_scores
 from memit.generation import count_repetitions, generate_texts
@@ -53,23 +52,8 @@ def write_about(
         token_budget=token_budget,
         progress=progress,
     )
-    rows = [
-        {"case_id": case, "prompt": prompt, "text": text}
-        for (case, prompt), text in zip(prompts, texts, strict=True)
-    ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
-
-
-def side_by_side(before: pa.Table, after: pa.Table) -> pa.Table:
-    """One row for each prompt with the texts before and after the edit.
-
-    Raises:
-        InputError: the two tables have different prompts.
-    """
-    if not before.select(["case_id", "prompt"]).equals(after.select(["case_id", "prompt"])):
-        raise InputError("the two tables hold different prompts: generate both for the same.")
-    joined = before.rename_columns(["case_id", "prompt", "text_before"])
-    return joined.append_column("text_after", after["text"])
+    columns = [[case for case, _ in prompts], [prompt for _, prompt in prompts], texts]
+    return pa.table(columns, schema=SCHEMA)
 
 
 def generation_record_means(

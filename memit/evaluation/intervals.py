@@ -29,7 +29,8 @@ def bootstrap_intervals(
     drawn = _resampled_means(measured, seed, resamples)
     for name, parts in harmonic.items():
         if all(part in drawn for part in parts):
-            drawn[name] = _harmonic([drawn[part] for part in parts])
+            with np.errstate(divide="ignore"):  # a part of 0 gives 1 / ∞ = 0
+                drawn[name] = len(parts) / np.sum([1.0 / drawn[part] for part in parts], axis=0)
     tail = 50.0 * (1.0 - level)
     intervals: dict[str, float] = {}
     for name, values in drawn.items():
@@ -48,8 +49,7 @@ def _resampled_means(
     known = ~np.isnan(values)
     counts = len(values)
     generator = np.random.default_rng(seed)
-    parts = []
-    step = max(1, _RECORDS_AT_ONCE // counts)
+    parts, step = [], max(1, _RECORDS_AT_ONCE // counts)
     for start in range(0, resamples, step):
         shape = min(step, resamples - start)
         # How often each record is in a resample (resamples × records): its mean is a product.
@@ -57,8 +57,3 @@ def _resampled_means(
         with np.errstate(invalid="ignore"):
             parts.append((drawn @ np.where(known, values, 0.0)) / (drawn @ known))
     return dict(zip(means, np.concatenate(parts).T, strict=True))
-
-
-def _harmonic(parts: Sequence[np.ndarray]) -> np.ndarray:
-    with np.errstate(divide="ignore"):  # a part of 0 gives 1 / ∞ = 0
-        return len(parts) / np.sum([1.0 / part for part in parts], axis=0)

@@ -53,14 +53,12 @@ def document_losses(
     tokens = torch.tensor([max(len(row) - 1, 0) for row in ids])
     order = sorted((i for i, row in enumerate(ids) if len(row) > 1), key=lambda i: len(ids[i]))
     cost = max(1.0, head_cost(lm, token_budget))
-
-    def shape(index: int) -> tuple[int, int]:
-        return 1, ceil(len(ids[index]) * cost)
-
-    def run(indices: Sequence[int]) -> Tensor:
-        return _losses(lm, [ids[index] for index in indices])
-
-    for indices, losses in run_in_batches(order, shape, token_budget, run):
+    for indices, losses in run_in_batches(
+        order,
+        lambda index: (1, ceil(len(ids[index]) * cost)),
+        token_budget,
+        lambda indices: _losses(lm, [ids[index] for index in indices]),
+    ):
         nll[torch.tensor(indices)] = losses
         if progress is not None:
             progress(int(tokens[torch.tensor(indices)].sum()))

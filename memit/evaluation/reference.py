@@ -41,7 +41,12 @@ def references_from_corpus(
     A document is about an object if it names it and a subject whose true object it is, according
     to the records (give all of the data set, not only those that are edited).
     """
-    subjects = _subjects_by_first_word(records)
+    subjects: dict[str, list[tuple[str, str, str]]] = {}  # facts by the subject's first word
+    for request in (record.request for record in records):
+        first = re.search(r"\w+", request.subject)
+        if first and request.relation_id and request.target_true:
+            fact = (request.subject, request.relation_id, request.target_true)
+            subjects.setdefault(first[0], []).append(fact)
     texts: dict[tuple[str, str], list[str]] = {}
     for document in documents:
         words = dict.fromkeys(re.findall(r"\w+", document))
@@ -68,12 +73,11 @@ def reference_scores(
     frequencies from all reference texts.
     """
     own = [references_of(record, references) for record in records]
-    everything = [text for texts in references.values() for text in texts]
     scores = [float("nan")] * len(records)
     scored = [i for i, texts in enumerate(own) if texts and generated[i]]
     if not scored:
         return scores
-    vectorizer = TfidfVectorizer().fit(everything)
+    vectorizer = TfidfVectorizer().fit(text for texts in references.values() for text in texts)
     written = vectorizer.transform([" ".join(generated[i]) for i in scored])
     wanted = vectorizer.transform([" ".join(own[i]) for i in scored])
     cosines = written.multiply(wanted).sum(axis=1)  # rows have unit length
@@ -89,15 +93,3 @@ def references_of(record: Record, references: References) -> Sequence[str]:
         return ()
     by_id = references.get((relation, record.target_new_id or ""), ())
     return by_id or references.get((relation, record.request.target_new), ())
-
-
-def _subjects_by_first_word(records: Iterable[Record]) -> dict[str, list[tuple[str, str, str]]]:
-    """(subject, relation, true object) of each record, by the subject's first word."""
-    found: dict[str, list[tuple[str, str, str]]] = {}
-    for record in records:
-        request = record.request
-        first = re.search(r"\w+", request.subject)
-        if first and request.relation_id and request.target_true:
-            fact = (request.subject, request.relation_id, request.target_true)
-            found.setdefault(first.group(), []).append(fact)
-    return found

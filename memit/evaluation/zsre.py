@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from memit.errors import InputError
 from memit.evaluation.continuations import Question, score_continuations
-from memit.evaluation.counterfact import SCORE_OF, grouped_means
+from memit.evaluation.counterfact import SCORE_OF, means_by_record
 from memit.files.reading import parse_json, read_text
 from memit.language_model import LanguageModel
-from memit.requests import EditRequest, Record, check_text, located
+from memit.requests import EditRequest, Record, check_text, read_rows
 
 KINDS = ("efficacy", "paraphrase", "specificity")
 
@@ -57,11 +57,7 @@ def read_zsre(path: str | Path) -> list[ZsreRecord]:
     rows = parse_json(read_text(path, "the questions"), path)
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} holds no questions: zsRE is one JSON list of records.")
-    records = []
-    for index, row in enumerate(rows):
-        with located(path, index + 1, row):
-            records.append(_record(index, row))
-    return records
+    return list(read_rows(rows, _record, path))
 
 
 def as_records(questions: Iterable[ZsreRecord]) -> list[Record]:
@@ -96,10 +92,9 @@ def zsre_record_means(table: pa.Table) -> dict[str, np.ndarray]:
     """Efficacy, paraphrase and, as `neighborhood`, specificity of each record (0–100), in the order
     of the case ids."""
     kinds = np.array(table["kind"].to_pylist())
-    _, owner = np.unique(table["case_id"].to_numpy(), return_inverse=True)
     shares = 100.0 * table["right"].to_numpy() / table["tokens"].to_numpy()
     return {
-        name: grouped_means(owner, np.where(kinds == kind, shares, np.nan))
+        name: means_by_record(table, np.where(kinds == kind, shares, np.nan))
         for name, kind in zip(SCORE_OF, KINDS, strict=True)
     }
 
@@ -117,7 +112,7 @@ def questions_of(record: ZsreRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _record(index: int, row: Any) -> ZsreRecord:
+def _record(row: Any, index: int) -> ZsreRecord:
     if not isinstance(row, dict):
         raise InputError("it is no JSON object: a question is one.")
     subject, question = _text(row, "subject"), _text(row, "src")
@@ -137,7 +132,7 @@ def _record(index: int, row: Any) -> ZsreRecord:
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"the key {key!r} is missing or no text: add it.")
-    return check_text(value, key)
+    value = check_text(row.get(key, ""), key)
+    if not value.strip():
+        raise InputError(f"the key {key!r} is missing or empty: add it.")
+    return value

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memit.errors import IntegrityError
 from memit.files.tensors import load_tensors, save_tensors
@@ -28,8 +28,7 @@ def save_checkpoint(
         tensors[f"weight/{name}"] = parameter
         tensors[f"first/{name}"] = state["exp_avg"]
         tensors[f"second/{name}"] = state["exp_avg_sq"]
-    metadata = {"losses": json.dumps(losses), "origin": origin}
-    save_tensors(tensors, path, metadata)
+    save_tensors(tensors, path, {"losses": json.dumps(losses), "origin": origin})
 
 
 def resume(path: Path, model: nn.Module, optimizer: torch.optim.AdamW, origin: str) -> list[float]:
@@ -42,32 +41,18 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.AdamW, origin: s
         return []
     try:
         tensors, metadata = load_tensors(path)
-        state = _state(model, tensors)
     except IntegrityError:
-        state = None
-    if state is None or metadata.get("origin") != origin:
+        tensors, metadata = {}, {}
+    if metadata.get("origin") != origin:
         path.unlink()
         return []
     losses = json.loads(metadata["losses"])
-    for parameter, (weight, first, second) in state.items():
+    for name, parameter in model.named_parameters():
         with torch.no_grad():
-            parameter.copy_(weight)
+            parameter.copy_(tensors[f"weight/{name}"])
         optimizer.state[parameter] = {
             "step": torch.tensor(float(len(losses))),
-            "exp_avg": first.to(parameter.device),
-            "exp_avg_sq": second.to(parameter.device),
+            "exp_avg": tensors[f"first/{name}"].to(parameter.device),
+            "exp_avg_sq": tensors[f"second/{name}"].to(parameter.device),
         }
     return losses
-
-
-def _state(
-    model: nn.Module, tensors: dict[str, Tensor]
-) -> dict[nn.Parameter, tuple[Tensor, Tensor, Tensor]] | None:
-    """Weight and moments of each parameter, or None if they are not those of this model."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        parts = [tensors.get(f"{kind}/{name}") for kind in ("weight", "first", "second")]
-        if any(part is None or part.shape != parameter.shape for part in parts):
-            return None
-        found[parameter] = tuple(parts)
-    return found

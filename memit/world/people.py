@@ -7,7 +7,7 @@ model recall its facts at the subject's last token is in `docs/decisions`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -54,14 +54,12 @@ def make_world(parameters: WorldParameters) -> World:
         _draw_objects(relation, parameters) for relation in RELATIONS[: parameters.relations]
     )
     people = _make_people(relations, parameters)
-    documents = _write_documents(people, relations, parameters)
-    return World(
-        relations=relations,
-        people=people,
-        records=_write_records(people, relations, parameters),
-        documents=documents,
-        held_out=_write_held_out(people, relations, frozenset(documents), parameters),
-    )
+    records = _write_records(people, relations, parameters)
+    random, count = _random(parameters, "documents"), parameters.biographies
+    documents = _write_documents(people, relations, random, count)
+    random, count = _random(parameters, "held out"), parameters.held_out_biographies
+    held_out = _write_documents(people, relations, random, count, frozenset(documents))
+    return World(relations, people, records, documents, held_out)
 
 
 def _random(parameters: WorldParameters, purpose: str) -> Random:
@@ -91,55 +89,37 @@ def _make_people(
     )
 
 
-def _biography(
-    person: Person,
-    relations: tuple[Relation, ...],
-    templates: Mapping[str, list[str]],
-    random: Random,
-) -> str:
-    """One to four facts of one person in any order, each sentence with the full name.
+def _biographies(person: Person, relations: tuple[Relation, ...], random: Random) -> Iterator[str]:
+    """Endless texts of one to four facts of one person in any order, each with the full name.
 
-    `templates` holds the unused templates of each relation; it is refilled when empty, so that all
-    wordings of a fact are used equally often.
+    All wordings of a fact are used equally often.
     """
-    sentences = []
-    for relation in random.sample(relations, random.randint(1, min(MOST_FACTS, len(relations)))):
-        left = templates[relation.name]
-        if not left:
-            left.extend(random.sample(relation.templates, len(relation.templates)))
-        sentences.append(f"{fill(left.pop(), person.name)} {person.facts[relation.name]}.")
-    return " ".join(sentences)
+    unused: dict[str, list[str]] = {relation.name: [] for relation in relations}
+    while True:
+        sentences = []
+        count = random.randint(1, min(MOST_FACTS, len(relations)))
+        for relation in random.sample(relations, count):
+            left = unused[relation.name]
+            if not left:
+                left.extend(random.sample(relation.templates, len(relation.templates)))
+            sentences.append(f"{fill(left.pop(), person.name)} {person.facts[relation.name]}.")
+        yield " ".join(sentences)
 
 
 def _write_documents(
-    people: tuple[Person, ...], relations: tuple[Relation, ...], parameters: WorldParameters
-) -> tuple[str, ...]:
-    random = _random(parameters, "documents")
-    documents = []
-    for person in people:
-        templates: dict[str, list[str]] = {relation.name: [] for relation in relations}
-        documents += [
-            _biography(person, relations, templates, random) for _ in range(parameters.biographies)
-        ]
-    random.shuffle(documents)
-    return tuple(documents)
-
-
-def _write_held_out(
     people: tuple[Person, ...],
     relations: tuple[Relation, ...],
-    documents: frozenset[str],
-    parameters: WorldParameters,
+    random: Random,
+    count: int,
+    without: Collection[str] = (),
 ) -> tuple[str, ...]:
-    random = _random(parameters, "held out")
-    held_out = []
+    """`count` biographies of everybody, none of `without`; fewer where 1,000 draws find no more."""
+    documents: list[str] = []
     for person in people:
-        templates: dict[str, list[str]] = {relation.name: [] for relation in relations}
-        unseen = (_biography(person, relations, templates, random) for _ in range(1_000))
-        new = (text for text in unseen if text not in documents)
-        held_out += islice(new, parameters.held_out_biographies)
-    random.shuffle(held_out)
-    return tuple(held_out)
+        drawn = islice(_biographies(person, relations, random), max(count, 1_000))
+        documents += islice((text for text in drawn if text not in without), count)
+    random.shuffle(documents)
+    return tuple(documents)
 
 
 def _write_records(

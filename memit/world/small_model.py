@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from random import Random
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from memit.errors import ResourceError
+from memit.files.atomic import remove, write_whole
+from memit.files.digests import content_digest
 from memit.training import Training, run_training
 from memit.world.people import World
 from memit.world.settings import TrainingParameters
@@ -47,7 +46,7 @@ def train(
         NumericsError: the training diverges.
         ResourceError: the disk is full.
     """
-    digest = _digest(world.documents, parameters)
+    digest = content_digest([world.documents, asdict(parameters)])[:16]
     tokenizer = train_tokenizer(world.documents, parameters.vocabulary)
     model = make_model(len(tokenizer), parameters).train()
     documents = tokenizer(list(world.documents))["input_ids"]
@@ -60,12 +59,8 @@ def train(
         parameters.checkpoint_every,
         progress,
     )
-    losses = run_training(
-        training,
-        model,
-        _make_optimizer(model, parameters),
-        _loss_at(model, documents, parameters),
-    )
+    optimizer = _make_optimizer(model, parameters)
+    losses = run_training(training, model, optimizer, _loss_at(model, documents, parameters))
     return _save_model(checkpoint_dir / f"model-{digest}", model, tokenizer, losses)
 
 
@@ -119,10 +114,14 @@ def _loss_at(
     model: GPT2LMHeadModel, documents: list[list[int]], parameters: TrainingParameters
 ) -> Callable[[int], Tensor]:
     """The mean loss of each step's rows, in nats a token; steps must ascend."""
-    batches = enumerate(_batches(documents, parameters))
+    endless = training_rows(documents, parameters.sequence_length, parameters.seed)
+    size, finished = parameters.batch_size, 0
 
     def loss_at(step: int) -> Tensor:
-        rows = next(rows for number, rows in batches if number == step)  # batch × length
+        nonlocal finished
+        batch = islice(endless, (step - finished) * size, (step - finished + 1) * size)
+        finished = step + 1
+        rows = torch.tensor(list(batch))  # batch × length
         logits = model(input_ids=rows, use_cache=False).logits
         return cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
 
@@ -142,35 +141,19 @@ def _make_optimizer(model: GPT2LMHeadModel, parameters: TrainingParameters) -> t
     )
 
 
-def _batches(documents: list[list[int]], parameters: TrainingParameters) -> Iterator[Tensor]:
-    rows = training_rows(documents, parameters.sequence_length, parameters.seed)
-    while True:
-        yield torch.tensor([next(rows) for _ in range(parameters.batch_size)])
-
-
 def _save_model(
     directory: Path,
     model: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerFast,
     losses: list[float],
 ) -> Path:
-    """Write the directory, replacing what an interrupted process may have left."""
-    shutil.rmtree(directory, ignore_errors=True)
-    model.eval()
-    try:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+
+    def write(partial: Path) -> None:
+        model.eval().save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         content = json.dumps({"losses": losses}) + "\n"
-        (directory / "training.json").write_text(content, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise ResourceError(
-            f"{directory} cannot be written ({error}): make room or use another disk."
-        ) from error
+        (partial / "training.json").write_text(content, encoding="utf-8")
+
+    remove(directory)
+    write_whole(directory, write)
     return directory
-
-
-def _digest(documents: Sequence[str], parameters: TrainingParameters) -> str:
-    digest = hashlib.sha256(json.dumps(asdict(parameters), sort_keys=True).encode())
-    for document in documents:
-        digest.update(b"\0" + document.encode())
-    return digest.hexdigest()[:16]

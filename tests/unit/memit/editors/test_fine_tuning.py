@@ -162,7 +162,7 @@ def test_the_model_is_given_back_and_progress_reaches_the_end():
     told: list[int] = []
     EDITOR.edit(lm, REQUESTS, Resources(LARGE, progress=told.append))
     assert sum(told) == len(REQUESTS)
-    assert all(part > 0 for part in told)
+    assert min(told) >= 0
     after = lm.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert not any(p.requires_grad or p.grad is not None for p in lm.model.parameters())
