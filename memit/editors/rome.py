@@ -29,7 +29,7 @@ from memit.prefixes import bounded
 from memit.ranges import Range, check_settings
 from memit.requests import EditRequest
 from memit.second_moment import cholesky
-from memit.targets import MlpOutput, compute_targets, edit_rows
+from memit.targets import Site, compute_targets, edit_rows
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class Rome(Editor):
             prefixes,
             self.optimisation,
             token_budget=token_budget,
-            site=MlpOutput(self.layer),
+            site=Site(self.layer, in_mlp=True),
         )
         # k*: the key of the plain prompt is row 0, those behind the prefixes follow (rows × f).
         rows = edit_rows(lm, [request], prefixes)[0]
