@@ -1,15 +1,15 @@
 """The tables of ``docs/scaling.md``: ``python -m benchmarks.projection``.
 
-Nothing here is measured. Operations and bytes are counted (`memit.costs`), and times follow from
-rates that are assumed.
+Nothing here is measured. Operations and bytes are counted (`flows.command.costs`), and times follow
+from rates that are assumed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from memit import costs
-from memit.costs import Lengths
+from flows.command import costs
+from flows.command.costs import Lengths
 from memit.hyperparameters import Hyperparameters, preset
 from memit.model_shape import ModelShape
 

@@ -117,12 +117,7 @@ def split_into_batches(
     items: Sequence[Item], shape: Callable[[Item], tuple[int, int]], token_budget: int
 ) -> list[Sequence[Item]]:
     """The batches of consecutive items that `run_in_batches` makes while memory suffices."""
-    batches, start = [], 0
-    while start < len(items):
-        stop = _batch_end(items, shape, token_budget, start)
-        batches.append(items[start:stop])
-        start = stop
-    return batches
+    return [part for part, _ in run_in_batches(items, shape, token_budget, lambda part: None)]
 
 
 def _batch_end(

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -65,7 +64,9 @@ def generate_texts(
     rows = open_ids(lm.tokenizer, prompts)
     for index, (prompt, number, ids) in enumerate(zip(prompts, numbers, rows, strict=True)):
         more = new_tokens if new_tokens is not None else max(0, (total_tokens or 0) - len(ids))
-        _check_length(lm, prompt, len(ids), more)
+        if not ids:
+            raise InputError(f"no token represents the prompt {prompt!r}: give a longer one.")
+        lm.check_room(ids, f"the prompt {prompt[:60]!r}", more)
         texts.append(_Text(index, ids, more, _text_seed(seed, number, prompt)))
     written = _write_all(lm, texts, top_k, token_budget, whole, progress)
     routed = lm.routed(prompts)
@@ -73,11 +74,13 @@ def generate_texts(
         substitute = lm.router.substitute
         others = []
         for index, introduction in routed.items():
+            text = texts[index]
             (ids,) = open_ids(substitute.tokenizer, [f"{introduction} {prompts[index]}"])
-            _check_length(substitute, prompts[index], len(ids), texts[index].new_tokens)
-            others.append(replace(texts[index], ids=ids))
-        for index, text in _write_all(substitute, others, top_k, token_budget, whole, None).items():
-            written[index] = text.removeprefix(routed[index]).lstrip()
+            substitute.check_room(ids, f"the prompt {prompts[index][:60]!r}", text.new_tokens)
+            others.append(replace(text, ids=ids))
+        answers = _write_all(substitute, others, top_k, token_budget, whole, None)
+        for index, answer in answers.items():
+            written[index] = answer.removeprefix(routed[index]).lstrip()
     return [written[index] for index in range(len(prompts))]
 
 
@@ -102,46 +105,28 @@ def _write_all(
     """The texts by their index."""
     texts = sorted(texts, key=lambda text: (text.new_tokens, len(text.ids)))
     written = {}
-    with _own_settings(lm):
+    # The checkpoint's own settings would replace the defaults of those given to `generate`.
+    settings, lm.model.generation_config = lm.model.generation_config, GenerationConfig()
+    try:
         for batch, found in run_in_batches(
-            texts, _shape, token_budget, lambda b: _write(lm, b, top_k)
+            texts,
+            lambda text: (1, len(text.ids) + text.new_tokens),
+            token_budget,
+            lambda batch: _write(lm, batch, top_k),
         ):
             for text, ids in zip(batch, found, strict=True):
                 prompt = "" if whole else _decode(lm, text.ids)
                 written[text.index] = _decode(lm, ids).removeprefix(prompt)
             if progress is not None:
                 progress(len(batch))
+    finally:
+        lm.model.generation_config = settings
     return written
-
-
-def _check_length(lm: LanguageModel, prompt: str, length: int, more: int) -> None:
-    if length == 0:
-        raise InputError(f"no token represents the prompt {prompt!r}: give a longer one.")
-    if length + more > lm.context_length:
-        raise InputError(
-            f"the prompt {prompt[:60]!r}… would grow to {length + more} tokens and {lm.name} takes "
-            f"{lm.context_length}: ask for fewer."
-        )
 
 
 def _text_seed(seed: int, repetition: int, prompt: str) -> int:
     digest = hashlib.sha256(f"{seed}\n{repetition}\n{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
-
-
-def _shape(text: _Text) -> tuple[int, int]:
-    return 1, len(text.ids) + text.new_tokens
-
-
-@contextmanager
-def _own_settings(lm: LanguageModel) -> Iterator[None]:
-    """Hide the checkpoint's generation settings, which would replace our defaults."""
-    theirs = lm.model.generation_config
-    lm.model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        lm.model.generation_config = theirs
 
 
 @torch.no_grad()

@@ -103,9 +103,12 @@ class LanguageModel:
         """Edits that are in the weights now, oldest first."""
         self.router: Router | None = None
         """Routes some prompts to another model, if an edit set it."""
-        self._down_projections: dict[int, nn.Module] = {}
-        self._mlps: dict[int, nn.Module | None] = {}
-        self.head = _find_head(model)
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ModelStructureError(
+                f"{type(model).__name__} has no language-model head; load a causal language model."
+            )
+        self.head: nn.Module = head
         """The module that turns final hidden states into logits."""
 
     @property
@@ -121,7 +124,7 @@ class LanguageModel:
     @property
     def inner_width(self) -> int:
         """Input size f of the first down-projection."""
-        return _fan_in(self.down_projection(next(iter(self.editable_layers), 0)))
+        return _sizes(self.down_projection(next(iter(self.editable_layers), 0)))[0]
 
     @property
     def shape(self) -> ModelShape:
@@ -158,7 +161,7 @@ class LanguageModel:
         length = len(ids) - 1 + more
         if length > self.context_length:
             raise InputError(
-                f"{what} has {length} tokens, and {self.name} takes {self.context_length}: shorten "
+                f"{what} needs {length} tokens, and {self.name} takes {self.context_length}: shorten "
                 "or remove it."
             )
         if max(ids) >= known:
@@ -190,13 +193,11 @@ class LanguageModel:
 
     def down_projection(self, layer: int) -> nn.Module:
         """The linear module W_out of block `layer` (Eqn. 18)."""
-        if layer in self._down_projections:
-            return self._down_projections[layer]
         if not 0 <= layer < self.depth:
             raise InputError(
                 f"layer {layer} does not exist: {self.name} has layers 0 to {self.depth - 1}."
             )
-        found = _find_down_projection(self.blocks[layer], self.width)
+        found = self._down_projections[layer]
         if isinstance(found, str):
             others = ", ".join(map(str, self.editable_layers))
             raise ModelStructureError(
@@ -205,44 +206,34 @@ class LanguageModel:
                 "mixtures of experts and blocks without an MLP cannot be edited: choose "
                 f"{f'among the layers {others}' if others else 'another model'}."
             )
-        self._down_projections[layer] = found
         return found
 
     @cached_property
+    def _down_projections(self) -> list[nn.Module | str]:
+        return [_find_down_projection(block, self.width) for block in self.blocks]
+
+    @property
     def editable_layers(self) -> tuple[int, ...]:
         """The blocks that have one down-projection and no experts."""
-        found = (_find_down_projection(block, self.width) for block in self.blocks)
-        return tuple(layer for layer, one in enumerate(found) if not isinstance(one, str))
+        found = enumerate(self._down_projections)
+        return tuple(layer for layer, one in found if not isinstance(one, str))
 
     def mlp_projections(self, layer: int) -> dict[str, nn.Module]:
         """All linear modules of block `layer`'s MLP by the names of their weights: the projections
         up, one or more, then W_out."""
         down = self.down_projection(layer)
-        up = [
-            module
-            for module in _linears_outside_attention(self.blocks[layer])
-            if _fan_in(module) == self.width and _fan_out(module) != self.width
-        ]
+        up, _ = _projections(self.blocks[layer], self.width)
         names = {id(weight): name for name, weight in self.model.named_parameters()}
         return {names[id(module.weight)]: module for module in (*up, down)}
 
-    def mlp(self, layer: int) -> nn.Module | None:
-        """The module of a block that maps hidden states to its MLP's output, if there is one that
-        does nothing else. It is searched once, since every evaluation of a target asks for it."""
-        if layer not in self._mlps:
-            self._mlps[layer] = self._find_mlp(layer)
-        return self._mlps[layer]
-
-    def _find_mlp(self, layer: int) -> nn.Module | None:
-        block = self.blocks[layer]
-        try:
-            down = self.down_projection(layer)
-        except ModelStructureError:
-            return None
-        path = next(name for name, module in block.named_modules() if module is down)
-        parent = block.get_submodule(path.rpartition(".")[0])
-        takes_hidden_alone = len(inspect.signature(parent.forward).parameters) == 1
-        return parent if parent is not block and takes_hidden_alone else None
+    @cached_property
+    def mlps(self) -> list[nn.Module | None]:
+        """The module of each block that maps hidden states to its MLP's output, if there is one
+        that does nothing else."""
+        return [
+            None if isinstance(down, str) else _find_mlp(block, down)
+            for block, down in zip(self.blocks, self._down_projections, strict=True)
+        ]
 
     def weight(self, layer: int) -> Tensor:
         """W_out as d × f, whichever way it is stored; only for reading, see `set_weight`."""
@@ -325,7 +316,7 @@ def load_model(
     is_local = os.path.isdir(name)
     if not is_local and (isinstance(source, Path) or name != source):
         raise InputError(f"{name} is not a directory with a model; give one that holds it.")
-    placement = device_map(device if device == "sharded" else str(_device(device)), room)
+    placement = device_map(device, room)
     config, tokenizer = read_description(name, revision)
     with reading("weights", name):
         load: Any = AutoModelForCausalLM.from_pretrained
@@ -349,15 +340,6 @@ def load_model(
     lm = LanguageModel(model, tokenizer, name=name, revision=None if is_local else commit)
     _check_finite(lm)
     return lm
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:N.") from error
 
 
 def read_description(
@@ -413,10 +395,8 @@ def _check_directory(directory: Path) -> None:
             f"{directory} is an adapter: merge it into its base first (peft: merge_and_unload)."
         )
     if not (directory / "config.json").is_file():
-        below = max(
-            [*directory.glob("*/config.json"), *directory.glob("*/*/config.json")], default=None
-        )
-        found = f"{below.parent} has one" if below else "it is no model directory"
+        below = [*directory.glob("*/config.json"), *directory.glob("*/*/config.json")]
+        found = f"{max(below).parent} has one" if below else "it is no model directory"
         raise InputError(f"{directory} has no config.json: {found}.")
 
 
@@ -477,31 +457,18 @@ class _TanhGELU(nn.Module):
         return gate.mul_(x).sigmoid_().mul_(x)
 
 
-def _find_head(model: PreTrainedModel) -> nn.Module:
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ModelStructureError(
-            f"{type(model).__name__} has no language-model head; load a causal language model."
-        )
-    return head
-
-
 def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     config = model.config.get_text_config()
     decoder = cast(nn.Module, model.get_decoder())  # a vision tower may be as deep
     _check_config(model.config, type(model).__name__)
     depth = getattr(config, "num_hidden_layers", None)
-    stacks = [
-        module
-        for module in decoder.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if not stacks:
-        raise ModelStructureError(
-            f"{type(model).__name__} has no list of {depth} blocks; only stacks of decoder blocks "
-            "are edited."
-        )
-    return stacks[0]
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ModelStructureError(
+        f"{type(model).__name__} has no list of {depth} blocks; only stacks of decoder blocks are "
+        "edited."
+    )
 
 
 def _find_down_projection(block: nn.Module, width: int) -> nn.Module | str:
@@ -510,12 +477,24 @@ def _find_down_projection(block: nn.Module, width: int) -> nn.Module | str:
     names = " ".join(f"{name} {type(part).__name__}" for name, part in block.named_modules())
     if re.search("expert|router", names, re.IGNORECASE):
         return "experts were"
-    linears = _linears_outside_attention(block)
-    down = [m for m in linears if _fan_out(m) == width and _fan_in(m) != width]
-    up = [m for m in linears if _fan_in(m) == width and _fan_out(m) != width]
+    up, down = _projections(block, width)
     if len(down) != 1:
         return f"{len(down) or 'none'} were"
     return down[0] if up else "one without an input was"
+
+
+def _find_mlp(block: nn.Module, down: nn.Module) -> nn.Module | None:
+    path = next(name for name, module in block.named_modules() if module is down)
+    parent = block.get_submodule(path.rpartition(".")[0])
+    takes_hidden_alone = len(inspect.signature(parent.forward).parameters) == 1
+    return parent if parent is not block and takes_hidden_alone else None
+
+
+def _projections(block: nn.Module, width: int) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The linear modules outside attention that map the hidden size to another, and back."""
+    sizes = [(module, *_sizes(module)) for module in _linears_outside_attention(block)]
+    up = [module for module, fan_in, fan_out in sizes if fan_in == width != fan_out]
+    return up, [module for module, fan_in, fan_out in sizes if fan_out == width != fan_in]
 
 
 def _linears_outside_attention(module: nn.Module) -> list[nn.Module]:
@@ -529,9 +508,7 @@ def _linears_outside_attention(module: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _fan_in(module: nn.Module) -> int:
-    return module.weight.shape[0 if isinstance(module, Conv1D) else 1]  # type: ignore[union-attr]
-
-
-def _fan_out(module: nn.Module) -> int:
-    return module.weight.shape[1 if isinstance(module, Conv1D) else 0]  # type: ignore[union-attr]
+def _sizes(linear: nn.Module) -> tuple[int, int]:
+    """Input and output size."""
+    rows, columns = cast(Tensor, linear.weight).shape
+    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import eq
 from pathlib import Path
 
 import torch
@@ -189,7 +190,7 @@ class Walk:
         plain = slice(0, len(rows.edits))
         last = rows.last[plain]
         length = int(last.max()) + 1  # prefixed rows may be longer
-        padded = Padded(rows.padded.ids[plain, :length], rows.padded.mask[plain, :length])
+        padded = rows.padded[plain, :length]
         top = output[plain, :length]
         if self.block < self.top and before is None:
             top = block_output(self.lm, padded, self.top)
@@ -211,8 +212,7 @@ def _common_beginning(rows: Sequence[TokenRow]) -> tuple[int, ...]:
     """The longest common beginning of the rows, without their subjects' last tokens."""
     ids = [row.ids[: row.subject_last] for row in rows]
     first, last = min(ids), max(ids)  # in lexical order: what these two share, all share
-    same = (a == b for a, b in zip(first, last, strict=False))
-    return first[: sum(takewhile(bool, same))]
+    return first[: sum(takewhile(bool, map(eq, first, last)))]
 
 
 def _batches(

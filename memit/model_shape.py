@@ -16,8 +16,3 @@ class ModelShape:
     inner_width: int
     """f, of the keys."""
     parameters: int
-
-    @property
-    def block(self) -> float:
-        """Parameters of a block."""
-        return self.parameters / self.depth

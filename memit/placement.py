@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from memit.errors import InputError
+
 WEIGHT_SHARE = 0.8
 """Part of the free memory that weights may fill; batches and equations need the rest."""
 
@@ -22,9 +24,18 @@ def device_map(device: str, room: Mapping[int | str, int] | None) -> dict[str, A
 
     For `sharded`, weights beyond `room` (or beyond `WEIGHT_SHARE` of each device's free memory) are
     offloaded to memory or stay in the checkpoint's files.
+
+    Raises:
+        InputError: the device is not known.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "sharded":
-        return {"device_map": {"": device}}
+        try:
+            return {"device_map": {"": str(torch.device(device))}}
+        except RuntimeError as error:
+            message = f"device '{device}' is not known; use auto, cpu, cuda or cuda:N."
+            raise InputError(message) from error
     if not room:
         from accelerate.utils import get_max_memory  # not on every image
 

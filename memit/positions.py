@@ -10,13 +10,18 @@ import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
+from operator import eq
 from typing import TYPE_CHECKING
 
 from memit.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+TEXTS_AT_ONCE = 2048
+"""Texts that are tokenised together: encodings take several times the memory of their ids."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,12 @@ def locate(tokenizer: PreTrainedTokenizerBase, marked: Sequence[MarkedText]) -> 
     Raises:
         InputError: a subject or a target has no tokens.
     """
-    tokenized = tokenize(tokenizer, [m.text for m in marked])
-    return [_row(mark, ids, ends) for mark, (ids, ends) in zip(marked, tokenized, strict=True)]
+    rows = []
+    for start in range(0, len(marked), TEXTS_AT_ONCE):
+        part = marked[start : start + TEXTS_AT_ONCE]
+        tokenized = tokenize(tokenizer, [text.text for text in part])
+        rows += [_row(text, ids, ends) for text, (ids, ends) in zip(part, tokenized, strict=True)]
+    return rows
 
 
 def continuation_rows(
@@ -166,7 +175,7 @@ def _by_decoding(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[in
         decoded = tokenizer.decode(
             ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        ends.append(_common_prefix(str(decoded).lstrip(), text.lstrip()))
+        ends.append(sum(takewhile(bool, map(eq, str(decoded).lstrip(), text.lstrip()))))
     # Inside a character of several bytes the decoded text may be shorter than it was before.
     ends = list(accumulate((leading + end if end else 0 for end in ends), max))
     if not ends or ends[-1] < len(text.rstrip()):
@@ -175,8 +184,3 @@ def _by_decoding(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[in
             "subject cannot be located; use a tokenizer that does (a fast one has offsets)."
         )
     return ids, ends
-
-
-def _common_prefix(first: str, second: str) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

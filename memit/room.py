@@ -11,7 +11,6 @@ from memit.language_model import LanguageModel
 from memit.positions import continuation_rows
 from memit.prefixes import TOKENS, WORDS
 from memit.requests import Record
-from memit.targets import REQUESTS_AT_ONCE
 from memit.true_objects import TOKENS_A_WORD
 
 TOKENS_A_BYTE = 2
@@ -44,13 +43,11 @@ def check_records(
         for one in _asked(lm, records, questions, plus, written)
         if foreign or _most_tokens(one) > lm.context_length
     ]
-    for start in range(0, len(asked), REQUESTS_AT_ONCE):
-        part = asked[start : start + REQUESTS_AT_ONCE]
-        pairs = ((prompt, answer or " a") for _, _, prompt, answer, _ in part)
-        rows = continuation_rows(lm.tokenizer, pairs)
-        for (record, kind, prompt, answer, more), row in zip(part, rows, strict=True):
-            ids = row.ids if answer else row.ids[: row.target[0] + 1]
-            lm.check_room(ids, f"the {kind} prompt of record {record}, {prompt[:80]!r},", more)
+    pairs = ((prompt, answer or " a") for _, _, prompt, answer, _ in asked)
+    rows = continuation_rows(lm.tokenizer, pairs)
+    for (record, kind, prompt, answer, more), row in zip(asked, rows, strict=True):
+        ids = row.ids if answer else row.ids[: row.target[0] + 1]
+        lm.check_room(ids, f"the {kind} prompt of record {record}, {prompt[:80]!r},", more)
 
 
 def _most_tokens(asked: Asked) -> int:

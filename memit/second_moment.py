@@ -119,12 +119,15 @@ def collect_second_moments(
 
 
 def _tokenised_windows(lm: LanguageModel, documents: Sequence[str]) -> Iterator[list[list[int]]]:
-    """Token rows of consecutive documents, longest first within a window so that rows of a batch
-    have about one length; the next window is tokenised while the model runs."""
+    """Token rows of consecutive documents, without special tokens, longest first within a window so
+    that rows of a batch have about one length; one window is tokenised while another is run."""
 
     def rows_of(start: int) -> list[list[int]]:
-        tokenized = tokenize_plain(lm, documents[start : start + WINDOW])
-        return sorted(tokenized, key=len, reverse=True)
+        texts = list(documents[start : start + WINDOW])
+        if not texts:
+            return []
+        ids = lm.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return sorted((row[: lm.context_length] for row in ids if row), key=len, reverse=True)
 
     with ThreadPoolExecutor(1) as ahead:
         waiting = ahead.submit(rows_of, 0)
@@ -132,14 +135,6 @@ def _tokenised_windows(lm: LanguageModel, documents: Sequence[str]) -> Iterator[
             rows = waiting.result()
             waiting = ahead.submit(rows_of, start + WINDOW)
             yield rows
-
-
-def tokenize_plain(lm: LanguageModel, documents: Sequence[str]) -> list[list[int]]:
-    """Token ids of corpus texts without special tokens, cut to the context; empty ones left out."""
-    if not documents:
-        return []
-    ids = lm.tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    return [row[: lm.context_length] for row in ids if row]
 
 
 def _checked(moment: SecondMoment, layer: int) -> SecondMoment:

@@ -109,7 +109,7 @@ def _walk_layers(
         # K at this layer and h at L, with the updates of all lower layers in the weights.
         walk.advance(layer)
         K, hidden = walk.read(hyperparameters.key_average)
-        residuals[layer] = _mean_norm(target - hidden)
+        residuals[layer] = float((target - hidden).norm(dim=0).mean())
         # r_i = (z_i − h_i) / (number of edited layers from this one on)    (Eqn. 20)
         R = (target - hidden) / (len(hyperparameters.layers) - done)
         _check_columns(K, R, requests, layer)
@@ -130,7 +130,7 @@ def _walk_layers(
         lm.set_weight(layer, master + delta)
         if progress is not None:
             progress(1)
-    left = _mean_norm(target - walk.read_hidden())
+    left = float((target - walk.read_hidden()).norm(dim=0).mean())
     return Spread(WeightDelta(changes, {"base": digests}), residuals, ratios, left)
 
 
@@ -180,10 +180,6 @@ def _too_large(
 def _named(requests: Sequence[EditRequest], edits: Sequence[int]) -> str:
     more = f" and {len(edits) - 1} more" if len(edits) > 1 else ""
     return f"{requests[edits[0]].text!r}{more}"
-
-
-def _mean_norm(columns: Tensor) -> float:
-    return float(columns.norm(dim=0).mean())
 
 
 # --- the closed form --------------------------------------------------------------------------

@@ -41,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 KL_TEMPLATE = "{} is a"
 """The row whose next-token distribution at the subject must not drift."""
-REQUESTS_AT_ONCE = 256
-"""Requests that are tokenised together: encodings take several times the memory of their ids."""
 
 
 @dataclass(frozen=True)
@@ -120,38 +118,20 @@ def check_targets(requests: Sequence[EditRequest], targets: Targets) -> None:
 
 
 @dataclass(frozen=True)
-class BlockOutput:
-    """δ is added to the output of block `layer` (MEMIT)."""
+class Site:
+    """Where δ is added: the output of block `layer` (MEMIT) or of its down-projection (ROME)."""
 
     layer: int
+    in_mlp: bool = False
 
     @property
     def first(self) -> int:
         """The first block that depends on δ."""
-        return self.layer + 1
+        return self.layer if self.in_mlp else self.layer + 1
 
     def module(self, lm: LanguageModel) -> nn.Module:
         """The module whose output δ is added to."""
-        return lm.blocks[self.layer]
-
-
-@dataclass(frozen=True)
-class MlpOutput:
-    """δ is added to the output of block `layer`'s down-projection (ROME)."""
-
-    layer: int
-
-    @property
-    def first(self) -> int:
-        """The first block that depends on δ."""
-        return self.layer
-
-    def module(self, lm: LanguageModel) -> nn.Module:
-        """The module whose output δ is added to."""
-        return lm.down_projection(self.layer)
-
-
-Site = BlockOutput | MlpOutput
+        return lm.down_projection(self.layer) if self.in_mlp else lm.blocks[self.layer]
 
 
 @dataclass(frozen=True)
@@ -185,16 +165,6 @@ def edit_rows(
         InputError: a subject or an object has no tokens of its own, or a prompt is too long for the
             model's context.
     """
-    return [
-        rows
-        for start in range(0, len(requests), REQUESTS_AT_ONCE)
-        for rows in _edit_rows(lm, requests[start : start + REQUESTS_AT_ONCE], prefixes)
-    ]
-
-
-def _edit_rows(
-    lm: LanguageModel, requests: Sequence[EditRequest], prefixes: Sequence[str]
-) -> list[EditRows]:
     marked: list[MarkedText] = []
     for request in requests:
         for prefix in ("", *prefixes):
@@ -251,7 +221,7 @@ def compute_targets(
     finite stops there and is marked in `Targets.finite`.
     """
     edits = edit_rows(lm, requests, prefixes)
-    where = site or BlockOutput(hyperparameters.layers[-1])
+    where = site or Site(hyperparameters.layers[-1])
     if not can_resume(lm):
         logger.warning("%s cannot be resumed in the middle: whole rows are run each time", lm.name)
     if site is None and (weak := weak_keys(requests, [edit.plain for edit in edits])):

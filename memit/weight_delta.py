@@ -131,24 +131,8 @@ def base_digests(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def check_base(lm: LanguageModel, delta: WeightDelta) -> None:
-    """Check that the delta was made for the current weights of `lm`.
-
-    Weights are rounded to the dtype that the delta was made in, and then compared.
-
-    Raises:
-        IntegrityError: it was made for others.
-    """
-    for name in delta.changes.keys() - {name for name, _ in lm.model.named_parameters()}:
-        raise IntegrityError(
-            f"the delta changes {name}, which {lm.name} does not have; "
-            f"it was made for {delta.provenance.get('model')}."
-        )
-    check_weights(delta, ((name, lm.parameter(name)) for name in delta.changes), lm.name)
-
-
 def check_weights(delta: WeightDelta, weights: Iterable[tuple[str, Tensor]], where: object) -> None:
-    """Check that the delta was made for these weights, like `check_base`.
+    """Check that the delta was made for these weights, rounded to the dtype that it was made in.
 
     Raises:
         IntegrityError: it was made for others.
@@ -176,8 +160,13 @@ def apply(lm: LanguageModel, delta: WeightDelta) -> None:
         IntegrityError: it was made for other weights; the model is unchanged.
         NumericsError: it is not finite; the model is unchanged.
     """
-    check_base(lm, delta)
+    for name in delta.changes.keys() - dict(lm.model.named_parameters()).keys():
+        raise IntegrityError(
+            f"the delta changes {name}, which {lm.name} does not have; "
+            f"it was made for {delta.provenance.get('model')}."
+        )
     weights = {name: lm.parameter(name) for name in delta.changes}
+    check_weights(delta, weights.items(), lm.name)
     base = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
     changed = {name: added(weight, delta, name) for name, weight in weights.items()}
     for name in weights:

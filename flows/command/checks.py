@@ -12,10 +12,10 @@ import httpx
 import psutil
 import torch
 
+from flows.command.costs import delta_bytes, moment_bytes, solve_bytes
 from flows.command.parameters import ModelSection, Parameters, StatisticsSection
 from flows.service.workers import workers_of
 from memit.corpus import read_documents
-from memit.costs import delta_bytes, moment_bytes, solve_bytes
 from memit.errors import InputError, ResourceError
 from memit.evaluation.reference import read_snippets
 from memit.evaluation.zsre import as_records, read_zsre

@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.benchmark import Timer
 
+from flows.command import costs
+from flows.command.costs import Lengths
 from flows.command.parameters import Parameters
 from flows.command.script import console
-from memit import costs
-from memit.costs import Lengths
 from memit.hyperparameters import Hyperparameters
 from memit.layer_walk import HELD_IN_MEMORY
 from memit.positions import TokenRow

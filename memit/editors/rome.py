@@ -29,7 +29,7 @@ from memit.prefixes import bounded
 from memit.ranges import Range, check_settings
 from memit.requests import EditRequest
 from memit.second_moment import cholesky
-from memit.targets import MlpOutput, compute_targets, edit_rows
+from memit.targets import Site, compute_targets, edit_rows
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class Rome(Editor):
         token_budget: int,
     ) -> LowRank:
         """The update of one fact for the present weights: (v* − W k) (C⁻¹k)ᵀ / kᵀC⁻¹k."""
-        site, settings = MlpOutput(self.layer), self.optimisation
+        site, settings = Site(self.layer, in_mlp=True), self.optimisation
         found = compute_targets(
             lm, [request], prefixes, settings, token_budget=token_budget, site=site
         )

@@ -36,19 +36,14 @@ class _IgnoredLayer(DynamicLayer):
 class _FrozenLayer(DynamicLayer):
     """Constant keys and values of earlier positions; later ones are attended to, but not kept."""
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None, length: int):
+    def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
-        self.keys, self.values = keys, values
-        self.length = length
-        self.is_initialized = True
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.before, self.length = (keys, values), keys.shape[-2]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
-        assert self.keys is not None
-        assert self.values is not None
-        return (
-            torch.cat([self.keys, key_states], dim=-2),
-            torch.cat([self.values, value_states], dim=-2),
-        )
+        keys, values = self.before
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return self.length
@@ -96,11 +91,9 @@ class KeyValues:
 
     def cache(self) -> Cache:
         """A cache that puts them before the computed positions."""
-        length = self.positions
-        below = [_FrozenLayer(None, None, length) for _ in range(self.start)]
-        held = [_FrozenLayer(keys, values, length) for keys, values in self.layers]
-        layers: list[Any] = [*below, *held]
-        return Cache(layers=layers)
+        layers: list[Any] = [_FrozenLayer(keys, values) for keys, values in self.layers]
+        # Blocks below do not run, but the mask takes the number of positions from the first layer.
+        return Cache(layers=[*layers[:1] * self.start, *layers])
 
     def mask(self) -> Tensor:
         """1 where a position is real (rows × positions)."""

@@ -29,8 +29,8 @@ class Padded:
     mask: Tensor
     """1 for a token, 0 for padding (rows × tokens)."""
 
-    def __getitem__(self, rows: Tensor | slice) -> Padded:
-        return Padded(self.ids[rows], self.mask[rows])
+    def __getitem__(self, index: Tensor | slice | tuple[slice, slice]) -> Padded:
+        return Padded(self.ids[index], self.mask[index])
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
@@ -46,15 +46,15 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
 
 
 class _Stopped(Exception):
-    """Leaves the model's forward method after the last wanted block."""
+    """Leaves the model's forward method after the last wanted module."""
+
+
+def _stop(*_args: Any) -> None:
+    raise _Stopped
 
 
 def _hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 @contextmanager
@@ -116,16 +116,13 @@ def reading_keys(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int,
     """Collect the inputs of some blocks' down-projections (rows·tokens × f) during a forward."""
     found: dict[int, Tensor] = {}
 
-    def read(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple) -> None:
-            found[layer] = args[0].reshape(-1, args[0].shape[-1])
-
-        return hook
+    def read(layer: int, _module: nn.Module, args: tuple) -> None:
+        found[layer] = args[0].reshape(-1, args[0].shape[-1])
 
     with ExitStack() as stack:
         for layer in layers:
             module = lm.down_projection(layer)
-            stack.enter_context(module.register_forward_pre_hook(read(layer)))
+            stack.enter_context(module.register_forward_pre_hook(partial(read, layer)))
         yield found
 
 
@@ -134,7 +131,8 @@ def changing_module(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
     """Replace the hidden states that leave a module by `change` of them."""
 
     def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        return _with_hidden(output, change(_hidden_of(output)))
+        hidden = change(_hidden_of(output))
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     with module.register_forward_hook(hook):
         yield
@@ -153,29 +151,6 @@ def reading_module(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _stopping_after(lm: LanguageModel, layer: int) -> Iterator[list[Tensor]]:
-    result: list[Tensor] = []
-
-    def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
-        result.append(_hidden_of(output))
-        raise _Stopped
-
-    with lm.blocks[layer].register_forward_hook(hook), suppress(_Stopped):
-        yield result
-
-
-@contextmanager
-def _head_at(lm: LanguageModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Let the head see the chosen positions only, as one row."""
-
-    def choose(_module: nn.Module, args: tuple) -> tuple:
-        return (args[0][rows.to(args[0].device), columns.to(args[0].device)][None],)
-
-    with lm.head.register_forward_pre_hook(choose):
-        yield
-
-
-@contextmanager
 def mlp_at(lm: LanguageModel, layer: int, rows: Tensor, columns: Tensor) -> Iterator[list[Tensor]]:
     """Run a block's MLP at chosen positions only, where nothing reads the others.
 
@@ -185,7 +160,7 @@ def mlp_at(lm: LanguageModel, layer: int, rows: Tensor, columns: Tensor) -> Iter
     its MLP anything but rows × tokens × d.
     """
     chosen: list[Tensor] = []
-    mlp = lm.mlp(layer)
+    mlp = lm.mlps[layer]
     if (
         mlp is None
         or lm.is_offloaded
@@ -262,21 +237,19 @@ def block_output(
     with ExitStack() as stack:
         if hidden is not None:
             stack.enter_context(_starting_at(lm, start, hidden))
-        result = stack.enter_context(_stopping_after(lm, stop))
+        result = stack.enter_context(reading_module(lm.blocks[stop]))
+        stack.enter_context(lm.blocks[stop].register_forward_hook(_stop))
+        stack.enter_context(suppress(_Stopped))
         lm.model.base_model(**_inputs(lm, padded, hidden, before, recorder))
     return result[0]
 
 
 def keys_of(lm: LanguageModel, padded: Padded, layers: Sequence[int]) -> dict[int, Tensor]:
     """Inputs of some blocks' down-projections (rows·tokens × f); nothing after the last runs."""
-
-    def stop(_module: nn.Module, _args: tuple) -> None:
-        raise _Stopped
-
     with ExitStack() as stack:
         found = stack.enter_context(reading_keys(lm, layers))
         last = lm.down_projection(max(layers))
-        stack.enter_context(last.register_forward_pre_hook(stop))
+        stack.enter_context(last.register_forward_pre_hook(_stop))
         stack.enter_context(suppress(_Stopped))
         lm.model.base_model(**_inputs(lm, padded, None, None, None))
     return found
@@ -298,10 +271,15 @@ def logits_at(
     `hidden`, if given, enters block `start`; the rows continue the positions of `before`;
     `recorder` keeps the keys and values of this pass.
     """
+
+    def choose(_module: nn.Module, args: tuple) -> tuple:
+        # The head sees the chosen positions only, as one row (1 × k × d).
+        return (args[0][rows.to(args[0].device), columns.to(args[0].device)][None],)
+
     with ExitStack() as stack:
         if hidden is not None:
             stack.enter_context(_starting_at(lm, start, hidden))
-        stack.enter_context(_head_at(lm, rows, columns))
+        stack.enter_context(lm.head.register_forward_pre_hook(choose))
         stack.enter_context(mlp_at(lm, lm.depth - 1, rows, columns))
         output = lm.model(**_inputs(lm, padded, hidden, before, recorder))
     return output.logits[0].float()

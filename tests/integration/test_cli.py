@@ -10,7 +10,7 @@ import torch
 
 from flows.command import cli, estimate
 from flows.command import script as command
-from memit.costs import Lengths
+from flows.command.costs import Lengths
 from memit.hyperparameters import preset
 from memit.language_model import load_model
 from tasks.engine.loaded_model import ModelFiles, ModelReference

@@ -14,7 +14,7 @@ from memit.editors.rome import Rome, sample_rome_prefixes, subject_keys
 from memit.errors import InputError, NumericsError
 from memit.language_model import LanguageModel
 from memit.second_moment import SecondMoment, collect_second_moments
-from memit.targets import MlpOutput, compute_targets, edit_rows
+from memit.targets import Site, compute_targets, edit_rows
 from memit.weight_delta import LowRank, WeightDelta
 from tests.families import DOCUMENTS, PREFIXES
 from tests.reference import REQUESTS, build, prompt_row, relative
@@ -112,20 +112,20 @@ def test_values_are_those_of_a_literal_optimisation(family, request_index):
         PREFIXES[:3],
         EDITOR.optimisation,
         token_budget=LARGE,
-        site=MlpOutput(LAYER),
+        site=Site(LAYER, in_mlp=True),
     )
     assert relative(found.z[0], _literal_value(lm, request, PREFIXES[:3], EDITOR)) < 1e-4
 
 
 def test_layer_zero_has_nothing_below_it_to_resume_from(monkeypatch):
     lm = build("gpt2")
-    editor = replace(EDITOR, layer=0)
+    editor, site = replace(EDITOR, layer=0), Site(0, in_mlp=True)
     found = compute_targets(
-        lm, REQUESTS[:1], PREFIXES, editor.optimisation, token_budget=LARGE, site=MlpOutput(0)
+        lm, REQUESTS[:1], PREFIXES, editor.optimisation, token_budget=LARGE, site=site
     )
     monkeypatch.setattr("memit.targets.can_resume", lambda lm: False)
     whole = compute_targets(
-        lm, REQUESTS[:1], PREFIXES, editor.optimisation, token_budget=LARGE, site=MlpOutput(0)
+        lm, REQUESTS[:1], PREFIXES, editor.optimisation, token_budget=LARGE, site=site
     )
     assert relative(found.z, whole.z) < 1e-5
     assert found.delta_ratios[0] > 0.1
@@ -144,7 +144,7 @@ def _one_edit(family: str, editor: Rome):
         prefixes,
         editor.optimisation,
         token_budget=LARGE,
-        site=MlpOutput(LAYER),
+        site=Site(LAYER, in_mlp=True),
     ).z[0]
     delta = editor.edit(lm, REQUESTS[:1], resources)
     return lm, delta, keys, value, resources.moments[LAYER].mean

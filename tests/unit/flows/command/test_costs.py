@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.projection import tables
-from memit import costs
-from memit.costs import Lengths
+from flows.command import costs
+from flows.command.costs import Lengths
 from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
 from memit.model_shape import ModelShape

@@ -25,10 +25,15 @@ class Lengths:
     """From there to the end of the new object."""
 
 
+def _block(shape: ModelShape) -> float:
+    """Parameters of a block."""
+    return shape.parameters / shape.depth
+
+
 def statistics_operations(shape: ModelShape, layers: tuple[int, ...], tokens: float) -> float:
     """Blocks up to the last edited layer, and half of k kᵀ for each edited one."""
     f = shape.inner_width
-    return tokens * (2 * shape.block * (layers[-1] + 1) + len(layers) * f**2)
+    return tokens * (2 * _block(shape) * (layers[-1] + 1) + len(layers) * f**2)
 
 
 def targets_operations(
@@ -37,7 +42,7 @@ def targets_operations(
     """One pass through everything; then, for each evaluation, the tokens from the subject's last
     on through the blocks above `last`, forward and backward."""
     whole = 2 * shape.parameters * (lengths.before + lengths.after)
-    again = 4 * shape.block * (shape.depth - last - 1) * lengths.after
+    again = 4 * _block(shape) * (shape.depth - last - 1) * lengths.after
     return n * ROWS * (whole + evaluations * again)
 
 
@@ -48,7 +53,7 @@ def walk_operations(
     ones; plain rows also from each edited layer to the last one."""
     last = layers[-1]
     blocks = ROWS * (last + 1 + len(layers)) + sum(last - layer for layer in layers)
-    return n * 2 * shape.block * lengths.before * blocks
+    return n * 2 * _block(shape) * lengths.before * blocks
 
 
 def solve_operations(shape: ModelShape, n: float) -> float:
