@@ -161,8 +161,8 @@ class LanguageModel:
         length = len(ids) - 1 + more
         if length > self.context_length:
             raise InputError(
-                f"{what} needs {length} tokens, and {self.name} takes {self.context_length}: shorten "
-                "or remove it."
+                f"{what} needs {length} tokens, and {self.name} takes {self.context_length}: "
+                "shorten or remove it."
             )
         if max(ids) >= known:
             raise InputError(
