@@ -67,12 +67,12 @@ def run_flow(
 
 
 def _run_served(flow: Callable[[Parameters], object], parameters: Parameters) -> object:
-    from flows.service.server import end_without, prefect_server
+    from flows.service.server import exit_without_server, prefect_server
 
     with alone():
         server = ExitStack()
         atexit.register(server.close)  # Prefect's threads send what is left before that
-        end_without(server.enter_context(prefect_server()))
+        exit_without_server(server.enter_context(prefect_server()))
         return flow(parameters)
 
 

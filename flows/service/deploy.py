@@ -17,7 +17,7 @@ from prefect.schedules import Schedule
 
 from flows.command.parameters import read_parameters
 from flows.command.script import console, reporting
-from flows.service.server import PORT, end_without, prefect_server
+from flows.service.server import PORT, exit_without_server, prefect_server
 from flows.service.watched import running
 
 FIRST = "experiment/local"
@@ -29,7 +29,7 @@ QUERY_SECONDS = 2.0
 def deploy(once: bool) -> int:
     """Start a server, unless there is one, and a runner; returns the runner's exit status."""
     with prefect_server(PORT) as address:
-        end_without(address)
+        exit_without_server(address)
         console.print(f"Prefect's server: {address.removesuffix('/api')}")
         # A process of its own, whose runs end with it before the server does.
         options = ["--once"] if once else []

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prefect import flow
 
 from flows.command.parameters import complete_parameters
-from flows.service.server import end_without, prefect_server
+from flows.service.server import exit_without_server, prefect_server
 from flows.service.watched import watched
 from memit.errors import InputError, MemitError
 
@@ -75,5 +75,5 @@ def failure(lines: Sequence[str]) -> str:
 def reproduce_here(arguments: Sequence[str]) -> int:
     """Run `dvc repro` in the terminal; returns its exit status."""
     with prefect_server() as address:
-        end_without(address)
+        exit_without_server(address)
         return subprocess.run(watched("dvc", "repro", *arguments), check=False).returncode

@@ -94,7 +94,7 @@ def _answers(address: str) -> bool:
     return True
 
 
-def end_without(address: str) -> None:
+def exit_without_server(address: str) -> None:
     """Exit this process soon after the server is lost, even if its threads are blocked.
 
     Prefect's client retries each request for half a minute, one after the other.

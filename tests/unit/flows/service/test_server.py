@@ -33,7 +33,7 @@ CLIENT = """
 import sys, time
 from flows.service import server
 server.PING_SECONDS = 0.1
-server.end_without(sys.argv[1])
+server.exit_without_server(sys.argv[1])
 time.sleep(float(sys.argv[2]))
 """
 
