@@ -46,9 +46,8 @@ def auto_token_budget(
     wide = 6 * model.width + 2 * model.inner_width
     per_token = size * (4 * wide + (2 * wide + 10 * model.width) * (trained_blocks or 0))
     room = min(_measured_room(card) for card in cards)
-    room -= min(
-        size * model.parameters, int(WEIGHT_SHARE * room)
-    )  # what is sharded leaves so much free
+    # Weights that are sharded leave the rest of the room free.
+    room -= min(size * model.parameters, int(WEIGHT_SHARE * room))
     tokens = max(256, min(GPU_TOKENS, int(MEMORY_SHARE * room / per_token)))
     return 1 << (tokens.bit_length() - 1)
 

@@ -67,7 +67,8 @@ def generate_texts(
         if not ids:
             raise InputError(f"no token represents the prompt {prompt!r}: give a longer one.")
         lm.check_room(ids, f"the prompt {prompt[:60]!r}", more)
-        texts.append(_Text(index, ids, more, _text_seed(seed, number, prompt)))
+        digest = hashlib.sha256(f"{seed}\n{number}\n{prompt}".encode()).digest()
+        texts.append(_Text(index, ids, more, int.from_bytes(digest[:8], "big", signed=True)))
     written = _write_all(lm, texts, top_k, token_budget, whole, progress)
     routed = lm.routed(prompts)
     if lm.router is not None and routed:
@@ -122,11 +123,6 @@ def _write_all(
     finally:
         lm.model.generation_config = settings
     return written
-
-
-def _text_seed(seed: int, repetition: int, prompt: str) -> int:
-    digest = hashlib.sha256(f"{seed}\n{repetition}\n{prompt}".encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from memit.errors import (
     UnreachableError,
 )
 from memit.model_shape import ModelShape
-from memit.placement import device_map, device_of, is_offloaded, read_weight, write_weight
+from memit.placement import device_map, device_of, offloading_hook, read_weight, write_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -252,7 +252,7 @@ class LanguageModel:
     @cached_property
     def is_offloaded(self) -> bool:
         """Whether some weights are in memory or on disk until their block runs."""
-        return is_offloaded(self.model)
+        return any(offloading_hook(module) is not None for module in self.model.modules())
 
     def weight_name(self, layer: int) -> str:
         """The name under which the model keeps W_out of block `layer`."""

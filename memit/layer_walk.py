@@ -71,12 +71,6 @@ class _Rows:
     kind: Tensor
     """Which shared beginning precedes a row: 0 for plain, then one for each prefix (rows)."""
 
-    @property
-    def at_subject(self) -> Tensor:
-        """Positions of the subjects' last tokens, counted over rows × tokens (rows)."""
-        count, length = self.padded.ids.shape
-        return torch.arange(count, device=self.last.device) * length + self.last
-
 
 class Walk:
     """A position between two blocks, with the hidden states of every row of every edit there."""
@@ -130,10 +124,11 @@ class Walk:
         """Keys of a batch at the subjects' last tokens (rows × f), and the current block's output,
         of which only the plain rows are valid (rows × tokens × d)."""
         rows = self.batches[index]
-        length = rows.padded.ids.shape[1]
-        # Positions where the MLP runs, ascending: the subjects' last tokens, for the keys; of plain
-        # rows also the others, unless this block is L, since blocks up to L attend to them.
-        read = at_subject = rows.at_subject
+        count, length = rows.padded.ids.shape
+        # Where the MLP runs, ascending and counted over rows × tokens: the subjects' last tokens,
+        # for the keys; of plain rows also the others, unless this block is L, since blocks up to L
+        # attend to them.
+        read = at_subject = torch.arange(count, device=rows.last.device) * length + rows.last
         if self.block < self.top:
             plain = torch.arange(len(rows.edits) * length, device=read.device)
             read = torch.cat([plain, at_subject[len(rows.edits) :]])
@@ -162,14 +157,10 @@ class Walk:
         """The shared beginnings' output of block `stop`, and their keys and values up to there."""
         if not self.resumes:
             return None, None
-        recorder = Recorder(self.lm, self.block)
+        start, hidden = self.block, self.shared_states
+        recorder = Recorder(self.lm, start)
         output = block_output(
-            self.lm,
-            self.shared,
-            stop,
-            start=self.block,
-            hidden=self.shared_states,
-            recorder=recorder,
+            self.lm, self.shared, stop, start=start, hidden=hidden, recorder=recorder
         )
         return output, recorder.before(self.lengths)
 
@@ -228,25 +219,15 @@ def _batches(
         return len(rows), max(row.subject_last for row in rows) + 1
 
     order = sorted(range(len(edits)), key=lambda index: shape(index)[::-1])
-    batches = split_into_batches(order, shape, token_budget)
-    return [_rows(lm, edits, indices, shared) for indices in batches]
-
-
-def _rows(
-    lm: LanguageModel,
-    edits: Sequence[EditRows],
-    indices: Sequence[int],
-    shared: Sequence[tuple[int, ...]],
-) -> _Rows:
-    rows = [(0, edits[index].plain) for index in indices]
-    rows += [pair for index in indices for pair in enumerate(edits[index].prefixed, start=1)]
-    cut = [row.ids[len(shared[kind]) : row.subject_last + 1] for kind, row in rows]
-    return _Rows(
-        edits=torch.tensor(indices),
-        padded=pad(cut, lm.device),
-        last=torch.tensor([len(ids) - 1 for ids in cut], device=lm.device),
-        kind=torch.tensor([kind for kind, _ in rows], device=lm.device),
-    )
+    batches = []
+    for indices in split_into_batches(order, shape, token_budget):
+        rows = [(0, edits[index].plain) for index in indices]
+        rows += [pair for index in indices for pair in enumerate(edits[index].prefixed, start=1)]
+        cut = [row.ids[len(shared[kind]) : row.subject_last + 1] for kind, row in rows]
+        last = torch.tensor([len(ids) - 1 for ids in cut], device=lm.device)
+        kinds = torch.tensor([kind for kind, _ in rows], device=lm.device)
+        batches.append(_Rows(torch.tensor(indices), pad(cut, lm.device), last, kinds))
+    return batches
 
 
 def _averaged(keys: Tensor, count: int, key_average: str) -> Tensor:

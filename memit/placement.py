@@ -46,7 +46,7 @@ def device_map(device: str, room: Mapping[int | str, int] | None) -> dict[str, A
 def device_of(module: nn.Module) -> torch.device:
     """The device that a module with a weight computes on."""
     weight = cast(Tensor, module.weight)
-    hook = _offloading_hook(module)
+    hook = offloading_hook(module)
     return weight.device if hook is None else torch.device(hook.execution_device)
 
 
@@ -55,14 +55,9 @@ def solving_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether some weights of a module are offloaded."""
-    return any(_offloading_hook(part) is not None for part in module.modules())
-
-
 def read_weight(module: nn.Module, name: str) -> Tensor:
     """A parameter of a module itself, offloaded or not."""
-    hook = _offloading_hook(module)
+    hook = offloading_hook(module)
     return getattr(module, name) if hook is None else hook.weights_map[name]
 
 
@@ -73,7 +68,7 @@ def write_weight(module: nn.Module, name: str, value: Tensor) -> None:
     An offloaded one stays in memory from then on: checkpoints are not written to.
     """
     kept = cast(Tensor, getattr(module, name))
-    hook = _offloading_hook(module)
+    hook = offloading_hook(module)
     if hook is None:
         kept.copy_(value)
         return
@@ -82,7 +77,7 @@ def write_weight(module: nn.Module, name: str, value: Tensor) -> None:
     offloaded.dataset.state_dict[offloaded.prefix + name] = changed
 
 
-def _offloading_hook(module: nn.Module) -> Any:
+def offloading_hook(module: nn.Module) -> Any:
     """The hook that loads a module's parameters, if they are offloaded."""
     hook = getattr(module, "_hf_hook", None)
     return hook if getattr(hook, "offload", False) else None

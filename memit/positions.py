@@ -121,14 +121,11 @@ def tokenize(
     if not tokenizer.is_fast:
         return [_by_decoding(tokenizer, text) for text in texts]
     batch = tokenizer(list(texts), return_offsets_mapping=True, return_attention_mask=False)
-    return [
-        (ids, ends)
-        if (ends := _ends_from_offsets(text, offsets)) is not None
-        else _by_decoding(tokenizer, text)
-        for text, ids, offsets in zip(
-            texts, batch["input_ids"], batch["offset_mapping"], strict=True
-        )
-    ]
+    tokenized = []
+    for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
+        ends = _ends_from_offsets(text, offsets)
+        tokenized.append(_by_decoding(tokenizer, text) if ends is None else (ids, ends))
+    return tokenized
 
 
 def _ends_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[int] | None:

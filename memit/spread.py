@@ -186,11 +186,7 @@ def _named(requests: Sequence[EditRequest], edits: Sequence[int]) -> str:
 
 
 def solve(
-    K: Tensor,
-    R: Tensor,
-    moment: SecondMoment,
-    covariance_weight: float,
-    where: str,
+    K: Tensor, R: Tensor, moment: SecondMoment, covariance_weight: float, where: str
 ) -> LowRank | Dense:
     """Δ = R Kᵀ (λC + K Kᵀ)⁻¹ in float64, for keys K (f × n) and residuals R (d × n).
 
