@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flows.command.parameters import read_parameters
 from flows.service.server import prefect_server
 from tasks.engine.artifacts import PARTIAL
 from tests import ROOT
@@ -68,7 +69,7 @@ class Project:
             shutil.copytree(ROOT / name, self.path / name, ignore=_untracked)
         for name in ("dvc.yaml", "constraints.txt", ".dvcignore", ".gitignore"):
             shutil.copy(ROOT / name, self.path / name)
-        parameters = yaml.safe_load(WORLD.read_text())
+        parameters = read_parameters(WORLD).model_dump(mode="json")
         for section, values in changes.items():
             _update(parameters[section], values)
         (self.path / "params.yaml").write_text(yaml.safe_dump(parameters, sort_keys=False))
