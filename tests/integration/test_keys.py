@@ -15,7 +15,11 @@ in the keys of what they make."""
 LOAD_EACH = """
 import json, os, sys
 from importlib import import_module
-for library in ("prefect", "pyarrow.parquet", "rich.progress", "transformers"):
+for library in (  # what takes long to import, once for all processes
+    "matplotlib.pyplot", "mlflow", "nltk", "prefect.task_runners", "pyarrow.parquet",
+    "sklearn.feature_extraction.text", "torch._dynamo", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto", "transformers.modeling_utils",
+):
     import_module(library)
 for module in sys.argv[1:]:
     if os.fork() == 0:
