@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from flows.command.script import given_parameters, run_flow
 
@@ -30,4 +31,7 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    if len(sys.argv) != 2 or sys.argv[1] not in names:
+        sys.exit(f"usage: python -m flows FLOW, where FLOW is one of {', '.join(names)}")
+    main(sys.argv[1])

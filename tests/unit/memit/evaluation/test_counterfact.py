@@ -28,8 +28,6 @@ from memit.requests import EditRequest, Record, read_counterfact
 from tests import GOLDEN
 from tests.families import CITIES, SENTENCES, SUBJECTS, families
 
-needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="no golden directory here")
-
 
 @functools.cache
 def model(family: str) -> LanguageModel:
@@ -142,7 +140,6 @@ class TestScores:
         with pytest.raises(InputError, match="shorten or remove it"):
             score_prompts(model("gpt2"), [long], token_budget=4096)
 
-    @needs_golden
     def test_agree_with_the_published_code(self):
         lm = load_model(GOLDEN / "model", device="cpu")
         expected = json.loads((GOLDEN / "expected.json").read_text())["pre"]
