@@ -261,12 +261,13 @@ def try_method(
 
 def finish(run: Run, metrics: Mapping[str, list[tuple[str, float, int]]]) -> None:
     """Record the results, and log to MLflow each method's metrics: name, value and step."""
+    manifest = run.finish()
     parent = ParentRun(
         experiment=run.parameters.report.experiment,
         step=run.step,
-        digest=run.manifest.digest,
+        digest=manifest.digest,
         parameters=run.parameters.model_dump(),
-        tags=origin(run.parameters, {run.step: run.manifest}),
+        tags=origin(run.parameters, {run.step: manifest}),
         files=[path for path in run.files if path.parent.name != "statistics"],
         methods=metrics,
     )

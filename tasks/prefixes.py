@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from memit.prefixes import sample_prefixes
 from tasks.engine.artifacts import Value
 from tasks.engine.cache import cached_task
@@ -25,8 +22,3 @@ def draw_prefixes(model: ModelReference, seed: int) -> SampledPrefixes:
     with loaded(model) as lm, Meter() as meter:
         prefixes = sample_prefixes(lm, seed)
     return SampledPrefixes(prefixes=prefixes, cost=meter.cost)
-
-
-def read_prefixes(path: Path) -> tuple[str, ...]:
-    """The prefixes in the step's result."""
-    return tuple(json.loads(path.read_text(encoding="utf-8"))["prefixes"])

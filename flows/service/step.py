@@ -48,6 +48,10 @@ class Run:
     """Its results."""
     costs: list[Cost] = field(default_factory=list)
     """Those of all pieces."""
+    manifest: Manifest | None = None
+    """The record of the finished step."""
+    has_workers: bool = False
+    """Whether workers were started, which the first mapped pieces do."""
 
     def read(self, *steps: str) -> None:
         """Check the results of steps before they are used.
@@ -92,10 +96,6 @@ class Run:
         self.costs.append(result.cost)
         return result
 
-    @cached_property
-    def _workers(self) -> None:
-        self.resources.enter_context(mapping_over(workers_of(self.parameters)))
-
     def map(
         self,
         unit: str,
@@ -108,7 +108,9 @@ class Run:
 
         A progress bar shows the units that `count` finds in a piece.
         """
-        self._workers  # noqa: B018
+        if not self.has_workers:
+            self.resources.enter_context(mapping_over(workers_of(self.parameters)))
+            self.has_workers = True
         running = scatter(task, pieces, **shared)
         results = gather(task.name, unit, running, [count(piece) for piece in pieces])
         self.costs += [result.cost for result in results]
@@ -134,10 +136,11 @@ class Run:
         copy_file(artifact.checked(), path)
         self.files.append(path)
 
-    @cached_property
-    def manifest(self) -> Manifest:
-        """What the step made, from what, and at what cost; written down when first read."""
-        return finish_step(self.step, self.files, self.given, self.costs)
+    def finish(self) -> Manifest:
+        """Write down, once, what the step made, from what, and at what cost."""
+        if self.manifest is None:
+            self.manifest = finish_step(self.step, self.files, self.given, self.costs)
+        return self.manifest
 
 
 def step(
@@ -155,7 +158,7 @@ def step(
                 run.read(*reads)
                 work(run)
                 if run.files:
-                    run.manifest  # noqa: B018
+                    run.finish()
 
         return _flow(name, body, work)
 

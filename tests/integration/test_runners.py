@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from flows.evaluation import evaluation
 from flows.model import model
 from flows.prefixes import prefixes
 from flows.requests import requests
-from flows.service.workers import with_runner
+from flows.service.workers import workers_of
 from flows.statistics import statistics
 from flows.targets import targets
 from memit.errors import ResourceError
@@ -37,7 +38,7 @@ from tasks.engine.hub import open_model
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import gather
 from tasks.engine.results import TARGETS_FILE
-from tasks.engine.workers import scatter, thread_runner
+from tasks.engine.workers import mapping_over, scatter, thread_runner
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -55,6 +56,17 @@ TINY: dict[str, Any] = {
     "evaluation": {"prompts_per_piece": 32, "generation_records": 2},
 }
 MAPPED = ("statistics", "targets", "evaluation", "generation")
+
+
+def with_runner(step: Callable[[Parameters], None]) -> Callable[[Parameters], None]:
+    """Let what the body of a flow maps run on the workers of its parameters."""
+
+    @wraps(step)
+    def run(parameters: Parameters) -> None:
+        with mapping_over(workers_of(parameters)):
+            step(parameters)
+
+    return run
 
 
 class Project:
