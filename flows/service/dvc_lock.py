@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from filecmp import cmp
 from pathlib import Path
+
+from dvc.repo import Repo, lock_repo
 
 from flows.command.parameters import Parameters, read_parameters
 from flows.command.script import console
@@ -44,16 +45,13 @@ def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
         )
         return
     _delete_torn_rwlock()
-    _delete_damaged_copies()
     error = _commit(stages)
     if error and LOCK.exists():
         error = _commit_to_new_lock(STEPS[: STEPS.index(stages[-1]) + 1]) and error
     if error:
-        lines = error.splitlines()
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        remedy = next((remedy for words, remedy in REMEDIES.items() if words in reason), "")
+        remedy = next((remedy for words, remedy in REMEDIES.items() if words in error), "")
         console.print(
-            f"[yellow]warning:[/] DVC did not record the results ({reason}); they are complete: "
+            f"[yellow]warning:[/] DVC did not record the results ({error}); they are complete: "
             f"{remedy}run `dvc commit -f`."
         )
 
@@ -82,13 +80,12 @@ def _delete_torn_rwlock() -> None:
         RWLOCK.unlink(missing_ok=True)
 
 
-def _delete_damaged_copies() -> None:
+def _delete_damaged_copies(cache: Path) -> None:
     """Delete copies of the results from DVC's cache that do not match their digest.
 
     Results are links into it, so damage to one is damage to the copy, and DVC would link a new
     result to that copy without checking it again.
     """
-    cache = Path(_dvc("cache", "dir").stdout.strip() or ".dvc/cache", "files/md5")
     for path in (path for folder in RESULTS for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "md5").hexdigest()
@@ -98,14 +95,20 @@ def _delete_damaged_copies() -> None:
 
 
 def _commit(stages: Sequence[str]) -> str:
-    """DVC's error output, empty on success."""
-    result = _dvc("commit", "--force", *stages)
-    return (result.stderr.strip() or "no reason given") if result.returncode else ""
-
-
-def _dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dvc", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    """What DVC says is wrong, empty on success."""
+    logging.getLogger("dvc").setLevel(logging.CRITICAL)
+    try:
+        with Repo() as repo, lock_repo(repo):
+            _delete_damaged_copies(Path(repo.cache.local.path))
+            # As `dvc commit --force` does for one stage; the lock file is written once for all.
+            committed = [repo.stage.load_one(name=name) for name in stages]
+            for stage in committed:
+                stage.save()
+                stage.commit()
+            committed[0].dvcfile.dump_stages(committed, update_pipeline=False)
+    except Exception as error:  # whatever it is, the results are there
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
 def origin(parameters: Parameters, manifests: Mapping[str, Manifest]) -> dict[str, str]:

@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
-import httpx
 import prefect
 from prefect.settings import (
     PREFECT_API_DATABASE_CONNECTION_URL,
@@ -88,8 +90,10 @@ def _started(wanted: int) -> Iterator[str]:
 def _answers(address: str) -> bool:
     """Whether there is any response; an error status is one, since a server may be busy."""
     try:
-        httpx.get(f"{address}/health", timeout=5)
-    except httpx.TransportError:
+        urlopen(f"{address}/health", timeout=5).close()
+    except (HTTPError, HTTPException):
+        return True
+    except OSError:
         return False
     return True
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prefect import Flow, Task, flow
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows.command.parameters import Parameters, complete_parameters
 from flows.service.gpu_slot import gpu_slot
@@ -178,7 +179,9 @@ def chain(
             if not isinstance(parameters, Parameters):
                 parameters = complete_parameters(parameters)
                 check(parameters)
-            with alone(), mapping_over(workers_of(parameters)):
+            # The chain sends heartbeats for all: a step's would hold its end up for a second.
+            silent = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+            with alone(), mapping_over(workers_of(parameters)), silent:
                 work(parameters)
 
         return _flow(name, body, work)
