@@ -55,7 +55,7 @@ scale: $(STAMP) methods/dvc.yaml ## all methods on ever more edits: table and fi
 	@$(BIN)/python -m flows.command.cli repro methods/dvc.yaml:scaling
 
 test: $(STAMP) ## the whole test suite
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-unit: $(STAMP) ## the tests of single functions, in about a minute
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,9 +16,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import distributed
 import psutil
 import pytest
-from prefect import flow, task
+from prefect import flow
 from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 
@@ -35,10 +35,10 @@ from flows.targets import targets
 from memit.errors import ResourceError
 from tasks.engine.artifacts import PARTIAL
 from tasks.engine.hub import open_model
-from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import gather
 from tasks.engine.results import TARGETS_FILE
 from tasks.engine.workers import mapping_over, scatter, thread_runner
+from tests.integration.cluster_tasks import die, mark
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -97,21 +97,6 @@ class Project:
         """How many finished pieces of a step there are."""
         found = (self.cache / "pieces" / step).glob("*")
         return sum(not path.name.endswith(PARTIAL) for path in found)
-
-
-@task
-def mark(number: int, reference: ModelReference) -> tuple[int, int]:
-    """The process that answers, and the first number that its loaded model was marked with."""
-    time.sleep(0.2)  # so that all workers get some
-    with loaded(reference) as lm:
-        lm.__dict__.setdefault("mark", number)
-        return os.getpid(), lm.__dict__["mark"]
-
-
-@task
-def die(number: int) -> None:
-    """Kill the process that computes this, whichever it is."""
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass
@@ -176,7 +161,11 @@ def watched(
         found.append(Watched(undisturbed, set(seen), killed[0], disturbed, str(error.value)))
 
     found: list[Watched] = []
-    both(given)
+    with pytest.MonkeyPatch.context() as patch:
+        # A piece may die once with its worker, which takes seconds to start again.
+        patch.setitem(distributed.config["distributed"]["scheduler"], "allowed-failures", 1)
+        patch.setattr("tasks.engine.workers.RESTARTS", 1)
+        both(given)
     return found[0]
 
 

@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -43,15 +43,15 @@ def test_a_floor_imports_nothing_from_above(floor: str) -> None:
     assert not wrong
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Modules of the three floors that a file imports anywhere, also for type checking only."""
+def imported_modules(path: Path, known: Mapping[str, Path] | None = None) -> set[str]:
+    """Modules, of the three floors by default, that a file imports anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return found & MODULES.keys()
+    return found & (known or MODULES).keys()
 
 
 def _module(path: Path) -> str:
@@ -79,6 +79,21 @@ def test_machinery_imports_no_step(folder: str) -> None:
         steps = {name for name in imported if re.fullmatch(r"(tasks|flows)\.\w+", name)}
         steps = {name for name in steps if MODULES[name].name != "__init__.py"}
         assert not steps, path
+
+
+def test_unit_tests_need_no_prefect() -> None:
+    tests = {_module(path): path for path in (ROOT / "tests").rglob("*.py")}
+    reached = {name for name in tests if name.startswith("tests.unit.")}
+    waiting, using = list(reached), set()
+    while waiting:
+        name = waiting.pop()
+        path = (MODULES | tests)[name]
+        if {"prefect", "mlflow"} & set(imported_packages(path.read_text(encoding="utf-8"))):
+            using.add(name)
+        found = imported_modules(path, MODULES | tests) - reached
+        reached |= found
+        waiting += found
+    assert using == set()
 
 
 def test_mlflow_is_imported_in_one_module_only() -> None:

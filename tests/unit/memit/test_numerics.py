@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from memit.second_moment import SecondMoment, write_moment
 from memit.spread import Spread, spread
 from memit.targets import check_targets, compute_targets
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_rounded
-from tasks.edit import write_what_can_be
 from tests.families import PREFIXES
 from tests.reference import HYPERPARAMETERS, REQUESTS, build, reference
 
@@ -112,29 +110,6 @@ def test_what_is_not_finite_is_never_stored(tmp_path: Path, value: float) -> Non
     with pytest.raises(NumericsError, match="second moment of layer 7 is not finite"):
         write_moment(moment, path, {"layer": 7})
     assert list(tmp_path.iterdir()) == []
-
-
-def failing(bad: set[int]):
-    """Writes any edits but the bad ones, of which it names one at a time."""
-
-    def write(kept: Sequence[int]) -> list[int]:
-        for place, edit in enumerate(kept):
-            if edit in bad:
-                raise EditError(f"{edit} is bad.", [place])
-        return list(kept)
-
-    return write
-
-
-def test_edits_are_dropped_only_where_that_is_wanted() -> None:
-    kept, dropped = write_what_can_be(failing({1, 3}), 5, "drop")
-    assert kept == [0, 2, 4]
-    assert dropped == {1: "1 is bad.", 3: "3 is bad."}
-    assert write_what_can_be(failing(set()), 2, "stop") == ([0, 1], {})
-    with pytest.raises(EditError, match="1 is bad"):
-        write_what_can_be(failing({1, 3}), 5, "stop")
-    with pytest.raises(EditError, match="1 is bad"):
-        write_what_can_be(failing({0, 1}), 2, "drop")
 
 
 def test_an_error_keeps_its_edits_on_the_way_between_processes() -> None:
