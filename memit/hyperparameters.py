@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
 from typing import Annotated, Literal
 
 from memit.errors import InputError
@@ -47,16 +50,30 @@ class Hyperparameters:
             raise InputError(f"layers is {layers}: name each layer once, in ascending order.")
 
 
-PRESETS = {
-    "gpt2-xl": Hyperparameters((13, 14, 15, 16, 17), 20_000.0, evaluations=20),
-    "gpt-j-6b": Hyperparameters((3, 4, 5, 6, 7, 8), 15_000.0),
-    "gpt-neox-20b": Hyperparameters((6, 7, 8, 9, 10), 20_000.0, evaluations=20, clamp_factor=0.3),
-    # A model this small reads a fact off the name in the next two blocks, and needs more steps.
-    "synthetic": Hyperparameters(
-        (0, 1), 150.0, evaluations=50, clamp_factor=1.1, loss_threshold=0.02
-    ),
-}
-"""Published settings by the last part of the model's name, and those of the embedded default."""
+@dataclass(frozen=True)
+class Preset:
+    """Settings for some models, one file of `memit/presets/` each."""
+
+    models: tuple[str, ...]
+    """The last parts of their names, in small letters."""
+    source: str
+    """Who published them, and where."""
+    checked: str
+    """By whom they were tried, and with which results."""
+    settings: Hyperparameters
+
+
+@cache
+def presets() -> dict[str, Preset]:
+    """All presets, by the models' names."""
+    found: dict[str, Preset] = {}
+    for file in sorted((files("memit") / "presets").iterdir(), key=lambda file: file.name):
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        layers = tuple(content["settings"].pop("layers"))
+        settings = Hyperparameters(layers, **content.pop("settings"))
+        one = Preset(tuple(content.pop("models")), settings=settings, **content)
+        found |= dict.fromkeys(one.models, one)
+    return found
 
 
 def short_name(model_name: str) -> str:
@@ -74,9 +91,9 @@ def published_layer(layers: Mapping[str, int], model_name: str, depth: int) -> i
 def preset(model_name: str, depth: int) -> Hyperparameters:
     """Settings for a model of `depth` blocks: the published ones where its name is known; else
     GPT-J's with its layers at the same relative depth."""
-    known = PRESETS.get(short_name(model_name))
-    if known is not None and known.layers[-1] < depth:
-        return known
-    general = PRESETS["gpt-j-6b"]
+    known = presets().get(short_name(model_name))
+    if known is not None and known.settings.layers[-1] < depth:
+        return known.settings
+    general = presets()["gpt-j-6b"].settings
     layers = sorted({round(layer * depth / 28) for layer in general.layers})
     return replace(general, layers=tuple(layer for layer in layers if layer < depth - 1) or (0,))

@@ -1,7 +1,7 @@
 """Write the code that DVC's stages depend on into their files (``make stages``).
 
-A stage depends on the modules behind its flow, see `tasks.engine.code`, and on the pinned
-libraries. The rest of its dependencies is written by hand.
+A stage depends on the modules behind its flow, see `tasks.engine.code`, on the folders that these
+read, and on the pinned libraries. The rest of its dependencies is written by hand.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from tasks.engine.code import ROOT, modules_behind, source_file
 
 FILES = tuple(map(Path, ("dvc.yaml", "methods/stages.yaml")))
 LIBRARIES = "constraints.txt"
+DATA = {"memit.hyperparameters": "memit/presets"}
+"""Folders that a module reads."""
 WITHOUT_LIBRARIES = ("report",)
 """Stages that compute nothing."""
 
@@ -28,15 +30,16 @@ def with_code(text: str) -> str:
     for name, stage in tree["stages"].items():
         by_hand = [dep for dep in stage["deps"] if not dep.endswith(".py") and dep != LIBRARIES]
         libraries = [] if name in WITHOUT_LIBRARIES else [LIBRARIES]
-        stage["deps"] = [*_code(name), *libraries, *by_hand]
-    written = io.StringIO()
-    form.dump(tree, written)
-    return written.getvalue()
+        stage["deps"] = list(dict.fromkeys([*_code(name), *libraries, *by_hand]))
+    out = io.StringIO()
+    form.dump(tree, out)
+    return out.getvalue()
 
 
 def _code(stage: str) -> list[str]:
-    files = (source_file(module) for module in modules_behind(f"flows.{stage}"))
-    return sorted(str(file.relative_to(ROOT)) for file in files)
+    modules = modules_behind(f"flows.{stage}")
+    files = sorted(str(source_file(module).relative_to(ROOT)) for module in modules)
+    return files + [folder for module, folder in DATA.items() if module in modules]
 
 
 if __name__ == "__main__":
