@@ -10,9 +10,6 @@ from itertools import combinations
 
 from memit.requests import Record
 
-_CUTS = re.compile(r"(?<![\w-])|(?![\w-])")
-"""Positions that are not within a word."""
-
 
 def without_edited_neighbors(records: Sequence[Record]) -> tuple[list[Record], int]:
     """Records that are edited together, without neighbours that one of them edits, and the number
@@ -28,9 +25,9 @@ def without_edited_neighbors(records: Sequence[Record]) -> tuple[list[Record], i
         subjects[record.request.fact[1]].add(record.request.subject)
 
     def spared(record: Record) -> tuple[str, ...]:
-        edited = subjects[record.request.fact[1]]
+        names = subjects[record.request.fact[1]]
         prompts = [prompt for prompt in record.neighborhood_prompts if prompt not in texts]
-        return tuple(prompt for prompt in prompts if edited.isdisjoint(_phrases(prompt)))
+        return tuple(prompt for prompt in prompts if names.isdisjoint(_phrases(prompt)))
 
     kept = [replace(record, neighborhood_prompts=spared(record)) for record in records]
     before, after = (sum(len(r.neighborhood_prompts) for r in part) for part in (records, kept))
@@ -39,5 +36,5 @@ def without_edited_neighbors(records: Sequence[Record]) -> tuple[list[Record], i
 
 def _phrases(text: str) -> Iterator[str]:
     """Everything in a text that begins and ends with whole words."""
-    cuts = [cut.start() for cut in _CUTS.finditer(text)]
+    cuts = [cut.start() for cut in re.finditer(r"(?<![\w-])|(?![\w-])", text)]
     return (text[start:end] for start, end in combinations(cuts, 2))

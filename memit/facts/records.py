@@ -1,17 +1,16 @@
 """Tables of true pairs and the records that are made from them.
 
-A table is one relation, a TOML file in `relations/` named like it: a main `prompt`, its
-`paraphrases` and open-ended `generation` prompts, each with one `{}` for the subject, and all
-`subjects` under the object that is true of them. Nothing is drawn from a generator: every choice is
-the order of SHA-256 digests of relation, subject and candidate, so that it depends neither on the
-order of the lines nor on what other tables hold.
+A table is one relation, a TOML file in `relations/`: a main `prompt`, its `paraphrases` and
+`generation` prompts, and all `subjects` under the object that is true of them. Every choice is the
+order of SHA-256 digests of relation, subject and candidate, so that it depends neither on the order
+of the lines nor on what other tables hold.
 """
 
 from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -21,24 +20,20 @@ from memit.requests import EditRequest, Record, fill
 
 Part = Literal["reported", "choosing"]
 """The facts that results are reported for, and those that settings are chosen with."""
-PARAPHRASES = 2
-NEIGHBORS = range(5, 11)
-"""How many neighbourhood prompts a record has. Other subjects come once each; if there are fewer
-than five, they come again with another template."""
 
 
 @dataclass(frozen=True)
 class Relation:
-    """A table: everything that is known about one relation."""
+    """A table, named like its file; its templates have one `{}` for the subject."""
 
     name: str
     """The `relation_id` of its records."""
     prompt: str
-    paraphrases: tuple[str, ...]
+    paraphrases: Sequence[str]
     """Templates for the same object as `prompt`, in other words."""
-    generation: tuple[str, ...]
+    generation: Sequence[str]
     """Templates that the object does not complete."""
-    subjects: Mapping[str, tuple[str, ...]]
+    subjects: Mapping[str, Sequence[str]]
     """Under each object the subjects that it is true of."""
 
 
@@ -57,15 +52,7 @@ def embedded_relations() -> tuple[Relation, ...]:
     """The relations of the package's tables, by name."""
     tables = (files("memit.facts") / "relations").iterdir()
     texts = {table.name.removesuffix(".toml"): table.read_text("utf-8") for table in tables}
-    return tuple(read_relation(name, texts[name]) for name in sorted(texts))
-
-
-def read_relation(name: str, text: str) -> Relation:
-    """A relation from the text of its table."""
-    table = tomllib.loads(text)
-    subjects = {true: tuple(of) for true, of in table["subjects"].items()}
-    templates = tuple(table["paraphrases"]), tuple(table["generation"])
-    return Relation(name, table["prompt"], *templates, subjects)
+    return tuple(Relation(name, **tomllib.loads(texts[name])) for name in sorted(texts))
 
 
 def part_of(subject: str) -> Part:
@@ -85,18 +72,12 @@ def records_of(relations: Iterable[Relation], part: Part) -> Iterator[Record]:
 def _record(relation: Relation, true: str, subject: str, group: list[str]) -> Record:
     key = relation.name, subject
     templates = _ranked((relation.prompt, *relation.paraphrases), *key)
-    paraphrases = [template for template in templates if template != relation.prompt][:PARAPHRASES]
+    paraphrases = [template for template in templates if template != relation.prompt][:2]
     others = _ranked((other for other in group if other != subject), *key)
+    target_new = _ranked(relation.subjects.keys() - {true}, *key)[0]
     return Record(
         case_id=int(_digest("case", *key)[:12], 16),
-        request=EditRequest(
-            subject=subject,
-            prompt=relation.prompt,
-            target_new=_ranked(relation.subjects.keys() - {true}, *key)[0],
-            target_true=true,
-            relation_id=relation.name,
-            between=" ",
-        ),
+        request=EditRequest(subject, relation.prompt, target_new, true, relation.name, between=" "),
         paraphrase_prompts=tuple(fill(template, subject) for template in paraphrases),
         neighborhood_prompts=tuple(_neighbors(templates, others)),
         generation_prompts=tuple(fill(template, subject) for template in relation.generation),
@@ -104,9 +85,9 @@ def _record(relation: Relation, true: str, subject: str, group: list[str]) -> Re
 
 
 def _neighbors(templates: list[str], others: list[str]) -> Iterator[str]:
-    """Prompts about the other subjects in turn, each with the next template: no two are equal."""
-    count = min(max(len(others), NEIGHBORS[0]), NEIGHBORS[-1])
-    for number in range(count):
+    """Up to ten prompts, about one other subject each; about fewer than five, five prompts, each
+    with the next template, so that no two are equal."""
+    for number in range(min(max(len(others), 5), 10)):
         turn, index = divmod(number, len(others))
         yield fill(templates[(turn + index) % len(templates)], others[index])
 
