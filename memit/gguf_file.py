@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 from transformers import modeling_gguf_pytorch_utils as loader
-from transformers.utils import is_gguf_available
+from transformers.utils.import_utils import is_gguf_available
 
 from memit.errors import InputError, IntegrityError
 
@@ -60,7 +60,9 @@ def read_header(path: str | Path) -> Any:
         ) from error
     parts = reader.fields.get("split.count")
     if parts is not None and parts.contents() > 1:
-        raise InputError(f"{path} is one of {parts.contents()} parts: join them first (gguf-split).")
+        raise InputError(
+            f"{path} is one of {parts.contents()} parts: join them first (gguf-split)."
+        )
     return reader
 
 
