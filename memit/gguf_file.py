@@ -21,9 +21,6 @@ from transformers.utils.import_utils import is_gguf_available
 
 from memit.errors import InputError, IntegrityError
 
-LISTS_FOR_TOKENIZERS = ("merges", "scores", "token_type")
-"""Long lists in a header that a tokenizer reads on its own."""
-
 
 def quantisation(path: Path) -> str:
     """How most weights of a GGUF file are stored, such as Q4_1 or F32.
@@ -33,16 +30,16 @@ def quantisation(path: Path) -> str:
     """
     numbers: Counter[str] = Counter()
     for tensor in read_header(path).tensors:
-        numbers[tensor.tensor_type.name] += int(tensor.n_elements)
-    return max(numbers, key=lambda name: numbers[name])
+        numbers[tensor.tensor_type.name] += tensor.n_elements
+    return numbers.most_common(1)[0][0]
 
 
 def read_header(path: str | Path) -> Any:
     """The `gguf.GGUFReader` of a file, whose tensors are all in it; no weight is read.
 
     Raises:
-        InputError: it is no GGUF file, only a part of one, or the package `gguf` is missing.
-        IntegrityError: it is damaged or not complete.
+        InputError: it is no GGUF file, or the package `gguf` is missing.
+        IntegrityError: it is damaged, cut short, or one of several parts.
     """
     if not is_gguf_available():
         raise InputError(f"{path} is read with the package gguf: pip install gguf.")
@@ -52,37 +49,26 @@ def read_header(path: str | Path) -> Any:
         state = os.fstat(file.fileno())
     try:
         reader = _read(os.path.abspath(path), state.st_mtime_ns, state.st_size)
-        if not reader.tensors or "general.architecture" not in reader.fields:
-            raise ValueError("it has no weights or no general.architecture")
+        parts = reader.fields.get("split.count")
+        if not reader.tensors or (parts is not None and parts.contents() > 1):
+            raise ValueError("parts of a model are joined with gguf-split")
     except Exception as error:  # the reader raises whatever damaged numbers lead to
-        raise IntegrityError(
-            f"{path} is damaged or not complete ({error}): fetch it again."
-        ) from error
-    parts = reader.fields.get("split.count")
-    if parts is not None and parts.contents() > 1:
-        raise InputError(
-            f"{path} is one of {parts.contents()} parts: join them first (gguf-split)."
-        )
+        raise IntegrityError(f"{path} is damaged or in parts ({error}): fetch it again.") from error
     return reader
 
 
 @lru_cache(maxsize=1)
 def _read(path: str, _changed: int, _size: int) -> Any:
-    from gguf import GGUFReader  # not on every image
+    from gguf.gguf_reader import GGUFReader  # not on every image
 
     class Reader(GGUFReader):
-        """Takes a plain view of the file: slices of a memory map take four times as long."""
+        """Reads a plain view of the file: slices of a memory map take four times as long."""
 
-        @property
-        def data(self) -> Any:
-            return self._plain
-
-        @data.setter
-        def data(self, mapped: np.memmap) -> None:
-            self._plain = mapped.view(np.ndarray)
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
 
     reader = Reader(path)
-    for name in LISTS_FOR_TOKENIZERS:
+    for name in ("merges", "scores", "token_type"):  # long lists, which tokenizers read themselves
         reader.fields.pop(f"tokenizer.ggml.{name}", None)
     return reader
 
@@ -91,9 +77,8 @@ def _read(path: str, _changed: int, _size: int) -> Any:
 def opened(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """What `from_pretrained` takes to read a model: a name or a directory, and a GGUF file in it.
 
-    While it reads a file, transformers neither parses the header twice nor makes the same map of
-    names for each module, which would take four times as long as the rest. Nothing beside the file
-    counts, such as another tokenizer, since only the file is recorded.
+    While it reads a file, transformers neither parses the header again nor maps names once per
+    module, which takes four times as long as the rest. Nothing beside the file counts.
     """
     if not os.path.isfile(source):
         yield str(source), {}

@@ -30,7 +30,7 @@ from memit.errors import (
     NumericsError,
     UnreachableError,
 )
-from memit.gguf_file import opened, read_header
+from memit.gguf_file import opened
 from memit.model_shape import ModelShape
 from memit.placement import device_map, device_of, offloading_hook, read_weight, write_weight
 
@@ -316,7 +316,7 @@ def load_model(
     name = os.path.expanduser(source)
     is_local = os.path.exists(name)
     if not is_local and (isinstance(source, Path) or name != source or name.endswith(".gguf")):
-        raise InputError(f"{name} does not exist; give a model directory or a GGUF file.")
+        raise InputError(f"{name} is not a directory with a model or a GGUF file; give one.")
     placement = device_map(device, room)
     config, tokenizer = read_description(name, revision)
     with reading("weights", name), opened(name) as (place, file):
@@ -358,7 +358,7 @@ def read_description(
     """
     if os.path.isdir(source):
         _check_directory(Path(source))
-    with reading(_description(source), source), opened(source) as (place, file):
+    with reading("configuration", source), opened(source) as (place, file):
         load: Any = AutoConfig.from_pretrained
         config = load(place, revision=revision, trust_remote_code=False, **file)
         _check_config(config, str(source))
@@ -389,18 +389,11 @@ def reading(part: str, source: str | Path) -> Iterator[None]:
             f"{source} does not hold a causal language model that can be loaded: its {part} cannot "
             f"be used ({reason}); code of its own is not run"
         )
+        if os.path.isfile(source):
+            raise InputError(f"{message}: use the model's safetensors weights.") from error
         if os.path.isdir(source):
             raise InputError(f"{message}.") from error
-        if os.path.isfile(source):
-            raise InputError(f"{message}: use the model's safetensors directory.") from error
         raise UnreachableError(f"{message}; check name, revision and network.") from error
-
-
-def _description(source: str | Path) -> str:
-    """What the configuration of a model is read from."""
-    if not os.path.isfile(source):
-        return "config.json"
-    return f"architecture {read_header(source).fields['general.architecture'].contents()}"
 
 
 def _check_directory(directory: Path) -> None:
@@ -411,8 +404,8 @@ def _check_directory(directory: Path) -> None:
     if not (directory / "config.json").is_file():
         below = [*directory.glob("*/config.json"), *directory.glob("*/*/config.json")]
         found = f"{max(below).parent} has one" if below else "it is no model directory"
-        files = sorted(directory.glob("*.gguf"))
-        found = f"name the GGUF file itself, {files[0]}" if files else found
+        for file in directory.glob("*.gguf"):
+            found = f"name {file} itself"
         raise InputError(f"{directory} has no config.json: {found}.")
 
 

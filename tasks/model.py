@@ -1,5 +1,4 @@
-"""The tasks of the step `model`: train a small model and its world, or describe a directory or GGUF
-file."""
+"""The tasks of the step `model`: train a small model and its world, or describe another."""
 
 from __future__ import annotations
 
@@ -113,7 +112,7 @@ def model_without_weights(name: str, revision: str | None, place: Path) -> Langu
         ModelStructureError: the method does not fit the model.
     """
     config, tokenizer = read_description(place)
-    with reading("config.json", place), torch.device("meta"):
+    with reading("configuration", place), torch.device("meta"):
         if config.get_text_config().num_hidden_layers > MOST_BLOCKS:
             raise ValueError(f"it asks for more than {MOST_BLOCKS} blocks")
         load: Any = AutoModelForCausalLM.from_config

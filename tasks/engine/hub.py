@@ -1,5 +1,4 @@
-"""Finding a model: on the hub, in an installed package, in a directory or GGUF file of the user, or
-among the results of the step `model`."""
+"""Finding a model: on the hub, on this machine, or among the results of the step `model`."""
 
 from __future__ import annotations
 

@@ -84,11 +84,6 @@ class ModelReference(Value):
     """A dtype to round the weights to after an edit was applied in `dtype`; None leaves them."""
 
     @property
-    def path(self) -> Path:
-        """What to load: the directory, or the GGUF file in it."""
-        return self.model.within(Path(self.directory))
-
-    @property
     def cache_key(self) -> dict[str, object]:
         """Everything that the bits of a result depend on; not the files' path."""
         return {
