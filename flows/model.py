@@ -5,13 +5,11 @@ Results: `artifacts/model/model.json` and, of a model made here, its weights and
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from flows.command.parameters import ModelSection
 from flows.service.step import Run, step
 from tasks.engine.artifacts import describe
 from tasks.engine.checkpoints import forget_work
-from tasks.engine.hub import fetch_model, resolve_commit
+from tasks.engine.hub import fetch_model, locate_model, resolve_commit
 from tasks.engine.loaded_model import ModelFiles, ModelReference
 from tasks.engine.results import MODEL_FILE, WEIGHTS, WORLD
 from tasks.model import check_weights, describe_model, measure_recall, train_small_model
@@ -62,6 +60,6 @@ def _describe(section: ModelSection) -> ModelFiles:
         name = str(section.id)
         commit = resolve_commit(name, str(section.revision))
         return describe_model("hub", name, commit, fetch_model(name, commit))
-    directory = Path(str(section.path))
-    check_weights(directory)
-    return describe_model("local", directory.resolve().name, None, directory)
+    place, name, version = locate_model(section.source, section.path, section.package)
+    check_weights(place)
+    return describe_model(section.source, name, version, place)

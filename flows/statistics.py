@@ -99,7 +99,8 @@ def collect_layers(run: Run, layers: Sequence[int]) -> Collected:
 
 def _import_layers(run: Run, directory: Path, layers: Sequence[int]) -> Collected:
     model = run.model
-    lm = model_without_weights(model.model.id, model.model.revision, Path(model.directory))
+    place = model.model.within(Path(model.directory))
+    lm = model_without_weights(model.model.id, model.model.revision, place)
     files = {n: describe(path) for n, path in find_published(directory, lm, layers).items()}
     names = {layer: Path(file.path).name for layer, file in files.items()}
     provenance = {

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +30,7 @@ from memit.errors import (
     NumericsError,
     UnreachableError,
 )
+from memit.gguf_file import opened
 from memit.model_shape import ModelShape
 from memit.placement import device_map, device_of, offloading_hook, read_weight, write_weight
 
@@ -297,12 +298,12 @@ def load_model(
     device: str = "auto",
     room: Mapping[int | str, int] | None = None,
 ) -> LanguageModel:
-    """Load a model and its tokenizer from the hub or from a directory.
+    """Load a model and its tokenizer from the hub, a directory or a GGUF file.
 
     `dtype` is one of `DTYPES`, never the checkpoint's own choice. `device` is a torch device,
     `auto` (a GPU if there is one) or `sharded` (spread over devices by accelerate), where `room`
     limits the bytes of weights on each GPU and on the `cpu`; None measures the free memory. Only
-    safetensors weights are read and no code from the repository is run.
+    safetensors and GGUF weights are read and no code from the repository is run.
 
     Raises:
         InputError: the source is no causal language model, or a setting is not known.
@@ -313,15 +314,17 @@ def load_model(
     if dtype not in DTYPES:
         raise InputError(f"dtype '{dtype}' is not known; use one of {', '.join(DTYPES)}.")
     name = os.path.expanduser(source)
-    is_local = os.path.isdir(name)
-    if not is_local and (isinstance(source, Path) or name != source):
-        raise InputError(f"{name} is not a directory with a model; give one that holds it.")
+    is_local = os.path.exists(name)
+    if not is_local and (isinstance(source, Path) or name != source or name.endswith(".gguf")):
+        raise InputError(f"{name} is not a directory with a model or a GGUF file; give one.")
     placement = device_map(device, room)
     config, tokenizer = read_description(name, revision)
-    with reading("weights", name):
+    with reading("weights", name), opened(name) as (place, file):
         load: Any = AutoModelForCausalLM.from_pretrained
+        if file:
+            placement["quantization_config"] = GgufConfig(dequantize=True)
         model, found = load(
-            name,
+            place,
             config=config,
             revision=revision,
             dtype=DTYPES[dtype],
@@ -329,6 +332,7 @@ def load_model(
             trust_remote_code=False,
             output_loading_info=True,
             **placement,
+            **file,
         )
     if found["missing_keys"]:
         raise IntegrityError(
@@ -354,14 +358,15 @@ def read_description(
     """
     if os.path.isdir(source):
         _check_directory(Path(source))
-    with reading("config.json", source):
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    with reading("configuration", source), opened(source) as (place, file):
+        load: Any = AutoConfig.from_pretrained
+        config = load(place, revision=revision, trust_remote_code=False, **file)
         _check_config(config, str(source))
         if config._attn_implementation not in ("eager", "sdpa"):
             config._attn_implementation = None  # the library's own choice, which is always here
-    with reading("tokenizer", source):
+    with reading("tokenizer", source), opened(source) as (place, file):
         load = AutoTokenizer.from_pretrained
-        tokenizer = load(source, revision=revision, trust_remote_code=False)
+        tokenizer = load(place, revision=revision, trust_remote_code=False, **file)
         if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
             raise ValueError("its files are missing")
     return config, tokenizer
@@ -384,6 +389,8 @@ def reading(part: str, source: str | Path) -> Iterator[None]:
             f"{source} does not hold a causal language model that can be loaded: its {part} cannot "
             f"be used ({reason}); code of its own is not run"
         )
+        if os.path.isfile(source):
+            raise InputError(f"{message}: use the model's safetensors weights.") from error
         if os.path.isdir(source):
             raise InputError(f"{message}.") from error
         raise UnreachableError(f"{message}; check name, revision and network.") from error
@@ -397,6 +404,8 @@ def _check_directory(directory: Path) -> None:
     if not (directory / "config.json").is_file():
         below = [*directory.glob("*/config.json"), *directory.glob("*/*/config.json")]
         found = f"{max(below).parent} has one" if below else "it is no model directory"
+        for file in directory.glob("*.gguf"):
+            found = f"name {file} itself"
         raise InputError(f"{directory} has no config.json: {found}.")
 
 

@@ -61,10 +61,15 @@ def apply_edit(directory: Path, delta_file: Path) -> Path:
     """Add a delta to the weights in a model directory; gives the folder that records the edit.
 
     Raises:
-        InputError: the directory holds no such model, or an unfinished edit.
+        InputError: the directory holds no such model, or an unfinished edit, or it is a GGUF file.
         IntegrityError: the delta was made for other weights.
         ResourceError: the disk is full.
     """
+    if directory.is_file():
+        raise InputError(
+            f"{directory} is a file, and only a directory is edited in place: `memit export DIR "
+            f"--model {directory}` writes the edited model of a GGUF file to a directory."
+        )
     delta = WeightDelta.load(delta_file)
     edits = applied_edits(directory)
     for folder in edits[-1:]:

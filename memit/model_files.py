@@ -38,10 +38,11 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def directory_digests(directory: Path) -> dict[str, str]:
-    """The SHA-256 of each file that belongs to a model, by its name.
-
-    Weights (`weight_files`), configuration and tokenizer count; other files do not.
+    """The SHA-256 of each file that belongs to a model, by its name: that of a GGUF file, or of a
+    directory those of weights (`weight_files`), configuration and tokenizer; others do not count.
     """
+    if directory.is_file():
+        return {directory.name: file_sha256(directory)}
     kinds, weights = {".json", ".txt", ".model"}, weight_files(directory)
     return {
         path.name: file_sha256(path)

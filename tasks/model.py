@@ -1,4 +1,4 @@
-"""The tasks of the step `model`: train a small model and its world, or describe a directory."""
+"""The tasks of the step `model`: train a small model and its world, or describe another."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from memit.errors import InputError, IntegrityError
 from memit.evaluation.counterfact import prompts_of, score_prompts
+from memit.gguf_file import quantisation, read_header
 from memit.language_model import LanguageModel, read_description, reading
 from memit.model_files import WEIGHT_FILES, directory_digests, weight_files
 from memit.requests import read_counterfact, write_records
@@ -103,15 +104,15 @@ def _keep_lines(lines: tuple[str, ...]) -> Artifact:
     return store_piece("model", ".txt", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def model_without_weights(name: str, revision: str | None, directory: Path) -> LanguageModel:
-    """A model directory's structure and tokenizer, with no numbers in the weights.
+def model_without_weights(name: str, revision: str | None, place: Path) -> LanguageModel:
+    """Structure and tokenizer of a model directory or GGUF file, with no numbers in the weights.
 
     Raises:
-        InputError: the directory does not hold a model.
+        InputError: the directory or file does not hold a model.
         ModelStructureError: the method does not fit the model.
     """
-    config, tokenizer = read_description(directory)
-    with reading("config.json", directory), torch.device("meta"):
+    config, tokenizer = read_description(place)
+    with reading("configuration", place), torch.device("meta"):
         if config.get_text_config().num_hidden_layers > MOST_BLOCKS:
             raise ValueError(f"it asks for more than {MOST_BLOCKS} blocks")
         load: Any = AutoModelForCausalLM.from_config
@@ -119,19 +120,20 @@ def model_without_weights(name: str, revision: str | None, directory: Path) -> L
     return LanguageModel(model, tokenizer, name=name, revision=revision)
 
 
-def describe_model(source: str, name: str, revision: str | None, directory: Path) -> ModelFiles:
-    """Read a model directory's structure and digests; the weights are hashed, not loaded.
+def describe_model(source: str, name: str, revision: str | None, place: Path) -> ModelFiles:
+    """Structure and digests of a model directory or GGUF file; the weights are hashed, not loaded.
 
     Raises:
-        InputError: the directory does not hold a model.
+        InputError: the directory or file does not hold a model.
         ModelStructureError: the method does not fit the model.
     """
-    lm = model_without_weights(name, revision, directory)
+    lm = model_without_weights(name, revision, place)
     return ModelFiles(
         source=source,
         id=name,
         revision=revision,
-        files=directory_digests(directory),
+        files=directory_digests(place),
+        quantisation=quantisation(place) if place.is_file() else None,
         architecture=type(lm.model).__name__,
         layers=lm.depth,
         width=lm.width,
@@ -141,12 +143,15 @@ def describe_model(source: str, name: str, revision: str | None, directory: Path
 
 
 def check_weights(directory: Path) -> None:
-    """Look at a model's safetensors files without loading them.
+    """Look at a model's safetensors files, or at its GGUF file, without loading them.
 
     Raises:
         InputError: there are none, or they hold whole numbers.
         IntegrityError: one is damaged or missing.
     """
+    if directory.is_file():
+        read_header(directory)
+        return
     files = [directory / name for name in weight_files(directory)]
     if not files:
         raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from memit.world.people import make_world
 from tasks.compare import make_methods
 from tasks.edit import Method
 from tasks.engine.artifacts import project_root
-from tasks.engine.hub import fetch_description, resolve_commit
+from tasks.engine.hub import fetch_description, locate_model, resolve_commit
 from tasks.engine.loaded_model import BYTES, ModelFiles
 from tasks.engine.workers import check_workers
 from tasks.model import check_weights, describe_model, model_without_weights
@@ -170,18 +169,16 @@ def _check_corpus(section: StatisticsSection) -> None:
 
 
 def _describe_model(section: ModelSection) -> tuple[ModelFiles, Path]:
-    """The structure of a model that is not trained here, and the directory of its description."""
-    directory = Path(str(section.path))
+    """The structure of a model that is not trained here, and where its description is."""
     if section.source == "hub":
         name = str(section.id)
         commit = resolve_commit(name, str(section.revision))
         directory = fetch_description(name, commit)
         return describe_model("hub", name, commit, directory), directory
-    if not os.path.isdir(directory):
-        raise InputError(f"{directory} is no directory: correct model.path in params.yaml.")
-    described = describe_model("local", directory.resolve().name, None, directory)
-    check_weights(directory)
-    return described, directory
+    place, name, version = locate_model(section.source, section.path, section.package)
+    described = describe_model(section.source, name, version, place)
+    check_weights(place)
+    return described, place
 
 
 def _methods(parameters: Parameters, model: str, depth: int) -> list[Method]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
-from cyclopts.types import ExistingDirectory, ExistingFile
+from cyclopts.types import ExistingFile, ExistingPath
 from cyclopts.validators import Number
 
 from flows.command.script import console, given_parameters, reporting, run_flow
@@ -17,8 +17,8 @@ DELTA = Path("artifacts/edit/delta.safetensors")
 
 Delta = Annotated[ExistingFile | None, Parameter(help=f"The edit; by default {DELTA}.")]
 Model = Annotated[
-    ExistingDirectory | None,
-    Parameter(help="A model directory; by default the model of params.yaml."),
+    ExistingPath | None,
+    Parameter(help="A model directory or GGUF file; by default the model of params.yaml."),
 ]
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -125,7 +125,7 @@ def ask(
 
 
 @app.command
-def apply(directory: ExistingDirectory, *, delta: Delta = None) -> None:
+def apply(directory: ExistingPath, *, delta: Delta = None) -> None:
     """Apply an edit to the weights in a model directory. `memit revert` restores them exactly.
 
     The original weights are kept in DIRECTORY/memit-edits/. Edits can be stacked.
@@ -142,7 +142,7 @@ def apply(directory: ExistingDirectory, *, delta: Delta = None) -> None:
 
 
 @app.command
-def revert(directory: ExistingDirectory) -> None:
+def revert(directory: ExistingPath) -> None:
     """Undo the last edit of a model directory, bit for bit.
 
     Parameters
@@ -189,16 +189,16 @@ def _delta_file(given: Path | None) -> Path:
     return path
 
 
-def _open_model(directory: Path | None):
-    """The model in a directory, or by default that of the experiment."""
+def _open_model(place: Path | None):
+    """The model in a directory or GGUF file, or by default that of the experiment."""
     from tasks.engine.hub import open_model
     from tasks.engine.loaded_model import load_reference
     from tasks.engine.results import MODEL_FILE, upstream
 
-    if directory is not None:
+    if place is not None:
         from memit.language_model import load_model
 
-        return load_model(directory, dtype="float32", device="auto")
+        return load_model(place, dtype="float32", device="auto")
     if not MODEL_FILE.exists():
         raise InputError("there is no model: use `memit run` first, or name one with --model.")
     upstream("model")

@@ -75,7 +75,7 @@ def _add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) 
     """Add the rows that need the model's tokenizer and shape."""
     model = open_model(**parameters.model.placement())
     files, requests = model.model, [record.request for record in records]
-    lm = model_without_weights(files.id, files.revision, Path(model.directory))
+    lm = model_without_weights(files.id, files.revision, files.within(Path(model.directory)))
     rows = plain_rows(lm, requests)
     lengths = mean_lengths(rows)
     longest = max(len(row.ids) for row in rows)

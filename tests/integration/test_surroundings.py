@@ -120,7 +120,7 @@ def test_what_helps_where_dvc_cannot_take_the_results(
 def made(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """What make says in a directory that an installed environment lies in."""
     (place / ".venv").mkdir(parents=True)
-    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "requirements-model.txt"):
         (place / name).write_bytes((ROOT / name).read_bytes())
     (place / ".venv" / ".installed").touch()
     outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # of the make that runs these tests
