@@ -88,11 +88,13 @@ def evaluation(run: Run) -> None:
     )
     references = references_of(run.parameters) if len(before.texts) else {}
     _write_tables(run, before, after)
-    metrics = {
+    metrics: dict[str, Any] = {
         "before": before.metrics(records, references),
         "after": after.metrics(records, references),
         "edit": described_edit(json.loads(EDIT_FILE.read_text(encoding="utf-8"))),
     }
+    if notes := run.given["requests"].notes:
+        metrics["requests"] = notes
     run.write_json(METRICS_FILE, metrics)
 
 

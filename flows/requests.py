@@ -12,7 +12,14 @@ from flows.command.script import console
 from flows.service.step import Run, step
 from tasks.engine.artifacts import Artifact, describe
 from tasks.engine.results import REQUESTS_FILE, WORLD
-from tasks.requests import Source, Split, choose_requests, locate_records, split_records
+from tasks.requests import (
+    Source,
+    Split,
+    choose_requests,
+    locate_records,
+    split_records,
+    write_embedded,
+)
 
 
 @step("requests", reads=("model",))
@@ -20,9 +27,15 @@ def requests(run: Run) -> None:
     """Choose the records of the experiment and check that each can be edited."""
     section = run.parameters.requests
     source, file = records_source(run.parameters)
-    chosen = run.compute(choose_requests, source, file, section.count, section.seed, run.model)
+    chosen = run.compute(
+        choose_requests, source, file, section.count, section.seed, section.known, run.model
+    )
     if chosen.weak:
         console.print("[yellow]warning:[/]", Text(chosen.weak), soft_wrap=True)
+    if chosen.known_share is not None:
+        run.notes["known_share"] = round(chosen.known_share, 1)
+    if source == "embedded":
+        run.notes["neighbors_dropped"] = chosen.neighbors_dropped
     run.copy(chosen.records, REQUESTS_FILE)
 
 
@@ -31,6 +44,8 @@ def records_source(parameters: Parameters) -> tuple[Source, Artifact]:
     section = parameters.requests
     if section.source == "synthetic":
         return "counterfact", describe(WORLD / "records.json")
+    if section.source == "embedded":
+        return section.source, write_embedded()
     return section.source, describe(locate_records(section.path, section.url, section.sha256))
 
 

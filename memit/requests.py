@@ -201,9 +201,7 @@ def check_conflicts(records: Iterable[Record]) -> None:
 def sample_records(records: Sequence[Record], count: int, seed: int) -> list[Record]:
     """Draw `count` records without replacement, in the order in which they were given.
 
-    No subject is drawn twice as long as there are others: edits of one subject share their keys
-    where prompts begin with it, and most data sets have few of them. With one seed a smaller sample
-    is part of a larger one.
+    With one seed a smaller sample is part of a larger one.
 
     Raises:
         InputError: there are fewer records.
@@ -213,12 +211,20 @@ def sample_records(records: Sequence[Record], count: int, seed: int) -> list[Rec
             f"the count is {count}, but {len(records)} records are available: choose 1 to "
             f"{len(records)}."
         )
+    return [records[index] for index in sorted(drawn_order(records, seed)[:count])]
+
+
+def drawn_order(records: Sequence[Record], seed: int) -> list[int]:
+    """The indices of all records, in the order in which they are drawn.
+
+    No subject is drawn twice as long as there are others: edits of one subject share their keys
+    where prompts begin with it, and most data sets have few of them.
+    """
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
     turns: defaultdict[str, Iterator[int]] = defaultdict(counter)
     # Stable: among the first records of all subjects, and so on, the drawn order is kept.
-    order.sort(key=lambda index: next(turns[records[index].request.subject]))
-    return [records[index] for index in sorted(order[:count])]
+    return sorted(order, key=lambda index: next(turns[records[index].request.subject]))
 
 
 def requests_digest(requests: Iterable[EditRequest]) -> str:

@@ -16,10 +16,15 @@ from torch.hub import download_url_to_file
 
 from memit.errors import InputError, IntegrityError, UnreachableError
 from memit.evaluation.zsre import as_records, read_zsre
+from memit.facts.neighbors import without_edited_neighbors
+from memit.facts.records import embedded_records
 from memit.files.digests import file_sha256, verify_sha256
 from memit.files.reading import check_file
+from memit.known_facts import known_facts
+from memit.language_model import LanguageModel
 from memit.requests import (
     Record,
+    drawn_order,
     drop_conflicts,
     read_counterfact,
     read_facts,
@@ -33,6 +38,7 @@ from tasks.engine.artifacts import Artifact, Value, cache_directory, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.progress import progress_bar
 from tasks.engine.retry import retry_unreachable
 
 SILENT_SECONDS = 60.0
@@ -42,7 +48,7 @@ BUSY = (408, 425, 429)
 TOKEN_BUDGET = 2_048
 """Tokens in a batch while the model is asked for true objects."""
 
-Source = Literal["synthetic", "counterfact", "facts"]
+Source = Literal["synthetic", "embedded", "counterfact", "facts"]
 
 
 class ChosenRequests(Value):
@@ -53,6 +59,10 @@ class ChosenRequests(Value):
     """Records left out because they contradict an earlier one."""
     weak: str | None
     """What `weak_keys` says of them."""
+    known_share: float | None
+    """Percent of the records asked that the unedited model knows; None if it was not asked."""
+    neighbors_dropped: int
+    """Neighbourhood prompts of embedded records left out because they are edited themselves."""
     cost: Cost
 
 
@@ -112,6 +122,12 @@ def read_source(source: Source, path: Path) -> tuple[list[Record], int]:
     return drop_conflicts(read_counterfact(path))
 
 
+def write_embedded() -> Artifact:
+    """A file with the facts of this project for which results are reported."""
+    records = embedded_records("reported")
+    return store_piece("requests", ".json", lambda path: write_records(records, path))
+
+
 def sample(records: list[Record], count: int | None, seed: int) -> list[Record]:
     """`count` of the records, or all of them."""
     return records if count is None else sample_records(records, count, seed)
@@ -119,21 +135,58 @@ def sample(records: list[Record], count: int | None, seed: int) -> list[Record]:
 
 @cached_task("requests")
 def choose_requests(
-    source: Source, file: Artifact, count: int | None, seed: int, model: ModelReference
+    source: Source, file: Artifact, count: int | None, seed: int, known: bool, model: ModelReference
 ) -> ChosenRequests:
     """Read, filter, sample and tokenise the records.
 
     A record without a true object gets the unedited model's answer as its true object.
+
+    Raises:
+        InputError: the model knows fewer facts than are wanted.
     """
     records, dropped = read_source(source, file.checked())
-    chosen = sample(records, count, seed)
+    chosen, share, edited = sample(records, None if known else count, seed), None, 0
     with loaded(model) as lm, Meter() as meter:
+        chosen = with_true_objects(lm, chosen, token_budget=TOKEN_BUDGET)
+        if known:
+            chosen, share = sample_known(lm, chosen, count, seed)
+        if source == "embedded":
+            chosen, edited = without_edited_neighbors(chosen)
         requests = [record.request for record in chosen]
         weak = weak_keys(requests, plain_rows(lm, requests))
-        chosen = with_true_objects(lm, chosen, token_budget=TOKEN_BUDGET)
         check_records(lm, chosen)
     piece = store_piece("requests", ".json", lambda path: write_records(chosen, path))
-    return ChosenRequests(records=piece, dropped=dropped, weak=weak, cost=meter.cost)
+    return ChosenRequests(
+        records=piece,
+        dropped=dropped,
+        weak=weak,
+        known_share=share,
+        neighbors_dropped=edited,
+        cost=meter.cost,
+    )
+
+
+def sample_known(
+    lm: LanguageModel, records: Sequence[Record], count: int | None, seed: int
+) -> tuple[list[Record], float]:
+    """The first `count` records, or all, that the model knows, in the order in which they are
+    drawn; returned in the given order, with the share that it knows (`known_facts`)."""
+    order = drawn_order(records, seed)
+    given = {records[index].case_id: index for index in order}
+    with progress_bar("requests", len(records), "facts asked") as bar:
+        known, share = known_facts(
+            lm,
+            [records[index] for index in order],
+            count,
+            token_budget=TOKEN_BUDGET,
+            progress=bar.advance,
+        )
+    if len(known) < (count or 1):
+        raise InputError(
+            f"the model knows {len(known)} of {len(records)} facts, but requests.count is "
+            f"{count}: ask for fewer, or set requests.known to false."
+        )
+    return sorted(known, key=lambda record: given[record.case_id]), share
 
 
 class Split(Value):

@@ -18,6 +18,7 @@ from memit.corpus import read_documents
 from memit.errors import InputError, ResourceError
 from memit.evaluation.reference import read_snippets
 from memit.evaluation.zsre import as_records, read_zsre
+from memit.facts.records import embedded_records
 from memit.files.reading import check_file
 from memit.language_model import LanguageModel
 from memit.requests import Record, drop_conflicts
@@ -82,7 +83,9 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
     check_workers(workers_of(parameters))
     _check_device(parameters.model.device)
     records: list[Record] = []
-    if section.source != "synthetic":
+    if section.source == "embedded":
+        records = embedded_records("reported")
+    elif section.source != "synthetic":
         file = locate_records(section.path, section.url, section.sha256)
         records = read_source(section.source, file)[0]
     chosen = sample(records, section.count, section.seed) if records else []

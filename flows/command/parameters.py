@@ -173,11 +173,12 @@ class ModelSection(Section):
 class RequestsSection(Section):
     """Which facts are edited."""
 
-    source: Literal["synthetic", "counterfact", "facts"] = "synthetic"
+    source: Literal["synthetic", "embedded", "counterfact", "facts"] = "synthetic"
     path: UsersFile = Field(default=None, description="a file of records or facts")
     url: str | None = Field(default=None, description="instead of path, with its sha256")
     sha256: Digest | None = None
     count: Count | None = Field(default=64, description="null: all of them")
+    known: bool = Field(default=False, description="only facts that the unedited model knows")
     seed: Seed = 0
 
 
@@ -338,7 +339,8 @@ class Parameters(Section):
             for name in needed if section.source == source else ():
                 if getattr(section, name) is None:
                     yield f"{key}.source is {source!r}, which needs {key}.{name}: set it as well."
-        if requests.source != "synthetic" and (requests.path is None) == (requests.url is None):
+        has_file = requests.source in ("counterfact", "facts")
+        if has_file and (requests.path is None) == (requests.url is None):
             yield f"requests.source is {requests.source!r}: set one of requests.path, requests.url."
         if requests.url is not None and requests.sha256 is None:
             yield "requests.url needs requests.sha256: set it as well."

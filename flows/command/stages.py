@@ -15,7 +15,7 @@ from tasks.engine.code import ROOT, modules_behind, source_file
 
 FILES = tuple(map(Path, ("dvc.yaml", "methods/stages.yaml")))
 LIBRARIES = "constraints.txt"
-DATA = {"memit.hyperparameters": "memit/presets"}
+DATA = {"memit.hyperparameters": "memit/presets", "memit.facts.records": "memit/facts/relations"}
 """Folders that a module reads."""
 WITHOUT_LIBRARIES = ("report",)
 """Stages that compute nothing."""

@@ -49,6 +49,8 @@ class Run:
     """Its results."""
     costs: list[Cost] = field(default_factory=list)
     """Those of all pieces."""
+    notes: dict[str, float] = field(default_factory=dict)
+    """What is to be known of how they were made."""
     manifest: Manifest | None = None
     """The record of the finished step."""
     has_workers: bool = False
@@ -140,7 +142,7 @@ class Run:
     def finish(self) -> Manifest:
         """Write down, once, what the step made, from what, and at what cost."""
         if self.manifest is None:
-            self.manifest = finish_step(self.step, self.files, self.given, self.costs)
+            self.manifest = finish_step(self.step, self.files, self.given, self.costs, self.notes)
         return self.manifest
 
 

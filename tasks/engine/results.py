@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from prefect.context import FlowRunContext
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from memit.errors import IntegrityError
 from memit.files.digests import file_sha256
@@ -76,6 +76,8 @@ class Manifest(Value):
     inputs: dict[str, str]
     """Steps whose results were read, and their digests."""
     cost: Cost
+    notes: dict[str, float] = Field(default_factory=dict)
+    """What is to be known of how they were made."""
 
     @property
     def digest(self) -> str:
@@ -94,7 +96,11 @@ class Manifest(Value):
 
 
 def finish_step(
-    step: str, files: Iterable[Path], inputs: Mapping[str, Manifest], costs: Sequence[Cost]
+    step: str,
+    files: Iterable[Path],
+    inputs: Mapping[str, Manifest],
+    costs: Sequence[Cost],
+    notes: Mapping[str, float] | None = None,
 ) -> Manifest:
     """Record what a step made, from what, and its cost. The last thing that a step does."""
     manifest = Manifest(
@@ -102,6 +108,7 @@ def finish_step(
         files={str(path): describe(path).sha256 for path in sorted(files)},
         inputs={name: given.digest for name, given in sorted(inputs.items())},
         cost=total_cost(costs),
+        notes=dict(notes or {}),
     )
     _remove_stale(manifest)
     write_json(_step_file(step), manifest.model_dump())
