@@ -125,6 +125,7 @@ class LoadedModel:
         `read` reads the edit if it is not applied yet; both are None for the unedited model.
         """
         with self._lock:
+            torch.set_num_threads(reference.threads)  # counts in the thread that calls it alone
             if self._reference != reference or (reference.is_rounded and self._edit != edit):
                 self._reference = self._model = self._edit = self._applied = None  # makes room
                 self._model = load_reference(reference)

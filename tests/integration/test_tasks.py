@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -206,6 +207,19 @@ def test_targets_agree_across_pieces(inputs: Inputs, reference: ModelReference) 
     assert torch.equal(parts.z, again.z)
     assert (whole.z - parts.z).norm() <= 1e-4 * whole.z.norm()
     assert torch.equal(whole.losses.isnan(), parts.losses.isnan())
+
+
+def test_a_model_computes_alike_in_the_thread_that_loads_it_and_in_others(
+    reference: ModelReference,
+) -> None:
+    def threads() -> int:
+        with loaded(reference):
+            return torch.get_num_threads()
+
+    torch.set_num_threads(reference.threads + 1)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(threads).result() == reference.threads
+    assert threads() == reference.threads
 
 
 def test_an_edit_is_signed_and_leaves_the_model_alone(
