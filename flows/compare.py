@@ -80,8 +80,11 @@ class Setup:
         if self.questions is not None:
             file = sample_questions(self.split.edited, count, seed)
         else:
-            chosen = choose_requests("counterfact", self.split.edited, count, seed, self.run.model)
-            file = chosen.records
+            section = self.run.parameters.requests
+            kind = "embedded" if section.source == "embedded" else "counterfact"
+            file = choose_requests(
+                kind, self.split.edited, count, seed, self.run.model, section.known
+            ).records
         return Sample(file, tuple(read_counterfact(file.checked())))
 
 

@@ -135,7 +135,12 @@ def sample(records: list[Record], count: int | None, seed: int) -> list[Record]:
 
 @cached_task("requests")
 def choose_requests(
-    source: Source, file: Artifact, count: int | None, seed: int, known: bool, model: ModelReference
+    source: Source,
+    file: Artifact,
+    count: int | None,
+    seed: int,
+    model: ModelReference,
+    known: bool = False,
 ) -> ChosenRequests:
     """Read, filter, sample and tokenise the records.
 

@@ -361,7 +361,7 @@ class Chaos:
                 attempt.process.send_signal(sent)
                 ended = attempt.end(60.0)
                 longest = max(longest, time.time() - asked)
-                # At the very end Python lets the signal itself end the process: the same to a shell.
+                # At its very end Python lets the signal itself end it: the same to a shell.
                 if ended not in (status, -sent) or "Traceback" in attempt.output:
                     self.faults.append(f"{sent.name} in {phase}: {ended}, {attempt.output[-2000:]}")
             else:

@@ -1,0 +1,34 @@
+"""Facts that the model knows, against asking for one after the other."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from memit.evaluation.counterfact import prompts_of, score_prompts
+from memit.known_facts import known_facts
+from memit.requests import EditRequest, Record
+from tests.reference import build
+
+OBJECTS = ("Rome", "Paris", "Bonn", "Oslo")
+RECORDS = [
+    Record(10 * n + m, EditRequest(f"Person {n}", "{} lives in", new, true))
+    for n in range(20)
+    for m, (new, true) in enumerate(itertools.pairwise(OBJECTS))
+] + [Record(999, EditRequest("Ada", "{} lives in", "Rome", None))]
+
+
+def test_it_finds_the_first_records_that_the_model_knows() -> None:
+    lm, expected = build("gpt2"), []
+    for record in RECORDS[:-1]:
+        (row,) = score_prompts(lm, prompts_of([record]), token_budget=512).to_pylist()
+        expected += [record] if row["nll_true"] < row["nll_new"] else []
+    assert 4 < len(expected) < len(RECORDS) - 5
+    known, share = known_facts(lm, RECORDS, None, token_budget=512)
+    assert known == expected
+    assert share == pytest.approx(100 * len(expected) / len(RECORDS))
+    known, share = known_facts(lm, RECORDS, 3, token_budget=512)
+    assert known == expected[:3]
+    assert 0 < share < 100
+    assert known_facts(lm, [], 3, token_budget=512) == ([], 0.0)
