@@ -34,8 +34,9 @@ from tests.integration.test_model_directory import make_delta
 TOKENIZER: Any = tokenizers()["byte_level"]
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "eos_token_id": 0}
 GATED = SIZES | {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
+SHAPE = {"block_count": 3, "context_length": 1024, "embedding_length": 64}
+SHAPE |= {"feed_forward_length": 96, "attention.head_count": 4, "attention.head_count_kv": 2}
 CONFIGS = {"llama": GATED, "gpt2": SIZES | {"bos_token_id": 0}}
-PLACEMENT: Any = {"dtype": "float32", "device": "cpu", "threads": 1}
 
 
 @torch.no_grad()
@@ -52,12 +53,8 @@ def write(
     tokens = TOKENIZER.convert_ids_to_tokens(range(len(TOKENIZER)))
     merges = json.loads(TOKENIZER.backend_tokenizer.to_str())["model"]["merges"]
     writer = gguf.GGUFWriter(path, family)
-    writer.add_block_count(3)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    for key, size in SHAPE.items():
+        writer.add_uint32(f"{family}.{key}", size)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_layer_norm_eps(1e-5)
     writer.add_uint32(*number)
@@ -200,7 +197,7 @@ def test_a_model_in_an_installed_package(file: Path, monkeypatch: pytest.MonkeyP
     assert (described.id, described.revision, described.quantisation) == ("tiny-lm", "1.2", "Q8_0")
     MODEL_FILE.parent.mkdir(parents=True)
     MODEL_FILE.write_text(described.model_dump_json())
-    reference = open_model(**PLACEMENT, path=None, package="tiny-lm")
+    reference = open_model("float32", "cpu", 1, None, "tiny-lm")
     assert torch.equal(logits(load_reference(reference).model), logits(load_model(file).model))
     write(file, "Q8_0")
     assert describe_model("package", name, version, place).digest != described.digest
