@@ -7,14 +7,33 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow.parquet as parquet
 from safetensors.numpy import load_file
 
+from memit.files.digests import file_sha256
 from memit.redaction import one_line
+from memit.requests import read_counterfact
 from tasks.engine.artifacts import write_file, write_json, write_text
 from tasks.engine.cost import Cost
-from tasks.engine.results import EDIT_FILE, METRICS_FILE, REPORT_FILES, TARGETS_FILE, TIMINGS_FILE
-from tasks.reporting.figures import draw_losses, draw_metrics, draw_updates
+from tasks.engine.loaded_model import ModelFiles
+from tasks.engine.results import (
+    DELTA_FILE,
+    EDIT_FILE,
+    FIGURES,
+    GENERATIONS_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    PAGE_FILE,
+    PROMPTS_FILE,
+    REQUESTS_FILE,
+    STATISTICS_FILE,
+    TABLE_FILE,
+    TARGETS_FILE,
+    TIMINGS_FILE,
+)
+from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
 from tasks.reporting.formats import markdown_table, read_json
+from tasks.reporting.page import Results, render
 
 ROWS = (
     ("score", "Score S", "harmonic mean of the next three"),
@@ -31,16 +50,48 @@ ROWS = (
 """Metric, its name in tables, and its meaning."""
 
 
-def write_report(timings: Mapping[str, Cost]) -> None:
-    """Draw the figures and write the tables."""
+def write_report(
+    timings: Mapping[str, Cost],
+    parameters: Mapping[str, Any],
+    provenance: Mapping[str, str],
+) -> None:
+    """Draw the figures, and write the table and the page.
+
+    The page shows the `parameters`, and after its own digests the `provenance`.
+    """
     metrics, edit = read_json(METRICS_FILE), read_json(EDIT_FILE)
+    prompts = parquet.read_table(PROMPTS_FILE)
     losses = load_file(TARGETS_FILE)["losses"]
-    metrics_figure, updates_figure, losses_figure, page = REPORT_FILES
-    write_file(metrics_figure, lambda path: draw_metrics(metrics, path))
-    write_file(updates_figure, lambda path: draw_updates(edit, path))
+    margins_figure, losses_figure, updates_figure = FIGURES
+    write_file(margins_figure, lambda path: draw_margins(prompts, path))
     write_file(losses_figure, lambda path: draw_losses(losses, path))
-    write_text(page, markdown(metrics, timings, edit["dropped"]))
+    write_file(updates_figure, lambda path: draw_updates(edit, path))
+    model = ModelFiles.model_validate(read_json(MODEL_FILE))
+    results = Results(
+        metrics=metrics,
+        edit=edit,
+        model=model,
+        records=read_counterfact(REQUESTS_FILE),
+        prompts=prompts,
+        texts=parquet.read_table(GENERATIONS_FILE),
+        parameters=parameters,
+        provenance=digests(model) | dict(provenance),
+        figures={path.stem: path.read_text(encoding="utf-8") for path in FIGURES},
+    )
+    write_text(PAGE_FILE, render(results))
+    write_text(TABLE_FILE, markdown(metrics, timings, edit["dropped"]))
     write_json(TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
+
+
+def digests(model: ModelFiles) -> dict[str, str]:
+    """What the results were made from, by content (SHA-256)."""
+    corpus = read_json(STATISTICS_FILE)["corpus"]
+    return {
+        "model": f"{model.id}{f' at {model.revision}' if model.revision else ''}, {model.digest}",
+        "facts": file_sha256(REQUESTS_FILE),
+        "statistics' corpus": str(corpus),
+        "edit": file_sha256(DELTA_FILE),
+    }
 
 
 def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -94,9 +145,7 @@ def markdown(
     lines += [
         *markdown_table(rows(metrics), text=(0, 3)),
         "",
-        "![before and after](metrics.png)",
-        "![updates](updates.png)",
-        "![losses](losses.png)",
+        "Every fact, its neighbours and the figures: [index.html](index.html).",
         "",
         *markdown_table(costs),
     ]
