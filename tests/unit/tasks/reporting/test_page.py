@@ -95,7 +95,7 @@ def test_it_shows_the_numbers_of_the_metrics(page: str) -> None:
     shown = [float(value) for value in re.findall(r'<data value="([^"]*)">', page)]
     assert {81.23456, 66.6, 33.3, 1.5} == set(shown)
     assert ">81.2<" in page
-    assert "1.0 to 99.0" in page
+    assert "1.0–99.0" in page
 
 
 def test_text_of_data_sets_is_escaped(page: str) -> None:
