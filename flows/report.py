@@ -6,7 +6,6 @@ Results: `report/` and `timings.json`. Of `report/`, `index.html` is the page to
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 
 from prefect.artifacts import create_link_artifact
 
@@ -26,8 +25,11 @@ def report(run: Run) -> None:
     """Draw, tabulate and log the results of the other steps."""
     timings = read_timings(STEPS[:-1])
     sections = run.parameters.model_dump(mode="json", include=set(STEPS))
-    code = {"code": code_commit() or "not in git", "python": platform.python_version()}
-    write_report(timings, sections, code | {"memit": version("memit")} | library_versions())
+    provenance = {"code": code_commit() or "not in git", "python": platform.python_version()}
+    provenance |= library_versions()
+    for manifest in run.given.values():
+        provenance |= manifest.files
+    write_report(timings, sections, provenance)
     page = PAGE_FILE.absolute()
     create_link_artifact(page.as_uri(), str(page), key="report", description="what the edit did")
     experiment = Experiment(

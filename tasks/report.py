@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow.parquet as parquet
+from pyarrow.csv import read_csv
 from safetensors.numpy import load_file
 
-from memit.files.digests import file_sha256
 from memit.redaction import one_line
 from memit.requests import read_counterfact
-from tasks.engine.artifacts import write_file, write_json, write_text
+from tasks.engine.artifacts import write_json, write_text
 from tasks.engine.cost import Cost
 from tasks.engine.loaded_model import ModelFiles
 from tasks.engine.results import (
-    DELTA_FILE,
     EDIT_FILE,
+    FACTS_FILE,
     FIGURES,
     GENERATIONS_FILE,
     METRICS_FILE,
@@ -26,7 +26,6 @@ from tasks.engine.results import (
     PAGE_FILE,
     PROMPTS_FILE,
     REQUESTS_FILE,
-    STATISTICS_FILE,
     TABLE_FILE,
     TARGETS_FILE,
     TIMINGS_FILE,
@@ -51,47 +50,33 @@ ROWS = (
 
 
 def write_report(
-    timings: Mapping[str, Cost],
-    parameters: Mapping[str, Any],
-    provenance: Mapping[str, str],
+    timings: Mapping[str, Cost], parameters: Mapping[str, Any], provenance: Mapping[str, str]
 ) -> None:
-    """Draw the figures, and write the table and the page.
-
-    The page shows the `parameters`, and after its own digests the `provenance`.
-    """
+    """Draw the figures, and write the table and the page, which shows the arguments."""
     metrics, edit = read_json(METRICS_FILE), read_json(EDIT_FILE)
     prompts = parquet.read_table(PROMPTS_FILE)
-    losses = load_file(TARGETS_FILE)["losses"]
-    margins_figure, losses_figure, updates_figure = FIGURES
-    write_file(margins_figure, lambda path: draw_margins(prompts, path))
-    write_file(losses_figure, lambda path: draw_losses(losses, path))
-    write_file(updates_figure, lambda path: draw_updates(edit, path))
-    model = ModelFiles.model_validate(read_json(MODEL_FILE))
+    figures = {
+        "margins": draw_margins(prompts),
+        "losses": draw_losses(load_file(TARGETS_FILE)["losses"]),
+        "updates": draw_updates(edit),
+    }
     results = Results(
         metrics=metrics,
         edit=edit,
-        model=model,
+        model=ModelFiles.model_validate(read_json(MODEL_FILE)),
         records=read_counterfact(REQUESTS_FILE),
         prompts=prompts,
+        facts=read_csv(FACTS_FILE),
         texts=parquet.read_table(GENERATIONS_FILE),
         parameters=parameters,
-        provenance=digests(model) | dict(provenance),
-        figures={path.stem: path.read_text(encoding="utf-8") for path in FIGURES},
+        provenance=provenance,
+        figures=figures,
     )
+    for path in FIGURES:
+        write_text(path, figures[path.stem])
     write_text(PAGE_FILE, render(results))
     write_text(TABLE_FILE, markdown(metrics, timings, edit["dropped"]))
     write_json(TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
-
-
-def digests(model: ModelFiles) -> dict[str, str]:
-    """What the results were made from, by content (SHA-256)."""
-    corpus = read_json(STATISTICS_FILE)["corpus"]
-    return {
-        "model": f"{model.id}{f' at {model.revision}' if model.revision else ''}, {model.digest}",
-        "facts": file_sha256(REQUESTS_FILE),
-        "statistics' corpus": str(corpus),
-        "edit": file_sha256(DELTA_FILE),
-    }
 
 
 def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:

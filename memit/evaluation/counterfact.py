@@ -193,10 +193,10 @@ def _fact(pairs: Sequence[tuple[dict, dict]]) -> dict[str, object]:
     def of(kind: Kind) -> list[tuple[dict, dict]]:
         return [(was, now) for was, now in pairs if was["kind"] == kind]
 
-    rewrites = [is_right(now) for _, now in of("rewrite")]
-    paraphrases = [is_right(now) for _, now in of("paraphrase")]
+    rewrites = [_is_right(now) for _, now in of("rewrite")]
+    paraphrases = [_is_right(now) for _, now in of("paraphrase")]
     neighbors = [(was, now) for was, now in of("neighborhood") if was["target_true"] is not None]
-    hurt = [now["prompt"] for was, now in neighbors if is_right(was) and not is_right(now)]
+    hurt = [now["prompt"] for was, now in neighbors if _is_right(was) and not _is_right(now)]
     first = pairs[0][1]
     return {name: first[name] for name in ("case_id", "prompt", "target_new", "target_true")} | {
         "took": all(rewrites),
@@ -205,14 +205,14 @@ def _fact(pairs: Sequence[tuple[dict, dict]]) -> dict[str, object]:
         "paraphrases_right": sum(paraphrases),
         "generalised": all(paraphrases) if paraphrases else None,
         "neighbors": len(neighbors),
-        "neighbors_right_before": sum(is_right(was) for was, _ in neighbors),
-        "neighbors_right_after": sum(is_right(now) for _, now in neighbors),
+        "neighbors_right_before": sum(_is_right(was) for was, _ in neighbors),
+        "neighbors_right_after": sum(_is_right(now) for _, now in neighbors),
         "hurt": len(hurt) if neighbors else None,
         "hurt_prompts": " | ".join(hurt) if neighbors else None,
     }
 
 
-def is_right(row: Mapping) -> bool:
+def _is_right(row: Mapping) -> bool:
     """Whether the object that is wanted at this prompt is preferred."""
     if row["kind"].startswith("neighborhood"):
         return row["nll_true"] < row["nll_new"]

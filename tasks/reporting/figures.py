@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,11 @@ STYLE: dict[Any, Any] = {
 
 
 @matplotlib.rc_context(STYLE)
-def draw_margins(prompts: pyarrow.Table, path: Path) -> None:
-    """Histograms of the margin of the wanted object over the other one, before and after the edit.
-
-    `prompts` holds both states. Prompts of records without a true object have no margin.
-    """
+def draw_margins(prompts: pyarrow.Table) -> str:
+    """An SVG with histograms of the margins before and after the edit."""
     kinds = np.array(prompts["kind"].to_pylist())
-    margins = {state: _margins(prompts, kinds, state) for state in ("before", "after")}
-    known = np.concatenate([values[~np.isnan(values)] for values in margins.values()])
+    found = {state: margins(prompts, state) for state in ("before", "after")}
+    known = np.concatenate([values[~np.isnan(values)] for values in found.values()])
     edges = np.histogram_bin_edges(known if known.size else [-1.0, 1.0], 28)
     panels = [kind for kind in PANELS if kind in kinds]
     figure = Figure(figsize=(11.0, 2.8), layout="constrained")
@@ -42,26 +40,27 @@ def draw_margins(prompts: pyarrow.Table, path: Path) -> None:
     for axes, kind in zip(shared, panels, strict=True):
         set_style(axes, PANELS[kind])
         for state, color, width in (("after", AFTER, 0), ("before", BEFORE, 1.8)):
-            counts, _ = np.histogram(margins[state][kinds == kind], edges)
-            fill = state == "after"
-            axes.stairs(counts, edges, fill=fill, color=color, linewidth=width, label=state)
+            counts, _ = np.histogram(found[state][kinds == kind], edges)
+            axes.stairs(counts, edges, fill=not width, color=color, linewidth=width, label=state)
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.axvline(0, color=INK, linewidth=1, linestyle=":")
         axes.set_xlabel("margin, nats per token")
     shared[0].set_ylabel("prompts")
     shared[0].legend(frameon=False)
-    save_svg(figure, path)
+    return _svg(figure)
 
 
-def _margins(prompts: pyarrow.Table, kinds: np.ndarray, state: str) -> np.ndarray:
-    """nll of the unwanted object less that of the wanted one (prompts), in nats per token."""
+def margins(prompts: pyarrow.Table, state: str) -> np.ndarray:
+    """nll of the unwanted object less that of the wanted one (prompts), in nats per token; NaN
+    without a true object. `prompts` holds both states."""
     new, true = (prompts[f"nll_{target}_{state}"].to_numpy() for target in ("new", "true"))
+    kinds = np.array(prompts["kind"].to_pylist())
     return np.where(kinds == "neighborhood", new - true, true - new)
 
 
 @matplotlib.rc_context(STYLE)
-def draw_updates(edit: Mapping[str, Any], path: Path) -> None:
-    """The relative size of each layer's update, and the residual before it."""
+def draw_updates(edit: Mapping[str, Any]) -> str:
+    """An SVG with the relative size of each layer's update, and the residual before it."""
     layers = [str(layer) for layer in edit["layers"]]
     figure, axes = _single()
     ratios = [100 * edit["update_ratio"][layer] for layer in layers]
@@ -74,12 +73,12 @@ def draw_updates(edit: Mapping[str, Any], path: Path) -> None:
     right.set_ylabel("mean ‖z − h‖ before the update", color=ACCENT)
     right.set_ylim(bottom=0)
     right.spines["top"].set_visible(False)
-    save_svg(figure, path)
+    return _svg(figure)
 
 
 @matplotlib.rc_context(STYLE)
-def draw_losses(losses: np.ndarray, path: Path) -> None:
-    """The loss of the target optimisation (edits × evaluations, NaN after an edit has stopped)."""
+def draw_losses(losses: np.ndarray) -> str:
+    """An SVG with the loss of the targets (edits × evaluations, NaN after an edit has stopped)."""
     figure, axes = _single()
     steps, median, low, high = loss_curve(losses)
     axes.fill_between(steps, low, high, color=AFTER, alpha=0.2, label="middle 80 % of the edits")
@@ -88,7 +87,7 @@ def draw_losses(losses: np.ndarray, path: Path) -> None:
     axes.set_xlabel("evaluation")
     axes.set_ylabel("loss")
     axes.legend(frameon=False)
-    save_svg(figure, path)
+    return _svg(figure)
 
 
 def loss_curve(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -112,10 +111,10 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def save_svg(figure: Figure, path: Path) -> None:
-    """Write an SVG without background, date or version."""
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(path, format="svg", transparent=True, metadata=nothing)
+def _svg(figure: Figure) -> str:
+    target, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(target, format="svg", transparent=True, metadata=nothing)
+    return target.getvalue()
 
 
 def _single() -> tuple[Figure, Axes]:

@@ -44,9 +44,7 @@ from tasks.reporting.formats import read_json
 DIGEST_TAG = "memit.experiment"
 WRITER_TAG = "memit.writer"
 LONGEST = 6_000
-"""MLflow's limit on the characters of a parameter."""
-LONGEST_NOTE = 8_000
-"""MLflow's limit on the characters of a tag."""
+"""MLflow's limit on the characters of a parameter, and less than that of a note."""
 LOGGED_METRICS = (
     *("score", "efficacy", "paraphrase", "neighborhood"),
     *("efficacy_accuracy", "paraphrase_accuracy", "neighborhood_accuracy"),
@@ -100,7 +98,7 @@ class Experiment:
         name = f"{model.id.split('/')[-1]}, MEMIT, {metrics['edit']['count']} edits"
         client.update_run(run_id, name=f"{name} ({self.digest[:6]})")
         table = results.TABLE_FILE.read_text(encoding="utf-8")
-        client.set_tag(run_id, MLFLOW_RUN_NOTE, table[:LONGEST_NOTE])
+        client.set_tag(run_id, MLFLOW_RUN_NOTE, table[:LONGEST])
         points = _points(metrics, self.timings)
         client.log_batch(run_id, _metrics(points), _parameters(self.parameters))
         for path in LOGGED_FILES:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pytest
 
-from memit.evaluation.counterfact import Kind
+from memit.evaluation.counterfact import Kind, facts_table
 from memit.requests import EditRequest, Record
 from tasks.engine.loaded_model import ModelFiles
 from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
@@ -46,7 +46,7 @@ def prompt(case: int, kind: Kind, text: str, before: float, after: float) -> dic
     return row
 
 
-def made_up(count: int, folder: Path, neighbors: int = 2) -> Results:
+def made_up(count: int, neighbors: int = 2) -> Results:
     """`count` edits to Rome: every third does not take, every fourth hurts all its neighbours."""
     records, rows, texts = [], [], []
     for case in range(count):
@@ -69,26 +69,29 @@ def made_up(count: int, folder: Path, neighbors: int = 2) -> Results:
     edit = {"count": count, "layers": [1, 2], "update_ratio": {"1": 0.1, "2": 0.2}}
     edit |= {"residuals": {"1": 3.0, "2": 2.0}, "hyperparameters": {}, "dropped": []}
     table = pyarrow.Table.from_pylist(rows)
-    files = [folder / f"{name}.svg" for name in ("margins", "losses", "updates")]
-    draw_margins(table, files[0])
-    draw_losses(np.array([[2.0, 1.0], [2.0, np.nan]]), files[1])
-    draw_updates(edit, files[2])
+    states = [
+        table.rename_columns([name.removesuffix(f"_{state}") for name in table.column_names])
+        for state in ("before", "after")
+    ]
+    figures = {"margins": draw_margins(table), "updates": draw_updates(edit)}
+    figures["losses"] = draw_losses(np.array([[2.0, 1.0], [2.0, np.nan]]))
     return Results(
         metrics={"before": measured, "after": after, "edit": edit},
         edit=edit,
         model=MODEL,
         records=records,
         prompts=table,
+        facts=facts_table(*states),
         texts=pyarrow.Table.from_pylist(texts),
         parameters={"model": {"id": EVIL}, "requests": {"path": "https://me:secret@host/x"}},
         provenance={"code": "0123abcd"},
-        figures={file.stem: file.read_text() for file in files},
+        figures=figures,
     )
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return render(made_up(12, tmp_path_factory.mktemp("page")))
+def page() -> str:
+    return render(made_up(12))
 
 
 def test_it_shows_the_numbers_of_the_metrics(page: str) -> None:
@@ -106,8 +109,8 @@ def test_text_of_data_sets_is_escaped(page: str) -> None:
     assert "secret" not in page
 
 
-def test_it_fetches_nothing_and_repeats_itself_to_the_byte(page: str, tmp_path: Path) -> None:
-    assert page == render(made_up(12, tmp_path))
+def test_it_fetches_nothing_and_repeats_itself_to_the_byte(page: str) -> None:
+    assert page == render(made_up(12))
     fetching = r"""(?:src|href)=(?!["']?(?:#|data:))|url\((?!#)|@import|fetch\("""
     assert re.findall(fetching, page) == []
 
@@ -121,8 +124,8 @@ def test_facts_are_in_order_and_the_worst_neighbours_first(page: str) -> None:
     assert page.count('<tbody id="fact-0" class="preferred"') == 1
 
 
-def test_a_thousand_facts_are_at_most_four_megabytes(tmp_path: Path) -> None:
-    assert len(render(made_up(1000, tmp_path, neighbors=10)).encode()) < 4e6
+def test_a_thousand_facts_are_at_most_four_megabytes() -> None:
+    assert len(render(made_up(1000, neighbors=10)).encode()) < 4e6
 
 
 # --- in a browser ---------------------------------------------------------------------------------
