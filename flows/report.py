@@ -25,7 +25,7 @@ def report(run: Run) -> None:
     """Draw, tabulate and log the results of the other steps."""
     timings = read_timings(STEPS[:-1])
     sections = run.parameters.model_dump(mode="json", include=set(STEPS))
-    provenance = {"code": code_commit() or "not in git", "python": platform.python_version()}
+    provenance = {"code": code_commit(), "python": platform.python_version()}
     provenance |= library_versions()
     for manifest in run.given.values():
         provenance |= manifest.files

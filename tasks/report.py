@@ -31,22 +31,8 @@ from tasks.engine.results import (
     TIMINGS_FILE,
 )
 from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
-from tasks.reporting.formats import markdown_table, read_json
+from tasks.reporting.formats import ROWS, markdown_table, read_json
 from tasks.reporting.page import Results, render
-
-ROWS = (
-    ("score", "Score S", "harmonic mean of the next three"),
-    ("efficacy", "Efficacy ES", "edited prompts prefer the new object"),
-    ("paraphrase", "Paraphrase PS", "so do their paraphrases"),
-    ("neighborhood", "Neighborhood NS", "other subjects keep their true object"),
-    ("efficacy_accuracy", "Efficacy, argmax", "the new object is the model's answer"),
-    ("paraphrase_accuracy", "Paraphrase, argmax", "also to paraphrases"),
-    ("neighborhood_accuracy", "Neighborhood, argmax", "the true object, of other subjects"),
-    ("entropy", "Fluency GE", "entropy of generated texts"),
-    ("reference", "Consistency RS", "similarity to texts about the new object"),
-    ("perplexity", "Perplexity", "of held-out text"),
-)
-"""Metric, its name in tables, and its meaning."""
 
 
 def write_report(

@@ -14,11 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BEFORE, AFTER, ACCENT, INK = "#9aa5b1", "#2f6f9f", "#c2571a", "#5a6772"
-PANELS = {
-    "rewrite": "Edited prompts",
-    "paraphrase": "Paraphrases",
-    "neighborhood": "Other subjects",
-}
+PANELS = {"rewrite": "Edited prompts", "paraphrase": "Paraphrases", "neighborhood": "Neighbours"}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, and in the font of the page
     "svg.hashsalt": "memit",

@@ -24,12 +24,8 @@ from memit.requests import Record
 from tasks.engine.loaded_model import ModelFiles
 from tasks.reporting.figures import ACCENT, AFTER, BEFORE, INK, margins
 
-WORST = 15
-"""Neighbours that are shown as the worst."""
-TEXTS = 24
-"""Records of which a generated text is shown."""
-RELATIONS = 30
-"""Relations that are shown, the commonest first."""
+WORST, TEXTS, RELATIONS = 15, 24, 30
+"""The most neighbours, generated texts and relations that are shown."""
 COLORS = {BEFORE: "before", AFTER: "after", ACCENT: "accent", INK: "muted"}
 """Colours of the figures, and the page's names for them; they follow its light or dark mode."""
 

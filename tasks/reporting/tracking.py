@@ -39,18 +39,12 @@ from tasks.engine.artifacts import cache_directory, project_root
 from tasks.engine.cost import Cost
 from tasks.engine.databases import LOCK_SECONDS, check_database
 from tasks.engine.loaded_model import ModelFiles
-from tasks.reporting.formats import read_json
+from tasks.reporting.formats import ROWS, read_json
 
 DIGEST_TAG = "memit.experiment"
 WRITER_TAG = "memit.writer"
 LONGEST = 6_000
 """MLflow's limit on the characters of a parameter, and less than that of a note."""
-LOGGED_METRICS = (
-    *("score", "efficacy", "paraphrase", "neighborhood"),
-    *("efficacy_accuracy", "paraphrase_accuracy", "neighborhood_accuracy"),
-    *("entropy", "reference", "perplexity"),
-)
-"""Of the edited model; all others, with their intervals, are in `metrics.json`, which is logged."""
 LOGGED_FILES = (
     *results.FIGURES,
     results.TABLE_FILE,
@@ -266,9 +260,10 @@ def _delete_run(client: MlflowClient, experiment_id: str, run_id: str) -> None:
 def _points(
     metrics: Mapping[str, Any], timings: Mapping[str, Cost]
 ) -> list[tuple[str, float, int]]:
-    """Name, value and step of the dozen numbers by which runs are compared."""
+    """Name, value and step of the dozen numbers by which runs are compared; all of them are in
+    `metrics.json`, which is logged as a file."""
     after = metrics["after"]
-    values = {name: after[name] for name in LOGGED_METRICS if name in after}
+    values = {name: after[name] for name, *_ in ROWS if name in after}
     if "perplexity" in after:
         values["perplexity_before"] = metrics["before"]["perplexity"]
     values["seconds"] = sum(cost.seconds for cost in timings.values())
