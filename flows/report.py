@@ -24,17 +24,17 @@ from tasks.reporting.tracking import Experiment, ParentRun, code_commit, log_run
 def report(run: Run) -> None:
     """Draw, tabulate and log the results of the other steps."""
     timings = read_timings(STEPS[:-1])
-    sections = run.parameters.model_dump(mode="json", include=set(STEPS))
     provenance = {"code": code_commit(), "python": platform.python_version()}
     provenance |= library_versions()
     for manifest in run.given.values():
         provenance |= manifest.files
-    write_report(timings, sections, provenance)
+    settings = run.parameters.model_dump(mode="json", include=set(STEPS))  # as in params.yaml
+    write_report(timings, settings, provenance)
     page = PAGE_FILE.absolute()
     create_link_artifact(page.as_uri(), str(page), key="report", description="what the edit did")
     experiment = Experiment(
         experiment=run.parameters.report.experiment,
-        parameters=sections,
+        parameters=run.parameters.model_dump(include=set(STEPS)),
         manifests=run.given,
         timings=timings,
         tags=origin(run.parameters, run.given),

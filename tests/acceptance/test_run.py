@@ -67,9 +67,11 @@ def test_dvc_and_git_have_nothing_to_do_after_it(finished: Project) -> None:
 
 def test_a_repetition_comes_from_caches_and_changes_no_byte(project: Project) -> None:
     before, pieces = project.results(), {step: project.pieces(step) for step in STEPS}
+    page = (project.path / "report" / "index.html").read_bytes()
     timings = json.loads((project.path / "timings.json").read_text())
     project.run()
     assert project.results() == before
+    assert (project.path / "report" / "index.html").read_bytes() == page
     assert {step: project.pieces(step) for step in STEPS} == pieces
     again = json.loads((project.path / "timings.json").read_text())
     for step, cost in timings.items():  # those of the pieces, not of looking them up

@@ -27,10 +27,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def prompt(case: int, kind: str, text: str, after: float) -> dict[str, Any]:
-    """A scored prompt on which Rome has a margin over Paris of −3 before and of `after`.
-
-    Case 0 has no true object.
-    """
+    """A prompt on which Rome's margin over Paris was −3 and is `after`; case 0 knows no Paris."""
     true = "Paris" if case else None
     row = {"case_id": case, "kind": kind, "prompt": text, "target_new": "Rome", "target_true": true}
     for state, margin in (("before", -3.0), ("after", after)):
@@ -78,7 +75,7 @@ def page() -> str:
 
 
 def test_it_shows_the_numbers_of_the_metrics(page: str) -> None:
-    shown = [float(value) for value in re.findall(r'<data value="([^"]*)">', page)]
+    shown = map(float, re.findall(r'<data value="([^"]*)">', page))
     assert {81.23456, 66.6, 33.3, 1.5} == set(shown)
     assert '">81.2</data><small>1.0–99.0<' in page
 
@@ -90,7 +87,7 @@ def test_text_of_data_sets_is_escaped(page: str) -> None:
     assert "secret" not in page
 
 
-def test_it_fetches_nothing_and_repeats_itself_to_the_byte(page: str) -> None:
+def test_it_fetches_nothing_and_repeats_itself(page: str) -> None:
     assert page == render(made_up(12))
     fetching = r"""(?:src|href)=(?!["']?(?:#|data:))|url\((?!#)|@import|fetch\("""
     assert re.findall(fetching, page) == []
