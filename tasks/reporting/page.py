@@ -117,7 +117,8 @@ def _facts(results: Results, rows: Iterable[dict[str, Any]]) -> list[dict[str, A
 def _worst(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The neighbours whose true object has lost most of its margin."""
     neighbors = [row for row in rows if row["kind"] == "neighborhood"]
-    lost = [row for row in neighbors if row["margin_after"] < row["margin_before"]]
+    known = {(row["prompt"], row["target_new"]): row for row in neighbors}  # records share some
+    lost = [row for row in known.values() if row["margin_after"] < row["margin_before"]]
     return sorted(lost, key=lambda row: row["margin_after"] - row["margin_before"])[:WORST]
 
 
