@@ -24,8 +24,8 @@ from memit.requests import Record
 from tasks.engine.loaded_model import ModelFiles
 from tasks.reporting.figures import ACCENT, AFTER, BEFORE, INK, margins
 
-WORST, TEXTS, RELATIONS = 15, 24, 30
-"""The most neighbours, generated texts and relations that are shown."""
+FACTS, WORST, TEXTS, RELATIONS = 2000, 15, 24, 30
+"""The most facts, neighbours, generated texts and relations that are shown."""
 COLORS = {BEFORE: "before", AFTER: "after", ACCENT: "accent", INK: "muted"}
 """Colours of the figures, and the page's names for them; they follow its light or dark mode."""
 
@@ -60,7 +60,7 @@ def render(results: Results) -> str:
     rows = _prompts(results.prompts)
     return pages.get_template("page.html").render(
         results=results,
-        facts=_facts(results, rows),
+        facts=_facts(results, rows)[:FACTS],
         worst=_worst(rows),
         relations=_relations(results),
         texts=_texts(results),
