@@ -41,8 +41,8 @@ def made_up(count: int, neighbors: int = 2) -> Results:
     records, rows, texts = [], [], []
     for case in range(count):
         subject = EVIL if case == 1 else f"Person {case}"
-        relation = ("home", "town")[case % 2]
-        request = EditRequest(subject, "{} lives in", "Rome", "Paris" if case else None, relation)
+        true = "Paris" if case else None
+        request = EditRequest(subject, "{} lives in", "Rome", true, relation_id=str(case % 2))
         records.append(Record(case, request))
         after = -1.0 if case % 3 == 2 else 1.0 + case % 4
         rows += [prompt(case, kind, request.text, after) for kind in ("rewrite", "paraphrase")]
@@ -65,8 +65,7 @@ def made_up(count: int, neighbors: int = 2) -> Results:
     settings = {"model": {"id": EVIL}, "requests": {"path": "https://me:secret@host/x"}}
     figures = {"margins": draw_margins(table), "updates": draw_updates(edit)}
     figures["losses"] = draw_losses(np.array([[2.0, 1.0], [2.0, np.nan]]))
-    code = {"code": "0123abcd"}
-    return Results(metrics, edit, MODEL, records, table, facts, written, settings, code, figures)
+    return Results(metrics, edit, MODEL, records, table, facts, written, settings, {}, figures)
 
 
 @pytest.fixture(scope="module")
