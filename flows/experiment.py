@@ -101,7 +101,7 @@ def show_results(seconds: float) -> None:
     console.print(table)
     console.print(
         "\nWhere to look next:\n"
-        "  [bold]report/results.md[/]     figures; evaluation/facts.csv: what became of each fact\n"
+        "  [bold]report/index.html[/]     what became of each fact: open it in a browser\n"
         "  [bold]make ui[/]               every experiment in MLflow, in the browser\n"
         "  [bold]dvc metrics diff[/]      what changed since the last commit\n"
         'Ask both models: [bold]memit ask "..."[/]\n'

@@ -7,39 +7,61 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow.parquet as parquet
+from pyarrow.csv import read_csv
 from safetensors.numpy import load_file
 
 from memit.redaction import one_line
-from tasks.engine.artifacts import write_file, write_json, write_text
+from memit.requests import read_counterfact
+from tasks.engine.artifacts import write_json, write_text
 from tasks.engine.cost import Cost
-from tasks.engine.results import EDIT_FILE, METRICS_FILE, REPORT_FILES, TARGETS_FILE, TIMINGS_FILE
-from tasks.reporting.figures import draw_losses, draw_metrics, draw_updates
-from tasks.reporting.formats import markdown_table, read_json
-
-ROWS = (
-    ("score", "Score S", "harmonic mean of the next three"),
-    ("efficacy", "Efficacy ES", "edited prompts prefer the new object"),
-    ("paraphrase", "Paraphrase PS", "so do their paraphrases"),
-    ("neighborhood", "Neighborhood NS", "other subjects keep their true object"),
-    ("efficacy_accuracy", "Efficacy, argmax", "the new object is the model's answer"),
-    ("paraphrase_accuracy", "Paraphrase, argmax", "also to paraphrases"),
-    ("neighborhood_accuracy", "Neighborhood, argmax", "the true object, of other subjects"),
-    ("entropy", "Fluency GE", "entropy of generated texts"),
-    ("reference", "Consistency RS", "similarity to texts about the new object"),
-    ("perplexity", "Perplexity", "of held-out text"),
+from tasks.engine.loaded_model import ModelFiles
+from tasks.engine.results import (
+    EDIT_FILE,
+    FACTS_FILE,
+    FIGURES,
+    GENERATIONS_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    PAGE_FILE,
+    PROMPTS_FILE,
+    REQUESTS_FILE,
+    TABLE_FILE,
+    TARGETS_FILE,
+    TIMINGS_FILE,
 )
-"""Metric, its name in tables, and its meaning."""
+from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
+from tasks.reporting.formats import ROWS, markdown_table, read_json
+from tasks.reporting.page import Results, render
 
 
-def write_report(timings: Mapping[str, Cost]) -> None:
-    """Draw the figures and write the tables."""
+def write_report(
+    timings: Mapping[str, Cost], parameters: Mapping[str, Any], provenance: Mapping[str, str]
+) -> None:
+    """Draw the figures, and write the table and the page, which shows the arguments."""
     metrics, edit = read_json(METRICS_FILE), read_json(EDIT_FILE)
-    losses = load_file(TARGETS_FILE)["losses"]
-    metrics_figure, updates_figure, losses_figure, page = REPORT_FILES
-    write_file(metrics_figure, lambda path: draw_metrics(metrics, path))
-    write_file(updates_figure, lambda path: draw_updates(edit, path))
-    write_file(losses_figure, lambda path: draw_losses(losses, path))
-    write_text(page, markdown(metrics, timings, edit["dropped"]))
+    prompts = parquet.read_table(PROMPTS_FILE)
+    figures = {
+        "margins": draw_margins(prompts),
+        "losses": draw_losses(load_file(TARGETS_FILE)["losses"]),
+        "updates": draw_updates(edit),
+    }
+    results = Results(
+        metrics=metrics,
+        edit=edit,
+        model=ModelFiles.model_validate(read_json(MODEL_FILE)),
+        records=read_counterfact(REQUESTS_FILE),
+        prompts=prompts,
+        facts=read_csv(FACTS_FILE),
+        texts=parquet.read_table(GENERATIONS_FILE),
+        parameters=parameters,
+        provenance=provenance,
+        figures=figures,
+    )
+    for path in FIGURES:
+        write_text(path, figures[path.stem])
+    write_text(PAGE_FILE, render(results))
+    write_text(TABLE_FILE, markdown(metrics, timings, edit["dropped"]))
     write_json(TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
 
 
@@ -94,9 +116,7 @@ def markdown(
     lines += [
         *markdown_table(rows(metrics), text=(0, 3)),
         "",
-        "![before and after](metrics.png)",
-        "![updates](updates.png)",
-        "![losses](losses.png)",
+        "Every fact, its neighbours and the figures: [index.html](index.html).",
         "",
         *markdown_table(costs),
     ]

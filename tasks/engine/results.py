@@ -50,9 +50,10 @@ GENERATIONS_FILE = EVALUATION / "generations.parquet"
 FACTS_FILE = EVALUATION / "facts.csv"
 METRICS_FILE = Path("metrics.json")
 TIMINGS_FILE = Path("timings.json")
-REPORT_FILES = tuple(
-    Path("report", name) for name in ("metrics.png", "updates.png", "losses.png", "results.md")
-)
+REPORT = Path("report")
+FIGURES = tuple(REPORT / f"{name}.svg" for name in ("margins", "losses", "updates"))
+TABLE_FILE = REPORT / "results.md"
+PAGE_FILE = REPORT / "index.html"
 MEND = Path("artifacts/mend")
 MEND_NETWORK_FILE = MEND / "network.safetensors"
 SERAC = Path("artifacts/serac")

@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+import pyarrow
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-BEFORE, AFTER, ACCENT = "#9aa5b1", "#2f6f9f", "#c2571a"
-SHOWN = ("score", "efficacy", "paraphrase", "neighborhood")
+BEFORE, AFTER, ACCENT, INK = "#9aa5b1", "#2f6f9f", "#c2571a", "#5a6772"
+PANELS = {"rewrite": "Edited prompts", "paraphrase": "Paraphrases", "neighborhood": "Neighbours"}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: small, and in the font of the page
+    "svg.hashsalt": "memit",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+}
 
 
-def draw_metrics(metrics: Mapping[str, Any], path: Path) -> None:
-    """Success before and after the edit, side by side."""
-    names = [name for name in SHOWN if name in metrics["after"]]
-    figure, axes = _single("Success before and after the edit")
-    for offset, state, color in ((-0.2, "before", BEFORE), (0.2, "after", AFTER)):
-        heights = [metrics[state].get(name, 0.0) for name in names]
-        bars = axes.bar(np.arange(len(names)) + offset, heights, 0.38, label=state, color=color)
-        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylim(0, 112)
-    axes.set_ylabel("percent")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    save_figure(figure, path)
+@matplotlib.rc_context(STYLE)
+def draw_margins(prompts: pyarrow.Table) -> str:
+    """An SVG with histograms of the margins before and after the edit."""
+    kinds = np.array(prompts["kind"].to_pylist())
+    found = {state: margins(prompts, state) for state in ("before", "after")}
+    known = np.concatenate([values[~np.isnan(values)] for values in found.values()])
+    edges = np.histogram_bin_edges(known if known.size else [-1.0, 1.0], 28)
+    panels = [kind for kind in PANELS if kind in kinds]
+    figure = Figure(figsize=(11.0, 2.8), layout="constrained")
+    shared = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
+    for axes, kind in zip(shared, panels, strict=True):
+        set_style(axes, PANELS[kind])
+        for state, color, width in (("after", AFTER, 0), ("before", BEFORE, 1.8)):
+            counts, _ = np.histogram(found[state][kinds == kind], edges)
+            axes.stairs(counts, edges, fill=not width, color=color, linewidth=width, label=state)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.axvline(0, color=INK, linewidth=1, linestyle=":")
+        axes.set_xlabel("margin, nats per token")
+    shared[0].set_ylabel("prompts")
+    shared[0].legend(frameon=False)
+    return _svg(figure)
 
 
-def draw_updates(edit: Mapping[str, Any], path: Path) -> None:
-    """The relative size of each layer's update, and the residual before it."""
+def margins(prompts: pyarrow.Table, state: str) -> np.ndarray:
+    """nll of the unwanted object less that of the wanted one (prompts), in nats per token; NaN
+    without a true object. `prompts` holds both states."""
+    new, true = (prompts[f"nll_{target}_{state}"].to_numpy() for target in ("new", "true"))
+    kinds = np.array(prompts["kind"].to_pylist())
+    return np.where(kinds == "neighborhood", new - true, true - new)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_updates(edit: Mapping[str, Any]) -> str:
+    """An SVG with the relative size of each layer's update, and the residual before it."""
     layers = [str(layer) for layer in edit["layers"]]
-    figure, axes = _single("Updates by layer")
-    bars = axes.bar(layers, [100 * edit["update_ratio"][layer] for layer in layers], color=AFTER)
-    axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
+    figure, axes = _single()
+    ratios = [100 * edit["update_ratio"][layer] for layer in layers]
+    axes.bar_label(axes.bar(layers, ratios, 0.6, color=AFTER), fmt="%.1f", padding=2, fontsize=9)
     axes.set_xlabel("layer")
     axes.set_ylabel("‖Δ‖ / ‖W‖, percent")
     axes.margins(y=0.15)
@@ -43,12 +69,13 @@ def draw_updates(edit: Mapping[str, Any], path: Path) -> None:
     right.set_ylabel("mean ‖z − h‖ before the update", color=ACCENT)
     right.set_ylim(bottom=0)
     right.spines["top"].set_visible(False)
-    save_figure(figure, path)
+    return _svg(figure)
 
 
-def draw_losses(losses: np.ndarray, path: Path) -> None:
-    """The loss of the target optimisation (edits × evaluations, NaN after an edit has stopped)."""
-    figure, axes = _single("Target optimisation")
+@matplotlib.rc_context(STYLE)
+def draw_losses(losses: np.ndarray) -> str:
+    """An SVG with the loss of the targets (edits × evaluations, NaN after an edit has stopped)."""
+    figure, axes = _single()
     steps, median, low, high = loss_curve(losses)
     axes.fill_between(steps, low, high, color=AFTER, alpha=0.2, label="middle 80 % of the edits")
     axes.plot(steps, median, color=AFTER, label="median")
@@ -56,7 +83,7 @@ def draw_losses(losses: np.ndarray, path: Path) -> None:
     axes.set_xlabel("evaluation")
     axes.set_ylabel("loss")
     axes.legend(frameon=False)
-    save_figure(figure, path)
+    return _svg(figure)
 
 
 def loss_curve(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -69,7 +96,7 @@ def loss_curve(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     return np.arange(1, losses.shape[1] + 1), median, low, high
 
 
-def set_style(axes: Axes, title: str) -> None:
+def set_style(axes: Axes, title: str = "") -> None:
     """The style that all figures share."""
     axes.set_title(title, fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -80,8 +107,14 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def _single(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.0, 3.8), dpi=150, layout="constrained")
+def _svg(figure: Figure) -> str:
+    target, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(target, format="svg", transparent=True, metadata=nothing)
+    return target.getvalue()
+
+
+def _single() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    set_style(axes, title)
+    set_style(axes)
     return figure, axes

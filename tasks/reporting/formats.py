@@ -1,4 +1,4 @@
-"""Reading JSON results; Markdown and CSV tables."""
+"""Reading JSON results; the rows of tables; Markdown and CSV tables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from typing import Any
 
 ABSENT = "–"
 """The cell of a metric that was not measured."""
+ROWS = (
+    ("score", "Score S", "harmonic mean of the next three"),
+    ("efficacy", "Efficacy ES", "edited prompts prefer the new object"),
+    ("paraphrase", "Paraphrase PS", "so do their paraphrases"),
+    ("neighborhood", "Neighborhood NS", "other subjects keep their true object"),
+    ("efficacy_accuracy", "Efficacy, argmax", "the new object is the model's answer"),
+    ("paraphrase_accuracy", "Paraphrase, argmax", "also to paraphrases"),
+    ("neighborhood_accuracy", "Neighborhood, argmax", "the true object, of other subjects"),
+    ("entropy", "Fluency GE", "entropy of generated texts"),
+    ("reference", "Consistency RS", "similarity to texts about the new object"),
+    ("perplexity", "Perplexity", "of held-out text"),
+)
+"""The metrics of the report and of MLflow: each one's key, its name in tables, its meaning."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -28,8 +28,7 @@ from filelock import FileLock
 from mlflow import MlflowClient, entities
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from safetensors.numpy import load_file
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
 
 from memit.errors import ResourceError, UnreachableError
@@ -40,15 +39,16 @@ from tasks.engine.artifacts import cache_directory, project_root
 from tasks.engine.cost import Cost
 from tasks.engine.databases import LOCK_SECONDS, check_database
 from tasks.engine.loaded_model import ModelFiles
-from tasks.reporting.figures import loss_curve
-from tasks.reporting.formats import read_json
+from tasks.reporting.formats import ROWS, read_json
 
 DIGEST_TAG = "memit.experiment"
 WRITER_TAG = "memit.writer"
 LONGEST = 6_000
-"""MLflow's limit on the characters of a parameter."""
+"""MLflow's limit on the characters of a parameter, and less than that of a note."""
 LOGGED_FILES = (
-    *results.REPORT_FILES,
+    *results.FIGURES,
+    results.TABLE_FILE,
+    results.PAGE_FILE,
     results.PROMPTS_FILE,
     results.FACTS_FILE,
     results.METRICS_FILE,
@@ -57,6 +57,7 @@ LOGGED_FILES = (
     results.PREFIXES_FILE,
     results.STATISTICS_FILE,
 )
+CODE = ("memit", "tasks", "flows", "methods", "constraints.txt")
 MIGRATIONS = Path(str(mlflow.__file__)).parent / "store/db_migrations/versions"
 STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ResourceError)
 
@@ -88,8 +89,10 @@ class Experiment:
         """Log parameters, metrics, files, and the edited model."""
         metrics = read_json(results.METRICS_FILE)
         model = ModelFiles.model_validate(read_json(results.MODEL_FILE))
-        name = f"{model.id.split('/')[-1]}-{metrics['edit']['count']}-{self.digest[:6]}"
-        client.update_run(run_id, name=name)
+        name = f"{model.id.split('/')[-1]}, MEMIT, {metrics['edit']['count']} edits"
+        client.update_run(run_id, name=f"{name} ({self.digest[:6]})")
+        table = results.TABLE_FILE.read_text(encoding="utf-8")
+        client.set_tag(run_id, MLFLOW_RUN_NOTE, table[:LONGEST])
         points = _points(metrics, self.timings)
         client.log_batch(run_id, _metrics(points), _parameters(self.parameters))
         for path in LOGGED_FILES:
@@ -257,23 +260,14 @@ def _delete_run(client: MlflowClient, experiment_id: str, run_id: str) -> None:
 def _points(
     metrics: Mapping[str, Any], timings: Mapping[str, Cost]
 ) -> list[tuple[str, float, int]]:
-    """Name, value and step of every number, curves included."""
-    edit = read_json(results.EDIT_FILE)
-    values = {f"edit/{name}": edit[name] for name in ("count", "target_shift", "residual_left")}
-    for state in ("before", "after"):
-        values |= {f"{state}/{name}": value for name, value in metrics[state].items()}
-    for step, cost in timings.items():
-        values[f"seconds/{step}"] = cost.seconds
-        values[f"peak_memory_mib/{step}"] = cost.peak_memory / 2**20
-        if cost.peak_device_memory:
-            values[f"peak_device_memory_mib/{step}"] = cost.peak_device_memory / 2**20
-    points = [(name, value, 0) for name, value in values.items()]
-    for name in ("update_ratio", "residuals"):
-        points += [(f"edit/{name}", value, int(layer)) for layer, value in edit[name].items()]
-    for step, *losses in zip(*loss_curve(load_file(results.TARGETS_FILE)["losses"]), strict=True):
-        names = ("targets/loss_median", "targets/loss_low", "targets/loss_high")
-        points += [(name, loss, int(step)) for name, loss in zip(names, losses, strict=True)]
-    return points
+    """Name, value and step of the dozen numbers by which runs are compared; all of them are in
+    `metrics.json`, which is logged as a file."""
+    after = metrics["after"]
+    values = {name: after[name] for name, *_ in ROWS if name in after}
+    if "perplexity" in after:
+        values["perplexity_before"] = metrics["before"]["perplexity"]
+    values["seconds"] = sum(cost.seconds for cost in timings.values())
+    return [(name, value, 0) for name, value in values.items()]
 
 
 def _metrics(points: Iterable[tuple[str, float, int]]) -> list[entities.Metric]:
@@ -305,7 +299,19 @@ def origin_tags(flow_runs: Mapping[str, str]) -> dict[str, str]:
 
 def _git_commit() -> str:
     """The checked-out commit, ending in `-dirty` if tracked files were changed."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+
+
+def code_commit() -> str:
+    """The last commit that changed the code, so that commits of results leave it as it is; empty
+    outside of a git repository."""
+    commit = _git("log", "-1", "--format=%H", "--", *CODE)
+    return f"{commit} and changes" if _git("status", "--porcelain", "--", *CODE) else commit
+
+
+def _git(*arguments: str) -> str:
+    """What git says, or nothing."""
+    command = ["git", *arguments]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -171,7 +171,7 @@ def test_make_clean_leaves_what_is_not_its_own(project: Path) -> None:
         shutil.copy(ROOT / name, project)
     kept = {"Makefile", ".dvcignore", "constraints.txt", "artifacts", "report", "evaluation"}
     kept |= {"report/notes.md", "artifacts/mine.txt", "evaluation/facts.xlsx"}
-    results = ["report/metrics.png", "evaluation/facts.csv", "artifacts/steps/edit.json"]
+    results = ["report/index.html", "evaluation/facts.csv", "artifacts/steps/edit.json"]
     results += ["artifacts/edit/delta.safetensors", "artifacts/statistics/layer-07.parquet"]
     results += ["artifacts/model/weights/model.safetensors", "artifacts/requests.json"]
     results += ["comparison/statistics/layer-07.parquet", "metrics.json", ".cache/pieces/a"]
