@@ -1,7 +1,7 @@
 """Step 7: measure what the edit did. Every prompt is scored before and after; all metrics follow.
 
-Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evaluation/facts.csv` and
-`metrics.json`.
+Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evaluation/facts.csv`,
+`evaluation/answers.csv` and `metrics.json`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from memit.evaluation.reference import References, read_snippets
 from memit.requests import Record
 from tasks.engine.artifacts import Artifact
 from tasks.engine.results import (
+    ANSWERS_FILE,
     DELTA_FILE,
     EDIT_FILE,
     FACTS_FILE,
@@ -38,8 +39,10 @@ from tasks.engine.results import (
 from tasks.evaluation import (
     RECORDS_PER_PIECE,
     TablePiece,
+    answer_records,
     collect_references,
     described_edit,
+    examples,
     having_prompts,
     measure_perplexity,
     metrics_of,
@@ -49,6 +52,9 @@ from tasks.evaluation import (
     write_piece,
 )
 from tasks.reporting.labels import DECIMALS
+
+EXAMPLES = 5
+"""Facts whose answers are shown as text."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ def evaluation(run: Run) -> None:
     )
     references = references_of(run.parameters) if len(before.texts) else {}
     _write_tables(run, before, after)
+    _write_answers(run)
     metrics: dict[str, Any] = {
         "before": before.metrics(records, references),
         "after": after.metrics(records, references),
@@ -147,6 +154,18 @@ def measure(
     return Measured(
         read_table(scored), read_table(texts) if texts else SCHEMA.empty_table(), perplexity
     )
+
+
+def _write_answers(run: Run) -> None:
+    """Let both models say, in their own words, what becomes of some facts."""
+    section, shown = run.parameters.evaluation, examples(run.records, EXAMPLES)
+    model = run.model.model_copy(update={"served_in": section.dtype})
+    before, after = (
+        run.compute(answer_records, shown, model, edit, run.token_budget(section.token_budget))
+        for edit in (None, run.input("edit", DELTA_FILE))
+    )
+    answers = before_and_after(read_table([before]), read_table([after]))
+    run.write(ANSWERS_FILE, lambda path: pyarrow.csv.write_csv(answers, path))
 
 
 def _write_tables(run: Run, before: Measured, after: Measured) -> None:

@@ -5,12 +5,14 @@ Steps and pieces that are unchanged come from caches.
 
 from __future__ import annotations
 
+import csv
 import time
 from collections.abc import Sequence
 
 from prefect import Flow
 from prefect.artifacts import create_table_artifact
 from rich.table import Table
+from rich.text import Text
 
 from flows.command.checks import check_comparison, check_inputs, check_scaling
 from flows.command.parameters import Parameters
@@ -29,12 +31,14 @@ from flows.service.dvc_lock import commit_stages
 from flows.service.step import chain
 from flows.statistics import statistics
 from flows.targets import targets
+from memit.redaction import one_line
 from tasks.engine.artifacts import remove_leftovers
-from tasks.engine.results import METRICS_FILE, STEPS
+from tasks.engine.results import ANSWERS_FILE, METRICS_FILE, STEPS
 from tasks.report import rows
 from tasks.reporting.formats import read_json
 
 Step = Flow[[Parameters], None]
+KINDS = {"rewrite": "edited", "paraphrase": "in other words", "neighborhood": "stays"}
 LEARNING: dict[str, Step] = {"mend": mend, "serac": serac}
 """The steps in which methods learn before they edit."""
 
@@ -99,6 +103,7 @@ def show_results(seconds: float) -> None:
         table.add_row(*row.values())
     console.print()
     console.print(table)
+    console.print(answers_table())
     console.print(
         "\nWhere to look next:\n"
         "  [bold]report/index.html[/]     what became of each fact: open it in a browser\n"
@@ -107,3 +112,16 @@ def show_results(seconds: float) -> None:
         'Ask both models: [bold]memit ask "..."[/]\n'
         "Try another:     [bold]dvc exp run -S requests.count=128[/]\n"
     )
+
+
+def answers_table() -> Table:
+    """What both models say to prompts of some facts."""
+    table = Table(title="What the model says", title_justify="left", show_lines=False)
+    for name in ("", "prompt", "before", "after"):
+        table.add_column(name, overflow="fold")
+    for row in csv.DictReader(ANSWERS_FILE.read_text(encoding="utf-8").splitlines(True)):
+        if row["kind"] == "rewrite" and table.row_count:
+            table.add_section()
+        cells = (row["prompt"], one_line(row["answer_before"]), one_line(row["answer_after"]))
+        table.add_row(KINDS[row["kind"]], *map(Text, cells))
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -20,7 +21,12 @@ from memit.evaluation.counterfact import (
     score_prompts,
     summarise,
 )
-from memit.evaluation.generations import TOTAL_TOKENS, generation_record_means, write_about
+from memit.evaluation.generations import (
+    TOTAL_TOKENS,
+    answer_briefly,
+    generation_record_means,
+    write_about,
+)
 from memit.evaluation.intervals import bootstrap_intervals
 from memit.evaluation.perplexity import perplexity
 from memit.evaluation.reference import References, references_from_corpus
@@ -101,6 +107,16 @@ def write_piece(
     return kept_table("generation", table, meter.cost)
 
 
+@cached_task("answers")
+def answer_records(
+    records: Sequence[Record], model: ModelReference, edit: Artifact | None, token_budget: int
+) -> TablePiece:
+    """What the model says to prompts of some records, as text for people."""
+    with with_edit(model, edit) as lm, Meter() as meter:
+        table = answer_briefly(lm, records, token_budget=token_budget)
+    return kept_table("evaluation", table, meter.cost)
+
+
 @cached_task("perplexity")
 def measure_perplexity(
     held_out: Artifact, model: ModelReference, edit: Artifact | None, token_budget: int
@@ -173,6 +189,16 @@ def read_references(file: Artifact) -> References:
     """What `collect_references` found."""
     rows = json.loads(file.checked().read_text(encoding="utf-8"))
     return {(relation, target): texts for relation, target, texts in rows}
+
+
+def examples(records: Sequence[Record], count: int) -> list[Record]:
+    """`count` records, of different relations where there are so many."""
+    turns = Counter[str]()
+    order = []
+    for index, record in enumerate(records):
+        order.append((turns[record.request.fact[1]], index))
+        turns[record.request.fact[1]] += 1
+    return [records[index] for _, index in sorted(order)[:count]]
 
 
 def having_prompts(records: Sequence[Record], most: int | None) -> list[Record]:

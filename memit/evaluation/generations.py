@@ -27,6 +27,48 @@ SCHEMA = pa.schema(
 """Columns of the table of generated texts; a text holds its prompt."""
 
 
+ANSWER_TOKENS = 8
+"""Length of what a model says to a prompt."""
+
+ANSWERS = pa.schema(
+    [
+        pa.field("case_id", pa.int64(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),
+    ]
+)
+"""Columns of the table of answers."""
+
+
+def answer_briefly(lm: LanguageModel, records: Sequence[Record], *, token_budget: int) -> pa.Table:
+    """What the model says (greedily, `ANSWER_TOKENS` tokens) to the prompt of each record, to its
+    first paraphrase and to its first neighbourhood prompt: a table of `ANSWERS`."""
+    asked = [
+        (record.case_id, kind, prompt)
+        for record in records
+        for kind, prompts in (
+            ("rewrite", (record.request.text,)),
+            ("paraphrase", record.paraphrase_prompts[:1]),
+            ("neighborhood", record.neighborhood_prompts[:1]),
+        )
+        for prompt in prompts
+    ]
+    answers = generate_texts(
+        lm,
+        [prompt for _, _, prompt in asked],
+        new_tokens=ANSWER_TOKENS,
+        top_k=1,
+        seed=0,
+        token_budget=token_budget,
+        whole=False,
+    )
+    rows = [(*question, answer) for question, answer in zip(asked, answers, strict=True)]
+    return pa.Table.from_pylist(
+        [dict(zip(ANSWERS.names, row, strict=True)) for row in rows], schema=ANSWERS
+    )
+
+
 def write_about(
     lm: LanguageModel,
     records: Sequence[Record],

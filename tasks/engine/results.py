@@ -45,6 +45,7 @@ DELTA_FILE = EDIT / "delta.safetensors"
 EDITED_WEIGHTS_FILE = EDIT / "weights.safetensors"
 EDIT_FILE = EDIT / "edit.json"
 EVALUATION = Path("evaluation")
+ANSWERS_FILE = EVALUATION / "answers.csv"
 PROMPTS_FILE = EVALUATION / "prompts.parquet"
 GENERATIONS_FILE = EVALUATION / "generations.parquet"
 FACTS_FILE = EVALUATION / "facts.csv"
