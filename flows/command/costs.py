@@ -36,6 +36,11 @@ def statistics_operations(shape: ModelShape, layers: tuple[int, ...], tokens: fl
     return tokens * (2 * _block(shape) * (layers[-1] + 1) + len(layers) * f**2)
 
 
+def sampling_operations(shape: ModelShape, tokens: float) -> float:
+    """Every token once through everything."""
+    return 2 * shape.parameters * tokens
+
+
 def targets_operations(
     shape: ModelShape, last: int, evaluations: int, n: float, lengths: Lengths
 ) -> float:

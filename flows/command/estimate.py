@@ -21,6 +21,7 @@ from memit.hyperparameters import Hyperparameters
 from memit.layer_walk import HELD_IN_MEMORY
 from memit.positions import TokenRow
 from memit.requests import Record, conflict_groups, read_records
+from memit.sampled_corpus import wanted_tokens
 from memit.targets import plain_rows, weak_keys
 from tasks.engine.artifacts import project_root
 from tasks.engine.hub import open_model
@@ -85,9 +86,14 @@ def _add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) 
     )
     table.add_row("weak edits", Text(weak_keys(requests, rows) or "none"))
     hyperparameters = parameters.hyperparameters(files.id, files.layers)
+    if parameters.statistics.source == "sampled":
+        wanted = wanted_tokens(parameters.statistics.wanted_tokens, files.inner_width)
+        seconds = sampling_seconds(files, hyperparameters, wanted, model)
+        table.add_row("time for statistics", f"about {_duration(seconds)}, {wanted} sampled tokens")
     estimate = estimate_edit(files, hyperparameters, len(records), lengths, model)
-    duration = timedelta(seconds=max(1, round(estimate.seconds)))
-    table.add_row("time for targets and edit", f"about {duration} on this machine")
+    table.add_row(
+        "time for targets and edit", f"about {_duration(estimate.seconds)} on this machine"
+    )
     table.add_row("memory", f"about {decimal(estimate.memory)}")
     table.add_row("disk", f"about {decimal(estimate.disk)} in {project_root()}")
 
@@ -121,6 +127,19 @@ def estimate_edit(
         memory=round(files.parameters * size + memory),
         disk=round(len(layers) * layer + max(0, held - HELD_IN_MEMORY) + targets),
     )
+
+
+def sampling_seconds(
+    files: ModelFiles, hyperparameters: Hyperparameters, tokens: int, model: ModelReference
+) -> float:
+    """Time for statistics over texts that the model writes, from the number of operations."""
+    passes = costs.sampling_operations(files.shape, tokens)
+    passes += costs.statistics_operations(files.shape, hyperparameters.layers, tokens)
+    return passes / _speed(model.dtype, model)
+
+
+def _duration(seconds: float) -> timedelta:
+    return timedelta(seconds=max(1, round(seconds)))
 
 
 def _speed(dtype: str, model: ModelReference) -> float:
