@@ -21,7 +21,7 @@ TOKENS_PER_DIMENSION = 16
 """Tokens for each dimension of a key, unless a number of tokens is asked for."""
 TOKENS_PER_TEXT = 128
 """The length of a text, if nothing ends it earlier."""
-TEXTS_AT_ONCE = 48
+TEXTS_AT_ONCE = 64
 """Texts of a batch. Fewer are slower: a step reads all weights once, whatever their number."""
 LEAST_SHARE = 1 / 32
 """Share of `TOKENS_PER_TEXT` that texts must have on average: below it, sampling would take long
