@@ -110,7 +110,7 @@ def collect_layers(run: Run, layers: Sequence[int]) -> Collected:
 def _sample(run: Run) -> Corpus:
     """Texts that the model writes until they have the wanted tokens, and held-out text."""
     section, batches = run.parameters.statistics, []
-    wanted = wanted_tokens(section.wanted_tokens, run.model.model.inner_width)
+    wanted = wanted_tokens(section.tokens, run.model.model.inner_width)
     held_out = read_documents(held_out_file(section.held_out), column=section.column)
     documents = list(islice(held_out, section.held_out_documents))
     while numbers := missing_batches(wanted, [batch.tokens for batch in batches]):

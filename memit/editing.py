@@ -7,34 +7,27 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
 from memit.batches import auto_token_budget
-from memit.corpus import read_documents
+from memit.corpus import read_documents, reading_parquet
 from memit.editors.base import Resources
 from memit.editors.memit import Memit
 from memit.errors import InputError
 from memit.files.atomic import write_whole
-from memit.files.digests import content_digest
 from memit.hyperparameters import Hyperparameters, preset
 from memit.language_model import LanguageModel
 from memit.positions import open_ids
 from memit.prefixes import sample_prefixes
 from memit.requests import Record, check_conflicts
 from memit.sampled_corpus import sample_texts, texts_table, wanted_tokens
-from memit.second_moment import (
-    SecondMoment,
-    check_rank,
-    collect_second_moments,
-    read_moment,
-    write_moment,
-)
+from memit.second_moment import check_rank, collect_second_moments
 from memit.targets import edit_rows
-from memit.weight_delta import WeightDelta, base_digests
+from memit.weight_delta import WeightDelta
 
 
 def edit(
@@ -43,8 +36,8 @@ def edit(
     corpus: str | Path | Iterable[str] | None = None,
     *,
     documents: int = 100_000,
-    tokens: int | None = None,
-    statistics: str | Path | None = None,
+    tokens: int | Literal["auto"] = "auto",
+    sampled: str | Path | None = None,
     hyperparameters: Hyperparameters | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -52,11 +45,10 @@ def edit(
     """Edit the records' facts into the model and return the change of its weights.
 
     `corpus` is a text, JSONL or Parquet file, the name of a data set on the hub, or texts; the
-    first `documents` of it give the second moments. Without one the model writes its own texts, of
-    `tokens` in all (None: `memit.sampled_corpus`'s rule). `statistics` names a folder that keeps
-    the second moments and the sampled texts; those of the same weights and texts are read from it
-    next time. Without `hyperparameters` the preset of the model is used. `delta.revert(lm)` undoes
-    the edit.
+    first `documents` of it give the second moments. Without one the model writes texts with
+    `tokens` tokens, see `memit.sampled_corpus`, which the Parquet file `sampled` keeps: they are
+    read from it if it is there. Without `hyperparameters` the preset of the model is used.
+    `delta.revert(lm)` undoes the edit.
 
     Raises:
         ConflictError: records contradict each other.
@@ -69,17 +61,16 @@ def edit(
     check_conflicts(records)
     prefixes = sample_prefixes(lm, seed)
     edit_rows(lm, [record.request for record in records], prefixes)
-    texts = read_documents(corpus) if isinstance(corpus, str | Path) else corpus
     budget = partial(auto_token_budget, lm.shape, lm.dtype.itemsize, str(lm.device))
-    moments = _moments(
-        lm,
-        settings.layers,
-        None if texts is None else list(islice(texts, documents)),
-        wanted_tokens(tokens, lm.inner_width),
-        seed,
-        Path(statistics) if statistics else None,
-        budget(),
-    )
+    if corpus is None:
+        wanted = wanted_tokens(tokens, lm.inner_width)
+        documents_used = _sampled(lm, wanted, seed, Path(sampled) if sampled else None)
+    else:
+        texts = read_documents(corpus) if isinstance(corpus, str | Path) else corpus
+        documents_used = list(islice(texts, documents))
+    moments = collect_second_moments(lm, documents_used, settings.layers, token_budget=budget())
+    for layer, moment in moments.items():
+        check_rank(moment, f"layer {layer}")
     resources = Resources(
         token_budget=budget(trained_blocks=lm.depth - 1 - settings.layers[-1]),
         prefixes=prefixes,
@@ -92,41 +83,20 @@ def edit(
     return delta
 
 
-def _moments(
-    lm: LanguageModel,
-    layers: Sequence[int],
-    texts: Sequence[str] | None,
-    tokens: int,
-    seed: int,
-    folder: Path | None,
-    token_budget: int,
-) -> dict[int, SecondMoment]:
-    """The second moments of these weights and texts, out of the folder if it has them all."""
-    origin: dict[str, Any] = {"sampled": tokens, "seed": seed}
-    if texts is not None:
-        origin = {"corpus": content_digest(texts) if folder else None}
-    origin |= {"model": lm.name, "base": base_digests(lm, map(lm.weight_name, layers))}
-    wanted = {n: origin | {"layer": n} for n in layers}
-    paths = {n: folder / f"layer-{n:02}.parquet" for n in layers} if folder else {}
-    kept = {n: read_moment(path) for n, path in paths.items() if path.exists()}
-    if {n: provenance for n, (_, provenance) in kept.items()} == wanted:
-        return {n: moment for n, (moment, _) in kept.items()}
-    read = _sampled(lm, tokens, seed, folder) if texts is None else texts
-    moments = collect_second_moments(lm, read, layers, token_budget=token_budget)
-    for layer, moment in moments.items():
-        check_rank(moment, f"layer {layer}")
-    for layer, path in paths.items():
-        write_moment(moments[layer], path, wanted[layer])
-    return {n: read_moment(paths[n])[0] if paths else moment for n, moment in moments.items()}
-
-
-def _sampled(lm: LanguageModel, tokens: int, seed: int, folder: Path | None) -> list[list[int]]:
-    """Texts that the model writes, also kept in the folder."""
+def _sampled(lm: LanguageModel, tokens: int, seed: int, path: Path | None) -> list[list[int]]:
+    """Texts that the model writes, or that it has written for the same question."""
+    origin = {b"sampled": f"{tokens} tokens of {lm.name} by seed {seed}".encode()}
+    if path is not None and path.exists():
+        with reading_parquet(path):
+            table = pq.read_table(path)
+        if table.schema.metadata != origin:
+            raise InputError(f"{path} does not hold {origin[b'sampled'].decode()}: name another.")
+        return table["ids"].to_pylist()
     with tqdm(desc="sampling", total=tokens, unit=" tokens", disable=None) as bar:
         rows = sample_texts(lm, tokens, seed, bar.update)
-    if folder is not None:
-        table = texts_table(lm, rows)
-        write_whole(folder / "texts.parquet", lambda path: pq.write_table(table, path))
+    if path is not None:
+        table = texts_table(lm, rows).replace_schema_metadata(origin)
+        write_whole(path, lambda partial: pq.write_table(table, partial))
     return rows
 
 

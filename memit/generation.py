@@ -1,11 +1,9 @@
-"""Texts that a model writes: seeded sampling in batches.
+"""Texts that a model writes: seeded top-k sampling in batches.
 
 The draws for a text depend on the seed, its prompt and which repetition of that prompt it is, never
 on the other texts of its batch: each text has its own noise, and takes the token of the top k with
-the largest sum of logit and noise (the Gumbel trick), which is sampling from their softmax. From
-the whole vocabulary, which would need much noise, it takes the token at which the cumulated
-probabilities pass a uniform number of its own. Batches can only matter through the last bits of the
-logits.
+the largest sum of logit and noise (the Gumbel trick), which is sampling from their softmax. Batches
+can only matter through the last bits of the logits.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -70,9 +67,9 @@ def generate_texts(
         if not ids:
             raise InputError(f"no token represents the prompt {prompt!r}: give a longer one.")
         lm.check_room(ids, f"the prompt {prompt[:60]!r}", more)
-        texts.append(_Text(index, ids, more, text_seed(seed, number, prompt)))
-    written = _write_all(lm, texts, top_k, token_budget, progress)
-    answers = {text.index: _answer(lm, text, written[text.index], whole) for text in texts}
+        digest = hashlib.sha256(f"{seed}\n{number}\n{prompt}".encode()).digest()
+        texts.append(_Text(index, ids, more, int.from_bytes(digest[:8], "big", signed=True)))
+    written = _write_all(lm, texts, top_k, token_budget, whole, progress)
     routed = lm.routed(prompts)
     if lm.router is not None and routed:
         substitute = lm.router.substitute
@@ -82,36 +79,10 @@ def generate_texts(
             (ids,) = open_ids(substitute.tokenizer, [f"{introduction} {prompts[index]}"])
             substitute.check_room(ids, f"the prompt {prompts[index][:60]!r}", text.new_tokens)
             others.append(replace(text, ids=ids))
-        written = _write_all(substitute, others, top_k, token_budget, None)
-        for text in others:
-            answer = _answer(substitute, text, written[text.index], whole)
-            answers[text.index] = answer.removeprefix(routed[text.index]).lstrip()
-    return [answers[index] for index in range(len(prompts))]
-
-
-def sample_ids(
-    lm: LanguageModel, start: int, seeds: Sequence[int], new_tokens: int
-) -> list[list[int]]:
-    """Token ids that the model writes after the token `start`, one text for each seed, drawn from
-    all of its distribution (temperature 1), at most `new_tokens` each.
-
-    `start` is no part of a text, and neither is the special token that may end it earlier.
-
-    Raises:
-        InputError: the model has no room for so many tokens, or does not know `start`.
-    """
-    lm.check_room([start], "a sampled text", new_tokens)
-    texts = [_Text(index, [start], new_tokens, seed) for index, seed in enumerate(seeds)]
-    written = _write_all(lm, texts, None, len(texts) * (new_tokens + 1), None)
-    special = set(lm.tokenizer.all_special_ids)
-    rows = (written[index][1:] for index in range(len(texts)))
-    return [list(takewhile(lambda token: token not in special, row)) for row in rows]
-
-
-def text_seed(*parts: object) -> int:
-    """The seed of one text's draws, out of what it may depend on."""
-    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
+        answers = _write_all(substitute, others, top_k, token_budget, whole, None)
+        for index, answer in answers.items():
+            written[index] = answer.removeprefix(routed[index]).lstrip()
+    return [written[index] for index in range(len(prompts))]
 
 
 def count_repetitions(prompts: Sequence[str]) -> list[int]:
@@ -127,14 +98,14 @@ def count_repetitions(prompts: Sequence[str]) -> list[int]:
 def _write_all(
     lm: LanguageModel,
     texts: Sequence[_Text],
-    top_k: int | None,
+    top_k: int,
     token_budget: int,
+    whole: bool,
     progress: Callable[[int], None] | None,
-) -> dict[int, list[int]]:
-    """Token ids of each text, prompt included, by its index; without `top_k`, from the whole
-    vocabulary and up to a special token, behind which ids mean nothing."""
+) -> dict[int, str]:
+    """The texts by their index."""
     texts = sorted(texts, key=lambda text: (text.new_tokens, len(text.ids)))
-    written: dict[int, list[int]] = {}
+    written = {}
     # The checkpoint's own settings would replace the defaults of those given to `generate`.
     settings, lm.model.generation_config = lm.model.generation_config, GenerationConfig()
     try:
@@ -144,7 +115,9 @@ def _write_all(
             token_budget,
             lambda batch: _write(lm, batch, top_k),
         ):
-            written |= zip((text.index for text in batch), found, strict=True)
+            for text, ids in zip(batch, found, strict=True):
+                prompt = "" if whole else _decode(lm, text.ids)
+                written[text.index] = _decode(lm, ids).removeprefix(prompt)
             if progress is not None:
                 progress(len(batch))
     finally:
@@ -153,8 +126,8 @@ def _write_all(
 
 
 @torch.no_grad()
-def _write(lm: LanguageModel, texts: Sequence[_Text], top_k: int | None) -> list[list[int]]:
-    """Token ids of each text, prompt included, in order."""
+def _write(lm: LanguageModel, texts: Sequence[_Text], top_k: int) -> list[list[int]]:
+    """Token ids of each text, prompt included."""
     steps = max(text.new_tokens for text in texts)
     if steps == 0:
         return [text.ids for text in texts]
@@ -164,26 +137,14 @@ def _write(lm: LanguageModel, texts: Sequence[_Text], top_k: int | None) -> list
     for row, text in enumerate(texts):
         ids[row, width - len(text.ids) :] = torch.tensor(text.ids)
         mask[row, width - len(text.ids) :] = 1
-    if top_k is None:
-        ends = lm.tokenizer.all_special_ids
-        draws = [_uniform(text.seed, steps, 1)[:, 0] for text in texts]
-        sampler = _WholeSampler(torch.stack(draws), width)
-    else:
-        ends = None
-        noise = [_noise(text.seed, steps, top_k) for text in texts]
-        sampler = _TopKSampler(torch.stack(noise).to(lm.device), width)
+    noise = torch.stack([_noise(text.seed, steps, top_k) for text in texts])
     output = cast(Any, lm.model).generate(
         input_ids=ids.to(lm.device),
         attention_mask=mask.to(lm.device),
         generation_config=GenerationConfig(
-            max_new_tokens=steps,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            pad_token_id=0,
-            eos_token_id=ends,
+            max_new_tokens=steps, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0
         ),
-        logits_processor=LogitsProcessorList([sampler]),
+        logits_processor=LogitsProcessorList([_TopKSampler(noise.to(lm.device), width)]),
     )
     return [
         row[width - len(text.ids) : width + text.new_tokens]
@@ -191,16 +152,11 @@ def _write(lm: LanguageModel, texts: Sequence[_Text], top_k: int | None) -> list
     ]
 
 
-def _uniform(seed: int, steps: int, numbers: int) -> Tensor:
-    """Uniform numbers of one text (steps × numbers); a shorter text draws the same from its
-    beginning."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(steps, numbers, generator=generator, dtype=torch.float64)
-
-
 def _noise(seed: int, steps: int, top_k: int) -> Tensor:
-    """Gumbel noise of one text (steps × k)."""
-    return -(-_uniform(seed, steps, top_k).clamp(min=1e-300).log()).log().float()
+    """Gumbel noise of one text (steps × k); a shorter text draws the same from its beginning."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(steps, top_k, generator=generator, dtype=torch.float64)
+    return -(-uniform.clamp(min=1e-300).log()).log().float()
 
 
 class _TopKSampler(LogitsProcessor):
@@ -219,29 +175,6 @@ class _TopKSampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
-class _WholeSampler(LogitsProcessor):
-    """Keeps in each row only the logit of the token at which the cumulated probabilities of all
-    tokens pass the row's number; in float64 on the CPU, where sums have one order."""
-
-    def __init__(self, draws: Tensor, prompt_width: int):
-        self.draws = draws
-        self.prompt_width = prompt_width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self.prompt_width
-        passed = scores.float().softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
-        wanted = self.draws[:, step : step + 1] * passed[:, -1:]
-        drawn = torch.searchsorted(passed, wanted, right=True).to(scores.device)
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
-
-
-def decode(lm: LanguageModel, ids: Sequence[int]) -> str:
-    """The text of some tokens, without special ones."""
-    text = lm.tokenizer.decode(
-        list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+def _decode(lm: LanguageModel, ids: list[int]) -> str:
+    text = lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
-
-
-def _answer(lm: LanguageModel, text: _Text, ids: Sequence[int], whole: bool) -> str:
-    return decode(lm, ids).removeprefix("" if whole else decode(lm, text.ids))

@@ -1,20 +1,26 @@
 """A corpus without a file: texts that the model itself writes, for its second moments.
 
 Texts are drawn at temperature 1 from the whole vocabulary after the model's first token, which is
-no part of them, and end at a special token. They come in numbered batches of always the same texts,
-so that more tokens only add batches, and interrupted work goes on after the last one. Like the
+no part of them, and end before a special token. A text takes, at each step, the token at which the
+cumulated probabilities pass a uniform number of its own: its batch only matters through the last
+bits of the logits. Texts come in numbered batches, so that more tokens only add batches. Like the
 documents of any corpus, their ids are then read without special tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from math import ceil
+from typing import Literal
 
 import pyarrow as pa
+import torch
+from torch import Tensor
 
+from memit.batches import run_in_batches
 from memit.errors import InputError
-from memit.generation import decode, sample_ids, text_seed
 from memit.language_model import LanguageModel
 
 TOKENS_PER_DIMENSION = 16
@@ -23,34 +29,30 @@ TOKENS_PER_TEXT = 128
 """The length of a text, if nothing ends it earlier."""
 TEXTS_AT_ONCE = 64
 """Texts of a batch. Fewer are slower: a step reads all weights once, whatever their number."""
-LEAST_SHARE = 1 / 32
-"""Share of `TOKENS_PER_TEXT` that texts must have on average: below it, sampling would take long
-and tell little."""
+LEAST_TOKENS = 4
+"""Tokens that texts must have on average: below it, sampling would take long and tell little."""
 
 
-def wanted_tokens(tokens: int | None, width: int) -> int:
-    """How many tokens are sampled for keys of `width` dimensions; None leaves it to the rule.
+def wanted_tokens(tokens: int | Literal["auto"], width: int) -> int:
+    """How many tokens are sampled for keys of `width` dimensions.
 
     Raises:
         InputError: they are fewer than the dimensions.
     """
-    if tokens is not None and tokens < width:
+    if tokens == "auto":
+        return TOKENS_PER_DIMENSION * width
+    if tokens < width:
         raise InputError(
             f"{tokens} sampled tokens leave the second moment of keys with {width} dimensions "
-            f"singular: ask for at least {2 * width}, or leave the number to the rule "
-            f"({TOKENS_PER_DIMENSION} × {width})."
+            f"singular: ask for at least {2 * width}, or for 'auto', {TOKENS_PER_DIMENSION} times "
+            "the dimensions."
         )
-    return TOKENS_PER_DIMENSION * width if tokens is None else tokens
-
-
-def texts_of(tokens: int) -> int:
-    """How many texts of full length have `tokens` tokens; whole batches are written."""
-    return TEXTS_AT_ONCE * ceil(tokens / (TEXTS_AT_ONCE * TOKENS_PER_TEXT))
+    return tokens
 
 
 def start_token(lm: LanguageModel) -> int:
-    """The token that texts are written after: the one that begins texts, or else the one that ends
-    them, which trained models have seen between two texts.
+    """The token that begins texts, or else the one that ends them, which models have seen between
+    two texts.
 
     Raises:
         InputError: the tokenizer has neither, or the model does not know it.
@@ -66,29 +68,31 @@ def start_token(lm: LanguageModel) -> int:
 
 
 def missing_batches(wanted: int, found: Sequence[int]) -> range:
-    """The numbers of the batches to sample next, given the tokens of those that were sampled; empty
-    if these have as many as are wanted.
+    """The numbers of the batches to sample next, given the tokens of those that were sampled.
 
     Raises:
         InputError: the model ends its texts almost at once.
     """
-    missing = wanted - sum(found)
-    full = TEXTS_AT_ONCE * TOKENS_PER_TEXT
-    mean = sum(found) / len(found) if found else full
-    if mean < LEAST_SHARE * full:
+    mean = sum(found) / len(found) if found else TEXTS_AT_ONCE * TOKENS_PER_TEXT
+    if mean < LEAST_TOKENS * TEXTS_AT_ONCE:
         raise InputError(
             f"the model's own texts have {mean / TEXTS_AT_ONCE:.1f} tokens on average, too few for "
             "second moments: give statistics a corpus."
         )
-    return range(len(found), len(found) + ceil(max(0, missing) / mean))
+    return range(len(found), len(found) + ceil(max(0, wanted - sum(found)) / mean))
 
 
 def sample_batch(lm: LanguageModel, number: int, seed: int) -> list[list[int]]:
     """Token ids of the texts of batch `number`, without those that end before their first token."""
     length = min(TOKENS_PER_TEXT, lm.context_length)
-    numbers = range(number * TEXTS_AT_ONCE, (number + 1) * TEXTS_AT_ONCE)
-    seeds = [text_seed(seed, text) for text in numbers]
-    return [ids for ids in sample_ids(lm, start_token(lm), seeds, length) if ids]
+    texts = range(number * TEXTS_AT_ONCE, (number + 1) * TEXTS_AT_ONCE)
+    parts = run_in_batches(
+        [_draws(f"{seed}\n{text}", length) for text in texts],
+        lambda _: (1, length),
+        TEXTS_AT_ONCE * length,
+        lambda draws: sample_ids(lm, torch.stack(list(draws))),
+    )
+    return [ids for _, rows in parts for ids in rows if ids]
 
 
 def sample_texts(
@@ -107,10 +111,40 @@ def sample_texts(
     return rows
 
 
-def texts_table(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> pa.Table:
-    """Texts with their token ids: a corpus's Parquet file with a column more. Statistics are taken
-    of the ids: tokenising the text might give others."""
-    texts = [decode(lm, ids) for ids in rows]
+@torch.no_grad()
+def sample_ids(lm: LanguageModel, draws: Tensor) -> list[list[int]]:
+    """Token ids of one text for each row of uniform numbers (texts × tokens, float64)."""
+    ids = torch.full((len(draws), 1), start_token(lm))
+    special = torch.tensor(lm.tokenizer.all_special_ids)
+    has_ended = torch.zeros(len(draws), dtype=torch.bool)
+    cache = None
+    for uniform in draws.T:
+        output = lm.model(
+            input_ids=ids[:, -1:].to(lm.device), past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        # In float64 on the CPU, where sums have one order.
+        passed = output.logits[:, -1].float().softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
+        tokens = torch.searchsorted(passed, uniform[:, None] * passed[:, -1:], right=True)
+        ids = torch.cat([ids, tokens], 1)
+        has_ended |= torch.isin(tokens[:, 0], special)
+        if bool(has_ended.all()):
+            break
+    ends = set(special.tolist())
+    return [list(takewhile(lambda token: token not in ends, row)) for row in ids[:, 1:].tolist()]
+
+
+def _draws(text: str, length: int) -> Tensor:
+    """A text's own uniform numbers."""
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+    return torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def texts_table(lm: LanguageModel, rows: list[list[int]]) -> pa.Table:
+    """Texts and their token ids (columns `text`, `ids`). Statistics are taken of the ids:
+    tokenising the text might give others."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    texts = lm.tokenizer.batch_decode(rows, **options)
     return pa.table(
         {"ids": pa.array(rows, pa.list_(pa.int32())), "text": pa.array(texts, pa.string())}
     )

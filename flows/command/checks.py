@@ -23,7 +23,7 @@ from memit.files.reading import check_file
 from memit.language_model import LanguageModel
 from memit.requests import Record, drop_conflicts
 from memit.room import check_records
-from memit.sampled_corpus import start_token, texts_of, wanted_tokens
+from memit.sampled_corpus import TOKENS_PER_TEXT, start_token, wanted_tokens
 from memit.targets import edit_rows
 from memit.world.people import make_world
 from tasks.compare import make_methods
@@ -93,7 +93,7 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
         read_snippets(parameters.evaluation.snippets)
     if parameters.model.source == "synthetic":
         if parameters.statistics.source == "sampled":
-            wanted_tokens(parameters.statistics.wanted_tokens, 4 * parameters.model.training.width)
+            wanted_tokens(parameters.statistics.tokens, 4 * parameters.model.training.width)
         return records, None
     described, directory = _describe_model(parameters.model)
     _check_disk(parameters, described)
@@ -213,7 +213,7 @@ def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[M
         find_published(Path(str(section.path)), lm, sorted(layers))
     if section.source == "sampled":
         start_token(lm)
-        wanted_tokens(section.wanted_tokens, lm.inner_width)
+        wanted_tokens(section.tokens, lm.inner_width)
 
 
 def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
@@ -222,7 +222,7 @@ def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
     layers = len(parameters.hyperparameters(model.id, model.layers).layers)
     documents = 1 if section.source == "published" else section.documents or 1
     if section.source == "sampled":
-        documents = texts_of(wanted_tokens(section.wanted_tokens, model.inner_width))
+        documents = wanted_tokens(section.tokens, model.inner_width) // TOKENS_PER_TEXT
     moments = 1 + math.ceil(documents / section.documents_per_shard)
     whole_matrix = delta_bytes(model.shape, math.inf)
     needed = layers * (moments * moment_bytes(model.shape) + 3 * whole_matrix)

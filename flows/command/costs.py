@@ -36,9 +36,9 @@ def statistics_operations(shape: ModelShape, layers: tuple[int, ...], tokens: fl
     return tokens * (2 * _block(shape) * (layers[-1] + 1) + len(layers) * f**2)
 
 
-def sampling_operations(shape: ModelShape, tokens: float) -> float:
-    """Every token once through everything."""
-    return 2 * shape.parameters * tokens
+def sampling_operations(shape: ModelShape, layers: tuple[int, ...], tokens: float) -> float:
+    """Statistics over tokens that went once through everything when they were sampled."""
+    return 2 * shape.parameters * tokens + statistics_operations(shape, layers, tokens)
 
 
 def targets_operations(

@@ -87,13 +87,15 @@ def _add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) 
     table.add_row("weak edits", Text(weak_keys(requests, rows) or "none"))
     hyperparameters = parameters.hyperparameters(files.id, files.layers)
     if parameters.statistics.source == "sampled":
-        wanted = wanted_tokens(parameters.statistics.wanted_tokens, files.inner_width)
-        seconds = sampling_seconds(files, hyperparameters, wanted, model)
-        table.add_row("time for statistics", f"about {_duration(seconds)}, {wanted} sampled tokens")
+        tokens = wanted_tokens(parameters.statistics.tokens, files.inner_width)
+        passes = costs.sampling_operations(files.shape, hyperparameters.layers, tokens)
+        seconds = max(1, round(passes / _speed(model.dtype, model)))
+        table.add_row(
+            "time for statistics", f"about {timedelta(seconds=seconds)}, {tokens} sampled tokens"
+        )
     estimate = estimate_edit(files, hyperparameters, len(records), lengths, model)
-    table.add_row(
-        "time for targets and edit", f"about {_duration(estimate.seconds)} on this machine"
-    )
+    duration = timedelta(seconds=max(1, round(estimate.seconds)))
+    table.add_row("time for targets and edit", f"about {duration} on this machine")
     table.add_row("memory", f"about {decimal(estimate.memory)}")
     table.add_row("disk", f"about {decimal(estimate.disk)} in {project_root()}")
 
@@ -127,19 +129,6 @@ def estimate_edit(
         memory=round(files.parameters * size + memory),
         disk=round(len(layers) * layer + max(0, held - HELD_IN_MEMORY) + targets),
     )
-
-
-def sampling_seconds(
-    files: ModelFiles, hyperparameters: Hyperparameters, tokens: int, model: ModelReference
-) -> float:
-    """Time for statistics over texts that the model writes, from the number of operations."""
-    passes = costs.sampling_operations(files.shape, tokens)
-    passes += costs.statistics_operations(files.shape, hyperparameters.layers, tokens)
-    return passes / _speed(model.dtype, model)
-
-
-def _duration(seconds: float) -> timedelta:
-    return timedelta(seconds=max(1, round(seconds)))
 
 
 def _speed(dtype: str, model: ModelReference) -> float:

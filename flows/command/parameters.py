@@ -202,11 +202,6 @@ class StatisticsSection(Section):
     held_out_documents: Count = Field(default=300, description="for the perplexity only")
     token_budget: TokenBudget = "auto"
 
-    @property
-    def wanted_tokens(self) -> int | None:
-        """Tokens to sample; None leaves their number to the rule."""
-        return None if self.tokens == "auto" else self.tokens
-
 
 class TargetsSection(settings_section(ANY_MODEL, TARGETS, optional=True)):
     """How the hidden state that encodes a fact is optimised (Eqn. 16)."""
