@@ -107,11 +107,12 @@ def evaluation(run: Run) -> None:
 
 def references_of(parameters: Parameters) -> References:
     """Texts that generated ones are compared with: the published snippets, or the corpus's texts
-    about what the records know; none where statistics come without a corpus."""
+    about what the records know; none where statistics come without a corpus: texts that the model
+    writes are about anything."""
     snippets = parameters.evaluation.snippets
     if snippets is not None:
         return read_snippets(snippets)
-    if parameters.statistics.source == "published":
+    if parameters.statistics.source in ("published", "sampled"):
         return {}
     return read_references(collect_references(*records_source(parameters), corpus_of(parameters)))
 

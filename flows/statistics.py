@@ -1,4 +1,5 @@
-"""Step 4: collect the second moments of the edited layers' keys, or import published ones.
+"""Step 4: collect the second moments of the edited layers' keys, over a corpus or over texts that
+the model writes, or import published ones.
 
 Results: `artifacts/statistics/` with one Parquet file a layer, the held-out text (of a corpus), and
 `statistics.json` with the amount of text that was read.
@@ -9,12 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from flows.command.parameters import Parameters
 from flows.service.step import Run, step
+from memit.corpus import read_documents
 from memit.files.reading import check_file
+from memit.sampled_corpus import TEXTS_AT_ONCE, missing_batches, wanted_tokens
 from tasks.engine.artifacts import Artifact, describe
 from tasks.engine.hub import resolve_commit
 from tasks.engine.results import HELD_OUT_FILE, STATISTICS, STATISTICS_FILE, WORLD
@@ -27,8 +31,11 @@ from tasks.statistics import (
     collect_shard,
     describe_moment,
     find_published,
+    held_out_file,
     import_moment,
     merge_shards,
+    sampled_corpus,
+    write_texts,
 )
 
 
@@ -73,8 +80,11 @@ def collect_layers(run: Run, layers: Sequence[int]) -> Collected:
     section = run.parameters.statistics
     if section.source == "published":
         return _import_layers(run, Path(str(section.path)), layers)
-    corpus = corpus_of(run.parameters)
-    run.costs.append(corpus.cost)
+    if section.source == "sampled":
+        corpus = _sample(run)
+    else:
+        corpus = corpus_of(run.parameters)
+        run.costs.append(corpus.cost)
     counts = {part.texts.sha256: part.count for part in corpus.ranges}
     shards: list[Shard] = run.map(
         "documents",
@@ -95,6 +105,24 @@ def collect_layers(run: Run, layers: Sequence[int]) -> Collected:
         },
         held_out=corpus.held_out.texts,
     )
+
+
+def _sample(run: Run) -> Corpus:
+    """Texts that the model writes until they have the wanted tokens, and held-out text."""
+    section, batches = run.parameters.statistics, []
+    wanted = wanted_tokens(section.tokens, run.model.model.inner_width)
+    held_out = read_documents(held_out_file(section.held_out), column=section.column)
+    documents = list(islice(held_out, section.held_out_documents))
+    while numbers := missing_batches(wanted, [batch.tokens for batch in batches]):
+        batches += run.map(
+            "texts",
+            write_texts,
+            numbers,
+            lambda _: TEXTS_AT_ONCE,
+            model=run.model,
+            seed=section.seed,
+        )
+    return sampled_corpus(batches, section.documents_per_shard, documents)
 
 
 def _import_layers(run: Run, directory: Path, layers: Sequence[int]) -> Collected:
@@ -139,9 +167,11 @@ def corpus_of(parameters: Parameters) -> Corpus:
 def corpus_source(parameters: Parameters) -> CorpusSource:
     """Where the section `statistics` finds its documents."""
     section = parameters.statistics
+    held_out = describe(held_out_file(section.held_out)) if section.held_out is not None else None
     if section.source == "synthetic":
         return CorpusSource(
-            file=describe(WORLD / "corpus.txt"), held_out=describe(WORLD / "held_out.txt")
+            file=describe(WORLD / "corpus.txt"),
+            held_out=held_out or describe(WORLD / "held_out.txt"),
         )
     if section.source == "dataset":
         name = str(section.dataset)
@@ -150,7 +180,8 @@ def corpus_source(parameters: Parameters) -> CorpusSource:
             configuration=section.configuration,
             revision=resolve_commit(name, str(section.revision), "dataset"),
             column=section.column,
+            held_out=held_out,
         )
     path = Path(str(section.path))
     check_file(path, "the corpus", size_limit=None)
-    return CorpusSource(file=describe(path), column=section.column)
+    return CorpusSource(file=describe(path), column=section.column, held_out=held_out)

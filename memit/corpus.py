@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -71,24 +72,31 @@ def _json_texts(path: Path, column: str) -> Iterator[str]:
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[str]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     check_file(path, "the corpus", size_limit=None)
+    with reading_parquet(path), pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if names.count(column) != 1:
+            raise InputError(
+                f"{path} has no single column {column!r}: name one of {', '.join(names)}."
+            )
+        for batch in file.iter_batches(columns=[column]):
+            for text in batch.column(0).to_pylist():
+                if not isinstance(text, str | None):
+                    raise InputError(
+                        f"{path} holds {text!r:.60} under {column!r}: name a column of texts."
+                    )
+                yield text or ""
+
+
+@contextmanager
+def reading_parquet(path: Path) -> Iterator[None]:
+    """Turn the errors of a damaged Parquet file into an `InputError`."""
+    import pyarrow as pa
+
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if names.count(column) != 1:
-                raise InputError(
-                    f"{path} has no single column {column!r}: name one of {', '.join(names)}."
-                )
-            for batch in file.iter_batches(columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str | None):
-                        raise InputError(
-                            f"{path} holds {text!r:.60} under {column!r}: name a column of texts."
-                        )
-                    yield text or ""
+        yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no whole Parquet file ({error}): fetch it again.") from None
 

@@ -7,19 +7,24 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
+import pyarrow.parquet as pq
 import torch
+from tqdm import tqdm
 
 from memit.batches import auto_token_budget
-from memit.corpus import read_documents
+from memit.corpus import read_documents, reading_parquet
 from memit.editors.base import Resources
 from memit.editors.memit import Memit
 from memit.errors import InputError
+from memit.files.atomic import write_whole
 from memit.hyperparameters import Hyperparameters, preset
 from memit.language_model import LanguageModel
 from memit.positions import open_ids
 from memit.prefixes import sample_prefixes
 from memit.requests import Record, check_conflicts
+from memit.sampled_corpus import sample_texts, texts_table, wanted_tokens
 from memit.second_moment import check_rank, collect_second_moments
 from memit.targets import edit_rows
 from memit.weight_delta import WeightDelta
@@ -28,9 +33,11 @@ from memit.weight_delta import WeightDelta
 def edit(
     lm: LanguageModel,
     records: Sequence[Record],
-    corpus: str | Path | Iterable[str],
+    corpus: str | Path | Iterable[str] | None = None,
     *,
     documents: int = 100_000,
+    tokens: int | Literal["auto"] = "auto",
+    sampled: str | Path | None = None,
     hyperparameters: Hyperparameters | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -38,8 +45,10 @@ def edit(
     """Edit the records' facts into the model and return the change of its weights.
 
     `corpus` is a text, JSONL or Parquet file, the name of a data set on the hub, or texts; the
-    first `documents` of it give the second moments. Without `hyperparameters` the preset of the
-    model is used. `delta.revert(lm)` undoes the edit.
+    first `documents` of it give the second moments. Without one the model writes texts with
+    `tokens` tokens, see `memit.sampled_corpus`, which the Parquet file `sampled` keeps: they are
+    read from it if it is there. Without `hyperparameters` the preset of the model is used.
+    `delta.revert(lm)` undoes the edit.
 
     Raises:
         ConflictError: records contradict each other.
@@ -52,9 +61,13 @@ def edit(
     check_conflicts(records)
     prefixes = sample_prefixes(lm, seed)
     edit_rows(lm, [record.request for record in records], prefixes)
-    texts = read_documents(corpus) if isinstance(corpus, str | Path) else corpus
     budget = partial(auto_token_budget, lm.shape, lm.dtype.itemsize, str(lm.device))
-    documents_used = list(islice(texts, documents))
+    if corpus is None:
+        wanted = wanted_tokens(tokens, lm.inner_width)
+        documents_used = _sampled(lm, wanted, seed, Path(sampled) if sampled else None)
+    else:
+        texts = read_documents(corpus) if isinstance(corpus, str | Path) else corpus
+        documents_used = list(islice(texts, documents))
     moments = collect_second_moments(lm, documents_used, settings.layers, token_budget=budget())
     for layer, moment in moments.items():
         check_rank(moment, f"layer {layer}")
@@ -68,6 +81,23 @@ def edit(
     delta = Memit(settings).edit(lm, [record.request for record in records], resources)
     delta.apply(lm)
     return delta
+
+
+def _sampled(lm: LanguageModel, tokens: int, seed: int, path: Path | None) -> list[list[int]]:
+    """Texts that the model writes, or that it has written for the same question."""
+    origin = {b"sampled": f"{tokens} tokens of {lm.name} by seed {seed}".encode()}
+    if path is not None and path.exists():
+        with reading_parquet(path):
+            table = pq.read_table(path)
+        if table.schema.metadata != origin:
+            raise InputError(f"{path} does not hold {origin[b'sampled'].decode()}: name another.")
+        return table["ids"].to_pylist()
+    with tqdm(desc="sampling", total=tokens, unit=" tokens", disable=None) as bar:
+        rows = sample_texts(lm, tokens, seed, bar.update)
+    if path is not None:
+        table = texts_table(lm, rows).replace_schema_metadata(origin)
+        write_whole(path, lambda partial: pq.write_table(table, partial))
+    return rows
 
 
 @dataclass(frozen=True)

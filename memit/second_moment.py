@@ -75,7 +75,7 @@ class SecondMomentFitter:
 
 def collect_second_moments(
     lm: LanguageModel,
-    documents: Sequence[str],
+    documents: Sequence[str] | Sequence[Sequence[int]],
     layers: Sequence[int],
     *,
     token_budget: int,
@@ -83,8 +83,8 @@ def collect_second_moments(
 ) -> dict[int, SecondMoment]:
     """Sum k kᵀ over all tokens of some documents, for several layers in one pass.
 
-    A document is one sequence, cut to the model's context. `progress` is called with the number of
-    documents of each finished batch.
+    A document is a text, or the ids of its tokens, and is cut to the model's context. `progress` is
+    called with the number of documents of each finished batch.
 
     Raises:
         InputError: the documents have no token.
@@ -118,15 +118,16 @@ def collect_second_moments(
     return {layer: _checked(fitter.result(), layer) for layer, fitter in fitters.items()}
 
 
-def _tokenised_windows(lm: LanguageModel, documents: Sequence[str]) -> Iterator[list[list[int]]]:
+def _tokenised_windows(
+    lm: LanguageModel, documents: Sequence[str] | Sequence[Sequence[int]]
+) -> Iterator[list[list[int]]]:
     """Token rows of consecutive documents, without special tokens, longest first within a window so
     that rows of a batch have about one length; one window is tokenised while another is run."""
 
     def rows_of(start: int) -> list[list[int]]:
-        texts = list(documents[start : start + WINDOW])
-        if not texts:
-            return []
-        ids = lm.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: Any = list(documents[start : start + WINDOW])
+        if ids and isinstance(ids[0], str):
+            ids = lm.tokenizer(ids, add_special_tokens=False, verbose=False)["input_ids"]
         return sorted((row[: lm.context_length] for row in ids if row), key=len, reverse=True)
 
     with ThreadPoolExecutor(1) as ahead:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import pyarrow.parquet as parquet
 
 from memit.corpus import read_documents
 from memit.errors import InputError, IntegrityError
+from memit.files.reading import check_file
 from memit.language_model import LanguageModel
+from memit.sampled_corpus import sample_batch, texts_table
 from memit.second_moment import (
     check_rank,
     collect_second_moments,
@@ -29,7 +32,7 @@ from memit.second_moment import (
 )
 from tasks.engine.artifacts import Artifact, Value, store_piece, write_file
 from tasks.engine.cache import cached_task
-from tasks.engine.cost import Cost, Meter
+from tasks.engine.cost import Cost, Meter, total_cost
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import piece_progress
 from tasks.engine.retry import retry_unreachable
@@ -66,7 +69,8 @@ class CorpusSource(Value):
 
 
 class Range(Value):
-    """Consecutive documents, in a file of their own (Parquet with one column, `text`)."""
+    """Consecutive documents, in a file of their own (Parquet with a column `text`, and one with
+    their `ids` where the model wrote them)."""
 
     texts: Artifact
     count: int
@@ -113,15 +117,60 @@ def _write_down(
     return ranges, _keep(list(islice(rest, held_out_documents)))
 
 
+class SampledTexts(Value):
+    """A batch of texts that the model wrote (Parquet, see `memit.sampled_corpus.texts_table`)."""
+
+    texts: Artifact
+    tokens: int
+    cost: Cost
+
+
+@cached_task("sampling")
+def write_texts(number: int, model: ModelReference, seed: int) -> SampledTexts:
+    """Let the unedited model write batch `number` of its texts."""
+    with loaded(model) as lm, Meter() as meter:
+        rows = sample_batch(lm, number, seed)
+        table = texts_table(lm, rows)
+    piece = store_piece("sampling", ".parquet", lambda path: parquet.write_table(table, path))
+    return SampledTexts(texts=piece, tokens=sum(map(len, rows)), cost=meter.cost)
+
+
+def sampled_corpus(
+    batches: Sequence[SampledTexts], texts_per_shard: int, held_out: Sequence[str]
+) -> Corpus:
+    """The texts of all batches, in ranges as those of another corpus."""
+    texts = pyarrow.concat_tables([parquet.read_table(b.texts.checked()) for b in batches])
+    starts = range(0, len(texts), texts_per_shard)
+    return Corpus(
+        ranges=tuple(_keep_table(texts.slice(start, texts_per_shard)) for start in starts),
+        held_out=_keep(list(held_out)),
+        cost=total_cost(batch.cost for batch in batches),
+    )
+
+
+def held_out_file(given: str | None) -> Path:
+    """The file with held-out text that the user names, or that of the package.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    path = Path(given or str(files("memit.facts") / "held_out.txt"))
+    check_file(path, "the held-out text (statistics.held_out)", size_limit=None)
+    return path
+
+
 def read_texts(path: Path) -> list[str]:
     """The documents of a range's file."""
     return parquet.read_table(path)["text"].to_pylist()
 
 
 def _keep(texts: list[str]) -> Range:
-    table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())})
+    return _keep_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}))
+
+
+def _keep_table(table: pyarrow.Table) -> Range:
     piece = store_piece("corpus", ".parquet", lambda path: parquet.write_table(table, path))
-    return Range(texts=piece, count=len(texts))
+    return Range(texts=piece, count=len(table))
 
 
 class Shard(Value):
@@ -137,7 +186,8 @@ def collect_shard(
     texts: Artifact, model: ModelReference, layers: Sequence[int], token_budget: int
 ) -> Shard:
     """Sum k kᵀ over the documents of one range, for all layers in one pass."""
-    documents = read_texts(texts.checked())
+    table = parquet.read_table(texts.checked())
+    documents = table["ids" if "ids" in table.column_names else "text"].to_pylist()
     with loaded(model) as lm, Meter() as meter, piece_progress("statistics") as progress:
         moments = collect_second_moments(
             lm, documents, layers, token_budget=token_budget, progress=progress

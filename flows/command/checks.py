@@ -23,6 +23,7 @@ from memit.files.reading import check_file
 from memit.language_model import LanguageModel
 from memit.requests import Record, drop_conflicts
 from memit.room import check_records
+from memit.sampled_corpus import TOKENS_PER_TEXT, start_token, wanted_tokens
 from memit.targets import edit_rows
 from memit.world.people import make_world
 from tasks.compare import make_methods
@@ -33,7 +34,7 @@ from tasks.engine.loaded_model import BYTES, ModelFiles
 from tasks.engine.workers import check_workers
 from tasks.model import check_weights, describe_model, model_without_weights
 from tasks.requests import locate_records, read_source, sample, split_by_subject
-from tasks.statistics import find_published
+from tasks.statistics import find_published, held_out_file
 
 CHECKED_DOCUMENTS = 10_000
 """Documents of a corpus that are read before the run; all of a large one would take too long."""
@@ -93,6 +94,8 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
     if parameters.evaluation.snippets is not None:
         read_snippets(parameters.evaluation.snippets)
     if parameters.model.source == "synthetic":
+        if parameters.statistics.source == "sampled":
+            wanted_tokens(parameters.statistics.tokens, 4 * parameters.model.training.width)
         return records, None
     described, directory = _describe_model(parameters.model)
     _check_disk(parameters, described)
@@ -161,14 +164,18 @@ def _check_device(device: str) -> None:
 def _check_corpus(section: StatisticsSection) -> None:
     if section.source == "dataset":
         resolve_commit(str(section.dataset), str(section.revision), "dataset")
-    if section.source != "file":
-        return
-    path = Path(str(section.path))
-    check_file(path, "the corpus", size_limit=None)
-    wanted = (section.documents or CHECKED_DOCUMENTS) + section.held_out_documents
-    found = read_documents(path, stop=min(wanted, CHECKED_DOCUMENTS), column=section.column)
-    if sum(1 for _ in found) == 0:
-        raise InputError(f"{path} contains no text: set statistics.path to a file with text.")
+    if section.source == "sampled" or section.held_out is not None:
+        _check_documents(held_out_file(section.held_out), section, 0)
+    if section.source == "file":
+        path = Path(str(section.path))
+        check_file(path, "the corpus", size_limit=None)
+        _check_documents(path, section, section.documents or CHECKED_DOCUMENTS)
+
+
+def _check_documents(path: Path, section: StatisticsSection, documents: int) -> None:
+    wanted = min(documents + section.held_out_documents, CHECKED_DOCUMENTS)
+    if not any(True for _ in read_documents(path, stop=wanted, column=section.column)):
+        raise InputError(f"{path} contains no text: name a file with text in statistics.")
 
 
 def _describe_model(section: ModelSection) -> tuple[ModelFiles, Path]:
@@ -195,7 +202,8 @@ def _methods(parameters: Parameters, model: str, depth: int) -> list[Method]:
 
 
 def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[Method]) -> None:
-    """Check that MEMIT and `methods` can edit their layers, and that published statistics exist."""
+    """Check that MEMIT and `methods` can edit their layers, and that published statistics exist,
+    or that the model can write texts."""
     section = parameters.statistics
     layers = set(parameters.hyperparameters(lm.name, lm.depth).layers)
     layers.update(*(method.editor.moment_layers for method in methods))
@@ -203,6 +211,9 @@ def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[M
     lm.check_layers(tuple(sorted(layers | others)))
     if section.source == "published":
         find_published(Path(str(section.path)), lm, sorted(layers))
+    if section.source == "sampled":
+        start_token(lm)
+        wanted_tokens(section.tokens, lm.inner_width)
 
 
 def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
@@ -210,6 +221,8 @@ def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
     section = parameters.statistics
     layers = len(parameters.hyperparameters(model.id, model.layers).layers)
     documents = 1 if section.source == "published" else section.documents or 1
+    if section.source == "sampled":
+        documents = wanted_tokens(section.tokens, model.inner_width) // TOKENS_PER_TEXT
     moments = 1 + math.ceil(documents / section.documents_per_shard)
     whole_matrix = delta_bytes(model.shape, math.inf)
     needed = layers * (moments * moment_bytes(model.shape) + 3 * whole_matrix)

@@ -36,6 +36,11 @@ def statistics_operations(shape: ModelShape, layers: tuple[int, ...], tokens: fl
     return tokens * (2 * _block(shape) * (layers[-1] + 1) + len(layers) * f**2)
 
 
+def sampling_operations(shape: ModelShape, layers: tuple[int, ...], tokens: float) -> float:
+    """Statistics over tokens that went once through everything when they were sampled."""
+    return 2 * shape.parameters * tokens + statistics_operations(shape, layers, tokens)
+
+
 def targets_operations(
     shape: ModelShape, last: int, evaluations: int, n: float, lengths: Lengths
 ) -> float:

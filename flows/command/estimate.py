@@ -21,6 +21,7 @@ from memit.hyperparameters import Hyperparameters
 from memit.layer_walk import HELD_IN_MEMORY
 from memit.positions import TokenRow
 from memit.requests import Record, conflict_groups, read_records
+from memit.sampled_corpus import wanted_tokens
 from memit.targets import plain_rows, weak_keys
 from tasks.engine.artifacts import project_root
 from tasks.engine.hub import open_model
@@ -85,6 +86,13 @@ def _add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) 
     )
     table.add_row("weak edits", Text(weak_keys(requests, rows) or "none"))
     hyperparameters = parameters.hyperparameters(files.id, files.layers)
+    if parameters.statistics.source == "sampled":
+        tokens = wanted_tokens(parameters.statistics.tokens, files.inner_width)
+        passes = costs.sampling_operations(files.shape, hyperparameters.layers, tokens)
+        seconds = max(1, round(passes / _speed(model.dtype, model)))
+        table.add_row(
+            "time for statistics", f"about {timedelta(seconds=seconds)}, {tokens} sampled tokens"
+        )
     estimate = estimate_edit(files, hyperparameters, len(records), lengths, model)
     duration = timedelta(seconds=max(1, round(estimate.seconds)))
     table.add_row("time for targets and edit", f"about {duration} on this machine")

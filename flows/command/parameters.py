@@ -191,7 +191,7 @@ class PrefixesSection(Section):
 class StatisticsSection(Section):
     """The corpus for the second moments of the keys, or published second moments."""
 
-    source: Literal["synthetic", "file", "dataset", "published"] = "synthetic"
+    source: Literal["synthetic", "file", "dataset", "sampled", "published"] = "synthetic"
     path: UsersFile = Field(default=None, description="a corpus, or a directory of published .npz")
     dataset: str | None = Field(default=None, description="dataset: on the Hugging Face hub")
     configuration: str | None = Field(default=None, description="dataset: its configuration")
@@ -199,6 +199,9 @@ class StatisticsSection(Section):
     column: str = Field(default="text", description="the column or key that holds the text")
     documents: Count | None = Field(default=2_000, description="null: all")
     documents_per_shard: Count = 500
+    tokens: Count | Literal["auto"] = Field(default="auto", description="sampled: at least so many")
+    seed: Seed = Field(default=0, description="sampled: of the texts")
+    held_out: UsersFile = Field(default=None, description="a text for the perplexity only")
     held_out_documents: Count = Field(default=300, description="for the perplexity only")
     token_budget: TokenBudget = "auto"
 
@@ -353,8 +356,11 @@ class Parameters(Section):
             yield "runner.address needs a cluster, but runner.kind is 'threads': use dask or ray."
         if len(set(self.compare.methods)) < len(self.compare.methods):
             yield f"compare.methods is {list(self.compare.methods)}: name each method once."
-        if statistics.source == "published" and self.mend.learn_from == "texts":
-            yield "mend.learn_from is 'texts', but published statistics have none: use records."
+        if statistics.source in ("published", "sampled") and self.mend.learn_from == "texts":
+            yield (
+                f"mend.learn_from is 'texts', but statistics.source {statistics.source!r} has no "
+                "corpus: use records."
+            )
         if model.source == "synthetic":
             yield from self._synthetic_conflicts()
         elif "synthetic" in (requests.source, statistics.source):

@@ -14,6 +14,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import resolve_name
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from memit.errors import IntegrityError
@@ -27,6 +28,8 @@ FOLLOWED = "tasks.engine"
 """Machinery that imports parts of the method for tasks, to load a model for example."""
 USERS_FOLDERS: set[Path] = set()
 """Folders of users' own files with editors."""
+_PARSING = Lock()
+"""CPython counts the depth of a tree for all threads at once, and fails where two of them parse."""
 LIBRARIES = ("gguf", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 """Libraries whose next version may give other bits."""
 
@@ -82,7 +85,8 @@ def modules_behind(module: str) -> frozenset[str]:
 @cache
 def _imports(module: str) -> tuple[str, ...]:
     """The modules that a module imports anywhere."""
-    tree = ast.parse(source_file(module).read_bytes())
+    with _PARSING:
+        tree = ast.parse(source_file(module).read_bytes())
     names = [name for node in _walk(tree) for name in _imported_by(node, module)]
     if METHOD in names:  # as a whole: `memit/__init__.py` imports its modules on demand
         names += [f"{METHOD}.{path.stem}" for path in (ROOT / METHOD).glob("[!_]*.py")]

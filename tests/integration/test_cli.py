@@ -120,7 +120,8 @@ def test_check_reads_counts_and_runs_nothing(
 def test_check_counts_edits_that_will_be_weak(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (place / "params.yaml").write_text("edit:\n  layers: [1]\n")
+    sampled = "statistics:\n  source: sampled\n"
+    (place / "params.yaml").write_text(f"{sampled}edit:\n  layers: [1]\n")
     (place / "facts.jsonl").write_text(
         '{"subject": "a", "prompt": "{} lives in", "target": "Rome"}\n'
         '{"subject": "Ada", "prompt": "The home of {} is", "target": "Rome"}\n'
@@ -137,6 +138,7 @@ def test_check_counts_edits_that_will_be_weak(
     assert memit("check", "facts.jsonl") == 0
     text = said(capsys)
     assert "1 of 2 prompts" in text
+    assert "2048 sampled tokens" in text
     assert "memory │ about" in text
 
 

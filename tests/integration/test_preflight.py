@@ -75,3 +75,22 @@ def test_a_job_that_does_not_fit(place: Path, monkeypatch: pytest.MonkeyPatch) -
     check_inputs(parameters(statistics={"documents": 500}))
     with pytest.raises(ResourceError, match=r"statistics\.documents_per_shard"):
         check_inputs(parameters(statistics={"documents": 50_000}))
+
+
+def test_texts_that_the_model_cannot_write(place: Path) -> None:
+    sampled = {"source": "sampled", "path": None}
+    check_inputs(parameters(statistics=sampled))
+    for wrong, named in (({"tokens": 100}, "singular"), ({"held_out": "no.txt"}, "held_out")):
+        with pytest.raises(InputError, match=named):
+            check_inputs(parameters(statistics=sampled | wrong))
+        with pytest.raises(InputError, match=named):
+            check_inputs(check_parameters({"statistics": {"source": "sampled"} | wrong}))
+    Path("no.txt").write_text("\n\n")
+    with pytest.raises(InputError, match="no text"):
+        check_inputs(parameters(statistics=sampled | {"held_out": "no.txt"}))
+    settings = json.loads(Path("model/tokenizer_config.json").read_text())
+    special = {"bos_token": None, "eos_token": None}
+    Path("model/tokenizer_config.json").write_text(json.dumps(settings | special))
+    Path("model/special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(InputError, match="begins or ends"):
+        check_inputs(parameters(statistics=sampled))

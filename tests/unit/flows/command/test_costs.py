@@ -33,6 +33,8 @@ def test_small_sums_by_hand() -> None:
     assert costs.statistics_operations(SHAPE, (1, 3), 5) == 5 * (2 * 100 * 4 + 2 * 32**2)
     lengths = Lengths(before=3, after=2)
     whole, again = 2 * 1_000 * 5, 4 * 100 * 6 * 2
+    sampled = costs.statistics_operations(SHAPE, (1, 3), 5) + 5 * 2 * 1_000
+    assert costs.sampling_operations(SHAPE, (1, 3), 5) == sampled
     assert costs.targets_operations(SHAPE, 3, 20, 7, lengths) == 7 * 6 * (whole + 20 * again)
     walked = 6 * (4 + 2) + 2
     assert costs.walk_operations(SHAPE, (1, 3), 7, lengths) == 7 * 2 * 100 * 3 * walked

@@ -63,6 +63,8 @@ BAD: list[tuple[object, str]] = [
     ({"statistics": {"source": "dataset"}}, "statistics.dataset"),
     ({"statistics": {"source": "dataset", "dataset": "a/b"}}, "statistics.revision"),
     ({"statistics": {"documents": 0}}, "statistics.documents is 0"),
+    ({"statistics": {"tokens": 0}}, "statistics.tokens"),
+    ({"statistics": {"source": "sampled"}, "mend": {"learn_from": "texts"}}, "statistics.source"),
     ({"statistics": {"column": ""}}, 'statistics.column is ""'),
     ({"targets": {"token_budget": "all"}}, "targets.token_budget is"),
     ({"targets": {"token_budget": 3}}, "targets.token_budget is 3"),
