@@ -174,7 +174,7 @@ def _check_corpus(section: StatisticsSection) -> None:
 
 def _check_documents(path: Path, section: StatisticsSection, documents: int) -> None:
     wanted = min(documents + section.held_out_documents, CHECKED_DOCUMENTS)
-    if not any(True for _ in read_documents(path, stop=wanted, column=section.column)):
+    if sum(1 for _ in read_documents(path, stop=wanted, column=section.column)) == 0:
         raise InputError(f"{path} contains no text: name a file with text in statistics.")
 
 
