@@ -1,8 +1,8 @@
 """Tables of true pairs and the records that are made from them.
 
-They hold common knowledge that a small model has: of a larger collection those pairs were kept whose
-object SmolLM2-135M prefers to another of the relation after the main prompt, in the relations of
-which it knows little to two of three others.
+They hold common knowledge that a small model has: of a larger collection those pairs were kept
+whose object SmolLM2-135M prefers to another of the relation after the main prompt; in relations of
+which it knows little, to two of three others.
 A table is one relation, a TOML file in `relations/`: a main `prompt`, its `paraphrases` and
 `generation` prompts, and all `subjects` under the object that is true of them. Every choice is the
 order of SHA-256 digests of relation, subject and candidate, so that it depends neither on the order
