@@ -83,7 +83,7 @@ class Setup:
             section = self.run.parameters.requests
             kind = "embedded" if section.source == "embedded" else "counterfact"
             file = choose_requests(
-                kind, self.split.edited, count, seed, self.run.model, section.known
+                kind, self.split.edited, count, seed, self.run.model, section.only_known
             ).records
         return Sample(file, tuple(read_counterfact(file.checked())))
 

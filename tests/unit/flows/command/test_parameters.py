@@ -14,6 +14,7 @@ from memit.errors import InputError
 from memit.hyperparameters import preset
 from tests import ROOT
 
+SYNTHETIC = {"model": {"source": "synthetic"}}
 BAD: list[tuple[object, str]] = [
     ([], "sections"),
     (None, "sections"),
@@ -46,7 +47,7 @@ BAD: list[tuple[object, str]] = [
     ({"requests": {"count": 0}}, "requests.count is 0"),
     ({"requests": {"count": 6.5}}, "requests.count is 6.5"),
     ({"requests": {"count": "64"}}, 'requests.count is "64"'),
-    ({"requests": {"count": 99_999}}, "requests.count is 99999"),
+    ({**SYNTHETIC, "requests": {"source": "synthetic", "count": 451}}, "requests.count is 451"),
     ({"requests": {"source": "counterfact"}}, "requests.path"),
     ({"requests": {"source": "facts", "path": "a", "url": "http://x"}}, "requests.path"),
     ({"requests": {"source": "facts", "url": "http://x"}}, "requests.sha256"),
@@ -59,7 +60,10 @@ BAD: list[tuple[object, str]] = [
     ({"requests": {"url": "http://host/x?token=secret-word"}}, "requests.url"),
     ({"statistics": {"source": "file"}}, "statistics.path"),
     ({"statistics": {"source": "published"}}, "statistics.path"),
-    ({"statistics": {"source": "published", "path": "moments"}}, "statistics.source"),
+    (
+        {**SYNTHETIC, "statistics": {"source": "published", "path": "moments"}},
+        "statistics.source",
+    ),
     ({"statistics": {"source": "dataset"}}, "statistics.dataset"),
     ({"statistics": {"source": "dataset", "dataset": "a/b"}}, "statistics.revision"),
     ({"statistics": {"documents": 0}}, "statistics.documents is 0"),
@@ -77,7 +81,7 @@ BAD: list[tuple[object, str]] = [
     ({"edit": {"layers": [-1]}}, "edit.layers"),
     ({"edit": {"layers": "3"}}, 'edit.layers is "3"'),
     ({"edit": {"layers": ["last"]}}, 'edit.layers[0] is "last"'),
-    ({"edit": {"layers": [6]}}, "edit.layers"),
+    ({**SYNTHETIC, "edit": {"layers": [6]}}, "edit.layers"),
     ({"edit": {"covariance_weight": "1.5e4"}}, 'edit.covariance_weight is "1.5e4"'),
     ({"edit": {"covariance_weight": 0}}, "edit.covariance_weight is 0"),
     ({"edit": {"covariance_weight": float("inf")}}, "edit.covariance_weight is Infinity"),
@@ -96,11 +100,8 @@ BAD: list[tuple[object, str]] = [
     ({"compare": {"methods": ["../x"]}}, "compare.methods[0] is"),
     ({"scaling": {"counts": []}}, "scaling.counts is []"),
     ({"scaling": {"counts": [None, -5]}}, "scaling.counts[1] is -5"),
-    ({"model": {"source": "local", "path": "m"}}, "requests.source"),
-    (
-        {"model": {"source": "local", "path": "m"}, "requests": {"source": "facts", "path": "f"}},
-        "statistics.source",
-    ),
+    ({"requests": {"source": "synthetic"}}, "requests.source"),
+    ({"statistics": {"source": "synthetic"}}, "statistics.source"),
 ]
 
 
