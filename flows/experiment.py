@@ -109,8 +109,7 @@ def show_results(seconds: float) -> None:
         "  [bold]report/index.html[/]     what became of each fact: open it in a browser\n"
         "  [bold]make ui[/]               every experiment in MLflow, in the browser\n"
         "  [bold]dvc metrics diff[/]      what changed since the last commit\n"
-        'Ask both models: [bold]memit ask "..."[/]\n'
-        "Try another:     [bold]dvc exp run -S requests.count=128[/]\n"
+        '  [bold]make ask PROMPT="..."[/]  how both models go on\n'
     )
 
 

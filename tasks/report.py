@@ -31,7 +31,7 @@ from tasks.engine.results import (
     TIMINGS_FILE,
 )
 from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
-from tasks.reporting.formats import ROWS, markdown_table, read_json
+from tasks.reporting.formats import ROWS, markdown_table, of_known_facts, read_json
 from tasks.reporting.page import Results, render
 
 
@@ -69,8 +69,13 @@ def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     """Name, before, after and meaning of each metric that was measured."""
     before, after = metrics["before"], metrics["after"]
     found = [row for row in ROWS if row[0] in before and row[0] in after]
+    known = " (known facts)" if of_known_facts(metrics) else ""
     return [
-        {"metric": name, "before": f"{before[key]:.2f}", "after": f"{after[key]:.2f}"}
+        {
+            "metric": name + (known if key == "score" else ""),
+            "before": f"{before[key]:.2f}",
+            "after": f"{after[key]:.2f}",
+        }
         | {"meaning": meaning}
         for key, name, meaning in found
     ]

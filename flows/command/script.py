@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import errno
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
@@ -21,6 +23,8 @@ from memit.errors import MemitError, ResourceError, UnreachableError
 from memit.redaction import redacted
 from tasks.engine.signals import GO_ON, INTERRUPTED, TERMINATED, exit_now, exit_on_signal
 
+PARAMETERS = "MEMIT_PARAMS"
+"""Environment variable with a file to take instead of `params.yaml`."""
 BAD_INPUT = 2
 """Exit status for errors that the user can correct."""
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -39,7 +43,7 @@ def given_parameters() -> Parameters:
     # Prefect marks its run as crashed and then calls the handler that was set before its own.
     signal.signal(signal.SIGTERM, lambda *_: exit_now(TERMINATED))
     sys.excepthook = _without_trace
-    return reporting(read_parameters)
+    return reporting(lambda: read_parameters(Path(os.environ.get(PARAMETERS) or "params.yaml")))
 
 
 def _without_trace(

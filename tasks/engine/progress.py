@@ -28,6 +28,8 @@ from tasks.engine.signals import INTERRUPTED, TERMINATED, exit_after_grace
 console = Console(stderr=True)
 """For messages; results go to standard output."""
 
+SECONDS_BETWEEN_LINES = 20.0
+"""Where no bar can be drawn, in a log for example, a line tells how far a step is."""
 SECONDS_BETWEEN_UPDATES = 2.0
 """The shortest interval between updates of Prefect's artifact."""
 
@@ -86,13 +88,30 @@ def progress_bar(name: str, total: int, unit: str) -> Iterator[Bar]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as display:
-        line = display.add_task(name, total=total)
-        bar = Bar(name, total, lambda done: display.update(line, completed=done))
+        task = display.add_task(name, total=total)
+        lines = _lines(name, total, unit)
+        show = lines if display.disable else lambda done: display.update(task, completed=done)
+        bar = Bar(name, total, show)
         _bars[name] = bar
         try:
             yield bar
         finally:
             _bars.pop(name, None)
+
+
+def _lines(name: str, total: int, unit: str) -> Callable[[int], None]:
+    """Print a line now and then: what is done, and how long the rest takes at this rate."""
+    started = last = time.monotonic()
+
+    def show(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done and now - last > SECONDS_BETWEEN_LINES:
+            last = now
+            left = (now - started) / done * (total - done)
+            console.print(f"  {name:<12} {done} of {total} {unit}, about {left:.0f} s left")
+
+    return show
 
 
 @contextmanager

@@ -26,6 +26,12 @@ ROWS = (
 """The metrics of the report and of MLflow: each one's key, its name in tables, its meaning."""
 
 
+def of_known_facts(metrics: Mapping[str, Any]) -> bool:
+    """Whether only facts that the model knew were edited, so that S does not compare with that of
+    other choices of facts."""
+    return "known_share" in metrics.get("requests", {})
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A result of an earlier step."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.command.parameters import Parameters, check_parameters, read_parameters
+from flows.command.parameters import USERS_FILES, Parameters, check_parameters, read_parameters
 from memit.errors import InputError
 from memit.hyperparameters import preset
 from tests import ROOT
@@ -167,6 +168,17 @@ def test_the_file_of_the_project_states_every_default() -> None:
     path = ROOT / "params.yaml"
     assert read_parameters(path) == Parameters()
     assert yaml.safe_load(path.read_text()) == Parameters().model_dump(mode="json")
+
+
+@pytest.mark.parametrize("path", (ROOT / "params").glob("*.yaml"), ids=lambda path: path.name)
+def test_files_to_choose_from_can_be_copied_over_it(path: Path, tmp_path: Path) -> None:
+    text = re.sub(r"(url: https.*\n *sha256:) null", f"\\1 '{64 * '0'}'", path.read_text())
+    (tmp_path / "params.yaml").write_text(text)
+    (tmp_path / "dvc.yaml").touch()
+    assert read_parameters(tmp_path / "params.yaml").compare.editors is None
+    tree = yaml.safe_load(text)
+    for section, name in (key.split(".") for key in USERS_FILES):  # DVC fills them into dvc.yaml
+        assert tree[section][name]
 
 
 def test_null_takes_the_preset_and_a_value_overrides_it() -> None:
