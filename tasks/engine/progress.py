@@ -106,7 +106,7 @@ def _lines(name: str, total: int, unit: str) -> Callable[[int], None]:
     def show(done: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if done and now - last > SECONDS_BETWEEN_LINES:
+        if 0 < done < total and now - last > SECONDS_BETWEEN_LINES:
             last = now
             left = (now - started) / done * (total - done)
             console.print(f"  {name:<12} {done} of {total} {unit}, about {left:.0f} s left")
