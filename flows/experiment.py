@@ -115,12 +115,12 @@ def show_results(seconds: float) -> None:
 
 def answers_table() -> Table:
     """What both models say to prompts of some facts."""
-    table = Table(title="What the model says", title_justify="left", show_lines=False)
+    table = Table(title="What the model says", title_justify="left")
     for name in ("", "prompt", "before", "after"):
         table.add_column(name, overflow="fold")
     for row in csv.DictReader(ANSWERS_FILE.read_text(encoding="utf-8").splitlines(True)):
         if row["kind"] == "rewrite" and table.row_count:
             table.add_section()
-        cells = (row["prompt"], one_line(row["answer_before"]), one_line(row["answer_after"]))
-        table.add_row(KINDS[row["kind"]], *map(Text, cells))
+        answers = (row[f"answer_{state}"].strip() for state in ("before", "after"))
+        table.add_row(KINDS[row["kind"]], *map(Text, map(one_line, (row["prompt"], *answers))))
     return table

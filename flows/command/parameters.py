@@ -234,7 +234,7 @@ class EvaluationSection(Section):
 
     dtype: Precision | None = Field(default=None, description="null: that of the model")
     prompts_per_piece: Count = 512
-    generation_records: Written = 32
+    generation_records: Written = 8
     snippets: UsersFile = Field(default=None, description="CounterFact's attribute snippets")
     seed: Seed = Field(default=0, description="of the generated texts")
     token_budget: TokenBudget = "auto"
@@ -284,7 +284,7 @@ class CompareSection(Section):
     count: Count | None = Field(default=48, description="null: all of them")
     seed: Seed = 0
     training_records: int = Field(default=100, ge=0, description="set aside for training editors")
-    generation_records: Written = 32
+    generation_records: Written = 8
     zsre: UsersFile = Field(default=None, description="zsRE questions, edited instead of requests")
 
 
@@ -295,7 +295,7 @@ class ScalingSection(Section):
     seed: Seed = Field(default=0, description="of the first sample; later samples count up")
     samples: Count = Field(default=1, description="per size, for error bars")
     least_records: Count = Field(default=10, description="small sizes are repeated up to this")
-    generation_records: Written = 16
+    generation_records: Written = 8
 
 
 class Parameters(Section):

@@ -27,7 +27,7 @@ SCHEMA = pa.schema(
 """Columns of the table of generated texts; a text holds its prompt."""
 
 
-ANSWER_TOKENS = 8
+ANSWER_TOKENS = 6
 """Length of what a model says to a prompt."""
 
 ANSWERS = pa.schema(
