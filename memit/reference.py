@@ -1,17 +1,19 @@
-"""MEMIT word for word: read this first.
+"""MEMIT as its authors run it, step by step: read this first.
 
 Algorithm 1 of Meng et al., *Mass-Editing Memory in a Transformer*, one fact at a time, with whole
 forward passes and dense matrices; nothing is shared or cached. It imports nothing else from this
-package. `memit.edit` computes the same many times as fast; the tests hold it to this module, and
-this module to a recorded run of the published code.
+package. `memit.edit` computes the same result many times faster; tests compare it with this module,
+and this module with a recorded run of the published code.
 
-    # with a model and a tokenizer of transformers
+    # with a model and a tokenizer from transformers, and facts = [r.request for r in records]
     with edited(model, edit(model, tokenizer, facts, documents, settings)):
         print(evaluate(model, tokenizer, records[0]))
 
 Symbols: n facts; d, the hidden size; f, the inner size of an MLP, whose down-projection W_out is
 d × f; S, the edited layers, the last of which is L; x_j, the prefixes; k, an input of W_out (a key,
-f numbers); h, an output of block L (d numbers); z = h + δ, what h should become.
+f numbers); h, an output of block L (d numbers); z = h + δ, what h should become; C, the second
+moment of the keys over a corpus, and λ, its weight; K (f × n), R (d × n), keys and residuals of all
+facts; Δ (d × f), what is added to W_out.
 
 A *fact* is any object with `subject`, `prompt` (which contains `{}` once), `target_new` and
 `target_true`. A *record* has `request` (a fact), `paraphrase_prompts` and `neighborhood_prompts`.
@@ -76,8 +78,8 @@ class Row:
 
 
 def row(tokenizer, prefix: str, template: str, subject: str, target: str = "") -> Row:
-    """Tokenise prefix, prompt and target as one string: tokens of separate parts do not add up,
-    because of spaces and special tokens. Without a target, its range is empty."""
+    """Tokenise prefix, prompt and target as one string: the tokens of its parts are not those of the
+    whole, because of spaces and special tokens. Without a target, its range is empty."""
     before, after = template.split("{}")
     to_subject = prefix + before + subject
     prompt = to_subject + after
@@ -106,7 +108,7 @@ def token_completing(tokenizer, ids: Sequence[int], text: str) -> int:
         return decode(tokenizer, ids[: i + 1]).startswith(text)
 
     found = bisect_left(range(len(ids)), True, key=complete)
-    # Inside a character of several bytes the decoded text may be shorter than it was before.
+    # A character spans up to four tokens; inside it the decoded text may be shorter than before.
     while earlier := [i for i in range(max(0, found - 4), found) if complete(i)]:
         found = earlier[0]
     assert found < len(ids), f"{text!r} is not what {list(ids)} decodes to"
@@ -114,7 +116,7 @@ def token_completing(tokenizer, ids: Sequence[int], text: str) -> int:
 
 
 def target_tokens(tokenizer, ids: Sequence[int], prompt: str) -> range:
-    """Positions of the tokens after `prompt`: back from the end while what is left exceeds it."""
+    """Positions of the tokens after `prompt`: those without which the rest decodes to it alone."""
     prompt = prompt.lstrip(" ")
     end = len(ids)
     while ids[end - 1] in tokenizer.all_special_ids:
@@ -126,7 +128,8 @@ def target_tokens(tokenizer, ids: Sequence[int], prompt: str) -> range:
 
 
 def padded(model, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """A forward pass's inputs, padded on the right. No token type ids: they would ruin GPT-2."""
+    """A forward pass's inputs, padded on the right. No token type ids: GPT-2 would add embeddings
+    of words for them."""
     width = max(len(r.ids) for r in rows)
     ids = [r.ids + [0] * (width - len(r.ids)) for r in rows]
     mask = [[1] * len(r.ids) + [0] * (width - len(r.ids)) for r in rows]
@@ -147,7 +150,7 @@ def edit(model, tokenizer, facts, documents, settings) -> dict[int, LayerUpdate]
 
 @torch.no_grad()
 def sample_prefixes(model, tokenizer, seed: int = 0) -> list[str]:
-    """x_j: the model's own continuations of five words, ten tokens in all, and a full stop."""
+    """x_j: five texts of ten tokens, in which the model continues a word, each with a full stop."""
     torch.manual_seed(seed)
     prefixes = []
     for word in ("The", "Therefore", "Because", "I", "You"):
@@ -210,13 +213,13 @@ def target(model, tokenizer, fact, prefixes, settings) -> Target:
     seen: dict[str, Tensor] = {}
 
     def add_delta(module: nn.Module, args: tuple, output: Any) -> Any:
-        seen["h"] = hidden_of(output)[0, last[0]]
+        seen["h"] = hidden_of(output)[0, last[0]]  # the same each time: δ is added after it
         changed = hidden_of(output).clone()
         changed[every, last] = changed[every, last] + delta
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     losses: list[float] = []
-    initial = torch.empty(0)
+    initial = torch.empty(0)  # log-probabilities with δ = 0, of the first evaluation
     with block(model, top).register_forward_hook(add_delta):
         for evaluation in range(settings.evaluations):
             logits = model(**inputs, use_cache=False).logits
@@ -250,7 +253,7 @@ def nll(logits: Tensor, r: Row) -> Tensor:
 
 @torch.no_grad()
 def key_and_hidden(model, tokenizer, fact, prefixes, layer: int, settings) -> tuple[Tensor, Tensor]:
-    """k at `layer` (f, Eqn. 19) and, of the plain prompt, h (d), with the current weights."""
+    """k of a fact at `layer` (f, Eqn. 19) and h of its plain prompt (d), with the current weights."""
     rows = [row(tokenizer, x, fact.prompt, fact.subject) for x in ("", *prefixes)]
     inputs = padded(model, rows)
     seen: dict[str, Any] = {}
@@ -275,8 +278,8 @@ def key_and_hidden(model, tokenizer, fact, prefixes, layer: int, settings) -> tu
 def update(K: Tensor, R: Tensor, C: Tensor, settings) -> Tensor:
     """Δ = R Kᵀ (λC + K Kᵀ)⁻¹ (d × f) for keys K (f × n) and residuals R (d × n), in float64."""
     K, R = K.double(), R.double()
-    A = torch.linalg.solve(settings.covariance_weight * C.double() + K @ K.T, K)
-    return R @ A.T  # the inverse is symmetric
+    solved = torch.linalg.solve(settings.covariance_weight * C.double() + K @ K.T, K)
+    return R @ solved.T  # the inverse is symmetric
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,7 @@ class LayerUpdate:
 def spread(
     model, tokenizer, facts, prefixes, z: Tensor, C: Mapping[int, Tensor], settings
 ) -> dict[int, LayerUpdate]:
-    """Lines 5-15: the update of each layer, for targets z (n × d); the weights stay as they are."""
+    """Lines 5-15: the update of each layer, for targets z (n × d); the weights are restored."""
     updates: dict[int, LayerUpdate] = {}
     for layer in settings.layers:
         with edited(model, updates):  # the lower layers' updates are in place
@@ -306,11 +309,11 @@ def spread(
 
 @contextmanager
 def edited(model, updates: Mapping[int, LayerUpdate]) -> Iterator[None]:
-    """The model with W_out + Δ in each layer; its own weights afterwards."""
+    """Inside the context W_out + Δ in each layer; afterwards the original weights."""
     original = {layer: weight(model, layer).clone() for layer in updates}
     try:
-        for layer, one in updates.items():
-            weight(model, layer).add_(one.delta)
+        for layer, layer_update in updates.items():
+            weight(model, layer).add_(layer_update.delta)
         yield
     finally:
         for layer, value in original.items():
@@ -322,7 +325,7 @@ def edited(model, updates: Mapping[int, LayerUpdate]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Score:
-    """−log p of an object, mean over its tokens, and whether argmax gives all of them."""
+    """−log p of an object, mean over its tokens, and whether greedy decoding gives all of them."""
 
     nll: float
     hit: bool
@@ -341,7 +344,11 @@ def scores(model, tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Score]:
 
 
 def evaluate(model, tokenizer, record) -> list[tuple[str, Score, Score]]:
-    """The kind of each prompt of a record, with the scores of the new and of the true object."""
+    """The kind of each prompt of a record, with the scores of the new and of the true object.
+
+    A success is a smaller −log p of the new object than of the true one; for a neighbour, the
+    reverse.
+    """
     fact = record.request
     prompts = [("rewrite", fact.prompt.replace("{}", fact.subject))]
     prompts += [("paraphrase", prompt) for prompt in record.paraphrase_prompts]
