@@ -78,7 +78,7 @@ class Row:
 
 
 def row(tokenizer, prefix: str, template: str, subject: str, target: str = "") -> Row:
-    """Tokenise prefix, prompt and target as one string: the tokens of its parts are not those of the
+    """Tokenise prefix, prompt and target as one string: the tokens of parts are not those of the
     whole, because of spaces and special tokens. Without a target, its range is empty."""
     before, after = template.split("{}")
     to_subject = prefix + before + subject
@@ -253,7 +253,7 @@ def nll(logits: Tensor, r: Row) -> Tensor:
 
 @torch.no_grad()
 def key_and_hidden(model, tokenizer, fact, prefixes, layer: int, settings) -> tuple[Tensor, Tensor]:
-    """k of a fact at `layer` (f, Eqn. 19) and h of its plain prompt (d), with the current weights."""
+    """A fact's k at `layer` (f, Eqn. 19) and h of its plain prompt (d), under the current weights."""
     rows = [row(tokenizer, x, fact.prompt, fact.subject) for x in ("", *prefixes)]
     inputs = padded(model, rows)
     seen: dict[str, Any] = {}
