@@ -253,7 +253,7 @@ def nll(logits: Tensor, r: Row) -> Tensor:
 
 @torch.no_grad()
 def key_and_hidden(model, tokenizer, fact, prefixes, layer: int, settings) -> tuple[Tensor, Tensor]:
-    """A fact's k at `layer` (f, Eqn. 19) and h of its plain prompt (d), under the current weights."""
+    """A fact's k at `layer` (f, Eqn. 19) and its plain prompt's h (d), with the current weights."""
     rows = [row(tokenizer, x, fact.prompt, fact.subject) for x in ("", *prefixes)]
     inputs = padded(model, rows)
     seen: dict[str, Any] = {}
