@@ -201,6 +201,8 @@ def _update_artifact_paths(database: Path) -> None:
     experiments = {"experiments": "artifact_location"}
     columns = {**experiments, "runs": "artifact_uri", "logged_models": "artifact_location"}
     with closing(sqlite3.connect(database, timeout=LOCK_SECONDS)) as store, store:
+        if not store.execute("select 1 from sqlite_master where name = 'experiments'").fetchone():
+            return  # an empty database, which MLflow fills
         known = store.execute("select experiment_id, name, artifact_location from experiments")
         for number, name, location in known.fetchall():
             former, current = Path(unquote(urlsplit(location).path)), _artifact_directory(name)
