@@ -43,6 +43,7 @@ def given_parameters() -> Parameters:
     # Prefect marks its run as crashed and then calls the handler that was set before its own.
     signal.signal(signal.SIGTERM, lambda *_: exit_now(TERMINATED))
     sys.excepthook = _without_trace
+    sys.unraisablehook = _not_swallowed
     return reporting(lambda: read_parameters(Path(os.environ.get(PARAMETERS) or "params.yaml")))
 
 
@@ -53,6 +54,14 @@ def _without_trace(
     if issubclass(kind, KeyboardInterrupt):
         exit_now(INTERRUPTED)
     sys.__excepthook__(kind, error, trace)
+
+
+def _not_swallowed(error: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C ends the process also where Python would print it and go on: in a callback of its
+    garbage collector."""
+    if issubclass(error.exc_type, KeyboardInterrupt):
+        exit_now(INTERRUPTED)
+    sys.__unraisablehook__(error)
 
 
 def run_flow(

@@ -170,7 +170,7 @@ def test_the_file_of_the_project_states_every_default() -> None:
     assert yaml.safe_load(path.read_text()) == Parameters().model_dump(mode="json")
 
 
-@pytest.mark.parametrize("path", (ROOT / "params").glob("*.yaml"), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*(ROOT / "params").glob("*.yaml")], ids=lambda path: path.name)
 def test_files_to_choose_from_can_be_copied_over_it(path: Path, tmp_path: Path) -> None:
     text = re.sub(r"(url: https.*\n *sha256:) null", f"\\1 '{64 * '0'}'", path.read_text())
     (tmp_path / "params.yaml").write_text(text)
