@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Also in the processes that tests start: threads that wait for each other take turns spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
