@@ -74,25 +74,24 @@ def records_of(relations: Iterable[Relation], part: Part) -> Iterator[Record]:
 
 def _record(relation: Relation, true: str, subject: str, group: list[str]) -> Record:
     key = relation.name, subject
-    templates = _ranked((relation.prompt, *relation.paraphrases), *key)
-    paraphrases = [template for template in templates if template != relation.prompt][:2]
+    paraphrases = _ranked(relation.paraphrases, *key)
     others = _ranked((other for other in group if other != subject), *key)
     target_new = _ranked(relation.subjects.keys() - {true}, *key)[0]
     return Record(
         case_id=int(_digest("case", *key)[:12], 16),
         request=EditRequest(subject, relation.prompt, target_new, true, relation.name, between=" "),
-        paraphrase_prompts=tuple(fill(template, subject) for template in paraphrases),
-        neighborhood_prompts=tuple(_neighbors(templates, others)),
+        paraphrase_prompts=tuple(fill(template, subject) for template in paraphrases[:2]),
+        neighborhood_prompts=tuple(_neighbors([relation.prompt, *paraphrases], others)),
         generation_prompts=tuple(fill(template, subject) for template in relation.generation),
     )
 
 
 def _neighbors(templates: list[str], others: list[str]) -> Iterator[str]:
-    """Up to ten prompts, about one other subject each; about fewer than five, five prompts, each
-    with the next template, so that no two are equal."""
+    """Up to ten prompts, each about another subject, in the words of the first template, which are
+    those of the edit; of fewer than five subjects, five prompts, also with the next templates."""
     for number in range(min(max(len(others), 5), 10)):
         turn, index = divmod(number, len(others))
-        yield fill(templates[(turn + index) % len(templates)], others[index])
+        yield fill(templates[turn], others[index])
 
 
 def _ranked(candidates: Iterable[str], *key: str) -> list[str]:
