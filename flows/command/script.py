@@ -21,7 +21,14 @@ from flows.command.parameters import Parameters, read_parameters
 from flows.service.run_lock import alone
 from memit.errors import MemitError, ResourceError, UnreachableError
 from memit.redaction import redacted
-from tasks.engine.signals import GO_ON, INTERRUPTED, TERMINATED, exit_now, exit_on_signal
+from tasks.engine.signals import (
+    GO_ON,
+    INTERRUPTED,
+    TERMINATED,
+    exit_now,
+    exit_on_signal,
+    resend_swallowed,
+)
 
 PARAMETERS = "MEMIT_PARAMS"
 """Environment variable with a file to take instead of `params.yaml`."""
@@ -43,7 +50,7 @@ def given_parameters() -> Parameters:
     # Prefect marks its run as crashed and then calls the handler that was set before its own.
     signal.signal(signal.SIGTERM, lambda *_: exit_now(TERMINATED))
     sys.excepthook = _without_trace
-    sys.unraisablehook = _not_swallowed
+    resend_swallowed()
     return reporting(lambda: read_parameters(Path(os.environ.get(PARAMETERS) or "params.yaml")))
 
 
@@ -54,14 +61,6 @@ def _without_trace(
     if issubclass(kind, KeyboardInterrupt):
         exit_now(INTERRUPTED)
     sys.__excepthook__(kind, error, trace)
-
-
-def _not_swallowed(error: sys.UnraisableHookArgs) -> None:
-    """Ctrl-C ends the process also where Python would print it and go on: in a callback of its
-    garbage collector."""
-    if issubclass(error.exc_type, KeyboardInterrupt):
-        exit_now(INTERRUPTED)
-    sys.__unraisablehook__(error)
 
 
 def run_flow(

@@ -25,6 +25,7 @@ from tasks.engine.hub import open_model
 from tasks.engine.loaded_model import ModelReference, token_budget
 from tasks.engine.progress import gather
 from tasks.engine.results import PREFIXES_FILE, REQUESTS_FILE, Manifest, finish_step, upstream
+from tasks.engine.signals import resend_swallowed
 from tasks.engine.workers import mapping_over, scatter, thread_runner
 
 Item = TypeVar("Item")
@@ -178,6 +179,7 @@ def chain(
 
     def decorate(work: Callable[[Parameters], None]) -> Flow[[Parameters], None]:
         def body(parameters: Parameters) -> None:
+            resend_swallowed()
             if not isinstance(parameters, Parameters):
                 parameters = complete_parameters(parameters)
                 check(parameters)

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 INTERRUPTED = 130
@@ -49,6 +50,21 @@ def exit_on_signal() -> None:
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(reader, writer), daemon=True).start()
+
+
+def resend_swallowed() -> None:
+    """Let Ctrl-C and SIGTERM count also where Python prints what their handler raises and goes on: in
+    a destructor or a callback of the garbage collector. They are sent once more."""
+    sys.unraisablehook = _resend
+
+
+def _resend(error: sys.UnraisableHookArgs) -> None:
+    raised = {"KeyboardInterrupt": signal.SIGINT, "TerminationSignal": signal.SIGTERM}
+    number = raised.get(error.exc_type.__name__)
+    if number is None:
+        sys.__unraisablehook__(error)
+    else:
+        _in_daemon_thread(0.05, partial(os.kill, os.getpid()), number)
 
 
 def _listen(reader: socket.socket, writer: socket.socket) -> None:

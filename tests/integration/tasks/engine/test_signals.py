@@ -37,3 +37,27 @@ def test_a_process_ends_whose_handler_does_not_end_it(sent: signal.Signals, stat
     assert process.returncode == status
     assert time.monotonic() - asked < PATIENCE + 10
     assert GO_ON in said
+
+
+SWALLOWING = """
+import signal, sys, time
+from tasks.engine.signals import resend_swallowed
+
+class Last:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+resend_swallowed()
+try:
+    Last()
+    time.sleep(30)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+
+
+def test_a_signal_that_python_swallows_is_sent_again() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", SWALLOWING], capture_output=True, text=True, timeout=25, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (7, "")
