@@ -53,8 +53,8 @@ def exit_on_signal() -> None:
 
 
 def resend_swallowed() -> None:
-    """Let Ctrl-C and SIGTERM count also where Python prints what their handler raises and goes on: in
-    a destructor or a callback of the garbage collector. They are sent once more."""
+    """Send Ctrl-C and SIGTERM once more where Python prints what their handler raises and goes on:
+    in a destructor or a callback of the garbage collector."""
     sys.unraisablehook = _resend
 
 
