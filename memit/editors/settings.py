@@ -39,7 +39,7 @@ class MendSettings:
 
 
 def mend_preset(model_name: str) -> MendSettings:
-    """Settings for a model: those of the embedded default for the synthetic one, whose network is a
+    """Settings for a model: those of `params/world.yaml` for the synthetic one, whose network is a
     thousandth of the size and learns faster; else the published ones."""
     if model_name != "synthetic":
         return MendSettings()

@@ -1,1 +1,1 @@
-"""The embedded default: a synthetic world and the small model that knows it."""
+"""A synthetic world and the small model that knows it, for tests and controlled studies."""

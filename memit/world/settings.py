@@ -12,7 +12,7 @@ from memit.world.relations import RELATIONS
 
 @dataclass(frozen=True)
 class WorldParameters:
-    """How large a world is; the defaults are those of the embedded experiment."""
+    """How large a world is; the defaults are those of `params/world.yaml`."""
 
     seed: Seed = 0
     """Everything is drawn from it."""
@@ -41,7 +41,7 @@ class WorldParameters:
 
 @dataclass(frozen=True)
 class TrainingParameters:
-    """Shape and schedule of the small model; the defaults are those of the embedded experiment."""
+    """Shape and schedule of the small model; the defaults are those of `params/world.yaml`."""
 
     seed: Seed = 0
     """Of the initial weights and of the order of the documents."""
