@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import count as counter
 from typing import Any
 
 import numpy as np
@@ -193,12 +194,8 @@ def read_references(file: Artifact) -> References:
 
 def examples(records: Sequence[Record], count: int) -> list[Record]:
     """`count` records, of different relations where there are so many."""
-    turns = Counter[str]()
-    order = []
-    for index, record in enumerate(records):
-        order.append((turns[record.request.fact[1]], index))
-        turns[record.request.fact[1]] += 1
-    return [records[index] for _, index in sorted(order)[:count]]
+    turns: defaultdict[str, Iterator[int]] = defaultdict(counter)
+    return sorted(records, key=lambda record: next(turns[record.request.fact[1]]))[:count]
 
 
 def having_prompts(records: Sequence[Record], most: int | None) -> list[Record]:

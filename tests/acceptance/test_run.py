@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import sys
@@ -56,6 +57,10 @@ def test_it_leaves_results_that_belong_together(finished: Project) -> None:
     assert "| Efficacy ES |" in (finished.path / "report" / "results.md").read_text()
     facts = (finished.path / "evaluation" / "facts.csv").read_text().splitlines()
     assert len(facts) == 9
+    with open(finished.path / "evaluation" / "answers.csv", newline="") as file:
+        answers = list(csv.DictReader(file))
+    assert len([row for row in answers if row["kind"] == "rewrite"]) == 5
+    assert all(row["prompt"] and row["answer_before"] and row["answer_after"] for row in answers)
 
 
 def test_dvc_and_git_have_nothing_to_do_after_it(finished: Project) -> None:

@@ -26,7 +26,14 @@ from tasks.edit import Method, MethodEdit, changed_weights, describe_edit, edit_
 from tasks.engine.artifacts import Artifact, describe, write_file
 from tasks.engine.edited_model import with_edit
 from tasks.engine.loaded_model import ModelReference, loaded
-from tasks.evaluation import described_edit, measure_perplexity, metrics_of, read_table, score_piece
+from tasks.evaluation import (
+    described_edit,
+    examples,
+    measure_perplexity,
+    metrics_of,
+    read_table,
+    score_piece,
+)
 from tasks.model import describe_model
 from tasks.prefixes import draw_prefixes
 from tasks.requests import choose_requests
@@ -335,6 +342,16 @@ def test_perplexity_and_prefixes_are_the_models_own(
     assert len(prefixes) == 5
     assert prefixes == draw_prefixes.fn(reference, 3).prefixes
     assert prefixes != draw_prefixes.fn(reference, 4).prefixes
+
+
+def test_examples_are_of_different_relations_as_long_as_there_are_some() -> None:
+    relations = ["a", "a", "b", "a", "c", "b"]
+    records = [
+        Record(case, EditRequest("Ada", "{} lives in", "Rome", "Paris", relation))
+        for case, relation in enumerate(relations)
+    ]
+    assert [record.case_id for record in examples(records, 4)] == [0, 2, 4, 1]
+    assert len(examples(records, 9)) == 6
 
 
 def test_requests_are_sampled_checked_and_completed(
