@@ -61,7 +61,7 @@ def write_report(
     for path in FIGURES:
         write_text(path, figures[path.stem])
     write_text(PAGE_FILE, render(results))
-    write_text(TABLE_FILE, markdown(metrics, timings, edit["dropped"]))
+    write_text(TABLE_FILE, markdown(metrics, timings, edit["dropped"], edit.get("notes", ())))
     write_json(TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
 
 
@@ -90,14 +90,17 @@ def markdown(
     metrics: Mapping[str, Any],
     timings: Mapping[str, Cost],
     dropped: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
 ) -> str:
-    """The results as a Markdown page; `dropped` are edits that could not be written."""
+    """The results as a Markdown page; `dropped` are edits that could not be written, and `notes`
+    say where settings come from."""
     edit = metrics["edit"]
     lines = [
         "# Results",
         "",
         f"{edit['count']} edits in layers {', '.join(map(str, edit['layers']))}.",
         "",
+        *(line for note in notes for line in (escaped(note), "")),
     ]
     if dropped:
         lines += [

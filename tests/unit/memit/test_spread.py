@@ -231,6 +231,17 @@ def test_edit_that_never_fits_is_an_error():
     assert torch.equal(lm.weight(1), before)
 
 
+def test_an_edit_that_moves_away_from_its_targets_is_not_kept():
+    """Blocks that turn their MLP's output round take the update in the wrong direction."""
+    lm = build("llama")
+    before = lm.weight(1).clone()
+    for layer in LAYERS:
+        lm.down_projection(layer).register_forward_hook(lambda _module, _args, output: -output)
+    with pytest.raises(NumericsError, match=r"edit\.layers"):
+        _spread(lm, "llama")
+    assert torch.equal(lm.weight(1), before)
+
+
 def test_bfloat16_weights_are_given_back_to_the_bit():
     lm = build("llama")
     lm.model.bfloat16()
