@@ -10,7 +10,7 @@ import torch
 
 from memit import layer_walk as walk
 from memit import reference as oracle
-from memit.errors import ResourceError
+from memit.errors import NumericsError, ResourceError
 from memit.second_moment import SecondMoment
 from memit.spread import Spread, spread
 from tests.families import LAYERS, PREFIXES
