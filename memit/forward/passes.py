@@ -151,6 +151,18 @@ def reading_module(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def entering_block(lm: LanguageModel, layer: int) -> Iterator[list[Tensor]]:
+    """Collect the hidden states that enter a block, one tensor for each run of it."""
+    found: list[Tensor] = []
+
+    def read(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    with lm.blocks[layer].register_forward_pre_hook(read, with_kwargs=True):
+        yield found
+
+
+@contextmanager
 def mlp_at(lm: LanguageModel, layer: int, rows: Tensor, columns: Tensor) -> Iterator[list[Tensor]]:
     """Run a block's MLP at chosen positions only, where nothing reads the others.
 
