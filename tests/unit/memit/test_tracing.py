@@ -18,6 +18,7 @@ from memit.tracing import (
     PARTS,
     RUNS,
     TracedPrompt,
+    critical_layers,
     embedding_deviation,
     everywhere,
     trace,
@@ -157,3 +158,10 @@ def test_every_token_from_the_subject_on_has_one_part():
     assert [each.restored for each in everywhere(prompt)] == list(range(2, 9))
     short = TracedPrompt((5, 6), range(1, 2), 1)
     assert [each.part for each in everywhere(short)] == ["last subject token"]
+
+
+def test_critical_layers_are_around_the_largest_gap():
+    severed = [0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+    assert critical_layers([0.4, 0.2, 0.32, 0.5, 0.31, 0.1], severed) == range(2, 5)
+    assert critical_layers([0.5, 0.4, 0.1, 0.4, 0.1, 0.1], severed) == range(2)
+    assert critical_layers([0.1, 0.1, 0.1, 0.1, 0.1, 0.5], severed) == range(5, 6)
