@@ -159,7 +159,7 @@ def trace(
     """
     lm.check_layers(tuple(range(lm.depth)))
     clean, noised = torch.zeros(2, len(prompts))
-    restored = {kind: torch.zeros(len(prompts), lm.depth) for kind in kinds}
+    restored: dict[Kind, Tensor] = {kind: torch.zeros(len(prompts), lm.depth) for kind in kinds}
     for indices, runs in run_in_batches(
         sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids)),
         lambda index: (RUNS, len(prompts[index].ids)),

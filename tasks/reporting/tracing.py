@@ -8,9 +8,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pyarrow
-import pyarrow.compute as compute
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pyarrow.compute import field
 
 from memit.tracing import KINDS, PARTS, Kind, critical_layers
 from tasks.reporting.figures import ACCENT, AFTER, BEFORE, STYLE, save_figure, set_style
@@ -34,8 +34,8 @@ def effects(traces: pyarrow.Table) -> dict[str, Any]:
     critical = critical_layers(found["state"][0].tolist(), found["severed"][0].tolist())
     return {
         "facts": len(set(last["case_id"].to_pylist())),
-        "clean": round(float(compute.mean(last["clean"]).as_py()), DECIMALS),
-        "noised": round(float(compute.mean(last["noised"]).as_py()), DECIMALS),
+        "clean": round(float(last["clean"].to_numpy().mean()), DECIMALS),
+        "noised": round(float(last["noised"].to_numpy().mean()), DECIMALS),
         "effects": {
             kind: {
                 "mean": np.round(mean, DECIMALS).tolist(),
@@ -50,8 +50,8 @@ def effects(traces: pyarrow.Table) -> dict[str, Any]:
 @matplotlib.rc_context(STYLE)
 def draw_tracing(traces: pyarrow.Table, path: Path) -> None:
     """Effects by layer at the subject's last token, and maps of tokens × layers."""
-    mapped = traces.filter(traces["mapped"])
-    maps = [kind for kind in KINDS if kind in mapped["kind"].to_pylist()]
+    mapped = traces.filter(field("mapped"))
+    maps: list[Kind] = [kind for kind in KINDS if kind in mapped["kind"].to_pylist()]
     figure = Figure(figsize=(4.2 + 3.8 * len(maps), 3.4), dpi=140, layout="constrained")
     panels = figure.subplots(1, 1 + len(maps), squeeze=False)[0]
     last = _last(traces)
@@ -80,14 +80,18 @@ def _draw_layers(axes: Axes, last: pyarrow.Table) -> None:
 
 
 def _last(traces: pyarrow.Table) -> pyarrow.Table:
-    return traces.filter(compute.invert(traces["mapped"]))
+    return traces.filter(~field("mapped"))
+
+
+def _depth(traces: pyarrow.Table) -> int:
+    return 1 + int(traces["layer"].to_numpy().max())
 
 
 def _effects(table: pyarrow.Table, kind: str) -> np.ndarray:
     """What each restored state of a kind adds (traced tokens × layers)."""
-    chosen = table.filter(compute.equal(table["kind"], kind))
+    chosen = table.filter(field("kind") == kind)
     added = chosen["restored"].to_numpy() - chosen["noised"].to_numpy()
-    return added.reshape(-1, 1 + compute.max(chosen["layer"]).as_py())  # layers are in order
+    return added.reshape(-1, _depth(table))  # layers are in order
 
 
 def _by_layer(table: pyarrow.Table, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +103,6 @@ def _by_layer(table: pyarrow.Table, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _map(table: pyarrow.Table, kind: str) -> np.ndarray:
     """Mean effect in each part of the prompt (parts × layers); NaN where no prompt has it."""
-    parts = {part: table.filter(compute.equal(table["part"], part)) for part in PARTS}
-    width = 1 + compute.max(table["layer"]).as_py()
-    nothing = np.full(width, np.nan)
+    parts = {part: table.filter(field("part") == part) for part in PARTS}
+    nothing = np.full(_depth(table), np.nan)
     return np.stack([_effects(p, kind).mean(0) if len(p) else nothing for p in parts.values()])
