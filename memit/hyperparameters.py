@@ -27,7 +27,10 @@ class Hyperparameters:
     evaluations: Annotated[int, Range(1, 10_000)] = 25
     """Most evaluations of the loss for a target; one fewer updates."""
     learning_rate: Positive = 0.5
-    """Adam's step size for δ."""
+    """Adam's step size for δ, in units of `rate_unit`."""
+    rate_unit: Literal["absolute", "relative"] = "absolute"
+    """`absolute`: the units of h; `relative`: the root mean square of h's numbers, of which models
+    of different families differ a hundredfold."""
     clamp_factor: Positive = 0.75
     """δ is kept within this multiple of ‖h‖."""
     weight_decay: Weight = 0.5
