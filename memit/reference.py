@@ -236,12 +236,19 @@ def target(model, tokenizer, fact, prefixes, settings) -> Target:
             losses.append(loss.item())
             if loss < settings.loss_threshold or evaluation == settings.evaluations - 1:
                 break
+            if settings.rate_unit == "relative":
+                optimizer.param_groups[0]["lr"] = settings.learning_rate * rms(h)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             with torch.no_grad():  # back into the ball ‖δ‖ ≤ clamp · ‖h‖
                 delta.mul_((settings.clamp_factor * h.norm() / delta.norm()).clamp(max=1))
     return Target(seen["h"] + delta.detach(), seen["h"], losses)
+
+
+def rms(h: Tensor) -> float:
+    """Root mean square of some numbers."""
+    return h.square().mean().sqrt().item()
 
 
 def nll(logits: Tensor, r: Row) -> Tensor:

@@ -38,9 +38,6 @@ from memit.language_model import LanguageModel
 from memit.positions import MarkedText, TokenRow, locate, mark
 from memit.requests import EditRequest
 
-import os
-SQUARED = os.environ.get("SQUARED") == "1"
-SET = os.environ.get("SET") == "1"
 logger = logging.getLogger(__name__)
 
 KL_TEMPLATE = "{} is a"
@@ -275,7 +272,6 @@ class _Batch:
     """Its weight in the mean over an edit's rows of the mean over a row's tokens (k)."""
     essence_row: Tensor
     """The row whose logits at δ's position must not drift (edits)."""
-    base: Tensor
     initial: Tensor | None
     """log p there for δ = 0 (edits × vocabulary), known after the first evaluation."""
 
@@ -297,7 +293,6 @@ class _Batch:
             target_id=self.target_id[scored],
             target_weight=self.target_weight[scored],
             essence_row=new_row[self.essence_row[going]],
-            base=self.base[rows],
             initial=self.initial[going],
         )
 
@@ -368,10 +363,7 @@ def _losses(
     current = torch.log_softmax(logits[scored:], dim=-1)
     initial = current.detach() if batch.initial is None else batch.initial
     divergence = (current.exp() * (current - initial)).sum(-1)
-    if SQUARED:
-        decay = (delta.norm(dim=2) ** 2 / norm**2).mean(1)
-    else:
-        decay = (delta.norm(dim=2) / norm**2).sum(1)  # ‖δ‖ / ‖h‖²
+    decay = (delta.norm(dim=2) / norm**2).sum(1)  # ‖δ‖ / ‖h‖²
     return (
         total + hyperparameters.kl_factor * divergence + hyperparameters.weight_decay * decay,
         initial,
@@ -389,8 +381,7 @@ def _logits(lm: LanguageModel, batch: _Batch, delta: Tensor, site: Site) -> Tens
     def add(states: Tensor, part: int = 0) -> Tensor:
         at = flat.to(states.device)
         rows = states.reshape(-1, states.shape[-1])
-        old = batch.base[:, part] if SET and part else rows[at].float()
-        new = (old + moved[:, part].to(states.device)).to(states.dtype)
+        new = (rows[at].float() + moved[:, part].to(states.device)).to(states.dtype)
         return rows.index_put((at,), new).reshape(states.shape)
 
     hidden = batch.hidden
@@ -399,7 +390,7 @@ def _logits(lm: LanguageModel, batch: _Batch, delta: Tensor, site: Site) -> Tens
             hidden = add(hidden)  # δ goes into what enters the first block that runs
             stack.enter_context(recomputing(lm, site.first))
         else:
-            stack.enter_context(recomputing(lm, site.layers[0] + 1))
+            stack.enter_context(recomputing(lm, site.layers[-1] + 1))
             for part, module in enumerate(site.modules(lm)):
                 stack.enter_context(changing_module(module, partial(add, part=part)))
         return logits_at(
@@ -429,8 +420,6 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
     # rows × tokens, so the position is counted over both.
     plain = torch.tensor(starts, device=device)
     flat = plain * padded.ids.shape[1] + last[plain]
-    every = torch.arange(len(rows)) * padded.ids.shape[1] + last
-    base = torch.stack([_rows_at(found[0], every).to(device) for found in outputs], 1)
     hidden = torch.stack([_rows_at(found[0], flat).to(device) for found in outputs], 1)
     # Resumed rows begin at the subject's last token: their columns shift by as much.
     offset = last if resumed else torch.zeros_like(last)
@@ -455,7 +444,6 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
         target_weight=target_weight,
         essence_row=torch.tensor(essence, device=device),
         initial=None,
-        base=base,
     )
     return batch, hidden
 
