@@ -303,13 +303,14 @@ def spread(
     model, tokenizer, facts, prefixes, z: Tensor, C: Mapping[int, Tensor], settings
 ) -> dict[int, LayerUpdate]:
     """Lines 5-15: the update of each layer, for targets z (n × d); the weights are restored."""
+    factor = getattr(model.config, "residual_multiplier", 1.0)  # of W_out's output, in Granite
     updates: dict[int, LayerUpdate] = {}
     for layer in settings.layers:
         with edited(model, updates):  # the lower layers' updates are in place
             pairs = [key_and_hidden(model, tokenizer, f, prefixes, layer, settings) for f in facts]
         K = torch.stack([k for k, _ in pairs], 1)
         h = torch.stack([h for _, h in pairs], 1)
-        R = (z.T - h) / (len(settings.layers) - len(updates))  # Eqn. 20
+        R = (z.T - h) / (len(settings.layers) - len(updates)) / factor  # Eqn. 20
         updates[layer] = LayerUpdate(K, R, update(K, R, C[layer], settings).to(K.dtype))
     return updates
 
