@@ -313,6 +313,7 @@ def _optimise(
     optimizer = torch.optim.Adam([steps], lr=hyperparameters.learning_rate)
     active = torch.arange(len(edits), device=hidden.device)
     broken = torch.zeros(len(edits), dtype=torch.bool, device=hidden.device)
+    chosen = torch.zeros(len(edits), dtype=torch.long, device=hidden.device)
     for evaluation in range(hyperparameters.evaluations):
         delta = steps[active] * unit[active]
         logits = _logits(lm, batch, delta, site)
@@ -320,6 +321,9 @@ def _optimise(
         history[active, evaluation] = losses.detach()
         broken[active] = ~torch.isfinite(losses.detach())
         going = losses.detach() >= hyperparameters.loss_threshold  # False for NaN too
+        if hyperparameters.argmax_stop:
+            chosen[active] += _is_argmax(batch, logits, len(active))
+            going &= chosen[active] < hyperparameters.argmax_stop
         if evaluation == hyperparameters.evaluations - 1 or not bool(going.any()):
             break
         optimizer.zero_grad()
@@ -347,6 +351,14 @@ def _update(optimizer: torch.optim.Adam, steps: Tensor, active: Tensor, limit: T
     # δ · min(1, limit / ‖δ‖)
     steps.mul_((limit / steps.norm(dim=2).clamp(min=1e-30)).clamp(max=1.0)[:, :, None])
     steps[stopped] = frozen
+
+
+@torch.no_grad()
+def _is_argmax(batch: _Batch, logits: Tensor, edits: int) -> Tensor:
+    """Whether an edit's target tokens are the most likely ones at all scored positions (edits)."""
+    missed = logits[: len(batch.target_id)].argmax(-1) != batch.target_id
+    misses = torch.zeros(edits, device=logits.device)
+    return misses.index_add(0, batch.edit[batch.target_row], missed.float()) == 0
 
 
 def _losses(
