@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from memit.forward.key_values import KeyValues, Recorder
 from memit.language_model import LanguageModel
 
+WORTH_PACKING = 0.9
+"""Above this share of real positions, leaving out the others costs as much as it saves."""
+
 
 @dataclass(frozen=True)
 class Padded:
@@ -201,6 +204,18 @@ def mlp_at(lm: LanguageModel, layer: int, rows: Tensor, columns: Tensor) -> Iter
         yield chosen
 
 
+@contextmanager
+def _without_padding(lm: LanguageModel, padded: Padded, layers: Iterable[int]) -> Iterator[None]:
+    """Run the MLPs of some blocks at real positions only, if enough positions are padding: most of
+    the work is there, and no position reads another one's MLP."""
+    rows, columns = padded.mask.nonzero(as_tuple=True)
+    with ExitStack() as stack:
+        if len(rows) < WORTH_PACKING * padded.mask.numel():
+            for layer in layers:
+                stack.enter_context(mlp_at(lm, layer, rows, columns))
+        yield
+
+
 # --- passes ----------------------------------------------------------------------------------
 
 
@@ -292,6 +307,7 @@ def logits_at(
         if hidden is not None:
             stack.enter_context(_starting_at(lm, start, hidden))
         stack.enter_context(lm.head.register_forward_pre_hook(choose))
+        stack.enter_context(_without_padding(lm, padded, range(start, lm.depth - 1)))
         stack.enter_context(mlp_at(lm, lm.depth - 1, rows, columns))
         output = lm.model(**_inputs(lm, padded, hidden, before, recorder))
     return output.logits[0].float()
