@@ -18,6 +18,8 @@ Positive = Annotated[float, Range(0, 1e12, exclusive=True)]
 Weight = Annotated[float, Range(0, 1e12)]
 GPT_J_BLOCKS = 28
 """The depth of the model whose layers others without a preset take, at the same relative depth."""
+RELATIVE_RATE = 0.1
+"""Step size for models without a preset, in units of the rms of h: 0.08 is SmolLM2-135M's 0.5."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class Hyperparameters:
     evaluations: Annotated[int, Range(1, 10_000)] = 25
     """Most evaluations of the loss for a target; one fewer updates."""
     learning_rate: Positive = 0.5
-    """Adam's step size for δ."""
+    """Adam's step size for δ, in units of `rate_unit`."""
+    rate_unit: Literal["absolute", "relative"] = "absolute"
+    """`absolute`: the units of h; `relative`: the root mean square of h's numbers, of which models
+    of different families differ a hundredfold."""
     clamp_factor: Positive = 0.75
     """δ is kept within this multiple of ‖h‖."""
     weight_decay: Weight = 0.5
@@ -122,7 +127,8 @@ def preset(model_name: str, shape: ModelShape) -> Hyperparameters:
     if known is not None:
         return known.settings
     general = next(one for one in presets() if "gpt-j-6b" in one.models).settings
-    return replace(general, layers=_layers_at_depth(general.layers, shape.depth))
+    layers = _layers_at_depth(general.layers, shape.depth)
+    return replace(general, layers=layers, learning_rate=RELATIVE_RATE, rate_unit="relative")
 
 
 def _layers_at_depth(layers: Sequence[int], depth: int) -> tuple[int, ...]:
