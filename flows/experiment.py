@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from prefect import Flow
 from prefect.artifacts import create_table_artifact
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -95,8 +96,10 @@ def show_results(seconds: float) -> None:
         title_justify="left",
         caption=f"{metrics['after']['records']} records, {seconds:.0f} s",
         caption_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
     )
-    for name in ("", "before", "after", "strict before", "strict after"):
+    for name in ("", "before", "after", "strict\nbefore", "strict\nafter"):
         table.add_column(name, justify="right" if name else "left")
     table.add_column("")
     for row in rows(metrics):

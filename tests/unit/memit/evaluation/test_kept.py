@@ -33,7 +33,7 @@ def literal(lm: LanguageModel, prompt: str) -> tuple[torch.Tensor, str]:
         first = logits.softmax(-1) if first is None else first
         row.append(int(logits.argmax()))
     assert first is not None
-    whole, start = (lm.tokenizer.decode(r, skip_special_tokens=True) for r in (row, ids))
+    whole, start = (str(lm.tokenizer.decode(r, skip_special_tokens=True)) for r in (row, ids))
     return first, whole.removeprefix(start)
 
 
