@@ -19,8 +19,8 @@ FAR = 0.3
 
 def verdict(facts: pyarrow.Table, edit: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
     """Sentences about a run, out of `facts.csv`, `edit.json` and `metrics.json`: how many facts the
-    model says (argmax), which it does not and what to change, what is alarming, what is missing, and
-    where settings come from that nobody has checked."""
+    model says (argmax), which it does not and what to change, what is alarming, what is missing,
+    and which settings nobody has checked."""
     missed = [fact for fact in facts.to_pylist() if not fact["answered"]]
     said = f"{len(facts) - len(missed)} of {len(facts)} facts are said"
     if not missed:
