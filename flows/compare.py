@@ -23,7 +23,7 @@ from flows.evaluation import Measured, held_out_text, measure, references_of
 from flows.report import log
 from flows.requests import split_source
 from flows.service.dvc_lock import origin
-from flows.service.step import Run, step
+from flows.service.step import Run, chunks, step
 from flows.statistics import collect_layers
 from flows.targets import optimise
 from memit.editors.mend import Mend
@@ -198,7 +198,9 @@ def shared_targets(setup: Setup, method: Method, records: Sequence[Record]) -> S
     hyperparameters = method.editor.target_hyperparameters
     if hyperparameters is None:
         return None
-    pieces = optimise(setup.run, [record.request for record in records], hyperparameters)
+    requests = [record.request for record in records]
+    size = setup.run.parameters.targets.requests_per_piece
+    pieces = optimise(setup.run, chunks(requests, size), hyperparameters)
     rows = {record.case_id: row for row, record in enumerate(records)}
     return SharedTargets(rows, pieces)
 

@@ -18,7 +18,7 @@ from prefect import Task
 
 from flows.command.parameters import Parameters
 from flows.requests import records_source
-from flows.service.step import Run, chunks, step
+from flows.service.step import Run, chunks, steady_chunks, step
 from flows.statistics import corpus_of
 from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
 from memit.evaluation.generations import SCHEMA
@@ -140,7 +140,7 @@ def measure(
         "edit": edit,
         "token_budget": run.token_budget(section.token_budget),
     }
-    scored = run.map("prompts", score, chunks(asked, section.prompts_per_piece), **shared)
+    scored = run.map("prompts", score, steady_chunks(asked, section.prompts_per_piece), **shared)
     texts = run.map(
         "texts",
         write_piece,
@@ -171,7 +171,8 @@ def _write_answers(run: Run) -> None:
 
 def _write_tables(run: Run, before: Measured, after: Measured) -> None:
     prompts = before_and_after(before.prompts, after.prompts)
-    facts = facts_table(before.prompts, after.prompts)
+    origins = {record.case_id: record.origin.given for record in run.records}
+    facts = facts_table(before.prompts, after.prompts, origins)
     texts = before_and_after(before.texts, after.texts)
     run.write(PROMPTS_FILE, lambda path: pyarrow.parquet.write_table(prompts, path))
     run.write(FACTS_FILE, lambda path: pyarrow.csv.write_csv(facts, path))

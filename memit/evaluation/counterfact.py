@@ -155,18 +155,24 @@ def before_and_after(before: pa.Table, after: pa.Table) -> pa.Table:
     return joined
 
 
-def facts_table(before: pa.Table, after: pa.Table) -> pa.Table:
+def facts_table(
+    before: pa.Table, after: pa.Table, origins: Mapping[int, Mapping[str, str]] | None = None
+) -> pa.Table:
     """The outcome of each fact, one row for each record in the order of the tables.
 
     `took` and `generalised`: the new object is preferred after the edit on all rewrite prompts or
     paraphrases (where no true object is known: the model gives it). `hurt` counts the neighbourhood
     prompts that were right before and are no longer, and `hurt_prompts` lists them, separated by
-    ` | `. Unknown values are null.
+    ` | `. Unknown values are null. What the `origins` of some cases give is in columns of its own.
     """
     cases: dict[int, list[tuple[dict, dict]]] = {}
     for was, now in zip(before.to_pylist(), after.to_pylist(), strict=True):
         cases.setdefault(was["case_id"], []).append((was, now))
-    return pa.Table.from_pylist([_fact(pairs) for pairs in cases.values()], schema=_FACTS)
+    table = pa.Table.from_pylist([_fact(pairs) for pairs in cases.values()], schema=_FACTS)
+    given = [(origins or {}).get(case, {}) for case in cases]
+    for name in sorted({name for origin in given for name in origin}):
+        table = table.append_column(name, pa.array([origin.get(name) for origin in given]))
+    return table
 
 
 _FACTS = pa.schema(

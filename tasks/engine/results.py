@@ -40,6 +40,7 @@ STATISTICS = Path("artifacts/statistics")
 STATISTICS_FILE = STATISTICS / "statistics.json"
 HELD_OUT_FILE = STATISTICS / "held_out.parquet"
 TARGETS_FILE = Path("artifacts/targets.safetensors")
+STORED_TARGETS_FILE = Path("artifacts/stored_targets.safetensors")
 EDIT = Path("artifacts/edit")
 DELTA_FILE = EDIT / "delta.safetensors"
 EDITED_WEIGHTS_FILE = EDIT / "weights.safetensors"

@@ -137,7 +137,9 @@ def test_an_object_follows_the_line_break_of_a_chat(family: str, tmp_path: Path)
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "llama", "llama2", "llama3", "gemma2", "opt"])
 def test_a_space_behind_a_prompt_changes_no_token(family: str, tmp_path: Path):
     lm = build(family)
-    clean, slipped = facts(tmp_path, {"prompt": "{} lives in"}, {"prompt": "  {} lives in  "})
+    ((clean,), (slipped,)) = (
+        facts(tmp_path, {"prompt": prompt}) for prompt in ("{} lives in", "  {} lives in  ")
+    )
     by_hand = EditRequest("Paul", "{} lives in ", "Rome")
     rows = plain_rows(lm, [clean.request, slipped.request, by_hand])
     assert rows[0] == rows[1] == rows[2]
