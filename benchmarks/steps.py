@@ -40,9 +40,10 @@ from memit.evaluation.counterfact import prompts_of, score_prompts
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.positions import continuation_rows
+from memit.quadratic import Quadratic, solve
 from memit.requests import EditRequest, Record
 from memit.second_moment import SecondMoment, collect_second_moments
-from memit.spread import solve, spread
+from memit.spread import spread
 from memit.targets import compute_targets
 
 ROWS = PREFIXES + 1
@@ -158,7 +159,7 @@ def spread_step(bench: Bench, count: int, repeats: int = 3) -> dict:
     """Seconds of the whole spread over all layers."""
     requests, prefixes = make_requests(bench.shape, count), make_prefixes(bench.shape)
     z = torch.randn(count, bench.lm.width, generator=torch.Generator().manual_seed(6))
-    moments = random_moments(bench)
+    moments, weight = random_moments(bench), bench.hyperparameters.covariance_weight
 
     def run() -> None:
         spread(
@@ -166,7 +167,7 @@ def spread_step(bench: Bench, count: int, repeats: int = 3) -> dict:
             requests,
             prefixes,
             z,
-            moments,
+            lambda layer: Quadratic(moments[layer], weight),
             bench.hyperparameters,
             token_budget=bench.token_budget,
             held_bytes=(1 << 25) if bench.device == "cpu" else (1 << 34),
@@ -197,7 +198,8 @@ def solve_step(bench: Bench, count: int) -> float:
     moment = random_moments(bench)[bench.shape.layers[0]]
     K = torch.randn(bench.lm.inner_width, count, device=bench.device, dtype=torch.float64)
     R = torch.randn(bench.lm.width, count, device=bench.device, dtype=torch.float64)
-    return timed(lambda: solve(K, R, moment, bench.shape.covariance_weight, "x"), bench.device)
+    quadratic = Quadratic(moment, bench.shape.covariance_weight)
+    return timed(lambda: solve(K, R, quadratic, "x"), bench.device)
 
 
 # --- covariance ------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from flows.command.parameters import Parameters
+from flows.command.parameters import Parameters, RequestsSection
 from flows.command.script import console
 from flows.service.step import Run, step
 from tasks.engine.artifacts import Artifact, describe
 from tasks.engine.results import REQUESTS_FILE, WORLD
 from tasks.requests import (
+    ChosenRequests,
     Source,
     Split,
     choose_requests,
@@ -28,8 +29,10 @@ def requests(run: Run) -> None:
     section = run.parameters.requests
     source, file = records_source(run.parameters)
     chosen = run.compute(
-        choose_requests, source, file, section.count, section.seed, run.model, section.only_known
+        choose_requests, source, file, section.wanted, section.seed, run.model, section.only_known
     )
+    if chosen.count < chosen.available:
+        console.print(_sample_note(section, chosen), soft_wrap=True)
     if chosen.weak:
         console.print("[yellow]warning:[/]", Text(chosen.weak), soft_wrap=True)
     if chosen.known_share is not None:
@@ -37,6 +40,13 @@ def requests(run: Run) -> None:
     if source == "embedded":
         run.notes["neighbors_dropped"] = chosen.neighbors_dropped
     run.copy(chosen.records, REQUESTS_FILE)
+
+
+def _sample_note(section: RequestsSection, chosen: ChosenRequests) -> str:
+    """How many of the facts that were given are edited, and which settings chose them."""
+    reasons = ["a sample (requests.count)"] if section.wanted is not None else []
+    reasons += ["those that the model knows (requests.known)"] if section.only_known else []
+    return f"  {chosen.count:,} of {chosen.available:,} facts are edited: {' of '.join(reasons)}"
 
 
 def records_source(parameters: Parameters) -> tuple[Source, Artifact]:

@@ -8,6 +8,7 @@ prefixes, a beginning-of-sequence token) are run once for all of them.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -197,6 +198,29 @@ class Walk:
         whole = torch.cat([part.to(self.lm.device) for part in parts])
         whole = whole.to(solving_device(whole.device)).double()
         return whole[edits.argsort().to(whole.device)].T
+
+
+def layer_keys(
+    lm: LanguageModel,
+    edits: Sequence[EditRows],
+    layers: Sequence[int],
+    key_average: str,
+    *,
+    token_budget: int,
+) -> dict[int, Tensor]:
+    """K of each layer (f × n, float64) in the model as it is.
+
+    A layer's key depends on the weights below it alone: after an edit these are the keys that the
+    edit was computed with, which were read with the updates of the lower layers in place.
+    """
+    keys = {}
+    with tempfile.TemporaryDirectory() as directory:
+        held = HeldStates(HELD_IN_MEMORY, Path(directory))
+        walk = Walk(lm, edits, layers[-1], token_budget, held)
+        for layer in layers:
+            walk.advance(layer)
+            keys[layer], _ = walk.read(key_average)
+    return keys
 
 
 def _common_beginning(rows: Sequence[TokenRow]) -> tuple[int, ...]:

@@ -384,9 +384,10 @@ def _fact_record(row: Any, index: int) -> Record:
     joined = str(row.get("joined")).lower()
     if joined not in _BETWEEN:
         raise InputError("'joined' is neither true nor false: write one of them.")
+    subject = check_text(_required(row, "subject"), "subject").strip()
     request = EditRequest(
-        subject=check_text(_required(row, "subject"), "subject").strip(),
-        prompt=_trimmed(check_text(_required(row, "prompt"), "prompt")),
+        subject=subject,
+        prompt=_with_slot(_trimmed(check_text(_required(row, "prompt"), "prompt")), subject),
         target_new=check_text(_required(row, "target"), "target"),
         target_true=_optional(row, "target_true", check_text),
         between=_BETWEEN[joined],
@@ -404,6 +405,13 @@ def _origin(row: Mapping[str, Any]) -> Origin:
     number = row.get("id")
     named = {**row, "id": str(number)} if type(number) is int else row
     return Origin(**{name: _optional(named, name, check_text) for name in ORIGIN_COLUMNS})
+
+
+def _with_slot(prompt: str, subject: str) -> str:
+    """A prompt with its `{}`; one that lacks it but names the subject once, in whole words, has it
+    there."""
+    slotted, mentions = re.subn(rf"(?<!\w){re.escape(subject)}(?!\w)", "{}", prompt)
+    return slotted if mentions == 1 and "{}" not in prompt else prompt
 
 
 def _trimmed(prompt: str) -> str:

@@ -17,8 +17,8 @@ from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.layer_walk import HELD_IN_MEMORY, HeldStates, Walk
 from memit.placement import solving_device
+from memit.quadratic import Quadratic, directions, solve
 from memit.requests import EditRequest
-from memit.second_moment import SecondMoment, cholesky
 from memit.targets import edit_rows
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_rounded
 
@@ -40,6 +40,8 @@ class Spread:
     """‖Δ‖ / ‖W‖ of each layer (Frobenius)."""
     residual_left: float
     """Mean ‖z_i − h_i‖ after the last update."""
+    ranks: Mapping[int, int]
+    """Number of directions that each layer's Δ could use, where its form has a basis."""
 
 
 def spread(
@@ -47,7 +49,7 @@ def spread(
     requests: Sequence[EditRequest],
     prefixes: Sequence[str],
     z: Tensor,
-    moments: Mapping[int, SecondMoment],
+    form: Callable[[int], Quadratic],
     hyperparameters: Hyperparameters,
     *,
     token_budget: int,
@@ -57,15 +59,15 @@ def spread(
 ) -> Spread:
     """Compute Δ for each layer of S so that the model's output of block L approaches z (n × d).
 
-    `moments` may load its values when they are read. Hidden states beyond `held_bytes` go to disk;
-    `observe` is called with each layer, its K (f × n) and its R (d × n). The model keeps its own
-    weights.
+    `form` gives a layer's closed form when it is needed. Hidden states beyond `held_bytes` go to
+    disk; `observe` is called with each layer, its K (f × n) and its R (d × n). The model keeps its
+    own weights.
 
     Raises:
         EditError: keys or residuals of some edits are not finite, or their share alone makes an
             update larger than `hyperparameters.largest_update`.
-        NumericsError: a second moment is not positive definite, or the model's dtype cannot hold
-            the edited weights.
+        NumericsError: a layer's form is not positive definite, or the model's dtype cannot hold the
+            edited weights.
         ResourceError: the device's memory does not hold one edit.
     """
     edits = edit_rows(lm, requests, prefixes)
@@ -75,7 +77,7 @@ def spread(
             with tempfile.TemporaryDirectory() as directory:
                 held = HeldStates(held_bytes, Path(directory))
                 walk = Walk(lm, edits, hyperparameters.layers[-1], token_budget, held)
-                return _walk_layers(walk, requests, z, moments, hyperparameters, observe, progress)
+                return _walk_layers(walk, requests, z, form, hyperparameters, observe, progress)
         except torch.OutOfMemoryError as error:
             if token_budget < MIN_TOKENS:
                 raise ResourceError(
@@ -93,7 +95,7 @@ def _walk_layers(
     walk: Walk,
     requests: Sequence[EditRequest],
     z: Tensor,
-    moments: Mapping[int, SecondMoment],
+    form: Callable[[int], Quadratic],
     hyperparameters: Hyperparameters,
     observe: Callable[[int, Tensor, Tensor], None] | None,
     progress: Callable[[int], None] | None,
@@ -104,6 +106,7 @@ def _walk_layers(
     target = z.to(solving_device(lm.device)).T.double()
     residuals: dict[int, float] = {}
     ratios: dict[int, float] = {}
+    ranks: dict[int, int] = {}
     changes: dict[str, LowRank | Dense] = {}
     for done, layer in enumerate(hyperparameters.layers):
         # K at this layer and h at L, with the updates of all lower layers in the weights.
@@ -115,7 +118,10 @@ def _walk_layers(
         _check_columns(K, R, requests, layer)
         if observe is not None:
             observe(layer, K, R)
-        change = solve(K, R, moments[layer], hyperparameters.covariance_weight, f"layer {layer}")
+        quadratic = form(layer)
+        if quadratic.basis is not None:
+            ranks[layer] = quadratic.basis.shape[1]
+        change = solve(K, R, quadratic, f"layer {layer}")
         changes[lm.weight_name(layer)] = change.transposed() if lm.is_transposed(layer) else change
         # W + Δ in float32, rounded once to the model's dtype.
         master = lm.weight(layer).float()
@@ -123,15 +129,14 @@ def _walk_layers(
         size = float(master.norm())
         ratios[layer] = float(delta.norm()) / size
         if not ratios[layer] <= hyperparameters.largest_update:  # true for NaN, too
-            raise _too_large(
-                K, R, moments[layer], requests, layer, ratios[layer], size, hyperparameters
-            )
+            limit = hyperparameters.largest_update
+            raise _too_large(K, R, quadratic, requests, layer, ratios[layer], size, limit)
         check_rounded(master + delta, lm.dtype, f"layer {layer}")
         lm.set_weight(layer, master + delta)
         if progress is not None:
             progress(1)
     left = float((target - walk.read_hidden()).norm(dim=0).mean())
-    return Spread(WeightDelta(changes, {"base": digests}), residuals, ratios, left)
+    return Spread(WeightDelta(changes, {"base": digests}), residuals, ratios, left, ranks)
 
 
 def _check_columns(K: Tensor, R: Tensor, requests: Sequence[EditRequest], layer: int) -> None:
@@ -148,25 +153,24 @@ def _check_columns(K: Tensor, R: Tensor, requests: Sequence[EditRequest], layer:
 def _too_large(
     K: Tensor,
     R: Tensor,
-    moment: SecondMoment,
+    quadratic: Quadratic,
     requests: Sequence[EditRequest],
     layer: int,
     ratio: float,
     size: float,
-    hyperparameters: Hyperparameters,
+    limit: float,
 ) -> NumericsError:
     """The error for an update above the limit. It names the edits whose own terms exceed the limit,
     or else the edit with the largest term."""
-    weight, limit = hyperparameters.covariance_weight, hyperparameters.largest_update
     way_out = (
-        f"raise edit.covariance_weight ({weight:g}), collect statistics over more text, or raise "
-        f"edit.largest_update ({limit:g})."
+        f"raise edit.covariance_weight ({quadratic.covariance_weight:g}), collect statistics over "
+        f"more text, or raise edit.largest_update ({limit:g})."
     )
     if not math.isfinite(ratio):
         return NumericsError(f"the update of layer {layer} is not finite: {way_out}")
-    # Δ = Σ r_i a_iᵀ, and edit i's term has the norm ‖r_i‖ ‖a_i‖.
+    # Δ = Σ r_i a_iᵀ (where B is 0), and edit i's term has the norm ‖r_i‖ ‖a_i‖.
     K, R = K.double(), R.double().to(K.device)
-    A = _woodbury(K, moment, weight, f"layer {layer}")
+    A = directions(K, quadratic, f"layer {layer}")
     parts = R.norm(dim=0) * A.norm(dim=0) / size
     alone = torch.nonzero(parts > limit)[:, 0].tolist()
     edits = alone or [int(parts.argmax())]
@@ -180,40 +184,3 @@ def _too_large(
 def _named(requests: Sequence[EditRequest], edits: Sequence[int]) -> str:
     more = f" and {len(edits) - 1} more" if len(edits) > 1 else ""
     return f"{requests[edits[0]].text!r}{more}"
-
-
-# --- the closed form --------------------------------------------------------------------------
-
-
-def solve(
-    K: Tensor, R: Tensor, moment: SecondMoment, covariance_weight: float, where: str
-) -> LowRank | Dense:
-    """Δ = R Kᵀ (λC + K Kᵀ)⁻¹ in float64, for keys K (f × n) and residuals R (d × n).
-
-    The cheapest of three forms, all by Cholesky: while factors are smaller than Δ, Woodbury with
-    the factor of λC (n right-hand sides); else the factor of M = λC + K Kᵀ, for K (n ≤ d) or for
-    K Rᵀ (n > d).
-    """
-    K, R = K.double(), R.double().to(K.device)
-    (f, n), d = K.shape, R.shape[0]
-    if n * (d + f) < d * f:
-        A = _woodbury(K, moment, covariance_weight, where)
-        return LowRank(R.float().cpu(), A.float().cpu())
-    M = moment.mean.to(K.device).mul_(covariance_weight).addmm_(K, K.T)
-    L = cholesky(M, where)
-    if n <= d:  # Δ = R (M⁻¹ K)ᵀ
-        return Dense((R @ torch.cholesky_solve(K, L).T).float().cpu())
-    # Δᵀ = M⁻¹ (K Rᵀ)
-    return Dense(torch.cholesky_solve(K @ R.T, L).T.float().contiguous().cpu())
-
-
-def _woodbury(K: Tensor, moment: SecondMoment, covariance_weight: float, where: str) -> Tensor:
-    """(λC + K Kᵀ)⁻¹ K = (λC)⁻¹ K (I + Kᵀ (λC)⁻¹ K)⁻¹ (f × n)."""
-    # With λC = L Lᵀ and half = L⁻¹ K: Kᵀ (λC)⁻¹ K = halfᵀ half (n × n).
-    L = cholesky(moment.mean.to(K.device), where).mul_(math.sqrt(covariance_weight))
-    half = torch.linalg.solve_triangular(L, K, upper=False)
-    small = half.T @ half
-    small.diagonal().add_(1.0)
-    # (λC)⁻¹ K (…)⁻¹ = L⁻ᵀ (half (I + halfᵀ half)⁻¹)
-    inner = torch.cholesky_solve(half.T, torch.linalg.cholesky(small)).T
-    return torch.linalg.solve_triangular(L.T, inner, upper=True)

@@ -56,6 +56,9 @@ class ChosenRequests(Value):
     """The records of the experiment."""
 
     records: Artifact
+    count: int
+    available: int
+    """Records that they were chosen from."""
     dropped: int
     """Records left out because they contradict an earlier one."""
     weak: str | None
@@ -166,6 +169,8 @@ def choose_requests(
     piece = store_piece("requests", ".json", lambda path: write_records(chosen, path))
     return ChosenRequests(
         records=piece,
+        count=len(chosen),
+        available=len(records),
         dropped=dropped,
         weak=weak,
         known_share=share,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,9 @@ from memit import reference as oracle
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, locate, mark
+from memit.quadratic import Quadratic
 from memit.requests import EditRequest
+from memit.second_moment import SecondMoment
 from tests.families import DOCUMENTS, LAYERS, PREFIXES, families
 
 FAMILIES = tuple(families())
@@ -69,6 +71,13 @@ def reference(family: str) -> Reference:
     z = torch.stack([target.z for target in targets])
     updates = oracle.spread(model, tokenizer, REQUESTS, PREFIXES, z, covariances, hp)
     return Reference(model, tokenizer, targets, covariances, updates)
+
+
+def memit_form(
+    moments: Mapping[int, SecondMoment], weight: float = HYPERPARAMETERS.covariance_weight
+) -> Callable[[int], Quadratic]:
+    """MEMIT's closed form of each layer."""
+    return lambda layer: Quadratic(moments[layer], weight)
 
 
 def prompt_row(

@@ -89,7 +89,7 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
     elif section.source != "synthetic":
         file = locate_records(section.path, section.url, section.sha256)
         records = read_source(section.source, file)[0]
-    chosen = sample(records, section.count, section.seed) if records else []
+    chosen = sample(records, section.wanted, section.seed) if records else []
     _check_corpus(parameters.statistics)
     if parameters.evaluation.snippets is not None:
         read_snippets(parameters.evaluation.snippets)

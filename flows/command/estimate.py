@@ -28,6 +28,7 @@ from tasks.engine.hub import open_model
 from tasks.engine.loaded_model import BYTES, ModelFiles, ModelReference
 from tasks.engine.results import MODEL_FILE
 from tasks.model import model_without_weights
+from tasks.requests import sample
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,12 @@ def check_requests(parameters: Parameters, file: Path) -> None:
     table.add_row("with paraphrases", f"{sum(bool(r.paraphrase_prompts) for r in records)}")
     table.add_row("with neighbours", f"{sum(bool(r.neighborhood_prompts) for r in records)}")
     table.add_row("contradictions", Text(_contradictions(records)))
+    count = parameters.requests.count
+    edited = sample(records, None if count == "auto" else count, parameters.requests.seed)
+    how = "all" if len(edited) == len(records) else f"{len(edited)}, a sample (requests.count)"
+    table.add_row("edited", how)
     if MODEL_FILE.exists():
-        _add_costs(table, parameters, records)
+        _add_costs(table, parameters, edited)
     else:
         table.add_row("model", "missing until `memit run`, so no tokens and no estimate")
     console.print(table)

@@ -43,6 +43,8 @@ NO_FILE = "data/none"
 these keys, so null cannot be used."""
 SCRATCH = "scratch"
 """Instead of a hub model: a small one that is trained from random weights."""
+EMBEDDED_COUNT = 64
+"""Facts of the embedded set that are edited unless a number is given."""
 SIZE_LIMIT = 1 << 20
 """Bytes of the largest `params.yaml` that is read."""
 STORES = "https?|file|sqlite|postgresql|mysql|mssql|databricks"
@@ -179,7 +181,9 @@ class RequestsSection(Section):
     path: UsersFile = Field(default=None, description="a file of records or facts")
     url: str | None = Field(default=None, description="instead of path, with its sha256")
     sha256: Digest | None = None
-    count: Count | None = Field(default=64, description="null: all of them")
+    count: Count | Literal["auto"] | None = Field(
+        default="auto", description="auto: 64 of the embedded facts, all of others; null: all"
+    )
     known: bool | None = Field(
         default=None, description="only facts that the model knows; null: of the embedded ones"
     )
@@ -189,6 +193,13 @@ class RequestsSection(Section):
     def only_known(self) -> bool:
         """Whether facts that the unedited model does not know are left out."""
         return self.source == "embedded" if self.known is None else self.known
+
+    @property
+    def wanted(self) -> int | None:
+        """The number of facts to edit; None: all of them."""
+        if self.count == "auto":
+            return EMBEDDED_COUNT if self.source == "embedded" else None
+        return self.count
 
 
 class PrefixesSection(Section):
@@ -380,7 +391,7 @@ class Parameters(Section):
             )
 
     def _synthetic_conflicts(self) -> Iterator[str]:
-        world, count = self.model.world_parameters(), self.requests.count
+        world, count = self.model.world_parameters(), self.requests.wanted
         records = world.people * world.records_per_person
         if self.statistics.source == "published":
             yield "statistics.source is 'published', but nobody publishes the synthetic model's."

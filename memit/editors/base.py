@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_chec
 
 from memit.errors import InputError
 from memit.language_model import LanguageModel
+from memit.quadratic import NO_PAST, Past
 from memit.requests import EditRequest, Record, requests_digest
 from memit.second_moment import SecondMoment
 
@@ -53,6 +54,8 @@ class Resources:
     """Texts put before prompts, drawn once for all editors."""
     moments: Mapping[int, SecondMoment] = field(default_factory=dict)
     """Second moments by layer; may read its values on demand."""
+    past: Past = NO_PAST
+    """What earlier edits of the same model leave, for editors that are used in sequence."""
     targets: Targets | None = None
     """Targets of the requests, in order, with `Editor.target_hyperparameters`; None: not computed
     yet."""
@@ -75,6 +78,11 @@ class Editor(ABC):
     @property
     def moment_layers(self) -> tuple[int, ...]:
         """The layers whose second moments it asks `Resources.moments` for."""
+        return ()
+
+    @property
+    def past_layers(self) -> tuple[int, ...]:
+        """The layers of which it asks `Resources.past` for earlier keys and changes."""
         return ()
 
     @property

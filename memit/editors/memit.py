@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
+from memit.quadratic import Quadratic
 from memit.requests import EditRequest
 from memit.spread import spread
 from memit.targets import check_targets, compute_targets
@@ -32,18 +33,23 @@ class Memit(Editor):
         """Its own."""
         return self.hyperparameters
 
+    def quadratic(self, layer: int, resources: Resources) -> Quadratic:
+        """The closed form of a layer: λC."""
+        return Quadratic(resources.moments[layer], self.hyperparameters.covariance_weight)
+
     def edit(
         self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
     ) -> WeightDelta:
         """Spread the targets over the layers, after optimising them where they are not given.
 
-        The provenance holds how large residuals and updates are (Frobenius norms).
+        The provenance holds how large residuals and updates are (Frobenius norms), and how many
+        directions the updates could use where the method restricts them.
 
         Raises:
             EditError: some edits cannot be written.
             NumericsError: none can.
         """
-        hyperparameters, budget = self.hyperparameters, resources.token_budget
+        hyperparameters, budget = self.target_hyperparameters, resources.token_budget
         targets, progress = resources.targets, resources.progress
         if targets is None:
             prefixes = resources.prefixes
@@ -58,7 +64,7 @@ class Memit(Editor):
             requests,
             resources.prefixes,
             targets.z,
-            resources.moments,
+            lambda layer: self.quadratic(layer, resources),
             hyperparameters,
             token_budget=budget,
             progress=progress and (lambda layers: progress(layers * edits_per_layer)),
@@ -68,5 +74,7 @@ class Memit(Editor):
             "residual_left": round(result.residual_left, 6),
             "update_ratio": {str(layer): round(r, 6) for layer, r in result.update_ratios.items()},
         }
+        if result.ranks:
+            sizes["ranks"] = {str(layer): rank for layer, rank in result.ranks.items()}
         origin = {**provenance(self, lm, requests), **sizes, **result.delta.provenance}
         return WeightDelta(result.delta.changes, origin)

@@ -24,6 +24,7 @@ from torch import Tensor
 from memit.evaluation.counterfact import prompts_of, score_prompts, summarise
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel, load_model
+from memit.quadratic import Quadratic
 from memit.requests import Record, read_counterfact
 from memit.second_moment import SecondMoment, collect_second_moments
 from memit.spread import spread
@@ -121,7 +122,7 @@ def _edit_errors(golden: Golden, lm: LanguageModel) -> dict[str, float]:
         requests,
         golden.prefixes,
         targets.z,
-        {layer: SecondMoment(golden.covariance[layer], 1) for layer in hp.layers},
+        lambda la: Quadratic(SecondMoment(golden.covariance[la], 1), hp.covariance_weight),
         hp,
         token_budget=TOKEN_BUDGET,
         observe=lambda layer, K, R: keys.update({layer: K.T}),

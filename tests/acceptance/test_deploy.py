@@ -161,7 +161,10 @@ def test_the_deployments_show_their_parameters(deployed: Deployment) -> None:
         known = found[name]["parameter_openapi_schema"]["definitions"]
         assert set(known["Parameters"]["properties"]) == set(Parameters.model_fields)
         count = known["RequestsSection"]["properties"]["count"]
-        assert (count["default"], count["description"]) == (64, "null: all of them")
+        assert (count["default"], count["description"]) == (
+            "auto",
+            "auto: 64 of the embedded facts, all of others; null: all",
+        )
         assert found[name]["parameters"]["parameters"]["requests"]["count"] == 8
 
 

@@ -109,12 +109,25 @@ def test_check_reads_counts_and_runs_nothing(
     text = said(capsys)
     assert "records │ 1" in text
     assert "contradictions │ none" in text
+    assert "edited │ all" in text
     facts.write_text(json.dumps(fact) + "\n" + json.dumps({**fact, "target": "Oslo"}))
     assert memit("check", "facts.jsonl") == 2
     assert "facts.jsonl" in said(capsys)
     assert memit("check", "gone.jsonl") == 2
     assert "gone.jsonl" in said(capsys)
     assert not (place / ".cache").exists()
+
+
+def test_check_says_that_a_sample_is_edited(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f'{{"subject": "{n}", "prompt": "{{}} lives in", "target": "Rome"}}' for n in "abc"]
+    (place / "facts.jsonl").write_text("\n".join(lines))
+    for count, status, words in ((2, 0, "edited │ 2, a sample"), (4, 2, "the count is 4, but 3")):
+        (place / "params.yaml").write_text(f"requests:\n  count: {count}\n")
+        command.given_parameters.cache_clear()
+        assert memit("check", "facts.jsonl") == status
+        assert words in said(capsys)
 
 
 def test_check_counts_edits_that_will_be_weak(

@@ -417,10 +417,12 @@ def test_requests_are_sampled_checked_and_completed(
 ) -> None:
     chosen = choose_requests.fn("counterfact", inputs.records, 3, 0, reference)
     assert len(read_counterfact(chosen.records.checked())) == 3
+    assert (chosen.count, chosen.available) == (3, len(RECORDS))
     facts = project / "facts.jsonl"
     lines = [{"subject": f"Ada {n}", "prompt": "{} lives in", "target": "Rome"} for n in range(9)]
     facts.write_text("\n".join(map(json.dumps, lines)))
     own = choose_requests.fn("facts", describe(facts), None, 0, reference)
+    assert (own.count, own.available) == (9, 9)
     answers = [record.request.target_true for record in read_counterfact(own.records.checked())]
     assert any(answers)  # a random model has no answer to some
     assert "Rome" not in answers

@@ -159,7 +159,7 @@ def test_facts_may_say_it_themselves(tmp_path: Path):
             {"joined": None},
         )
     ]
-    found = [record.request.ending() for record in facts(tmp_path, *rows)]
+    found = [facts(tmp_path, row)[0].request.ending() for row in rows]
     assert found == ["Rome", " Rome", "\nRome", " Rome", "Rome", "Rome", "Rome"]
     csv = "subject, prompt, target, joined\nA, {} is, Rome,\nB, {} is,!,false\nC,{} is, x, true\n"
     (tmp_path / "facts.csv").write_text(csv + 'D,{}的首都是," x",\nE,{}的首都是, x,\n')

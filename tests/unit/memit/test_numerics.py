@@ -16,7 +16,7 @@ from memit.spread import Spread, spread
 from memit.targets import check_targets, compute_targets
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_rounded
 from tests.families import PREFIXES
-from tests.reference import HYPERPARAMETERS, REQUESTS, build, reference
+from tests.reference import HYPERPARAMETERS, REQUESTS, build, memit_form, reference
 
 FAMILY = "gpt2"
 
@@ -27,7 +27,8 @@ def moments() -> dict[int, SecondMoment]:
 
 
 def written(lm, z, given=None, hp=HYPERPARAMETERS, requests=REQUESTS) -> Spread:
-    return spread(lm, requests, PREFIXES, z, given or moments(), hp, token_budget=1 << 20)
+    form = memit_form(given or moments())
+    return spread(lm, requests, PREFIXES, z, form, hp, token_budget=1 << 20)
 
 
 def test_a_target_that_is_not_finite_names_its_edit() -> None:

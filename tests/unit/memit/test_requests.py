@@ -282,6 +282,23 @@ class TestFacts:
         write_records(one, tmp_path / "records.json")
         assert read_counterfact(tmp_path / "records.json") == one
 
+    @pytest.mark.parametrize(
+        ("prompt", "template"),
+        [
+            ("The capital of Rio is", "The capital of {} is"),
+            ("Rio: {} is", "Rio: {} is"),
+            ("Rio and Rio are", None),
+            ("Riot in town is", None),
+        ],
+    )
+    def test_a_prompt_may_name_its_subject(self, tmp_path, prompt: str, template: str | None):
+        path = saved(tmp_path, [{"subject": "Rio", "prompt": prompt, "target": "x"}])
+        if template is None:
+            with pytest.raises(InputError, match="exactly one"):
+                read_facts(path)
+        else:
+            assert read_facts(path)[0].request.prompt == template
+
     def test_contradictions_name_file_and_both_objects(self, tmp_path: Path):
         text = "subject,prompt,target\nAnn,{} is,good\nBo,{} is,bad\nAnn,{} is,bad\n"
         path = saved(tmp_path, text, "facts.csv")

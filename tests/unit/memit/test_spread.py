@@ -7,21 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from memit import layer_walk as walk
 from memit import reference as oracle
-from memit.errors import NumericsError, ResourceError
+from memit.errors import ResourceError
 from memit.second_moment import SecondMoment
-from memit.spread import Spread, solve, spread
-from memit.weight_delta import Dense, LowRank
+from memit.spread import Spread, spread
 from tests.families import LAYERS, PREFIXES
 from tests.reference import (
     FAMILIES,
     HYPERPARAMETERS,
     REQUESTS,
     build,
+    memit_form,
     reference,
     relative,
     short_of_memory,
@@ -45,7 +43,7 @@ def _spread(lm, family: str, hp=HYPERPARAMETERS, token_budget: int = LARGE, **op
         REQUESTS,
         PREFIXES,
         reference(family).z,
-        _moments(family),
+        memit_form(_moments(family)),
         hp,
         token_budget=token_budget,
         **options,
@@ -150,7 +148,9 @@ def test_requests_that_begin_alike(family, requests):
     updates = oracle.spread(
         lm.model, lm.tokenizer, requests, PREFIXES, z, covariances, HYPERPARAMETERS
     )
-    result = spread(lm, requests, PREFIXES, z, moments, HYPERPARAMETERS, token_budget=LARGE)
+    result = spread(
+        lm, requests, PREFIXES, z, memit_form(moments), HYPERPARAMETERS, token_budget=LARGE
+    )
     _agrees(lm, result, updates)
 
 
@@ -161,7 +161,7 @@ def test_order_of_requests_does_not_matter():
         REQUESTS[::-1],
         PREFIXES,
         expected.z.flip(0),
-        _moments("qwen2"),
+        memit_form(_moments("qwen2")),
         HYPERPARAMETERS,
         token_budget=250,
     )
@@ -188,7 +188,8 @@ def test_settings(family, change, prefixes):
     z = reference(family).z
     updates = oracle.spread(lm.model, lm.tokenizer, REQUESTS, prefixes, z, covariances, hp)
     moments = {layer: SecondMoment(covariance * 10, 10) for layer in hp.layers}
-    result = spread(lm, REQUESTS, prefixes, z, moments, hp, token_budget=LARGE)
+    form = memit_form(moments, hp.covariance_weight)
+    result = spread(lm, REQUESTS, prefixes, z, form, hp, token_budget=LARGE)
     _agrees(lm, result, updates)
 
 
@@ -239,57 +240,3 @@ def test_bfloat16_weights_are_given_back_to_the_bit():
     assert torch.equal(lm.weight(1), before[0])
     assert torch.equal(lm.weight(2), before[1])
     assert relative(_delta(lm, result, 1), reference("llama").updates[1].delta) < 0.1
-
-
-# --- the closed form ---------------------------------------------------------------------------
-
-
-def _problem(d: int, f: int, n: int, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(rows, columns):
-        return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-
-    samples = random(3 * f, f) @ torch.diag(torch.logspace(-1.5, 0.5, f, dtype=torch.float64))
-    return random(f, n), random(d, n), SecondMoment(samples.T @ samples, 3 * f)
-
-
-@given(
-    d=st.integers(4, 40),
-    f=st.integers(4, 60),
-    n=st.integers(1, 80),
-    covariance_weight=st.sampled_from((0.5, 20.0, 15_000.0)),
-)
-def test_every_form_solves_the_equation(d, f, n, covariance_weight):
-    K, R, moment = _problem(d, f, n)
-    hp = replace(HYPERPARAMETERS, covariance_weight=covariance_weight)
-    expected = oracle.update(K, R, moment.mean, hp)
-    change = solve(K, R, moment, covariance_weight, "layer 3")
-    assert isinstance(change, LowRank if n * (d + f) < d * f else Dense)
-    assert relative(change.dense(), expected) < 2e-6
-
-
-@pytest.mark.parametrize(
-    ("n", "kind"),
-    [(1, LowRank), (19, LowRank), (20, Dense), (32, Dense), (33, Dense), (200, Dense)],
-)
-def test_form_by_number_of_edits(n, kind):
-    """d = 32, f = 48: factors are smaller than Δ below n = 19.2, more edits than d from 33 on."""
-    K, R, moment = _problem(32, 48, n)
-    change = solve(K, R, moment, 20.0, "layer 3")
-    assert type(change) is kind
-    expected = oracle.update(K, R, moment.mean, replace(HYPERPARAMETERS, covariance_weight=20))
-    assert relative(change.dense(), expected) < 2e-6
-    if isinstance(change, LowRank):
-        assert change.left.shape == (32, n)
-        assert change.right.shape == (48, n)
-    assert change.transposed().dense().shape == (48, 32)
-    assert relative(change.transposed().dense().T, expected) < 2e-6
-
-
-@pytest.mark.parametrize("n", [5, 30, 60])
-def test_moment_that_is_not_definite_is_named(n):
-    K, R, moment = _problem(32, 48, n)
-    negative = SecondMoment(-moment.sum, moment.count)
-    with pytest.raises(NumericsError, match="layer 3"):
-        solve(K, R, negative, 20.0, "layer 3")

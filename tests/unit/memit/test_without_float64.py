@@ -21,7 +21,7 @@ from memit.second_moment import SecondMoment
 from memit.spread import spread
 from memit.targets import compute_targets
 from tests.families import DOCUMENTS, PREFIXES
-from tests.reference import HYPERPARAMETERS, REQUESTS, build, reference
+from tests.reference import HYPERPARAMETERS, REQUESTS, build, memit_form, reference
 
 ELSEWHERE = torch.device("cpu", 1)
 """Stands for the CPU; all other tensors of this process stand for the device's."""
@@ -89,9 +89,13 @@ def test_the_device_that_is_acted_has_none(device: WithoutFloat64) -> None:
 def test_an_edit(device: WithoutFloat64) -> None:
     lm, given = build("gpt2"), moments()
     z = compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=1 << 20).z
-    expected = spread(lm, REQUESTS, PREFIXES, z, given, HYPERPARAMETERS, token_budget=1 << 20)
+    expected = spread(
+        lm, REQUESTS, PREFIXES, z, memit_form(given), HYPERPARAMETERS, token_budget=1 << 20
+    )
     with device:
-        found = spread(lm, REQUESTS, PREFIXES, z, given, HYPERPARAMETERS, token_budget=1 << 20)
+        found = spread(
+            lm, REQUESTS, PREFIXES, z, memit_form(given), HYPERPARAMETERS, token_budget=1 << 20
+        )
     assert found.residual_left == expected.residual_left
 
 

@@ -16,13 +16,14 @@ from flows.command.costs import Lengths
 from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
 from memit.model_shape import ModelShape
+from memit.quadratic import Quadratic, solve
 from memit.second_moment import SecondMoment, collect_second_moments
-from memit.spread import solve, spread
+from memit.spread import spread
 from memit.targets import compute_targets, edit_rows
 from memit.weight_delta import Dense, LowRank
 from tests import ROOT
 from tests.families import PREFIXES, families
-from tests.reference import HYPERPARAMETERS, REQUESTS
+from tests.reference import HYPERPARAMETERS, REQUESTS, memit_form
 
 SCALING = ROOT / "docs" / "scaling.md"
 LARGE = 1 << 20
@@ -48,7 +49,8 @@ def test_small_sums_by_hand() -> None:
 def test_the_kept_form_and_its_size_are_those_of_the_code(n: int) -> None:
     K, R = torch.randn(32, n), torch.randn(8, n)
     keys = torch.randn(200, 32)
-    change = solve(K, R, SecondMoment((keys.T @ keys).double(), 200), 1.0, "here")
+    moment = SecondMoment((keys.T @ keys).double(), 200)
+    change = solve(K, R, Quadratic(moment, 1.0), "here")
     assert isinstance(change, LowRank if costs.is_low_rank(SHAPE, n) else Dense)
     held = sum(part.nbytes for part in vars(change).values() if isinstance(part, torch.Tensor))
     assert held == costs.delta_bytes(SHAPE, n)
@@ -99,7 +101,8 @@ def test_products_are_counted_as_torch_counts_them(lm: LanguageModel) -> None:
         for layer, each in moments.items()
     }
     with FlopCounterMode(display=False) as counter:
-        spread(lm, REQUESTS, PREFIXES, targets.z, definite, hp, token_budget=LARGE)
+        form = memit_form(definite)
+        spread(lm, REQUESTS, PREFIXES, targets.z, form, hp, token_budget=LARGE)
     counted = costs.walk_operations(shape, (2, 3), n, lengths)
     assert 0.8 < counter.get_total_flops() / counted < 1.2
 

@@ -190,6 +190,14 @@ def test_null_takes_the_preset_and_a_value_overrides_it() -> None:
     assert changed.clamp_factor == preset("synthetic", 6).clamp_factor
 
 
+def test_own_facts_are_all_edited_unless_a_number_says_otherwise() -> None:
+    own = {"source": "facts", "path": "f"}
+    assert Parameters().requests.wanted == 64
+    assert check_parameters({"requests": own}).requests.wanted is None
+    assert check_parameters({"requests": {**own, "count": 5}}).requests.wanted == 5
+    assert check_parameters({"requests": {"count": None}}).requests.wanted is None
+
+
 def test_a_layer_that_the_model_does_not_have() -> None:
     files = {"requests": {"source": "facts", "path": "f"}}
     texts = {"statistics": {"source": "file", "path": "t"}}
