@@ -14,7 +14,7 @@ from prefect.artifacts import create_table_artifact
 from rich.table import Table
 from rich.text import Text
 
-from flows.command.checks import check_comparison, check_inputs, check_scaling
+from flows.command.checks import check_comparison, check_list, check_scaling
 from flows.command.parameters import Parameters
 from flows.command.script import console
 from flows.compare import compare, learning_steps
@@ -43,7 +43,7 @@ LEARNING: dict[str, Step] = {"mend": mend, "serac": serac}
 """The steps in which methods learn before they edit."""
 
 
-@chain("experiment", check_inputs)
+@chain("experiment", check_list)
 def experiment(parameters: Parameters) -> None:
     """Run all steps, record their results in dvc.lock, and print a summary."""
     remove_leftovers()

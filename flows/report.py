@@ -15,7 +15,7 @@ from flows.service.dvc_lock import origin
 from flows.service.step import Run, step
 from memit.errors import UnreachableError
 from tasks.engine.code import library_versions
-from tasks.engine.results import PAGE_FILE, STEPS, read_timings
+from tasks.engine.results import PAGE_FILE, STEPS, read_timings, remember_run
 from tasks.report import write_report
 from tasks.reporting.tracking import Experiment, ParentRun, code_commit, log_run, tracking_uri
 
@@ -40,6 +40,7 @@ def report(run: Run) -> None:
         tags=origin(run.parameters, run.given),
     )
     log(run.parameters, experiment)
+    remember_run(run.given)
 
 
 def log(parameters: Parameters, run: Experiment | ParentRun) -> None:

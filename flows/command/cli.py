@@ -35,16 +35,36 @@ app = App(
 
 
 @app.command
-def run() -> None:
+def run(*, yes: bool = False) -> None:
     """Run the experiment that params.yaml describes.
 
     Results that are up to date come from caches. A run can be stopped at any time; the next one
     continues with the pieces that are not finished.
+
+    Parameters
+    ----------
+    yes
+        Withdraw facts even if the list has lost many of them since the last run.
     """
     given_parameters()
-    from flows.experiment import check_inputs, experiment
+    from flows.command.checks import check_inputs, check_list
+    from flows.experiment import experiment
 
-    run_flow(experiment, check_inputs)
+    run_flow(experiment, check_inputs if yes else check_list)
+
+
+@app.command
+def diff() -> None:
+    """Show what the list of facts would change, or what the last run has changed.
+
+    Before a run: the facts that are new in the list, that are missing from it, or that have another
+    object than in the last run; nothing is computed. After it: the same against the run before, and
+    what the model said and says now to these facts, to their paraphrases and to their neighbours.
+    """
+    parameters = given_parameters()
+    from flows.command.changes import show_changes
+
+    show_changes(parameters, lambda: _open_model(None))
 
 
 @app.command
@@ -53,10 +73,10 @@ def repro(
 ) -> None:
     """Run the DVC stages that are not up to date (`dvc repro`), with one Prefect server for all."""
     parameters = given_parameters()
-    from flows.command.checks import check_inputs
+    from flows.command.checks import check_list
     from flows.service.reproduce import reproduce_here
 
-    check_inputs(parameters)
+    check_list(parameters)
     sys.exit(reproduce_here(arguments))
 
 
@@ -72,10 +92,10 @@ def deploy(*, once: bool = False) -> None:
         Stop after the first run.
     """
     parameters = given_parameters()
-    from flows.command.checks import check_inputs
+    from flows.command.checks import check_list
     from flows.service.deploy import deploy
 
-    check_inputs(parameters)
+    check_list(parameters)
     sys.exit(deploy(once))
 
 
@@ -128,17 +148,38 @@ def ask(
 def apply(directory: ExistingPath, *, delta: Delta = None) -> None:
     """Apply an edit to the weights in a model directory. `memit revert` restores them exactly.
 
-    The original weights are kept in DIRECTORY/memit-edits/. Edits can be stacked.
+    The original weights are kept in DIRECTORY/memit-edits/. An edit that was made for the original
+    weights takes the place of the one that is there; one that was made for edited weights is added.
 
     Parameters
     ----------
     directory
         A directory with safetensors weights, as save_pretrained writes it.
     """
+    file = _delta_file(delta)
+    origin = {}
+    if delta is None:
+        from flows.command.changes import list_origin
+
+        origin = list_origin(given_parameters().requests)
     from memit.model_directory import apply_edit
 
-    backup = apply_edit(directory, _delta_file(delta))
+    backup = apply_edit(directory, file, origin)
     console.print(f"edited {directory}; the original weights are in {backup}")
+
+
+@app.command
+def status(directory: ExistingPath) -> None:
+    """Say which facts are in a model directory, and of which list and commit they are.
+
+    Parameters
+    ----------
+    directory
+        A model directory that `memit apply` may have edited.
+    """
+    from flows.command.changes import show_status
+
+    show_status(directory)
 
 
 @app.command

@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -38,6 +37,7 @@ from tasks.engine import results
 from tasks.engine.artifacts import cache_directory, project_root
 from tasks.engine.cost import Cost
 from tasks.engine.databases import LOCK_SECONDS, check_database
+from tasks.engine.git import commit_of, git
 from tasks.engine.loaded_model import ModelFiles
 from tasks.reporting.formats import ROWS, read_json
 
@@ -301,24 +301,13 @@ def origin_tags(flow_runs: Mapping[str, str]) -> dict[str, str]:
 
 def _git_commit() -> str:
     """The checked-out commit, ending in `-dirty` if tracked files were changed."""
-    return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
 
 
 def code_commit() -> str:
     """The last commit that changed the code, so that commits of results leave it as it is; empty
     outside of a git repository."""
-    commit = _git("log", "-1", "--format=%H", "--", *CODE)
-    return f"{commit} and changes" if _git("status", "--porcelain", "--", *CODE) else commit
-
-
-def _git(*arguments: str) -> str:
-    """What git says, or nothing."""
-    command = ["git", *arguments]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return ran.stdout.strip()
+    return commit_of(*CODE)
 
 
 def _lock_digest(path: Path) -> str:
