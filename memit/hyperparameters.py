@@ -36,6 +36,9 @@ class Hyperparameters:
     """Weight of the divergence at "{subject} is a" in the loss."""
     loss_threshold: Weight = 0.05
     """An edit stops, before updating, once its total loss is below this."""
+    argmax_stop: Annotated[int, Range(0, 10_000)] = 0
+    """An edit also stops, before updating, once in so many evaluations each token of its object was
+    the most likely one in all of its rows (ENCORE); 0: it does not."""
     key_average: Literal["nested", "uniform"] = "nested"
     """`nested`: plain prompt and mean of prefixed ones count half each (published code); `uniform`:
     all rows count alike (Eqn. 19 as printed)."""

@@ -306,12 +306,16 @@ def _optimise(
     optimizer = torch.optim.Adam([delta], lr=hyperparameters.learning_rate)
     active = torch.arange(len(edits), device=hidden.device)
     broken = torch.zeros(len(edits), dtype=torch.bool, device=hidden.device)
+    chosen = torch.zeros(len(edits), dtype=torch.long, device=hidden.device)
     for evaluation in range(hyperparameters.evaluations):
         logits = _logits(lm, batch, delta[active], site)
         losses, initial = _losses(batch, logits, delta[active], norm[active], hyperparameters)
         history[active, evaluation] = losses.detach()
         broken[active] = ~torch.isfinite(losses.detach())
         going = losses.detach() >= hyperparameters.loss_threshold  # False for NaN too
+        if hyperparameters.argmax_stop:
+            chosen[active] += _is_argmax(batch, logits, len(active))
+            going &= chosen[active] < hyperparameters.argmax_stop
         if evaluation == hyperparameters.evaluations - 1 or not bool(going.any()):
             break
         optimizer.zero_grad()
@@ -337,6 +341,14 @@ def _update(optimizer: torch.optim.Adam, delta: Tensor, active: Tensor, limit: T
     # δ · min(1, limit / ‖δ‖)
     delta.mul_((limit / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1.0)[:, None])
     delta[stopped] = frozen
+
+
+@torch.no_grad()
+def _is_argmax(batch: _Batch, logits: Tensor, edits: int) -> Tensor:
+    """Whether an edit's target tokens are the most likely ones at all scored positions (edits)."""
+    missed = logits[: len(batch.target_id)].argmax(-1) != batch.target_id
+    misses = torch.zeros(edits, device=logits.device)
+    return misses.index_add(0, batch.edit[batch.target_row], missed.float()) == 0
 
 
 def _losses(

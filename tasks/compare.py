@@ -25,6 +25,8 @@ from tasks.reporting.labels import LABELS, label
 
 SECTIONS = {"memit": "the sections targets and edit", "mend": "mend", "serac": "serac"}
 """Sections with settings that are not in `compare.settings`."""
+OTHERWISE_GIVEN = {"settings", "hyperparameters", "trained"}
+"""Fields of editors that come from such sections, or from an earlier step."""
 
 
 def make_methods(
@@ -65,8 +67,6 @@ def make_methods(
 
 
 def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int) -> Editor:
-    if name == "memit":
-        return Memit(hyperparameters)
     if name == "rome":
         return rome_preset(model, depth)
     if name == "ft":
@@ -80,7 +80,8 @@ def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int)
         known = ", ".join(dict.fromkeys([*LABELS, *editors]))
         raise InputError(f"compare.methods names {name}, which is unknown: there are {known}.")
     try:
-        return editors[name]()
+        kind = editors[name]
+        return kind(hyperparameters) if issubclass(kind, Memit) else kind()
     except TypeError as error:
         raise InputError(
             f"the editor {name} cannot be made without settings ({error}): give each of them a "
@@ -93,7 +94,7 @@ def _with_settings(name: str, editor: Editor, settings: Mapping[str, Mapping[str
     if not chosen:
         return editor
     assert is_dataclass(editor)
-    known = [field.name for field in fields(editor) if field.name not in {"settings", "trained"}]
+    known = [field.name for field in fields(editor) if field.name not in OTHERWISE_GIVEN]
     for key in chosen:
         if key not in known or name in SECTIONS:
             available = f"it has {', '.join(known)}" if known else "it has none of its own"

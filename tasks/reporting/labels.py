@@ -13,6 +13,10 @@ LABELS = {
     "mend": "MEND",
     "rome": "ROME",
     "memit": "MEMIT",
+    "memit_sequence": "MEMIT in sequence",
+    "memit_forgetting": "MEMIT, forgetting",
+    "encore": "ENCORE",
+    "alphaedit": "AlphaEdit",
     "serac": "SERAC",
 }
 """Names of the methods in tables and figures; others keep their registered name."""

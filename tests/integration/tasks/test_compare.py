@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from memit.editors.alphaedit import AlphaEdit
 from memit.editors.fine_tuning import FineTuning
 from memit.editors.memit import Memit
 from memit.editors.rome import Rome
@@ -68,6 +69,8 @@ def test_settings_override_published_ones():
     assert ft_l == FineTuning(0, parameters="down_projection", bound=5e-5)
     assert rome == Rome(5)
     assert memit == Memit(HYPERPARAMETERS)
+    (alphaedit,) = _methods(["alphaedit"], {"alphaedit": {"energy": 0.1}})
+    assert alphaedit.editor == AlphaEdit(HYPERPARAMETERS, energy=0.1)
     (rome,) = _methods(["rome"], {"rome": {"update": "consistent", "layer": 3}})
     assert rome.editor == replace(Rome(3), update="consistent")
 
@@ -79,6 +82,7 @@ def test_settings_override_published_ones():
         (["memit"], {"rome": {"layer": 1}}, "compare.settings .*rome"),
         (["rome"], {"rome": {"layers": 1}}, "compare.settings.rome .*layers"),
         (["memit"], {"memit": {"layers": 1}}, "targets .*edit"),
+        (["encore"], {"encore": {"layers": 1}}, "compare.settings.encore .*ridge, argmax_stop"),
         (["mend"], {"mend": {"steps": 1}}, "compare.settings.mend .*mend"),
         (["unedited"], {"unedited": {"layer": 1}}, "unedited"),
     ],

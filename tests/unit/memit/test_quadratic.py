@@ -120,3 +120,33 @@ def _with_parts(d: int, f: int, form: Quadratic, parts) -> Quadratic:
         values |= {"basis": torch.linalg.qr(keys)[0][:, : f // 2], "basis_ridge": 0.3}
     chosen = {*parts, *({"basis_ridge"} if "basis" in parts else ())}
     return replace(form, **{name: values[name] for name in chosen})
+
+
+def _batches(d: int, f: int):
+    """Keys and wanted outputs of three batches, λC, and the original weights."""
+    K, W, moment = _problem(d, f, 45)
+    V, _, _ = _problem(45, d, 45, seed=2)
+    return list(zip(K.split(15, 1), V.split(15, 1), strict=True)), moment, W @ K.T
+
+
+def test_sequences_with_earlier_keys_add_up_to_one_edit_of_everything():
+    """One layer, fixed keys and wanted outputs: R_t = V_t − W_{t−1} K_t."""
+    batches, moment, W = _batches(32, 48)
+    past, total = torch.zeros(48, 48, dtype=torch.float64), torch.zeros_like(W)
+    for K, V in batches:
+        form = Quadratic(moment, 2.0, past=past)
+        total = total + (V - (W + total) @ K) @ directions(K, form, "layer 3").T
+        past = past + K @ K.T
+    K, V = (torch.cat(part, 1) for part in zip(*batches, strict=True))
+    assert relative(total, literal(K, V - W @ K, Quadratic(moment, 2.0))) < 1e-8
+
+
+def test_forgetting_leaves_what_the_last_batch_alone_needs():
+    batches, moment, W = _batches(32, 48)
+    past, total = torch.zeros(48, 48, dtype=torch.float64), torch.zeros_like(W)
+    for K, V in batches:
+        form = Quadratic(moment, 2.0, past=past, forgotten=total)
+        total = total + solve(K, V - (W + total) @ K, form, "layer 3").dense().double()
+        alone = literal(K, V - W @ K, replace(form, forgotten=None))
+        assert relative(total, alone) < 1e-5
+        past = past + K @ K.T

@@ -122,6 +122,47 @@ def test_settings(family, change):
         assert torch.equal(found.z, found.hidden)
 
 
+@torch.no_grad()
+def _is_chosen(lm, request: EditRequest, prefixes, target: oracle.Target, layer: int) -> bool:
+    """Whether each token of the object is the model's choice in every row, with δ in the row."""
+    for prefix in ("", *prefixes):
+        row = oracle.row(lm.tokenizer, prefix, request.prompt, request.subject, request.target_new)
+
+        def add(module, args, output, at=row.subject_last):
+            oracle.hidden_of(output)[0, at] += target.z - target.hidden
+
+        with oracle.block(lm.model, layer).register_forward_hook(add):
+            best = lm.model(torch.tensor([row.ids]), use_cache=False).logits[0].argmax(-1)
+        if any(int(best[i - 1]) != row.ids[i] for i in row.target):
+            return False
+    return True
+
+
+@pytest.mark.parametrize(("family", "times"), [("gpt2", 1), ("gpt2", 3), ("llama", 2)])
+def test_an_edit_stops_when_its_object_was_chosen_often_enough(family, times):
+    """δ at an evaluation is the result with so many of them; the stop is at the right one."""
+    lm, prefixes = build(family), PREFIXES[:2]
+    hp = replace(HYPERPARAMETERS, evaluations=10, clamp_factor=8.0)
+    objects = ("Paris", "Paris", "New York City")  # the last one is never chosen
+    requests = [
+        EditRequest(r.subject, "So said {}", new) for r, new in zip(REQUESTS, objects, strict=False)
+    ]
+    expected = []
+    for request in requests:
+        chosen = 0
+        for count in range(1, hp.evaluations + 1):
+            settings = replace(hp, evaluations=count)
+            target = oracle.target(lm.model, lm.tokenizer, request, prefixes, settings)
+            chosen += _is_chosen(lm, request, prefixes, target, hp.layers[-1])
+            if chosen == times:
+                break
+        expected.append(target)
+    made = [len(target.losses) for target in expected]
+    assert max(made[:2]) < made[2] == hp.evaluations
+    stopping = replace(hp, argmax_stop=times)
+    _agrees(compute_targets(lm, requests, prefixes, stopping, token_budget=LARGE), expected)
+
+
 @pytest.mark.parametrize("prefixes", [(), PREFIXES[:1]], ids=["none", "one"])
 def test_any_number_of_prefixes(prefixes):
     lm = build("phi")
