@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.command.checks import check_comparison, check_list, check_scaling
+from flows.command.limits import check_limits
 from flows.command.parameters import Parameters
 from flows.command.script import console
 from flows.compare import compare, learning_steps
@@ -56,6 +57,7 @@ def experiment(parameters: Parameters) -> None:
     commit_stages(parameters, STEPS[-1:])
     create_table_artifact(key="results", table=rows(read_json(METRICS_FILE)))
     show_results(time.monotonic() - started)
+    check_limits(parameters.limits)
 
 
 @chain("comparison", check_comparison)

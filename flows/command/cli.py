@@ -21,6 +21,8 @@ Model = Annotated[
     Parameter(help="A model directory or GGUF file; by default the model of params.yaml."),
 ]
 Precision = Literal["float32", "bfloat16", "float16"]
+Kind = Literal["merged", "lora", "delta"]
+Force = Annotated[bool, Parameter(help="Also take an edit beyond the limits of params.yaml.")]
 
 app = App(
     name="memit",
@@ -145,7 +147,7 @@ def ask(
 
 
 @app.command
-def apply(directory: ExistingPath, *, delta: Delta = None) -> None:
+def apply(directory: ExistingPath, *, delta: Delta = None, force: Force = False) -> None:
     """Apply an edit to the weights in a model directory. `memit revert` restores them exactly.
 
     The original weights are kept in DIRECTORY/memit-edits/. An edit that was made for the original
@@ -156,7 +158,7 @@ def apply(directory: ExistingPath, *, delta: Delta = None) -> None:
     directory
         A directory with safetensors weights, as save_pretrained writes it.
     """
-    file = _delta_file(delta)
+    file = _delta_file(delta, force)
     origin = {}
     if delta is None:
         from flows.command.changes import list_origin
@@ -202,31 +204,43 @@ def revert(directory: ExistingPath) -> None:
 def export(
     directory: Path,
     *,
+    kind: Annotated[Kind, Parameter(name="--as")] = "merged",
     dtype: Precision = "float32",
     model: Model = None,
     delta: Delta = None,
+    force: Force = False,
 ) -> None:
-    """Save the edited model to a directory that transformers can load.
+    """Save the edited model, or the edit alone, to a directory with a model card.
 
     Parameters
     ----------
     directory
         A new or empty directory.
+    kind
+        merged: a model that transformers can load; lora: an adapter for PEFT, vLLM and llama.cpp;
+        delta: what `memit apply` takes.
     dtype
-        Of the saved weights, which are edited in float32 and then rounded.
+        Of a merged model's weights, which are edited in float32 and then rounded.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} exists and is not empty: name another directory.")
-    from flows.command.answers import save_edited
+    file = _delta_file(delta, force)
+    from flows.command.export import export_edit, license_of
 
-    save_edited(_open_model(model), _delta_file(delta), directory, dtype)
-    console.print(f"saved {directory} in {dtype}")
+    license_ = license_of(None if model else given_parameters().model, model)
+    lm = _open_model(model) if kind != "delta" else None
+    console.print(export_edit(lm, file, directory, kind, dtype, license_), soft_wrap=True)
 
 
-def _delta_file(given: Path | None) -> Path:
+def _delta_file(given: Path | None, force: bool = True) -> Path:
+    """The file of an edit, which is within the limits unless it is forced."""
     path = given or DELTA
     if not path.is_file():
         raise InputError(f"{path} does not exist: use `memit run` first, or name one with --delta.")
+    if not force and Path("params.yaml").is_file():
+        from flows.command.limits import check_limits
+
+        check_limits(given_parameters().limits, path)
     return path
 
 

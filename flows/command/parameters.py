@@ -251,6 +251,26 @@ class EvaluationSection(Section):
     token_budget: TokenBudget = "auto"
 
 
+class LimitsSection(Section):
+    """What the results have to keep, or the run fails and its edit is not applied or exported."""
+
+    score: float | None = Field(
+        default=None, ge=0, le=100, description="least; also the next three"
+    )
+    efficacy: float | None = Field(default=None, ge=0, le=100)
+    paraphrase: float | None = Field(default=None, ge=0, le=100)
+    neighborhood: float | None = Field(default=None, ge=0, le=100)
+    perplexity_ratio: float | None = Field(default=None, gt=0, description="most, after / before")
+    update_ratio: float | None = Field(
+        default=None, gt=0, description="most, of a layer's update to its weights"
+    )
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The limits that are set."""
+        return self.model_dump(exclude_none=True)
+
+
 class RunnerSection(Section):
     """Where the pieces of steps are computed. No result and no stage depends on it."""
 
@@ -320,6 +340,7 @@ class Parameters(Section):
     edit: EditSection = EditSection()
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = ReportSection()
+    limits: LimitsSection = LimitsSection()
     runner: RunnerSection = RunnerSection()
     mend: MendSection = MendSection()
     serac: SeracSection = SeracSection()

@@ -15,7 +15,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from tasks.reporting.formats import ROWS, read_json
 
 DIGEST_TAG = "memit.experiment"
 WRITER_TAG = "memit.writer"
+LIMITS_TAG = "memit.limits"
 LONGEST = 6_000
 """MLflow's limit on the characters of a parameter, and less than that of a note."""
 LOGGED_FILES = (
@@ -74,6 +75,8 @@ class Experiment:
     """The results of each step."""
     timings: Mapping[str, Cost]
     tags: Mapping[str, str]
+    beyond: Sequence[str] = ()
+    """Which limits the results are beyond; if any, the run is marked and not registered."""
     step = "report"
 
     @property
@@ -107,6 +110,9 @@ class Experiment:
             experiment_id=experiment_id,
         )
         client.log_outputs(run_id, [entities.LoggedModelOutput(edited.model_id, 0)])
+        client.set_tag(run_id, LIMITS_TAG, "; ".join(self.beyond) or "kept")
+        if not self.beyond:
+            _register(client, f"{model.id.split('/')[-1]}-edited", run_id, edited.model_id, files)
 
 
 @dataclass(frozen=True)
@@ -255,8 +261,21 @@ def _delete_run(client: MlflowClient, experiment_id: str, run_id: str) -> None:
     for each in (*(run.info.run_id for run in nested), run_id):
         client.set_terminated(each, "KILLED")  # a deleted run can be restored
         client.delete_run(each)
+    for version in client.search_model_versions(f"run_id = '{run_id}'"):
+        client.delete_model_version(version.name, version.version)
     for model in client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"):
         client.delete_logged_model(model.model_id)
+
+
+def _register(
+    client: MlflowClient, name: str, run_id: str, model_id: str, files: Mapping[str, str]
+) -> None:
+    """Add a version that names the DVC-owned files of an edit to MLflow's registry."""
+    with suppress(MlflowException):  # it is registered already
+        client.create_registered_model(name)
+    client.create_model_version(
+        name, f"models:/{model_id}", run_id, tags=dict(files), model_id=model_id
+    )
 
 
 def _points(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from flows.command import cli, estimate
 from flows.command import script as command
@@ -18,11 +19,19 @@ from flows.command.parameters import RequestsSection
 from memit.errors import InputError
 from memit.hyperparameters import preset
 from memit.language_model import load_model
+from memit.model_directory import applied_edits
 from memit.requests import EditRequest, Origin, Record, write_records
 from memit.weight_delta import WeightDelta
-from tasks.engine.artifacts import copy_file, store_piece, write_file
+from tasks.engine.artifacts import copy_file, store_piece, write_file, write_json, write_text
 from tasks.engine.loaded_model import ModelFiles, ModelReference
-from tasks.engine.results import DELTA_FILE, REQUESTS_FILE, finish_step, remember_run
+from tasks.engine.results import (
+    DELTA_FILE,
+    FACTS_FILE,
+    METRICS_FILE,
+    REQUESTS_FILE,
+    finish_step,
+    remember_run,
+)
 from tasks.model import describe_model
 from tests.families import families
 from tests.integration.test_model_directory import content, make_delta
@@ -188,6 +197,50 @@ def test_export_writes_a_model_that_anything_loads(
     assert "out/here" in said(capsys)
     assert content(place / "out" / "here") == before
     assert [path.name for path in (place / "out").iterdir()] == ["here"]
+
+
+def test_an_adapter_or_a_delta_is_exported_with_a_card(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--model", "model", "--delta", "delta.safetensors")
+    (place / "model/README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    delta = WeightDelta.load(place / "delta.safetensors").naming(facts("Ada", "<b>"))
+    delta.save(place / "delta.safetensors")
+    assert memit("export", "adapter", "--as", "lora", *words) == 0
+    assert "Rank 3; relative error" in said(capsys)
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in (place / "adapter").iterdir()) == files
+    assert memit("export", "bare", "--as", "delta", *words) == 0
+    assert (place / "bare/delta.safetensors").read_bytes() == Path(words[-1]).read_bytes()
+    for folder in ("adapter", "bare"):
+        card = ModelCard.load(place / folder / "README.md")
+        assert card.data.license == "mit"
+        assert card.data.base_model == "model"
+        for said_of in ("Ada lives in → Rome", "&lt;b> lives in", "## Limits", "Without the edit"):
+            assert said_of in card.text or folder == "bare"
+    assert memit("export", "other", "--as", "gguf", *words) != 0
+
+
+def test_an_edit_beyond_the_limits_is_taken_by_force_only(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "params.yaml").write_text("limits: {score: 85, perplexity_ratio: 1.1}")
+    finished(facts("Ada"), place / "delta.safetensors")
+    measured = {"score": 82.5, "perplexity": 12.0}
+    edit = {"update_ratio": {"1": 0.2}}
+    write_json(METRICS_FILE, {"before": {"perplexity": 10.0}, "after": measured, "edit": edit})
+    rows = "prompt,took,hurt\nAda lives in,false,0\nBo lives in,true,2\n"
+    write_text(FACTS_FILE, rows)
+    for words in (("apply", "model"), ("export", "out", "--as", "delta")):
+        assert memit(*words) == 3
+        text = said(capsys)
+        assert "score is 82.5, below 85; perplexity_ratio is 1.2, above 1.1" in text
+        assert "1 facts did not take: 'Ada lives in'. 1 hurt neighbours" in text
+    assert applied_edits(place / "model") == []
+    assert memit("apply", "model", "--force") == 0
+    (place / "params.yaml").write_text("limits: {score: 82.5}")
+    command.given_parameters.cache_clear()
+    assert memit("apply", "model") == 0
 
 
 def test_check_reads_counts_and_runs_nothing(
