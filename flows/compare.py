@@ -6,7 +6,7 @@ and `metrics.json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ class Sample:
 
     file: Artifact
     records: tuple[Record, ...]
+
+    def cases(self, indices: Iterable[int]) -> list[int]:
+        """The cases of some of the records."""
+        return [self.records[index].case_id for index in indices]
 
 
 @dataclass(frozen=True)
@@ -300,7 +304,8 @@ def _compare(setup: Setup, sample: Sample, tried: Mapping[str, Tried]) -> Compar
     parameters, model = setup.run.parameters, setup.run.model.model
     references = references_of(parameters) if setup.questions is None else {}
     methods = {
-        name: measured.metrics(sample.records, references) | {"seconds": edit.cost.seconds}
+        name: measured.metrics(sample.records, references, sample.cases(edit.dropped))
+        | {"seconds": edit.cost.seconds}
         for name, (edit, measured) in tried.items()
     }
     data_set = parameters.requests.source if setup.questions is None else "zsre"

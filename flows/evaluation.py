@@ -7,7 +7,7 @@ Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evalua
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +68,12 @@ class Measured:
     perplexity: float | None
     """None where there is no held-out text."""
 
-    def metrics(self, records: Sequence[Record], references: References) -> dict[str, float]:
-        """All metrics; generated texts are compared with the references."""
-        metrics = metrics_of(self.prompts, self.texts, records, references)
+    def metrics(
+        self, records: Sequence[Record], references: References, failed: Collection[int] = ()
+    ) -> dict[str, float]:
+        """All metrics; generated texts are compared with the references. `failed` are the cases
+        whose edits could not be written."""
+        metrics = metrics_of(self.prompts, self.texts, records, references, failed)
         if self.perplexity is not None:
             metrics["perplexity"] = round(self.perplexity, DECIMALS)
         return metrics
@@ -95,10 +98,11 @@ def evaluation(run: Run) -> None:
     references = references_of(run.parameters) if len(before.texts) else {}
     _write_tables(run, before, after)
     _write_answers(run)
+    edit = json.loads(EDIT_FILE.read_text(encoding="utf-8"))
     metrics: dict[str, Any] = {
         "before": before.metrics(records, references),
-        "after": after.metrics(records, references),
-        "edit": described_edit(json.loads(EDIT_FILE.read_text(encoding="utf-8"))),
+        "after": after.metrics(records, references, [one["case_id"] for one in edit["dropped"]]),
+        "edit": described_edit(edit),
     }
     if notes := run.given["requests"].notes:
         metrics["requests"] = notes

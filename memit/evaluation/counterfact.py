@@ -6,7 +6,7 @@ Each metric is a mean over records of a mean over prompts (paper, section 5.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,30 +103,35 @@ def score_prompts(
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def record_means(table: pa.Table) -> dict[str, np.ndarray]:
+def record_means(table: pa.Table, failed: Collection[int] = ()) -> dict[str, np.ndarray]:
     """Each metric's mean over the prompts of each record (0–100), NaN where a record has none.
 
-    Records are in the order of their case ids. Metrics that no record has are left out.
+    Records are in the order of their case ids. Metrics that no record has are left out. Records
+    whose edit has `failed` get 0 in each metric, whatever the model says.
     """
+    is_failed = np.isin(np.unique(table["case_id"].to_numpy()), list(failed))
     columns = {name: table[name].cast(pa.float64()).to_numpy() for name in _MEASURED}  # null: NaN
     kinds = np.array(table["kind"].to_pylist())
     means: dict[str, np.ndarray] = {}
     for kind, name in METRICS.items():
         for suffix, values in _values(kind, columns).items():
             mean = means_by_record(table, np.where(kinds == kind, values, np.nan))
+            mean[is_failed & ~np.isnan(mean)] = 0.0
             if not np.isnan(mean).all():
                 means[name + suffix] = mean
     return means
 
 
-def summarise(table: pa.Table) -> dict[str, float]:
+def summarise(table: pa.Table, failed: Collection[int] = ()) -> dict[str, float]:
     """Every metric that the table supports (0–100), S as `score`, and the number of records.
 
     Success bears the plain name; ties fail. `_magnitude` is the difference of exp(−nll) in the
     direction of success, `_accuracy` the share of prompts whose object the model would give.
+    `failed` is as in `record_means`.
     """
     summary: dict[str, float] = {}
-    means = {name: float(np.nanmean(values)) for name, values in record_means(table).items()}
+    of_records = record_means(table, failed)
+    means = {name: float(np.nanmean(values)) for name, values in of_records.items()}
     if all(name in means for name in SCORE_OF):
         summary["score"] = harmonic_mean([means[name] for name in SCORE_OF])
     return summary | means | {"records": len(set(table["case_id"].to_pylist()))}
