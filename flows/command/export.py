@@ -41,7 +41,7 @@ def export_edit(
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
     said = f"saved {directory} in {dtype}" if kind == "merged" else f"saved {directory}"
-    notes: list[str] = []
+    note = ""
     with temporary(directory) as partial:
         partial.mkdir()
         if lm is None:
@@ -51,10 +51,10 @@ def export_edit(
         else:
             adapter = make_adapter(lm, delta)
             adapter.save(partial, lm.name, lm.revision)
-            notes = [f"Rank {adapter.rank}; relative error of the factors {adapter.error:.1e}.", ""]
-            said += f": {notes[0]}"
+            note = f"Rank {adapter.rank}, relative error of the factors {adapter.error:.1e}."
+            said += f". {note}"
         metrics = read_json(METRICS_FILE) if is_of_last_run(delta_file) else None
-        make_card(kind, delta.provenance, license_, metrics, notes).save(partial / "README.md")
+        make_card(kind, delta.provenance, license_, metrics, note).save(partial / "README.md")
         os.replace(partial, directory)  # replaces an empty directory, but no other
     return said
 

@@ -76,6 +76,8 @@ UsersFile = Annotated[
     BeforeValidator(lambda value: None if value == NO_FILE else value),
     PlainSerializer(lambda value: value or NO_FILE, return_type=str, when_used="json"),
 ]
+Percent = Annotated[float | None, Field(ge=0, le=100, description="at least")]
+Ratio = Annotated[float | None, Field(gt=0)]
 Setting = bool | int | float | str | None
 Digest = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
 MethodName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
@@ -254,21 +256,12 @@ class EvaluationSection(Section):
 class LimitsSection(Section):
     """What the results have to keep, or the run fails and its edit is not applied or exported."""
 
-    score: float | None = Field(
-        default=None, ge=0, le=100, description="least; also the next three"
-    )
-    efficacy: float | None = Field(default=None, ge=0, le=100)
-    paraphrase: float | None = Field(default=None, ge=0, le=100)
-    neighborhood: float | None = Field(default=None, ge=0, le=100)
-    perplexity_ratio: float | None = Field(default=None, gt=0, description="most, after / before")
-    update_ratio: float | None = Field(
-        default=None, gt=0, description="most, of a layer's update to its weights"
-    )
-
-    @property
-    def given(self) -> dict[str, float]:
-        """The limits that are set."""
-        return self.model_dump(exclude_none=True)
+    score: Percent = None
+    efficacy: Percent = None
+    paraphrase: Percent = None
+    neighborhood: Percent = None
+    perplexity_ratio: Ratio = Field(default=None, description="at most, after / before")
+    update_ratio: Ratio = Field(default=None, description="at most, of an update to its weights")
 
 
 class RunnerSection(Section):

@@ -207,7 +207,7 @@ def test_an_adapter_or_a_delta_is_exported_with_a_card(
     delta = WeightDelta.load(place / "delta.safetensors").naming(facts("Ada", "<b>"))
     delta.save(place / "delta.safetensors")
     assert memit("export", "adapter", "--as", "lora", *words) == 0
-    assert "Rank 3; relative error" in said(capsys)
+    assert "Rank 3, relative error" in said(capsys)
     files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert sorted(path.name for path in (place / "adapter").iterdir()) == files
     assert memit("export", "bare", "--as", "delta", *words) == 0
