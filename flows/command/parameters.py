@@ -322,6 +322,15 @@ class ScalingSection(Section):
     generation_records: Written = 8
 
 
+class TracingSection(Section):
+    """Which facts are traced; the model must give their true objects."""
+
+    facts: Count = Field(default=100, description="at their subjects' last tokens")
+    mapped: int = Field(default=10, ge=0, description="of these, at every token, too")
+    seed: Seed = 0
+    token_budget: TokenBudget = "auto"
+
+
 class Parameters(Section):
     """Everything in `params.yaml`."""
 
@@ -339,6 +348,7 @@ class Parameters(Section):
     serac: SeracSection = SeracSection()
     compare: CompareSection = CompareSection()
     scaling: ScalingSection = ScalingSection()
+    tracing: TracingSection = TracingSection()
 
     def hyperparameters(self, model: str, depth: int) -> Hyperparameters:
         """The preset of a model with `depth` blocks, with the overrides of `targets` and `edit`.
@@ -346,7 +356,10 @@ class Parameters(Section):
         Raises:
             InputError: the model has no such layer.
         """
-        merged = with_overrides(with_overrides(preset(model, depth), self.targets), self.edit)
+        chosen = preset(model, depth)
+        if self.targets.learning_rate is not None:  # a rate without its unit is absolute
+            chosen = replace(chosen, rate_unit="absolute")
+        merged = with_overrides(with_overrides(chosen, self.targets), self.edit)
         if merged.layers[-1] >= depth:
             raise InputError(
                 f"edit.layers names layer {merged.layers[-1]}, but {model} has "
