@@ -52,7 +52,7 @@ def make_card(
 def base_license(directory: Path) -> str | None:
     """The licence that the card in a model directory names, if there is one."""
     path = directory / "README.md"
-    return ModelCard.load(path).data.license if path.is_file() else None
+    return ModelCard.load(path).data.to_dict().get("license") if path.is_file() else None
 
 
 def _plain(text: str) -> str:

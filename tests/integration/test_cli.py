@@ -214,8 +214,8 @@ def test_an_adapter_or_a_delta_is_exported_with_a_card(
     assert (place / "bare/delta.safetensors").read_bytes() == Path(words[-1]).read_bytes()
     for folder in ("adapter", "bare"):
         card = ModelCard.load(place / folder / "README.md")
-        assert card.data.license == "mit"
-        assert card.data.base_model == "model"
+        assert card.data.to_dict()["license"] == "mit"
+        assert card.data.to_dict()["base_model"] == "model"
         for said_of in ("Ada lives in → Rome", "&lt;b> lives in", "## Limits", "Without the edit"):
             assert said_of in card.text or folder == "bare"
     assert memit("export", "other", "--as", "gguf", *words) != 0
