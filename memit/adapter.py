@@ -51,12 +51,10 @@ class Adapter:
             "revision": revision,
             "r": self.rank,
             "lora_alpha": self.rank,
-            "lora_dropout": 0.0,
             "bias": "none",
             "target_modules": list(self.modules),
             "fan_in_fan_out": self.is_transposed,
             "inference_mode": True,
-            "modules_to_save": None,
         }
         text = json.dumps(config, indent=2) + "\n"
         write_whole(directory / "adapter_config.json", lambda path: path.write_text(text))

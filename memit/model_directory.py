@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -183,42 +183,27 @@ def _remove_record(folder: Path) -> None:
         reverted.rmdir()
 
 
-@dataclass(frozen=True)
-class EditStatus:
-    """An edit of a model directory."""
-
-    folder: Path
-    state: str
-    """Whether the weights are those that it made."""
-    origin: Mapping[str, str]
-    """What `apply_edit` was told."""
-    provenance: Mapping[str, Any]
-    """That of the delta."""
-
-
-def edit_status(directory: Path) -> list[EditStatus]:
-    """The edits of a model directory, oldest first.
+def edit_status(
+    directory: Path,
+) -> Iterator[tuple[Path, str, Mapping[str, str], Mapping[str, Any]]]:
+    """The edits of a model directory, oldest first: the folder, whether the edit is in the weights,
+    what `apply_edit` was told of its origin, and its delta's provenance.
 
     Raises:
         InputError, IntegrityError: the directory is not what they were made in, or damaged.
     """
-    edits, found = applied_edits(directory), []
+    edits = applied_edits(directory)
     for folder in edits:
-        record = _read_record(folder)
-        state = "below the next one" if folder != edits[-1] else _state(directory, edits, record)
+        record, state = _read_record(folder), "below the next one"
+        if folder == edits[-1]:
+            stored = _locate(directory, record["files"], record["edited"])
+            weights = {name: matrix.read() for name, matrix in stored.items()}
+            _check_unchanged(edits, weights, directory)
+            state = "in the weights"
+            if not _holds(weights, record["edited"]):
+                state = "interrupted: apply it again to complete it, or revert it"
         delta = WeightDelta.load(folder / "delta.safetensors")
-        found.append(EditStatus(folder, state, record.get("origin", {}), delta.provenance))
-    return found
-
-
-def _state(directory: Path, edits: Sequence[Path], record: Mapping[str, Any]) -> str:
-    """Whether the weights are those of the last edit."""
-    stored = _locate(directory, record["files"], record["edited"])
-    weights = {name: matrix.read() for name, matrix in stored.items()}
-    if _holds(weights, record["edited"]):
-        return "in the weights"
-    _check_unchanged(edits, weights, directory)
-    return "interrupted: apply it again to complete it, or revert it"
+        yield folder, state, record.get("origin", {}), delta.provenance
 
 
 def _write_record(

@@ -159,13 +159,12 @@ def apply(directory: ExistingPath, *, delta: Delta = None, force: Force = False)
         A directory with safetensors weights, as save_pretrained writes it.
     """
     file = _delta_file(delta, force)
-    origin = {}
-    if delta is None:
-        from flows.command.changes import list_origin
-
-        origin = list_origin(given_parameters().requests)
     from memit.model_directory import apply_edit
+    from tasks.engine.git import commit_of
 
+    section = None if delta else given_parameters().requests
+    path = (section and (section.path or section.url)) or ""
+    origin = {"list": path or section.source, "commit": commit_of(path)} if section else {}
     backup = apply_edit(directory, file, origin)
     console.print(f"edited {directory}; the original weights are in {backup}")
 

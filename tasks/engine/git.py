@@ -16,6 +16,6 @@ def git(*arguments: str) -> str:
 
 
 def commit_of(*paths: str) -> str:
-    """The last commit that changed some files; empty outside of a git repository."""
+    """The last commit that changed some files; empty if git does not know them."""
     commit = git("log", "-1", "--format=%H", "--", *paths)
-    return f"{commit} and changes" if git("status", "--porcelain", "--", *paths) else commit
+    return f"{commit} and changes" if commit and git("status", "--short", "--", *paths) else commit

@@ -112,7 +112,7 @@ def test_status_says_which_facts_are_in_a_directory(
     text = said(capsys)
     assert "0001: in the weights" in text
     assert "list facts.jsonl" in text
-    assert "Ada lives in → Rome, id: Ada, source: A. Smith" in text
+    assert "Ada lives in → Rome (id: Ada, source: A. Smith)" in text
 
 
 def facts(*subjects: str) -> list[Record]:

@@ -17,9 +17,8 @@ from memit.weight_delta import Dense, LowRank, WeightDelta
 from tests.families import families
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2")
-CONFIG = {"r", "lora_alpha", "target_modules", "bias", "modules_to_save", "peft_type", "task_type"}
-CONFIG |= {"base_model_name_or_path", "revision", "lora_dropout", "fan_in_fan_out"}
-CONFIG |= {"inference_mode"}
+CONFIG = {"r", "lora_alpha", "target_modules", "bias", "peft_type", "task_type", "fan_in_fan_out"}
+CONFIG |= {"base_model_name_or_path", "revision", "inference_mode"}
 
 
 def build(family: str) -> tuple[LanguageModel, WeightDelta]:
