@@ -33,13 +33,15 @@ FACT_COLUMNS += ORIGIN_COLUMNS
 
 `prompt` holds one `{}` where the subject goes. `paraphrases` and `neighbors` are lists of complete
 prompts (in CSV separated by `|`); a `{}` in a paraphrase is replaced by the subject, and a
-neighbour, which is about something else, has none. Line breaks at a prompt's end are kept, spaces
-are not. `joined`: true puts nothing between prompts and objects, false a space; see
-`EditRequest.between`. No result depends on `id` (which stands once in a list), `source`, `date`
-and `note`.
+neighbour, which is about something else and whose answer must stay, has none. Line breaks at a
+prompt's end are kept, spaces are not. `joined`: true puts nothing between prompts and objects,
+false a space; see `EditRequest.between`. No result depends on `id` (which stands once in a list),
+`source`, `date` and `note`.
 """
 _BETWEEN = {"none": None, "true": "", "false": " "}
 _PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts", "attribute_prompts")
+_KEPT = "kept_prompts"
+"""The key of these prompts, which no published file has."""
 Read = TypeVar("Read")
 _ADVICE = {
     "requested_rewrite": " (which CounterFact's records have: set requests.source to counterfact "
@@ -145,6 +147,8 @@ class Record:
     attribute_prompts: tuple[str, ...] = ()
     target_new_id: str | None = None
     """Identifier of the new object where the data set has one; reference texts may go by it."""
+    kept_prompts: tuple[str, ...] = ()
+    """Prompts about other things, to which the model's own answers must stay."""
     origin: Origin = Origin()
 
 
@@ -369,7 +373,7 @@ def _counterfact_record(row: Any, index: int) -> Record:
         between=_optional({"between": " ", **rewrite}, "between", check_text),
     )
     target_new_id = _optional(rewrite["target_new"], "id", check_text)
-    prompts = {key: _texts(row, key) for key in _PROMPTS}
+    prompts = {key: _texts(row, key) for key in (*_PROMPTS, _KEPT)}
     origin = _origin(_require_object(row.get("origin", {}), "'origin'"))
     return Record(case_id, request, **prompts, target_new_id=target_new_id, origin=origin)
 
@@ -397,7 +401,7 @@ def _fact_record(row: Any, index: int) -> Record:
     if any("{}" in text for text in neighbors):
         raise InputError("'neighbors' has a '{}': replace it by the name of something else.")
     filled = tuple(text.replace("{}", request.subject) for text in paraphrases)
-    return Record(index, request, filled, neighbors, origin=_origin(row))
+    return Record(index, request, filled, kept_prompts=neighbors, origin=_origin(row))
 
 
 def _origin(row: Mapping[str, Any]) -> Origin:
@@ -434,6 +438,7 @@ def _counterfact_row(record: Record) -> dict[str, Any]:
         "case_id": record.case_id,
         "requested_rewrite": rewrite,
         **{key: list(getattr(record, key)) for key in _PROMPTS},
+        **({_KEPT: list(record.kept_prompts)} if record.kept_prompts else {}),
         **({"origin": given} if (given := record.origin.given) else {}),
     }
 

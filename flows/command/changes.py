@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _answers(lm: LanguageModel, changes: Changes, runs: Sequence[PastRun]) -> Ta
         table.add_column(name, overflow="fold")
     records = [*changes.added, *changes.withdrawn, *(new for _, new in changes.changed)]
     asked = [p for p in prompts_of(records) if p.kind != "neighborhood"]
-    neighbors = [p for p in prompts_of(records) if p.kind == "neighborhood"]
+    neighbors = [p for p in prompts_of(map(_with_kept, records)) if p.kind == "neighborhood"]
     was, now = (
         _ask(lm, run, [*asked, *neighbors]) for run in (runs[-2] if runs[1:] else None, runs[-1])
     )
@@ -127,6 +128,11 @@ def _answers(lm: LanguageModel, changes: Changes, runs: Sequence[PastRun]) -> Ta
     for kind, prompt in rows:
         table.add_row(kind, *map(Text, (one_line(prompt), was[prompt][0], now[prompt][0])))
     return table
+
+
+def _with_kept(record: Record) -> Record:
+    """A record whose prompts that must stay are neighbours like all others."""
+    return replace(record, neighborhood_prompts=record.neighborhood_prompts + record.kept_prompts)
 
 
 def _ask(
