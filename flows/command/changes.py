@@ -31,6 +31,8 @@ MOVED = 5
 """Neighbours that are shown of those that moved."""
 LARGEST_LOSS = 0.2
 """Share of a list's facts that may be withdrawn at once without being asked."""
+FEW = 2
+"""Facts that may always be withdrawn."""
 
 
 def show_changes(parameters: Parameters, open_model: Callable[[], LanguageModel]) -> None:
@@ -77,7 +79,8 @@ def check_losses(section: RequestsSection) -> None:
     """
     changes = pending_changes(section, last_runs())
     lost = len(changes.withdrawn) if changes else 0
-    if changes and lost > LARGEST_LOSS * (lost + len(changes.changed) + changes.kept):
+    before = lost + len(changes.changed) + changes.kept if changes else 0
+    if changes and lost > max(FEW, LARGEST_LOSS * before):
         raise InputError(
             f"{section.path} has lost {lost} facts since the last run and has {changes.kept} left: "
             "restore them, or use `memit run --yes` if they are to be withdrawn (`memit diff` "
