@@ -26,6 +26,8 @@ TOKENS_PER_DIMENSION = 16
 """Tokens for each dimension of a key, unless a number of tokens is asked for."""
 TOKENS_PER_TEXT = 128
 """The length of a text, if nothing ends it earlier."""
+EXPECTED_SHARE = 0.8
+"""Share of `TOKENS_PER_TEXT` that texts are expected to have before any was sampled."""
 TEXTS_AT_ONCE = 64
 """Texts of a batch. Fewer are slower: a step reads all weights once, whatever their number."""
 LEAST_TOKENS = 4
@@ -72,7 +74,7 @@ def missing_batches(wanted: int, found: Sequence[int]) -> range:
     Raises:
         InputError: the model ends its texts almost at once.
     """
-    mean = sum(found) / len(found) if found else TEXTS_AT_ONCE * TOKENS_PER_TEXT
+    mean = sum(found) / len(found) if found else EXPECTED_SHARE * TEXTS_AT_ONCE * TOKENS_PER_TEXT
     if mean < LEAST_TOKENS * TEXTS_AT_ONCE:
         raise InputError(
             f"the model's own texts have {mean / TEXTS_AT_ONCE:.1f} tokens on average, too few for "
