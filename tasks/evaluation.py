@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count as counter
 from typing import Any
@@ -166,13 +166,15 @@ def metrics_of(
     kept: pyarrow.Table,
     records: Sequence[Record],
     references: References,
+    failed: Collection[int] = (),
 ) -> dict[str, float]:
     """All metrics that tables of prompts (or zsRE's answers), generated texts and kept prompts
-    support, each with its 95% bootstrap interval over records, and the number of records."""
+    support, each with its 95% bootstrap interval over records, and the number of records. Records
+    whose edit has `failed` count as failures in each metric of prompts."""
     if "answer" in prompts.column_names:
         means, summary = _of_answers(prompts)
     else:
-        means, summary = dict(record_means(prompts)), summarise(prompts)
+        means, summary = dict(record_means(prompts, failed)), summarise(prompts, failed)
     ordered = sorted(records, key=lambda record: record.case_id)
     others = generation_record_means(texts, ordered, references)
     others |= kept_record_means(kept, ordered)

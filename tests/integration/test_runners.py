@@ -36,7 +36,7 @@ from memit.errors import ResourceError
 from tasks.engine.artifacts import PARTIAL
 from tasks.engine.hub import open_model
 from tasks.engine.progress import gather
-from tasks.engine.results import TARGETS_FILE
+from tasks.engine.results import STORED_TARGETS_FILE, TARGETS_FILE
 from tasks.engine.workers import mapping_over, scatter, thread_runner
 from tests.integration.cluster_tasks import die, mark
 
@@ -158,7 +158,7 @@ def watched(
             step(given)
         undisturbed = project.results()
         seen += gather("mark", "marks", scatter(mark, range(4, 8), reference=reference), [1] * 4)
-        project.forget(["targets"], [project.place / TARGETS_FILE])
+        project.forget(["targets"], [TARGETS_FILE, STORED_TARGETS_FILE])
         with killing_a_worker(project) as killed:
             targets(given)
         disturbed = project.results()
