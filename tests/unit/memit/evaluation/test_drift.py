@@ -36,4 +36,4 @@ def test_agrees_with_two_models(token_budget: int):
     assert found == pytest.approx(literal(lm, edited), rel=1e-4)
     assert found > 0.01
     with pytest.raises(InputError, match="held-out text"):
-        drift(lm, delta, ["a"], token_budget=token_budget)
+        drift(lm, delta, [""], token_budget=token_budget)
