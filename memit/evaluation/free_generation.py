@@ -66,10 +66,7 @@ def asked_of(lm: LanguageModel, record: Record) -> Iterator[tuple[str, str]]:
     if lm.tokenizer.chat_template:
         yield "chat", _as_message(lm, prompt)
     yield from (("paraphrase", text) for text in record.paraphrase_prompts)
-    yield from (
-        ("neighborhood", t)
-        for t in (*record.neighborhood_prompts, *getattr(record, "kept_prompts", ()))
-    )
+    yield from (("neighborhood", t) for t in (*record.neighborhood_prompts, *record.kept_prompts))
 
 
 def _as_message(lm: LanguageModel, prompt: str) -> str:
@@ -83,8 +80,8 @@ def _as_message(lm: LanguageModel, prompt: str) -> str:
 
 
 def free_record_means(said: pa.Table, records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """Share of each record's answers that are, or contain, an object (0–100), in the order of the
-    case ids; NaN where a record has none, left out where no record has any.
+    """Share of each record's answers that are, or contain, an object (0–100), NaN where it has
+    none; left out where no record has any. Records are in the order of their case ids.
 
     `said` has each answer of the unedited model (`answer_before`) beside that of the edited one
     (`answer_after`). `generated_efficacy_exact` is of the new object after bare edited prompts;
@@ -99,15 +96,20 @@ def free_record_means(said: pa.Table, records: Sequence[Record]) -> dict[str, np
         return np.array([np.nan if o is None else how(r["answer_after"], o) for r, o in pairs])
 
     found = {
-        (name + old + suffix): np.where(kinds == kind, 100.0 * judged(how, target), np.nan)
+        name + old + suffix: np.where(kinds == kind, judged(how, target), np.nan)
         for kind, name in JUDGED.items()
         for target, old in (("target_new", ""), ("target_true", "_true"))
         for how, suffix in ((is_exactly, "_exact"), (contains, "_contains"))
     }
-    same = np.array([100.0 * (row["answer_before"] == row["answer_after"]) for row in rows])
+    same = np.array([row["answer_before"] == row["answer_after"] for row in rows])
     found["neighborhood"] = np.where(kinds == "neighborhood", same, np.nan)
-    means = {f"generated_{name}": means_by_record(said, of) for name, of in found.items()}
-    return {name: of for name, of in means.items() if not np.isnan(of).all()}
+    places = np.searchsorted(sorted(requests), np.unique(said["case_id"].to_numpy()))
+    means: dict[str, np.ndarray] = {}
+    for name, values in found.items():
+        if not np.isnan(values).all():
+            means[f"generated_{name}"] = np.full(len(requests), np.nan)
+            means[f"generated_{name}"][places] = 100.0 * means_by_record(said, values)
+    return means
 
 
 def is_exactly(text: str, name: str) -> bool:
