@@ -7,7 +7,7 @@ Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evalua
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from prefect import Task
 
 from flows.command.parameters import Parameters
 from flows.requests import records_source
-from flows.service.step import Run, chunks, step
+from flows.service.step import Run, chunks, steady_chunks, step
 from flows.statistics import corpus_of
 from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
 from memit.evaluation.generations import ANSWERS, SCHEMA
@@ -80,9 +80,13 @@ class Measured:
     drift: float | None
     """KL from the unedited model; None where there is no held-out text."""
 
-    def metrics(self, records: Sequence[Record], references: References) -> dict[str, float]:
-        """All metrics; generated texts are compared with the references."""
-        metrics = metrics_of(self.prompts, self.texts, self.kept, records, references, self.said)
+    def metrics(
+        self, records: Sequence[Record], references: References, failed: Collection[int] = ()
+    ) -> dict[str, float]:
+        """All metrics; generated texts are compared with the references. `failed` are the cases
+        whose edits could not be written."""
+        tables = self.prompts, self.texts, self.kept
+        metrics = metrics_of(*tables, records, references, failed, self.said)
         of_text = {"perplexity": self.perplexity, "drift": self.drift}
         known = {name: value for name, value in of_text.items() if value is not None}
         return metrics | {name: round(value, DECIMALS) for name, value in known.items()}
@@ -108,13 +112,15 @@ def evaluation(run: Run) -> None:
     references = references_of(run.parameters) if len(before.texts) else {}
     _write_tables(run, before, after)
     _write_answers(run)
+    edit = json.loads(EDIT_FILE.read_text(encoding="utf-8"))
+    failed = [one["case_id"] for one in edit["dropped"]]
     metrics: dict[str, Any] = {
         "before": before.metrics(records, references),
-        "after": after.metrics(records, references),
-        "edit": described_edit(json.loads(EDIT_FILE.read_text(encoding="utf-8"))),
+        "after": after.metrics(records, references, failed),
+        "edit": described_edit(edit),
     }
     if section.survival:
-        metrics["survival"] = {bits: _survived(run, bits) for bits in section.survival}
+        metrics["survival"] = {bits: _survived(run, bits, failed) for bits in section.survival}
     if notes := run.given["requests"].notes:
         metrics["requests"] = notes
     run.write_json(METRICS_FILE, metrics)
@@ -160,7 +166,7 @@ def measure(
         "edit": edit,
         "token_budget": run.token_budget(section.token_budget),
     }
-    scored = run.map("prompts", score, chunks(asked, section.prompts_per_piece), **shared)
+    scored = run.map("prompts", score, steady_chunks(asked, section.prompts_per_piece), **shared)
     texts = run.map(
         "texts",
         write_piece,
@@ -212,13 +218,13 @@ def _said(
     return before_and_after(before, after)
 
 
-def _survived(run: Run, bits: str) -> dict[str, float]:
+def _survived(run: Run, bits: str, failed: Collection[int]) -> dict[str, float]:
     """Metrics of prompts and perplexity after the edited weights were rounded."""
     edit, prompts = run.input("edit", DELTA_FILE), prompts_of(run.records)
     rounded = measure(
         run, edit, score_piece, prompts, (), (), held_out_text(run), 0, served_in=bits
     )
-    return replace(rounded, drift=None).metrics(run.records, {})
+    return replace(rounded, drift=None).metrics(run.records, {}, failed)
 
 
 def _write_answers(run: Run) -> None:
@@ -235,7 +241,8 @@ def _write_answers(run: Run) -> None:
 
 def _write_tables(run: Run, before: Measured, after: Measured) -> None:
     prompts = before_and_after(before.prompts, after.prompts)
-    facts = facts_table(before.prompts, after.prompts, after.kept.to_pylist())
+    origins = {record.case_id: record.origin.given for record in run.records}
+    facts = facts_table(before.prompts, after.prompts, after.kept.to_pylist(), origins)
     texts = before_and_after(before.texts, after.texts)
     run.write(PROMPTS_FILE, lambda path: pyarrow.parquet.write_table(prompts, path))
     run.write(FACTS_FILE, lambda path: pyarrow.csv.write_csv(facts, path))
