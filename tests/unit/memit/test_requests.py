@@ -423,7 +423,7 @@ class TestOtherFiles:
         }
         rows = [
             easy | {"locality_prompt": "Bo speaks", "locality_ground_truth": "French"},
-            easy | {"locality": nested, "ground_truth": ["English"]},
+            easy | {"locality": nested, "ground_truth": ["English"], "subject": "mother tongue"},
             qaedit,
         ]
         one, two, three = read_records(saved(tmp_path, rows))
