@@ -70,7 +70,11 @@ def score_piece(
     token_budget: int,
 ) -> TablePiece:
     """Score some prompts against both objects, on the unedited model or with a delta in it."""
-    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("evaluation") as progress:
+    with (
+        with_edit(model, edit, shared=True) as lm,
+        Meter() as meter,
+        piece_progress("evaluation") as progress,
+    ):
         table = score_prompts(lm, prompts, token_budget=token_budget, progress=progress)
     return store_table("evaluation", table, meter.cost)
 
@@ -83,7 +87,11 @@ def answer_piece(
     token_budget: int,
 ) -> TablePiece:
     """Answer some of zsRE's questions under teacher forcing."""
-    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("zsre") as progress:
+    with (
+        with_edit(model, edit, shared=True) as lm,
+        Meter() as meter,
+        piece_progress("zsre") as progress,
+    ):
         table = score_zsre(lm, questions, token_budget=token_budget, progress=progress)
     return store_table("evaluation", table, meter.cost)
 

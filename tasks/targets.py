@@ -49,7 +49,11 @@ def optimise_targets(
     token_budget: int,
 ) -> TargetsPiece:
     """Optimise the targets of some requests (Eqn. 16)."""
-    with loaded(model) as lm, Meter() as meter, piece_progress("targets") as progress:
+    with (
+        loaded(model, shared=True) as lm,
+        Meter() as meter,
+        piece_progress("targets") as progress,
+    ):
         targets = compute_targets(
             lm, requests, prefixes, hyperparameters, token_budget=token_budget, progress=progress
         )

@@ -253,7 +253,7 @@ class EvaluationSection(Section):
     """How the model is measured before and after."""
 
     dtype: Precision | None = Field(default=None, description="null: that of the model")
-    prompts_per_piece: Count = 512
+    prompts_per_piece: Count = 256
     generation_records: Written = 8
     snippets: UsersFile = Field(default=None, description="CounterFact's attribute snippets")
     seed: Seed = Field(default=0, description="of the generated texts")

@@ -46,7 +46,7 @@ EDITS = 8
 TINY: dict[str, Any] = {
     "model": {
         "source": "synthetic",
-        "threads": 1,
+        "threads": 2,  # two pieces share the model, where a process of a cluster computes one
         "world": {"people": 12, "relations": 3, "objects": 4, "biographies": 8},
         "training": {"layers": 3, "width": 32, "heads": 2, "vocabulary": 400, "steps": 30}
         | {"warmup_steps": 10},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -291,6 +292,40 @@ def test_a_model_computes_alike_in_the_thread_that_loads_it_and_in_others(
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(threads).result() == reference.threads
     assert threads() == reference.threads
+
+
+def test_two_pieces_share_the_weights_and_other_tasks_wait(reference: ModelReference) -> None:
+    two_cores = reference.model_copy(update={"threads": 2})
+    found, events = [], []
+    both_in, go_on = threading.Barrier(3, timeout=60), threading.Event()
+
+    def piece() -> None:
+        with loaded(two_cores, shared=True) as lm:
+            both_in.wait()  # with one piece at a time nobody gets past this
+            go_on.wait(60)
+            logits = lm.model(torch.tensor([[1, 2, 3]])).logits
+            found.append((lm, torch.get_num_threads(), logits))
+        events.append("piece")
+
+    def edit() -> None:
+        with loaded(two_cores) as lm:
+            events.append("alone")
+            found.append((lm, torch.get_num_threads(), lm.model(torch.tensor([[1, 2, 3]])).logits))
+
+    with ThreadPoolExecutor(3) as pool, torch.no_grad():
+        pieces = [pool.submit(piece) for _ in range(2)]
+        both_in.wait()
+        waiting = pool.submit(edit)
+        assert not events
+        go_on.set()
+        for each in (*pieces, waiting):
+            each.result()
+    (one, *_, first), (other, *_, second), (main, *_, third) = found
+    assert [threads for _, threads, _ in found] == [1, 1, 2]
+    assert one is not other is not main
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, third)
+    assert one.weight(1).data_ptr() == other.weight(1).data_ptr() == main.weight(1).data_ptr()
 
 
 def test_an_edit_is_signed_and_leaves_the_model_alone(
