@@ -37,7 +37,12 @@ TINY: dict[str, dict[str, Any]] = {
     "mend": {"steps": 4, "edits_at_once": 4, "rank": 4},
     "serac": {"width": 16, "layers": 1, "classifier_steps": 4, "counterfactual_steps": 4}
     | {"batch_size": 4},
-    "compare": {"count": 8, "training_records": 24, "generation_records": 2},
+    "compare": {
+        "count": 8,
+        "at_most": {"rome": 5},
+        "training_records": 24,
+        "generation_records": 2,
+    },
     "scaling": {"counts": [1, 6], "least_records": 2, "generation_records": 1},
 }
 
