@@ -14,6 +14,8 @@ from memit.ranges import Range, check_settings
 
 Positive = Annotated[float, Range(0, 1e12, exclusive=True)]
 Weight = Annotated[float, Range(0, 1e12)]
+RELATIVE_RATE = 0.1
+"""Step size for models without a preset, in units of the rms of h: 0.08 is SmolLM2-135M's 0.5."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,10 @@ class Hyperparameters:
     evaluations: Annotated[int, Range(1, 10_000)] = 25
     """Most evaluations of the loss for a target; one fewer updates."""
     learning_rate: Positive = 0.5
-    """Adam's step size for δ."""
+    """Adam's step size for δ, in units of `rate_unit`."""
+    rate_unit: Literal["absolute", "relative"] = "absolute"
+    """`absolute`: the units of h; `relative`: the root mean square of h's numbers, of which models
+    of different families differ a hundredfold."""
     clamp_factor: Positive = 0.75
     """δ is kept within this multiple of ‖h‖."""
     weight_decay: Weight = 0.5
@@ -97,6 +102,8 @@ def preset(model_name: str, depth: int) -> Hyperparameters:
     known = presets().get(short_name(model_name))
     if known is not None and known.settings.layers[-1] < depth:
         return known.settings
-    general = presets()["gpt-j-6b"].settings
+    general = replace(
+        presets()["gpt-j-6b"].settings, learning_rate=RELATIVE_RATE, rate_unit="relative"
+    )
     layers = sorted({round(layer * depth / 28) for layer in general.layers})
     return replace(general, layers=tuple(layer for layer in layers if layer < depth - 1) or (0,))

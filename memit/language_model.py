@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,9 @@ DTYPES = {
     "float16": torch.float16,
 }
 """Number formats of a forward pass; tf32 is float32 with TF32 products on the GPU."""
+
+ROW = 4
+"""Tokens of a row whose content does not matter."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,16 @@ class LanguageModel:
     @cached_property
     def _down_projections(self) -> list[nn.Module | str]:
         return [_find_down_projection(block, self.width) for block in self.blocks]
+
+    @cached_property
+    def has_output_norm(self) -> bool:
+        """Whether a norm follows the down-projection in its block, as in Gemma 2 and 3, OLMo 2 and
+        GLM-4. The weights do not matter, which a model without any has none of."""
+        layer = next(iter(self.editable_layers), None)
+        if layer is None:
+            return False
+        behind = _run_after(self, self.blocks[layer], self.down_projection(layer))
+        return any(_is_norm(module, self.width) for module in behind)
 
     @property
     def editable_layers(self) -> tuple[int, ...]:
@@ -490,6 +503,34 @@ def _find_down_projection(block: nn.Module, width: int) -> nn.Module | str:
     if len(down) != 1:
         return f"{len(down) or 'none'} were"
     return down[0] if up else "one without an input was"
+
+
+@torch.no_grad()
+def _run_after(lm: LanguageModel, block: nn.Module, module: nn.Module) -> list[nn.Module]:
+    """The innermost modules of a block that run after one of them, from a run of the model."""
+    ran: list[nn.Module] = []
+
+    def note(module: nn.Module, _args: tuple, _output: Any) -> None:
+        ran.append(module)
+
+    ids = torch.zeros(1, ROW, dtype=torch.long, device=lm.device)
+    # Most families take a mask of four dimensions as it is, and look into one of two, which a model
+    # without weights cannot show; the others need none.
+    for mask in (torch.zeros(1, 1, ROW, ROW, device=lm.device), None):
+        ran.clear()
+        with ExitStack() as stack, suppress(Exception):
+            for part in block.modules():
+                if not any(part.children()):
+                    stack.callback(part.register_forward_hook(note).remove)
+            lm.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            break
+    return ran[ran.index(module) + 1 :] if module in ran else []
+
+
+def _is_norm(module: nn.Module, width: int) -> bool:
+    """Whether all weights are vectors of the hidden size."""
+    shapes = {weight.shape for weight in module.parameters()}
+    return shapes == {torch.Size([width])}
 
 
 def _find_mlp(block: nn.Module, down: nn.Module) -> nn.Module | None:

@@ -236,12 +236,19 @@ def target(model, tokenizer, fact, prefixes, settings) -> Target:
             losses.append(loss.item())
             if loss < settings.loss_threshold or evaluation == settings.evaluations - 1:
                 break
+            if settings.rate_unit == "relative":
+                optimizer.param_groups[0]["lr"] = settings.learning_rate * rms(h)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             with torch.no_grad():  # back into the ball ‖δ‖ ≤ clamp · ‖h‖
                 delta.mul_((settings.clamp_factor * h.norm() / delta.norm()).clamp(max=1))
     return Target(seen["h"] + delta.detach(), seen["h"], losses)
+
+
+def rms(h: Tensor) -> float:
+    """Root mean square of some numbers."""
+    return h.square().mean().sqrt().item()
 
 
 def nll(logits: Tensor, r: Row) -> Tensor:
@@ -296,13 +303,14 @@ def spread(
     model, tokenizer, facts, prefixes, z: Tensor, C: Mapping[int, Tensor], settings
 ) -> dict[int, LayerUpdate]:
     """Lines 5-15: the update of each layer, for targets z (n × d); the weights are restored."""
+    factor = getattr(model.config, "residual_multiplier", 1.0)  # of W_out's output, in Granite
     updates: dict[int, LayerUpdate] = {}
     for layer in settings.layers:
         with edited(model, updates):  # the lower layers' updates are in place
             pairs = [key_and_hidden(model, tokenizer, f, prefixes, layer, settings) for f in facts]
         K = torch.stack([k for k, _ in pairs], 1)
         h = torch.stack([h for _, h in pairs], 1)
-        R = (z.T - h) / (len(settings.layers) - len(updates))  # Eqn. 20
+        R = (z.T - h) / (len(settings.layers) - len(updates)) / factor  # Eqn. 20
         updates[layer] = LayerUpdate(K, R, update(K, R, C[layer], settings).to(K.dtype))
     return updates
 

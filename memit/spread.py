@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memit.errors import EditError, NumericsError, ResourceError
+from memit.forward.probes import output_factor
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.layer_walk import HELD_IN_MEMORY, HeldStates, Walk
@@ -115,6 +116,7 @@ def _walk_layers(
         residuals[layer] = float((target - hidden).norm(dim=0).mean())
         # r_i = (z_i − h_i) / (number of edited layers from this one on)    (Eqn. 20)
         R = (target - hidden) / (len(hyperparameters.layers) - done)
+        R /= output_factor(lm, layer) or 1.0  # the block multiplies what W_out gives
         _check_columns(K, R, requests, layer)
         if observe is not None:
             observe(layer, K, R)

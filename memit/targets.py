@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -119,19 +120,21 @@ def check_targets(requests: Sequence[EditRequest], targets: Targets) -> None:
 
 @dataclass(frozen=True)
 class Site:
-    """Where δ is added: the output of block `layer` (MEMIT) or of its down-projection (ROME)."""
+    """Where δ is added: the output of a block (MEMIT), or those of the down-projections of one
+    layer (ROME) or several, each of which has a part of δ of its own."""
 
-    layer: int
+    layers: tuple[int, ...]
+    """Ascending; one alone unless `in_mlp`."""
     in_mlp: bool = False
 
     @property
     def first(self) -> int:
         """The first block that depends on δ."""
-        return self.layer if self.in_mlp else self.layer + 1
+        return self.layers[0] + (not self.in_mlp)
 
-    def module(self, lm: LanguageModel) -> nn.Module:
-        """The module whose output δ is added to."""
-        return lm.down_projection(self.layer) if self.in_mlp else lm.blocks[self.layer]
+    def modules(self, lm: LanguageModel) -> list[nn.Module]:
+        """The modules whose outputs δ is added to."""
+        return [lm.down_projection(n) if self.in_mlp else lm.blocks[n] for n in self.layers]
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ def compute_targets(
     finite stops there and is marked in `Targets.finite`.
     """
     edits = edit_rows(lm, requests, prefixes)
-    where = site or Site(hyperparameters.layers[-1])
+    where = site or Site(hyperparameters.layers[-1:])
     if not can_resume(lm):
         logger.warning("%s cannot be resumed in the middle: whole rows are run each time", lm.name)
     if site is None and (weak := weak_keys(requests, [edit.plain for edit in edits])):
@@ -232,7 +235,7 @@ def compute_targets(
     def optimise(indices: Sequence[int]) -> Targets:
         return _optimise(lm, [edits[index] for index in indices], where, hyperparameters)
 
-    found = Targets.empty(len(edits), lm.width, hyperparameters.evaluations)
+    found = Targets.empty(len(edits), len(where.layers) * lm.width, hyperparameters.evaluations)
     for indices, part in run_in_batches(order, lambda i: _shape(edits[i]), token_budget, optimise):
         found.put(indices, part)
         release_memory()
@@ -299,17 +302,22 @@ def _optimise(
 ) -> Targets:
     """The targets of one batch."""
     batch, hidden = _prepare(lm, edits, site)
-    norm = hidden.norm(dim=1)
+    norm = hidden.norm(dim=2)
+    # Adam moves δ in units of 1, or of the rms of what it is added to.
+    unit = torch.ones_like(norm)[:, :, None]
+    if hyperparameters.rate_unit == "relative":
+        unit = norm[:, :, None] / hidden.shape[2] ** 0.5
     # One Adam for all edits: its steps are per element, so that edits do not mix.
     history = torch.full((len(edits), hyperparameters.evaluations), torch.nan, device=hidden.device)
-    delta = torch.zeros_like(hidden, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=hyperparameters.learning_rate)
+    steps = torch.zeros_like(hidden, requires_grad=True)
+    optimizer = torch.optim.Adam([steps], lr=hyperparameters.learning_rate)
     active = torch.arange(len(edits), device=hidden.device)
     broken = torch.zeros(len(edits), dtype=torch.bool, device=hidden.device)
     chosen = torch.zeros(len(edits), dtype=torch.long, device=hidden.device)
     for evaluation in range(hyperparameters.evaluations):
-        logits = _logits(lm, batch, delta[active], site)
-        losses, initial = _losses(batch, logits, delta[active], norm[active], hyperparameters)
+        delta = steps[active] * unit[active]
+        logits = _logits(lm, batch, delta, site)
+        losses, initial = _losses(batch, logits, delta, norm[active], hyperparameters)
         history[active, evaluation] = losses.detach()
         broken[active] = ~torch.isfinite(losses.detach())
         going = losses.detach() >= hyperparameters.loss_threshold  # False for NaN too
@@ -321,26 +329,28 @@ def _optimise(
         optimizer.zero_grad()
         losses[going].sum().backward()
         active = active[going]
-        _update(optimizer, delta, active, hyperparameters.clamp_factor * norm)
+        _update(optimizer, steps, active, hyperparameters.clamp_factor * norm / unit[:, :, 0])
         batch = replace(batch, initial=initial)
         if not bool(going.all()):
             batch = batch.keep(going)
-    z = hidden + delta.detach()
+    hidden = hidden.flatten(1)
+    z = hidden + (steps.detach() * unit).flatten(1)
     finite = torch.isfinite(z).all(1) & ~broken
     return Targets(z.cpu(), hidden.cpu(), history.cpu(), finite.cpu())
 
 
 @torch.no_grad()
-def _update(optimizer: torch.optim.Adam, delta: Tensor, active: Tensor, limit: Tensor) -> None:
-    """One step of Adam and the projection onto ‖δ‖ ≤ limit, for the active edits alone."""
+def _update(optimizer: torch.optim.Adam, steps: Tensor, active: Tensor, limit: Tensor) -> None:
+    """One step of Adam and the projection onto ‖δ‖ ≤ limit, for the active edits alone; δ and its
+    limit are in units of Adam's."""
     # Momentum moves stopped edits, too, although their gradient is zero: they are put back.
-    stopped = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
+    stopped = torch.ones(len(steps), dtype=torch.bool, device=steps.device)
     stopped[active] = False
-    frozen = delta[stopped].clone()
+    frozen = steps[stopped].clone()
     optimizer.step()
     # δ · min(1, limit / ‖δ‖)
-    delta.mul_((limit / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1.0)[:, None])
-    delta[stopped] = frozen
+    steps.mul_((limit / steps.norm(dim=2).clamp(min=1e-30)).clamp(max=1.0)[:, :, None])
+    steps[stopped] = frozen
 
 
 @torch.no_grad()
@@ -365,7 +375,7 @@ def _losses(
     current = torch.log_softmax(logits[scored:], dim=-1)
     initial = current.detach() if batch.initial is None else batch.initial
     divergence = (current.exp() * (current - initial)).sum(-1)
-    decay = delta.norm(dim=1) / norm**2  # ‖δ‖ / ‖h‖²
+    decay = (delta.norm(dim=2) / norm**2).sum(1)  # ‖δ‖ / ‖h‖²
     return (
         total + hyperparameters.kl_factor * divergence + hyperparameters.weight_decay * decay,
         initial,
@@ -376,24 +386,25 @@ def _logits(lm: LanguageModel, batch: _Batch, delta: Tensor, site: Site) -> Tens
     """Logits at the scored positions, then at the essence positions, with δ added."""
     rows = torch.cat([batch.target_row, batch.essence_row])
     columns = torch.cat([batch.target_column, batch.column[batch.essence_row]])
-    # δ of each row (rows × d), and its position when rows × tokens are counted as one (rows).
+    # δ of each row (rows × sites × d), and its position when rows × tokens are counted as one.
     moved = delta[batch.edit]
     flat = torch.arange(len(moved), device=lm.device) * batch.padded.ids.shape[1] + batch.column
 
-    def add(states: Tensor) -> Tensor:
+    def add(states: Tensor, part: int = 0) -> Tensor:
         at = flat.to(states.device)
         rows = states.reshape(-1, states.shape[-1])
-        new = (rows[at].float() + moved.to(states.device)).to(states.dtype)
+        new = (rows[at].float() + moved[:, part].to(states.device)).to(states.dtype)
         return rows.index_put((at,), new).reshape(states.shape)
 
     hidden = batch.hidden
     with ExitStack() as stack:
-        if hidden is not None and site.first > site.layer:
+        if hidden is not None and not site.in_mlp:
             hidden = add(hidden)  # δ goes into what enters the first block that runs
             stack.enter_context(recomputing(lm, site.first))
         else:
-            stack.enter_context(recomputing(lm, site.layer + 1))
-            stack.enter_context(changing_module(site.module(lm), add))
+            stack.enter_context(recomputing(lm, site.layers[-1] + 1))
+            for part, module in enumerate(site.modules(lm)):
+                stack.enter_context(changing_module(module, partial(add, part=part)))
         return logits_at(
             lm, batch.padded, rows, columns, start=site.first, hidden=hidden, before=batch.before
         )
@@ -414,13 +425,14 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
     resumed = site.first < lm.depth and can_resume(lm)
     recorder = Recorder(lm, site.first) if resumed else None
     below = lm.blocks[max(0, site.first - 1)]
-    with reading_module(below) as entering, reading_module(site.module(lm)) as outputs:
-        block_output(lm, padded, lm.depth - 1 if resumed else site.layer, recorder=recorder)
+    with reading_module(below) as entering, ExitStack() as stack:
+        outputs = [stack.enter_context(reading_module(module)) for module in site.modules(lm)]
+        block_output(lm, padded, lm.depth - 1 if resumed else site.layers[-1], recorder=recorder)
     # h_i: the site's output at the subject's last token of the plain row. Some modules flatten
     # rows × tokens, so the position is counted over both.
     plain = torch.tensor(starts, device=device)
-    flat = (plain * padded.ids.shape[1] + last[plain]).to(outputs[0].device)
-    hidden = outputs[0].reshape(-1, outputs[0].shape[-1])[flat].float().to(device)
+    flat = plain * padded.ids.shape[1] + last[plain]
+    hidden = torch.stack([_rows_at(found[0], flat).to(device) for found in outputs], 1)
     # Resumed rows begin at the subject's last token: their columns shift by as much.
     offset = last if resumed else torch.zeros_like(last)
     tail, columns = _from(padded, last) if resumed else (padded, None)
@@ -446,6 +458,11 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
         initial=None,
     )
     return batch, hidden
+
+
+def _rows_at(states: Tensor, flat: Tensor) -> Tensor:
+    """States at positions that are counted over rows × tokens (positions × d, float32)."""
+    return states.reshape(-1, states.shape[-1])[flat.to(states.device)].float()
 
 
 def _scored(edits: Sequence[EditRows], device: torch.device) -> tuple[Tensor, ...]:

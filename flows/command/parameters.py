@@ -336,7 +336,10 @@ class Parameters(Section):
         Raises:
             InputError: the model has no such layer.
         """
-        merged = with_overrides(with_overrides(preset(model, depth), self.targets), self.edit)
+        chosen = preset(model, depth)
+        if self.targets.learning_rate is not None:  # a rate without its unit is absolute
+            chosen = replace(chosen, rate_unit="absolute")
+        merged = with_overrides(with_overrides(chosen, self.targets), self.edit)
         if merged.layers[-1] >= depth:
             raise InputError(
                 f"edit.layers names layer {merged.layers[-1]}, but {model} has "

@@ -141,7 +141,7 @@ class Rome(Editor):
         token_budget: int,
     ) -> LowRank:
         """The update of one fact for the present weights: (v* − W k) (C⁻¹k)ᵀ / kᵀC⁻¹k."""
-        site, settings = Site(self.layer, in_mlp=True), self.optimisation
+        site, settings = Site((self.layer,), in_mlp=True), self.optimisation
         found = compute_targets(
             lm, [request], prefixes, settings, token_budget=token_budget, site=site
         )

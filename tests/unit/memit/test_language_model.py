@@ -18,6 +18,7 @@ from transformers import (
 from memit import reference as oracle
 from memit.errors import InputError, IntegrityError, ModelStructureError, NumericsError
 from memit.files.tensors import tensor_digest
+from memit.forward.probes import output_factor
 from memit.language_model import LanguageModel, load_model
 from tests.families import DOCUMENTS, families, tokenizers
 from tests.reference import FAMILIES, build
@@ -47,6 +48,17 @@ def test_parts_are_found(family):
     assert lm.width == 32
     assert lm.inner_width in (56, 64, 128)
     assert lm.head is lm.model.get_output_embeddings()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_norm_behind_the_down_projection_is_found_with_and_without_weights(family):
+    lm = build(family)
+    with torch.device("meta"):
+        empty = LanguageModel(type(lm.model)(lm.model.config), lm.tokenizer, name=family)
+    normed = family in {"gemma2", "gemma3", "olmo2", "opt_projected"}
+    assert lm.has_output_norm == empty.has_output_norm == normed
+    factor = None if normed else {"granite": 0.7}.get(family, 1.0)
+    assert {output_factor(lm, layer) for layer in range(lm.depth)} == {factor}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

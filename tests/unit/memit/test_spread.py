@@ -27,6 +27,8 @@ from tests.reference import (
 
 TOLERANCE = 1e-4
 LARGE = 1 << 20
+FACTORS = {"granite": 0.7}
+"""With which a block multiplies the output of its MLP."""
 PAIRS = [(request.text, request.target_new) for request in REQUESTS]
 
 
@@ -74,7 +76,7 @@ def test_keys_residuals_and_deltas_are_those_of_the_oracle(family):
         assert relative(K, update.K) < TOLERANCE
         assert relative(R, update.R) < TOLERANCE
         left = len(LAYERS) - LAYERS.index(layer)
-        norm = float(update.R.norm(dim=0).mean()) * left
+        norm = float(update.R.norm(dim=0).mean()) * left * FACTORS.get(family, 1.0)
         assert result.residuals[layer] == pytest.approx(norm, rel=TOLERANCE)
         ratio = float(update.delta.norm() / oracle.weight(lm.model, layer).norm())
         assert result.update_ratios[layer] == pytest.approx(ratio, rel=TOLERANCE)

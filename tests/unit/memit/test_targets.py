@@ -100,6 +100,7 @@ def test_each_edit_stops_for_itself(family):
         {"kl_factor": 20.0},
         {"weight_decay": 200.0},
         {"learning_rate": 0.02},
+        {"learning_rate": 0.1, "rate_unit": "relative"},
         {"layers": (0,)},
         {"layers": (1, 3)},
         {"loss_threshold": 1e9},

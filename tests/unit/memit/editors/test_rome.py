@@ -112,14 +112,14 @@ def test_values_are_those_of_a_literal_optimisation(family, request_index):
         PREFIXES[:3],
         EDITOR.optimisation,
         token_budget=LARGE,
-        site=Site(LAYER, in_mlp=True),
+        site=Site((LAYER,), in_mlp=True),
     )
     assert relative(found.z[0], _literal_value(lm, request, PREFIXES[:3], EDITOR)) < 1e-4
 
 
 def test_layer_zero_has_nothing_below_it_to_resume_from(monkeypatch):
     lm = build("gpt2")
-    editor, site = replace(EDITOR, layer=0), Site(0, in_mlp=True)
+    editor, site = replace(EDITOR, layer=0), Site((0,), in_mlp=True)
     found = compute_targets(
         lm, REQUESTS[:1], PREFIXES, editor.optimisation, token_budget=LARGE, site=site
     )
@@ -144,7 +144,7 @@ def _one_edit(family: str, editor: Rome):
         prefixes,
         editor.optimisation,
         token_budget=LARGE,
-        site=Site(LAYER, in_mlp=True),
+        site=Site((LAYER,), in_mlp=True),
     ).z[0]
     delta = editor.edit(lm, REQUESTS[:1], resources)
     return lm, delta, keys, value, resources.moments[LAYER].mean
