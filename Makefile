@@ -17,7 +17,7 @@ $(error a colon in the path of this directory separates paths: rename $(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run ask repro deploy compare scale test test-unit lint format stages golden audit bench chaos ui clean
+.PHONY: help install run ask repro deploy compare scale trace test test-unit lint format stages golden audit bench chaos ui clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,9 @@ compare: $(STAMP) methods/dvc.yaml ## all methods on the same records: the table
 scale: $(STAMP) methods/dvc.yaml ## all methods on ever more edits: table and figure in scaling/
 	@$(BIN)/python -m flows.command.cli repro methods/dvc.yaml:scaling
 
+trace: $(STAMP) methods/dvc.yaml ## causal tracing: which layers carry the facts: the figure in tracing/
+	@$(BIN)/python -m flows.command.cli repro methods/dvc.yaml:tracing
+
 test: $(STAMP) ## the whole test suite
 	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
@@ -109,4 +112,4 @@ clean: ## delete caches and results, keep .venv, MLflow's store, DVC's cache and
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis
 	rm -f metrics.json timings.json artifacts/prefixes.json artifacts/requests.json
 	rm -f artifacts/targets.safetensors $$(sed -n 's|^!/\(.*\.[a-z]*\)$$|\1|p' .dvcignore)
-	@find artifacts comparison evaluation report scaling -type d -empty -delete 2>/dev/null || true
+	@find artifacts comparison evaluation report scaling tracing -type d -empty -delete 2>/dev/null || true

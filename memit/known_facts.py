@@ -1,4 +1,4 @@
-"""Facts that the unedited model knows: it prefers their true object to the new one."""
+"""Facts that the unedited model knows: it prefers their true object to the new one, or gives it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ def known_facts(
     count: int | None,
     *,
     token_budget: int,
+    answered: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Record], float]:
     """The first `count` records that the model knows, or all; and the share of those asked, in
     percent, that it knows. There may be fewer.
 
     A record is known if its prompt is followed rather by the true object than by the new one (lower
-    mean negative log-likelihood of its tokens). Records without a true object are not.
+    mean negative log-likelihood of its tokens); if it must be `answered`, by the true object as the
+    model's own answer (argmax). Records without a true object are not.
     """
     known: list[Record] = []
     asked = right = 0
@@ -33,11 +35,11 @@ def known_facts(
         batch = records[asked : asked + max(FEWEST_ASKED, wanted)]
         prompts = [prompt for prompt in prompts_of(batch) if prompt.kind == "rewrite"]
         table = score_prompts(lm, prompts, token_budget=token_budget, progress=progress)
-        scores = zip(table["nll_true"].to_pylist(), table["nll_new"].to_pylist(), strict=True)
+        columns = (table[name].to_pylist() for name in ("nll_true", "nll_new", "hit_true"))
         found = [
             record
-            for record, (true, new) in zip(batch, scores, strict=True)
-            if true is not None and true < new
+            for record, true, new, hit in zip(batch, *columns, strict=True)
+            if (hit if answered else true is not None and true < new)
         ]
         asked, right = asked + len(batch), right + len(found)
         known += found

@@ -229,8 +229,8 @@ def compute_targets(
         logger.warning("%s cannot be resumed in the middle: whole rows are run each time", lm.name)
     if site is None and (weak := weak_keys(requests, [edit.plain for edit in edits])):
         logger.warning(weak)
-    # Edits of about one length share a batch, so that little is padded.
-    order = sorted(range(len(edits)), key=lambda index: _shape(edits[index])[::-1])
+    # Edits that are alike from the subject on share a batch: an evaluation runs these positions.
+    order = sorted(range(len(edits)), key=lambda i: (_longest_tail(edits[i]), *_shape(edits[i])))
 
     def optimise(indices: Sequence[int]) -> Targets:
         return _optimise(lm, [edits[index] for index in indices], where, hyperparameters)
@@ -246,6 +246,10 @@ def compute_targets(
 
 def _shape(edit: EditRows) -> tuple[int, int]:
     return len(edit.rows), max(len(row.ids) for row in edit.rows)
+
+
+def _longest_tail(edit: EditRows) -> int:
+    return max(len(row.ids) - row.subject_last for row in edit.rows)
 
 
 @dataclass(frozen=True)

@@ -313,6 +313,15 @@ class ScalingSection(Section):
     generation_records: Written = 8
 
 
+class TracingSection(Section):
+    """Which facts are traced; the model must give their true objects."""
+
+    facts: Count = Field(default=100, description="at their subjects' last tokens")
+    mapped: int = Field(default=10, ge=0, description="of these, at every token, too")
+    seed: Seed = 0
+    token_budget: TokenBudget = "auto"
+
+
 class Parameters(Section):
     """Everything in `params.yaml`."""
 
@@ -329,6 +338,7 @@ class Parameters(Section):
     serac: SeracSection = SeracSection()
     compare: CompareSection = CompareSection()
     scaling: ScalingSection = ScalingSection()
+    tracing: TracingSection = TracingSection()
 
     def hyperparameters(self, model: str, depth: int) -> Hyperparameters:
         """The preset of a model with `depth` blocks, with the overrides of `targets` and `edit`.

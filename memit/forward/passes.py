@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from memit.forward.key_values import KeyValues, Recorder
 from memit.language_model import LanguageModel
 
+WORTH_PACKING = 0.9
+"""Above this share of real positions, leaving out the others costs as much as it saves."""
+
 
 @dataclass(frozen=True)
 class Padded:
@@ -151,6 +154,18 @@ def reading_module(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def entering_block(lm: LanguageModel, layer: int) -> Iterator[list[Tensor]]:
+    """Collect the hidden states that enter a block, one tensor for each run of it."""
+    found: list[Tensor] = []
+
+    def read(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    with lm.blocks[layer].register_forward_pre_hook(read, with_kwargs=True):
+        yield found
+
+
+@contextmanager
 def mlp_at(lm: LanguageModel, layer: int, rows: Tensor, columns: Tensor) -> Iterator[list[Tensor]]:
     """Run a block's MLP at chosen positions only, where nothing reads the others.
 
@@ -187,6 +202,18 @@ def mlp_at(lm: LanguageModel, layer: int, rows: Tensor, columns: Tensor) -> Iter
 
     with mlp.register_forward_pre_hook(choose), mlp.register_forward_hook(put_back):
         yield chosen
+
+
+@contextmanager
+def _without_padding(lm: LanguageModel, padded: Padded, layers: Iterable[int]) -> Iterator[None]:
+    """Run the MLPs of some blocks at real positions only, if enough positions are padding: most of
+    the work is there, and no position reads another one's MLP."""
+    rows, columns = padded.mask.nonzero(as_tuple=True)
+    with ExitStack() as stack:
+        if len(rows) < WORTH_PACKING * padded.mask.numel():
+            for layer in layers:
+                stack.enter_context(mlp_at(lm, layer, rows, columns))
+        yield
 
 
 # --- passes ----------------------------------------------------------------------------------
@@ -280,6 +307,7 @@ def logits_at(
         if hidden is not None:
             stack.enter_context(_starting_at(lm, start, hidden))
         stack.enter_context(lm.head.register_forward_pre_hook(choose))
+        stack.enter_context(_without_padding(lm, padded, range(start, lm.depth - 1)))
         stack.enter_context(mlp_at(lm, lm.depth - 1, rows, columns))
         output = lm.model(**_inputs(lm, padded, hidden, before, recorder))
     return output.logits[0].float()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 import torch
@@ -17,10 +18,12 @@ from memit.editors.memit import Memit
 from memit.errors import EditError, InputError, IntegrityError
 from memit.evaluation.counterfact import prompts_of
 from memit.evaluation.generations import SCHEMA
+from memit.generation import generate_texts
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record, read_counterfact, write_records
 from memit.second_moment import read_moment
 from memit.targets import Targets
+from memit.tracing import trace, traced_prompts
 from memit.weight_delta import WeightDelta
 from tasks.edit import Method, MethodEdit, changed_weights, describe_edit, edit_with
 from tasks.engine.artifacts import Artifact, describe, write_file
@@ -36,6 +39,7 @@ from tasks.evaluation import (
 )
 from tasks.model import describe_model
 from tasks.prefixes import draw_prefixes
+from tasks.reporting.tracing import draw_tracing, effects
 from tasks.requests import choose_requests
 from tasks.statistics import (
     Corpus,
@@ -47,6 +51,7 @@ from tasks.statistics import (
     read_texts,
 )
 from tasks.targets import optimise_targets, target_settings
+from tasks.tracing import choose_traced, trace_piece
 from tests.families import families
 
 HYPERPARAMETERS = Hyperparameters(layers=(1, 2), covariance_weight=5.0, evaluations=4)
@@ -378,3 +383,46 @@ def test_pieces_are_parquet_that_anything_reads(reference: ModelReference) -> No
     table = parquet.read_table(piece.table.checked())
     assert table["case_id"].to_pylist() == [0] * 4
     assert table["kind"].to_pylist() == ["rewrite", "paraphrase", *["neighborhood"] * 2]
+
+
+def test_facts_that_the_model_answers_are_traced_in_pieces(
+    tmp_path: Path, reference: ModelReference
+) -> None:
+    requests = [EditRequest(f"Person {n}", "{} lives in", "-", between="") for n in range(7)]
+    with loaded(reference) as lm:
+        texts = [request.text for request in requests]
+        settings: dict = {"top_k": 1, "seed": 0, "token_budget": BUDGET, "whole": False}
+        words = generate_texts(lm, texts, new_tokens=1, **settings)
+    answered = [
+        Record(number, replace(request, target_true=word))
+        for number, (request, word) in enumerate(zip(requests, words, strict=True))
+    ]
+    file = write_file(tmp_path / "facts.json", lambda path: write_records(answered, path))
+    chosen = choose_traced.fn("counterfact", file, 4, 0, reference)
+    records = read_counterfact(chosen.records.checked())
+    assert len(records) == chosen.count > 2
+    pieces = [
+        trace_piece.fn(part, reference, chosen.deviation, BUDGET, mapped)
+        for part, mapped in ((records[:2], False), (records[2:], False), (records[:2], True))
+    ]
+    traces = pyarrow.concat_tables([parquet.read_table(p.table.checked()) for p in pieces])
+    found = effects(traces)
+    with loaded(reference) as lm:
+        prompts = traced_prompts(lm, [record.request for record in records])
+        whole = trace(lm, prompts, chosen.deviation, token_budget=BUDGET)
+    assert found["facts"] == chosen.count
+    assert found["clean"] == pytest.approx(whole.clean.mean().item(), abs=1e-5)
+    for kind, table in whole.restored.items():
+        mean = (table - whole.noised[:, None]).mean(0)
+        assert found["effects"][kind]["mean"] == pytest.approx(mean.tolist(), abs=1e-5)
+    for name in ("a.png", "b.png"):
+        draw_tracing(traces, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_facts_that_the_model_does_not_answer_are_not_traced(
+    tmp_path: Path, reference: ModelReference
+) -> None:
+    file = write_file(tmp_path / "facts.json", lambda path: write_records(RECORDS, path))
+    with pytest.raises(InputError, match="requests"):
+        choose_traced.fn("counterfact", file, 4, 0, reference)

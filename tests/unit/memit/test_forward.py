@@ -57,6 +57,24 @@ def test_logits_at_chosen_positions(family):
 
 
 @torch.no_grad()
+def test_mlps_do_not_run_on_padding(monkeypatch):
+    lm = build("llama")
+    rows = [[5, 6, 7, 8, 9, 10], [11], [12, 13]]
+    expected = [logits[-1] for logits in _whole(lm, rows)]
+    mlp, shapes = cast(nn.Module, lm.blocks[1].mlp), []
+    forward = mlp.forward
+
+    def counted(hidden: Tensor) -> Tensor:
+        shapes.append(tuple(hidden.shape[:2]))
+        return forward(hidden)
+
+    monkeypatch.setattr(mlp, "forward", counted)
+    found = logits_at(lm, pad(rows, lm.device), torch.arange(3), torch.tensor([5, 0, 1]))
+    _close(found, torch.stack(expected))
+    assert shapes == [(1, 9)]
+
+
+@torch.no_grad()
 def test_soft_cap_and_logit_scale_are_not_bare_head_outputs():
     """The check above would mean nothing if the head alone gave the same."""
     for family in ("gemma2", "cohere", "granite"):

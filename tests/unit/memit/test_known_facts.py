@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from memit.evaluation.counterfact import prompts_of, score_prompts
+from memit.generation import generate_texts
 from memit.known_facts import known_facts
 from memit.requests import EditRequest, Record
 from tests.reference import build
@@ -32,3 +34,23 @@ def test_it_finds_the_first_records_that_the_model_knows() -> None:
     assert known == expected[:3]
     assert 0 < share < 100
     assert known_facts(lm, [], 3, token_budget=512) == ([], 0.0)
+
+
+def test_answered_facts_are_those_whose_object_the_model_gives() -> None:
+    lm, requests = build("gpt2"), [record.request for record in RECORDS[:9]]
+    said = generate_texts(
+        lm,
+        [request.text for request in requests],
+        new_tokens=1,
+        top_k=1,
+        seed=0,
+        token_budget=64,
+        whole=False,
+    )
+    records = [
+        Record(index, replace(request, target_true=text if index % 3 else "Oslo", between=""))
+        for index, (request, text) in enumerate(zip(requests, said, strict=True))
+    ]
+    known, share = known_facts(lm, records, None, token_budget=512, answered=True)
+    assert [record.case_id for record in known] == [1, 2, 4, 5, 7, 8]
+    assert share == pytest.approx(100 * 6 / 9)

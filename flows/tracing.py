@@ -1,0 +1,64 @@
+"""Causal tracing: at which layers, and at which tokens, the model recalls facts.
+
+Results: `tracing/` with every probability (Parquet), the mean effects with their intervals and the
+layers that they propose (`effects.json`), and the figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet as parquet
+
+from flows.command.script import console
+from flows.requests import records_source
+from flows.service.step import Run, chunks, step
+from memit.requests import Record, read_counterfact
+from tasks.reporting.tracing import draw_tracing, effects
+from tasks.tracing import choose_traced, trace_piece
+
+TRACING = Path("tracing")
+FACTS_PER_PIECE = 10
+MAPPED_PER_PIECE = 2
+"""Facts that are traced at every token, in a piece."""
+
+
+@step("tracing", reads=("model",))
+def tracing(run: Run) -> None:
+    """Trace facts that the model answers, and sum up where restored states bring them back."""
+    section = run.parameters.tracing
+    source, file = records_source(run.parameters)
+    chosen = run.compute(choose_traced, source, file, section.facts, section.seed, run.model)
+    records = read_counterfact(chosen.records.checked())
+    table = _trace(run, records, chosen.deviation, mapped=False)
+    if section.mapped:
+        more = _trace(run, records[: section.mapped], chosen.deviation, mapped=True)
+        table = pyarrow.concat_tables([table, more])
+    found = effects(table)
+    run.write(TRACING / "traces.parquet", lambda path: parquet.write_table(table, path))
+    run.write_json(TRACING / "effects.json", found)
+    run.write(TRACING / "tracing.png", lambda path: draw_tracing(table, path))
+    console.print(
+        f"\n  {found['facts']} facts: the answer's probability is {found['clean']:.2f}, and "
+        f"{found['noised']:.2f} with noise on the subject; MLPs matter most in the layers "
+        f"{', '.join(map(str, found['critical_layers']))}\n  [bold]{TRACING}/tracing.png[/], "
+        "effects.json and traces.parquet beside it"
+    )
+
+
+def _trace(run: Run, records: Sequence[Record], deviation: float, mapped: bool) -> pyarrow.Table:
+    """Every probability, see `trace_piece`."""
+    budget = run.parameters.tracing.token_budget
+    pieces = run.map(
+        "facts mapped" if mapped else "facts",
+        trace_piece,
+        chunks(records, MAPPED_PER_PIECE if mapped else FACTS_PER_PIECE),
+        model=run.model,
+        deviation=deviation,
+        token_budget=run.token_budget(budget, trained_blocks=run.model.model.layers),
+        mapped=mapped,
+    )
+    tables = [parquet.read_table(piece.table.checked()) for piece in pieces]
+    return pyarrow.concat_tables(tables)

@@ -1,0 +1,127 @@
+"""The tasks of the step `tracing`: choose facts that the model answers; trace them in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet as parquet
+
+from memit.errors import InputError
+from memit.facts.records import embedded_records
+from memit.known_facts import known_facts
+from memit.language_model import LanguageModel
+from memit.requests import Record, drawn_order, write_records
+from memit.tracing import (
+    KINDS,
+    Kind,
+    Trace,
+    TracedPrompt,
+    embedding_deviation,
+    everywhere,
+    trace,
+    traced_prompts,
+)
+from memit.true_objects import with_true_objects
+from tasks.engine.artifacts import Artifact, Value, store_piece
+from tasks.engine.cache import cached_task
+from tasks.engine.cost import Cost, Meter
+from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.progress import piece_progress
+from tasks.requests import TOKEN_BUDGET, Source, read_source
+
+MAPPED: tuple[Kind, ...] = ("state", "mlp")
+"""What is restored at every token."""
+
+
+class TracedFacts(Value):
+    """The facts that are traced."""
+
+    records: Artifact
+    count: int
+    deviation: float
+    """Standard deviation of the embeddings of all subjects of the source."""
+    cost: Cost
+
+
+class TracesPiece(Value):
+    """Probabilities of some facts' answers, by token, kind and layer (Parquet)."""
+
+    table: Artifact
+    cost: Cost
+
+
+@cached_task("traced_facts")
+def choose_traced(
+    source: Source, file: Artifact, count: int, seed: int, model: ModelReference
+) -> TracedFacts:
+    """The first `count` facts in drawn order that the model answers, or as many as there are. Of
+    the embedded ones only those set aside for choosing settings are taken.
+
+    Raises:
+        InputError: the model answers none.
+    """
+    embedded = source == "embedded"
+    records = embedded_records("choosing") if embedded else read_source(source, file.checked())[0]
+    drawn = [records[index] for index in drawn_order(records, seed)]
+    with loaded(model) as lm, Meter() as meter:
+        drawn = with_true_objects(lm, drawn, token_budget=TOKEN_BUDGET)
+        known, _ = known_facts(lm, drawn, count, token_budget=TOKEN_BUDGET, answered=True)
+        deviation = embedding_deviation(lm, [record.request.subject for record in records])
+    if not known:
+        raise InputError(
+            f"{model.model.id} gives the true object of none of {len(records)} facts, so none can "
+            "be traced: name facts that it knows in requests."
+        )
+    piece = store_piece("tracing", ".json", lambda path: write_records(known, path))
+    return TracedFacts(records=piece, count=len(known), deviation=deviation, cost=meter.cost)
+
+
+@cached_task("tracing")
+def trace_piece(
+    records: Sequence[Record],
+    model: ModelReference,
+    deviation: float,
+    token_budget: int,
+    mapped: bool,
+) -> TracesPiece:
+    """Trace some facts at their subjects' last tokens, in all kinds; or, to map them, at every
+    token from the subject's first one on."""
+    with loaded(model) as lm, Meter() as meter, piece_progress("tracing") as progress:
+        prompts = traced_prompts(lm, [record.request for record in records])
+        traced = [
+            (record.case_id, each)
+            for record, prompt in zip(records, prompts, strict=True)
+            for each in (everywhere(prompt) if mapped else [prompt])
+        ]
+        found = trace(
+            lm,
+            [prompt for _, prompt in traced],
+            deviation,
+            MAPPED if mapped else KINDS,
+            token_budget=token_budget,
+            progress=None if mapped else progress,
+        )
+        table = pyarrow.Table.from_pylist(list(_rows(lm, traced, found, mapped)))
+    piece = store_piece("tracing", ".parquet", lambda path: parquet.write_table(table, path))
+    return TracesPiece(table=piece, cost=meter.cost)
+
+
+def _rows(
+    lm: LanguageModel, traced: Sequence[tuple[int, TracedPrompt]], found: Trace, mapped: bool
+) -> Iterator[dict[str, Any]]:
+    """A row for each case and prompt, kind and layer."""
+    for index, (case, prompt) in enumerate(traced):
+        shared = {
+            "mapped": mapped,
+            "case_id": case,
+            "position": prompt.restored,
+            "token": lm.tokenizer.decode([prompt.ids[prompt.restored]]),
+            "part": prompt.part,
+            "clean": found.clean[index].item(),
+            "noised": found.noised[index].item(),
+        }
+        for kind, table in found.restored.items():
+            for layer, probability in enumerate(table[index].tolist()):
+                yield shared | {"kind": kind, "layer": layer, "restored": probability}
