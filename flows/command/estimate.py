@@ -17,7 +17,7 @@ from flows.command import costs
 from flows.command.costs import Lengths
 from flows.command.parameters import Parameters
 from flows.command.script import console
-from memit.hyperparameters import Hyperparameters
+from memit.hyperparameters import Hyperparameters, settings_note, summary
 from memit.layer_walk import HELD_IN_MEMORY
 from memit.positions import TokenRow
 from memit.requests import Record, conflict_groups, read_records
@@ -54,7 +54,8 @@ def check_requests(parameters: Parameters, file: Path) -> None:
     table.add_row("records", f"{len(records)}")
     table.add_row("with a true object", f"{with_truth}")
     table.add_row("with paraphrases", f"{sum(bool(r.paraphrase_prompts) for r in records)}")
-    table.add_row("with neighbours", f"{sum(bool(r.neighborhood_prompts) for r in records)}")
+    neighbors = sum(bool(r.neighborhood_prompts or r.kept_prompts) for r in records)
+    table.add_row("with neighbours", f"{neighbors}")
     table.add_row("contradictions", Text(_contradictions(records)))
     count = parameters.requests.count
     edited = sample(records, None if count == "auto" else count, parameters.requests.seed)
@@ -90,7 +91,9 @@ def _add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) 
         "tokens of all prompts", f"{sum(len(row.ids) for row in rows)} (longest prompt {longest})"
     )
     table.add_row("weak edits", Text(weak_keys(requests, rows) or "none"))
-    hyperparameters = parameters.hyperparameters(files.id, files.layers)
+    hyperparameters = parameters.hyperparameters(files.id, files.shape)
+    note = settings_note(files.id, files.shape, hyperparameters)
+    table.add_row("settings", Text(note or summary(hyperparameters)))
     if parameters.statistics.source == "sampled":
         tokens = wanted_tokens(parameters.statistics.tokens, files.inner_width)
         passes = costs.sampling_operations(files.shape, hyperparameters.layers, tokens)
