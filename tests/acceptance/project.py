@@ -163,8 +163,8 @@ def _untracked(folder: str, names: list[str]) -> set[str]:
 
 def _update(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
     for name, value in values.items():
-        if isinstance(value, dict):
+        assert name in tree
+        if isinstance(value, dict) and tree[name]:
             _update(tree[name], value)
         else:
-            assert name in tree
             tree[name] = value
