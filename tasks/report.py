@@ -107,7 +107,8 @@ def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _value(metrics: Mapping[str, float], key: str) -> str:
-    return f"{metrics[key]:.2f}" if key in metrics else ABSENT
+    digits = 4 if key in ("drift", "kept_divergence") else 2
+    return f"{metrics[key]:.{digits}f}" if key in metrics else ABSENT
 
 
 def escaped(text: str) -> str:
