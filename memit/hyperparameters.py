@@ -44,6 +44,9 @@ class Hyperparameters:
     argmax_stop: Annotated[int, Range(0, 10_000)] = 0
     """An edit also stops, before updating, once in so many evaluations each token of its object was
     the most likely one in all of its rows (ENCORE); 0: it does not."""
+    site: Literal["block", "down_projections"] = "block"
+    """Where targets are: `block`, the output of block L (MEMIT), which must take down-projections'
+    outputs as they are; `down_projections`, those of all edited layers at once (`joint`)."""
     key_average: Literal["nested", "uniform"] = "nested"
     """`nested`: plain prompt and mean of prefixed ones count half each (published code); `uniform`:
     all rows count alike (Eqn. 19 as printed)."""

@@ -219,12 +219,12 @@ def compute_targets(
 ) -> Targets:
     """Optimise z_i for each request.
 
-    `site` is where δ is added; by default the output of block L = `hyperparameters.layers[-1]`.
+    `site` is where δ is added, by default what `hyperparameters` say.
     `token_budget` bounds the padded tokens on the device at a time. An edit whose loss is not
     finite stops there and is marked in `Targets.finite`.
     """
     edits = edit_rows(lm, requests, prefixes)
-    where = site or Site(hyperparameters.layers[-1:])
+    where = site or _site(hyperparameters)
     if not can_resume(lm):
         logger.warning("%s cannot be resumed in the middle: whole rows are run each time", lm.name)
     if site is None and (weak := weak_keys(requests, [edit.plain for edit in edits])):
@@ -242,6 +242,13 @@ def compute_targets(
         if progress is not None:
             progress(len(indices))
     return found
+
+
+def _site(hyperparameters: Hyperparameters) -> Site:
+    layers = hyperparameters.layers
+    if hyperparameters.site == "down_projections":
+        return Site(layers, in_mlp=True)
+    return Site(layers[-1:])
 
 
 def _shape(edit: EditRows) -> tuple[int, int]:

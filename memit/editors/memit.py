@@ -10,8 +10,8 @@ from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.quadratic import Quadratic
 from memit.requests import EditRequest
-from memit.spread import spread
-from memit.targets import check_targets, compute_targets
+from memit.spread import Goal, spread
+from memit.targets import Targets, check_targets, compute_targets
 from memit.weight_delta import WeightDelta
 
 
@@ -36,6 +36,16 @@ class Memit(Editor):
     def quadratic(self, layer: int, resources: Resources) -> Quadratic:
         """The closed form of a layer: λC."""
         return Quadratic(resources.moments[layer], self.hyperparameters.covariance_weight)
+
+    def goal(
+        self,
+        lm: LanguageModel,
+        requests: Sequence[EditRequest],
+        targets: Targets,
+        resources: Resources,
+    ) -> Goal:
+        """What the updates should reach: z at the output of block L."""
+        return targets.z
 
     def edit(
         self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
@@ -63,7 +73,7 @@ class Memit(Editor):
             lm,
             requests,
             resources.prefixes,
-            targets.z,
+            self.goal(lm, requests, targets, resources),
             lambda layer: self.quadratic(layer, resources),
             hyperparameters,
             token_budget=budget,
