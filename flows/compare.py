@@ -256,7 +256,8 @@ def try_method(
         asked += plus_prompts_of(sample.records) if thorough else []
     held_out = held_out_text(setup.run) if thorough else None
     texts = having_prompts(sample.records, texts_of)
-    return edit, measure(setup.run, edit.edit, score, asked, texts, held_out, seed)
+    measured = measure(setup.run, edit.edit, score, asked, texts, sample.records, held_out, seed)
+    return edit, measured
 
 
 # --- results ------------------------------------------------------------------------------------

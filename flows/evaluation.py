@@ -1,7 +1,7 @@
 """Step 7: measure what the edit did. Every prompt is scored before and after; all metrics follow.
 
 Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evaluation/facts.csv`,
-`evaluation/answers.csv` and `metrics.json`.
+`evaluation/answers.csv`, `evaluation/kept.csv` and `metrics.json`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from flows.service.step import Run, chunks, step
 from flows.statistics import corpus_of
 from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
 from memit.evaluation.generations import SCHEMA
+from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.evaluation.reference import References, read_snippets
 from memit.requests import Record
 from tasks.engine.artifacts import Artifact
@@ -32,6 +33,7 @@ from tasks.engine.results import (
     FACTS_FILE,
     GENERATIONS_FILE,
     HELD_OUT_FILE,
+    KEPT_FILE,
     METRICS_FILE,
     PROMPTS_FILE,
     STATISTICS_FILE,
@@ -41,6 +43,7 @@ from tasks.evaluation import (
     TablePiece,
     answer_records,
     collect_references,
+    compare_kept,
     described_edit,
     examples,
     having_prompts,
@@ -65,12 +68,14 @@ class Measured:
     """Scored prompts, or answers to zsRE's questions."""
     texts: pyarrow.Table
     """Generated texts; no rows where no record has generation prompts."""
+    kept: pyarrow.Table
+    """Prompts whose answers must stay; no rows where no record has any."""
     perplexity: float | None
     """None where there is no held-out text."""
 
     def metrics(self, records: Sequence[Record], references: References) -> dict[str, float]:
         """All metrics; generated texts are compared with the references."""
-        metrics = metrics_of(self.prompts, self.texts, records, references)
+        metrics = metrics_of(self.prompts, self.texts, self.kept, records, references)
         if self.perplexity is not None:
             metrics["perplexity"] = round(self.perplexity, DECIMALS)
         return metrics
@@ -87,6 +92,7 @@ def evaluation(run: Run) -> None:
             score_piece,
             prompts_of(records),
             having_prompts(records, section.generation_records),
+            records,
             held_out_text(run),
             section.seed,
         )
@@ -129,11 +135,13 @@ def measure(
     score: Task[..., TablePiece],
     asked: Sequence[Any],
     described: Sequence[Record],
+    records: Sequence[Record],
     held_out: Artifact | None,
     seed: int,
 ) -> Measured:
     """Let `score` judge what the model, with the edit in it, is `asked`; let the model write about
-    the records that are to be `described`; take its perplexity on the held-out text."""
+    the records that are to be `described`; compare its answers to the kept prompts of all `records`
+    with the unedited model's; take its perplexity on the held-out text."""
     section = run.parameters.evaluation
     shared: dict[str, Any] = {
         "model": run.model.model_copy(update={"served_in": section.dtype}),
@@ -149,11 +157,18 @@ def measure(
         seed=seed,
         **shared,
     )
+    kept = run.map(
+        "kept prompts",
+        compare_kept,
+        chunks([record for record in records if record.kept_prompts], RECORDS_PER_PIECE),
+        lambda piece: sum(len(record.kept_prompts) for record in piece),
+        **shared,
+    )
     perplexity = None
     if held_out is not None:
         perplexity = run.compute(measure_perplexity, held_out, **shared).perplexity
     return Measured(
-        read_table(scored), read_table(texts) if texts else SCHEMA.empty_table(), perplexity
+        read_table(scored), read_table(texts, SCHEMA), read_table(kept, KEPT_SCHEMA), perplexity
     )
 
 
@@ -171,8 +186,9 @@ def _write_answers(run: Run) -> None:
 
 def _write_tables(run: Run, before: Measured, after: Measured) -> None:
     prompts = before_and_after(before.prompts, after.prompts)
-    facts = facts_table(before.prompts, after.prompts)
+    facts = facts_table(before.prompts, after.prompts, after.kept.to_pylist())
     texts = before_and_after(before.texts, after.texts)
     run.write(PROMPTS_FILE, lambda path: pyarrow.parquet.write_table(prompts, path))
     run.write(FACTS_FILE, lambda path: pyarrow.csv.write_csv(facts, path))
+    run.write(KEPT_FILE, lambda path: pyarrow.csv.write_csv(after.kept, path))
     run.write(GENERATIONS_FILE, lambda path: pyarrow.parquet.write_table(texts, path))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from prefect import Flow
 from prefect.artifacts import create_table_artifact
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -33,9 +34,10 @@ from flows.statistics import statistics
 from flows.targets import targets
 from memit.redaction import one_line
 from tasks.engine.artifacts import remove_leftovers
-from tasks.engine.results import ANSWERS_FILE, METRICS_FILE, STEPS
-from tasks.report import rows
-from tasks.reporting.formats import read_json
+from tasks.engine.results import ANSWERS_FILE, EDIT_FILE, METRICS_FILE, STEPS
+from tasks.report import read_facts, rows
+from tasks.reporting.formats import STRICT_LEGEND, read_json
+from tasks.reporting.verdict import DAMAGE, verdict
 
 Step = Flow[[Parameters], None]
 KINDS = {"rewrite": "edited", "paraphrase": "in other words", "neighborhood": "stays"}
@@ -94,16 +96,21 @@ def show_results(seconds: float) -> None:
         title_justify="left",
         caption=f"{metrics['after']['records']} records, {seconds:.0f} s",
         caption_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+    for name in ("", "before", "after", "strict\nbefore", "strict\nafter"):
+        table.add_column(name, justify="right" if name else "left")
     table.add_column("")
     for row in rows(metrics):
         table.add_row(*row.values())
     console.print()
     console.print(table)
+    console.print(STRICT_LEGEND, style="dim")
     console.print(answers_table())
+    for sentence in verdict(read_facts(), read_json(EDIT_FILE), metrics):
+        style = "bold red" if sentence.startswith(DAMAGE) else ""
+        console.print(Text(one_line(sentence), style=style))
     console.print(
         "\nWhere to look next:\n"
         "  [bold]report/index.html[/]     what became of each fact: open it in a browser\n"

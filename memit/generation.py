@@ -23,6 +23,9 @@ from memit.errors import InputError
 from memit.language_model import LanguageModel
 from memit.positions import open_ids
 
+ANSWER_TOKENS = 6
+"""Length of a model's brief answer to a prompt."""
+
 
 @dataclass(frozen=True)
 class _Text:

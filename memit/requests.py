@@ -30,12 +30,14 @@ FACT_COLUMNS = ("subject", "prompt", "target", "target_true", "paraphrases", "ne
 
 `prompt` holds one `{}` where the subject goes. `paraphrases` and `neighbors` are lists of complete
 prompts (in CSV separated by `|`); a `{}` in a paraphrase is replaced by the subject, and a
-neighbour, which is about something else, has none. Line breaks at a prompt's end are kept, spaces
-are not. `joined`: true puts nothing between prompts and objects, false a space; see
-`EditRequest.between`.
+neighbour, which is about something else and whose answer must stay, has none. Line breaks at a
+prompt's end are kept, spaces are not. `joined`: true puts nothing between prompts and objects,
+false a space; see `EditRequest.between`.
 """
 _BETWEEN = {"none": None, "true": "", "false": " "}
 _PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts", "attribute_prompts")
+_KEPT = "kept_prompts"
+"""The key of these prompts, which no published file has."""
 Read = TypeVar("Read")
 _ADVICE = {
     "requested_rewrite": " (which CounterFact's records have: set requests.source to counterfact "
@@ -115,6 +117,8 @@ class Record:
     attribute_prompts: tuple[str, ...] = ()
     target_new_id: str | None = None
     """Identifier of the new object where the data set has one; reference texts may go by it."""
+    kept_prompts: tuple[str, ...] = ()
+    """Prompts about other things, to which the model's own answers must stay."""
 
 
 def fill(template: str, subject: str) -> str:
@@ -312,7 +316,7 @@ def _counterfact_record(row: Any, index: int) -> Record:
         between=_optional({"between": " ", **rewrite}, "between", check_text),
     )
     target_new_id = _optional(rewrite["target_new"], "id", check_text)
-    prompts = {key: _texts(row, key) for key in _PROMPTS}
+    prompts = {key: _texts(row, key) for key in (*_PROMPTS, _KEPT)}
     return Record(case_id, request, **prompts, target_new_id=target_new_id)
 
 
@@ -339,7 +343,7 @@ def _fact_record(row: Any, index: int) -> Record:
     if any("{}" in text for text in neighbors):
         raise InputError("'neighbors' has a '{}': replace it by the name of something else.")
     filled = tuple(text.replace("{}", request.subject) for text in paraphrases)
-    return Record(index, request, filled, neighbors)
+    return Record(index, request, filled, kept_prompts=neighbors)
 
 
 def _with_slot(prompt: str, subject: str) -> str:
@@ -369,6 +373,7 @@ def _counterfact_row(record: Record) -> dict[str, Any]:
         "case_id": record.case_id,
         "requested_rewrite": rewrite,
         **{key: list(getattr(record, key)) for key in _PROMPTS},
+        **({_KEPT: list(record.kept_prompts)} if record.kept_prompts else {}),
     }
 
 

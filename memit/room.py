@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from memit.evaluation.counterfact import objects_of, plus_prompts_of, prompts_of
 from memit.evaluation.zsre import ZsreRecord, as_records, questions_of
+from memit.generation import ANSWER_TOKENS
 from memit.language_model import LanguageModel
 from memit.positions import continuation_rows
 from memit.prefixes import TOKENS, WORDS
@@ -76,6 +77,9 @@ def _asked(
     for record in (record for record in records if record.request.target_true is None):
         tokens = TOKENS_A_WORD * len(record.request.target_new.split())
         yield record.case_id, "rewrite", record.request.text, None, tokens
+    for record in records:
+        for prompt in record.kept_prompts:
+            yield record.case_id, "kept", prompt, None, ANSWER_TOKENS
     for record in [record for record in records if record.generation_prompts][:written]:
         for prompt in record.generation_prompts:
             yield record.case_id, "generation", prompt, None, 0

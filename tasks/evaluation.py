@@ -29,6 +29,7 @@ from memit.evaluation.generations import (
     write_about,
 )
 from memit.evaluation.intervals import bootstrap_intervals
+from memit.evaluation.kept import answers_to, kept_record_means, kept_table
 from memit.evaluation.perplexity import perplexity
 from memit.evaluation.reference import References, references_from_corpus
 from memit.evaluation.zsre import ZsreRecord, score_zsre, zsre_record_means
@@ -71,7 +72,7 @@ def score_piece(
     """Score some prompts against both objects, on the unedited model or with a delta in it."""
     with with_edit(model, edit) as lm, Meter() as meter, piece_progress("evaluation") as progress:
         table = score_prompts(lm, prompts, token_budget=token_budget, progress=progress)
-    return kept_table("evaluation", table, meter.cost)
+    return store_table("evaluation", table, meter.cost)
 
 
 @cached_task("zsre")
@@ -84,7 +85,7 @@ def answer_piece(
     """Answer some of zsRE's questions under teacher forcing."""
     with with_edit(model, edit) as lm, Meter() as meter, piece_progress("zsre") as progress:
         table = score_zsre(lm, questions, token_budget=token_budget, progress=progress)
-    return kept_table("evaluation", table, meter.cost)
+    return store_table("evaluation", table, meter.cost)
 
 
 @cached_task("generation")
@@ -105,7 +106,7 @@ def write_piece(
             total_tokens=min(TOTAL_TOKENS, lm.context_length),
             progress=progress,
         )
-    return kept_table("generation", table, meter.cost)
+    return store_table("generation", table, meter.cost)
 
 
 @cached_task("answers")
@@ -115,7 +116,20 @@ def answer_records(
     """What the model says to prompts of some records, as text for people."""
     with with_edit(model, edit) as lm, Meter() as meter:
         table = answer_briefly(lm, records, token_budget=token_budget)
-    return kept_table("evaluation", table, meter.cost)
+    return store_table("evaluation", table, meter.cost)
+
+
+@cached_task("kept")
+def compare_kept(
+    records: Sequence[Record], model: ModelReference, edit: Artifact | None, token_budget: int
+) -> TablePiece:
+    """What an edit does to the kept prompts of some records."""
+    with piece_progress("kept") as progress, Meter() as meter:
+        with with_edit(model, None) as lm:
+            before = answers_to(lm, records, token_budget=token_budget)
+        with with_edit(model, edit) as lm:
+            after = answers_to(lm, records, token_budget=token_budget, progress=progress)
+    return store_table("evaluation", kept_table(records, before, after), meter.cost)
 
 
 @cached_task("perplexity")
@@ -131,27 +145,31 @@ def measure_perplexity(
     return MeasuredPerplexity(perplexity=value, cost=meter.cost)
 
 
-def read_table(pieces: Sequence[TablePiece]) -> pyarrow.Table:
-    """The rows of all pieces, in order."""
+def read_table(pieces: Sequence[TablePiece], schema: pyarrow.Schema | None = None) -> pyarrow.Table:
+    """The rows of all pieces, in order; without pieces an empty table of the schema."""
+    if not pieces and schema is not None:
+        return schema.empty_table()
     return pyarrow.concat_tables([parquet.read_table(piece.table.checked()) for piece in pieces])
 
 
 def metrics_of(
     prompts: pyarrow.Table,
     texts: pyarrow.Table,
+    kept: pyarrow.Table,
     records: Sequence[Record],
     references: References,
 ) -> dict[str, float]:
-    """All metrics that tables of prompts (or zsRE's answers) and of generated texts support, each
-    with its 95% bootstrap interval over records, and the number of records."""
+    """All metrics that tables of prompts (or zsRE's answers), generated texts and kept prompts
+    support, each with its 95% bootstrap interval over records, and the number of records."""
     if "answer" in prompts.column_names:
         means, summary = _of_answers(prompts)
     else:
         means, summary = dict(record_means(prompts)), summarise(prompts)
     ordered = sorted(records, key=lambda record: record.case_id)
-    written = generation_record_means(texts, ordered, references)
-    means |= written
-    summary |= {name: float(np.nanmean(values)) for name, values in written.items()}
+    others = generation_record_means(texts, ordered, references)
+    others |= kept_record_means(kept, ordered)
+    means |= others
+    summary |= {name: float(np.nanmean(values)) for name, values in others.items()}
     intervals = bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)
     return {name: _rounded(value) for name, value in (summary | intervals).items()}
 
@@ -203,7 +221,7 @@ def having_prompts(records: Sequence[Record], most: int | None) -> list[Record]:
     return [record for record in records if record.generation_prompts][:most]
 
 
-def kept_table(step: str, table: pyarrow.Table, cost: Cost) -> TablePiece:
+def store_table(step: str, table: pyarrow.Table, cost: Cost) -> TablePiece:
     """Put what a piece has found into the cache."""
     piece = store_piece(step, ".parquet", lambda path: parquet.write_table(table, path))
     return TablePiece(table=piece, cost=cost)

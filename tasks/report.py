@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow
 import pyarrow.parquet as parquet
-from pyarrow.csv import read_csv
+from pyarrow.csv import ConvertOptions, read_csv
 from safetensors.numpy import load_file
 
+from memit.evaluation.kept import SCHEMA as KEPT_COLUMNS
 from memit.redaction import one_line
 from memit.requests import read_counterfact
 from tasks.engine.artifacts import write_json, write_text
@@ -21,6 +23,7 @@ from tasks.engine.results import (
     FACTS_FILE,
     FIGURES,
     GENERATIONS_FILE,
+    KEPT_FILE,
     METRICS_FILE,
     MODEL_FILE,
     PAGE_FILE,
@@ -31,8 +34,17 @@ from tasks.engine.results import (
     TIMINGS_FILE,
 )
 from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
-from tasks.reporting.formats import ROWS, markdown_table, of_known_facts, read_json
+from tasks.reporting.formats import (
+    ABSENT,
+    ROWS,
+    STRICT,
+    STRICT_LEGEND,
+    markdown_table,
+    of_known_facts,
+    read_json,
+)
 from tasks.reporting.page import Results, render
+from tasks.reporting.verdict import verdict
 
 
 def write_report(
@@ -40,7 +52,8 @@ def write_report(
 ) -> None:
     """Draw the figures, and write the table and the page, which shows the arguments."""
     metrics, edit = read_json(METRICS_FILE), read_json(EDIT_FILE)
-    prompts = parquet.read_table(PROMPTS_FILE)
+    prompts, facts = parquet.read_table(PROMPTS_FILE), read_facts()
+    sentences = verdict(facts, edit, metrics)
     figures = {
         "margins": draw_margins(prompts),
         "losses": draw_losses(load_file(TARGETS_FILE)["losses"]),
@@ -52,33 +65,46 @@ def write_report(
         model=ModelFiles.model_validate(read_json(MODEL_FILE)),
         records=read_counterfact(REQUESTS_FILE),
         prompts=prompts,
-        facts=read_csv(FACTS_FILE),
+        facts=facts,
+        kept=read_csv(KEPT_FILE, convert_options=ConvertOptions(column_types=KEPT_COLUMNS)),
         texts=parquet.read_table(GENERATIONS_FILE),
         parameters=parameters,
         provenance=provenance,
         figures=figures,
+        verdict=sentences,
     )
     for path in FIGURES:
         write_text(path, figures[path.stem])
     write_text(PAGE_FILE, render(results))
-    write_text(TABLE_FILE, markdown(metrics, timings, edit["dropped"]))
+    write_text(TABLE_FILE, markdown(metrics, timings, sentences, edit["dropped"]))
     write_json(TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
 
 
+def read_facts() -> pyarrow.Table:
+    """The content of `facts.csv`."""
+    return read_csv(FACTS_FILE)
+
+
 def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Name, before, after and meaning of each metric that was measured."""
+    """Name, values and meaning of each metric that was measured: lenient beside strict."""
     before, after = metrics["before"], metrics["after"]
     found = [row for row in ROWS if row[0] in before and row[0] in after]
     known = " (known facts)" if of_known_facts(metrics) else ""
     return [
         {
             "metric": name + (known if key == "score" else ""),
-            "before": f"{before[key]:.2f}",
-            "after": f"{after[key]:.2f}",
+            "before": _value(before, key),
+            "after": _value(after, key),
+            "strict before": _value(before, key + STRICT),
+            "strict after": _value(after, key + STRICT),
+            "meaning": meaning,
         }
-        | {"meaning": meaning}
         for key, name, meaning in found
     ]
+
+
+def _value(metrics: Mapping[str, float], key: str) -> str:
+    return f"{metrics[key]:.2f}" if key in metrics else ABSENT
 
 
 def escaped(text: str) -> str:
@@ -89,9 +115,11 @@ def escaped(text: str) -> str:
 def markdown(
     metrics: Mapping[str, Any],
     timings: Mapping[str, Cost],
+    sentences: Sequence[str] = (),
     dropped: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The results as a Markdown page; `dropped` are edits that could not be written."""
+    """The results as a Markdown page; `sentences` are those of `verdict`, and `dropped` edits could
+    not be written."""
     edit = metrics["edit"]
     lines = [
         "# Results",
@@ -119,7 +147,11 @@ def markdown(
         for step, cost in timings.items()
     ]
     lines += [
-        *markdown_table(rows(metrics), text=(0, 3)),
+        *markdown_table(rows(metrics), text=(0, 5)),
+        "",
+        STRICT_LEGEND,
+        "",
+        *(f"- {escaped(sentence)}" for sentence in sentences),
         "",
         "Every fact, its neighbours and the figures: [index.html](index.html).",
         "",

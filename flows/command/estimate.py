@@ -54,7 +54,8 @@ def check_requests(parameters: Parameters, file: Path) -> None:
     table.add_row("records", f"{len(records)}")
     table.add_row("with a true object", f"{with_truth}")
     table.add_row("with paraphrases", f"{sum(bool(r.paraphrase_prompts) for r in records)}")
-    table.add_row("with neighbours", f"{sum(bool(r.neighborhood_prompts) for r in records)}")
+    neighbors = sum(bool(r.neighborhood_prompts or r.kept_prompts) for r in records)
+    table.add_row("with neighbours", f"{neighbors}")
     table.add_row("contradictions", Text(_contradictions(records)))
     count = parameters.requests.count
     edited = sample(records, None if count == "auto" else count, parameters.requests.seed)

@@ -155,18 +155,23 @@ def before_and_after(before: pa.Table, after: pa.Table) -> pa.Table:
     return joined
 
 
-def facts_table(before: pa.Table, after: pa.Table) -> pa.Table:
+def facts_table(before: pa.Table, after: pa.Table, kept: Sequence[Mapping] = ()) -> pa.Table:
     """The outcome of each fact, one row for each record in the order of the tables.
 
     `took` and `generalised`: the new object is preferred after the edit on all rewrite prompts or
     paraphrases (where no true object is known: the model gives it). `hurt` counts the neighbourhood
     prompts that were right before and are no longer, and `hurt_prompts` lists them, separated by
-    ` | `. Unknown values are null.
+    ` | `. Unknown values are null. The neighbours of a user's own facts are the rows of `kept`
+    (`memit.evaluation.kept`): all were right, and those with another next token are hurt.
     """
     cases: dict[int, list[tuple[dict, dict]]] = {}
     for was, now in zip(before.to_pylist(), after.to_pylist(), strict=True):
         cases.setdefault(was["case_id"], []).append((was, now))
-    return pa.Table.from_pylist([_fact(pairs) for pairs in cases.values()], schema=_FACTS)
+    stays: dict[int, list[Mapping]] = {}
+    for row in kept:
+        stays.setdefault(row["case_id"], []).append(row)
+    facts = [_fact(pairs, stays.get(case, ())) for case, pairs in cases.items()]
+    return pa.Table.from_pylist(facts, schema=_FACTS)
 
 
 _FACTS = pa.schema(
@@ -189,7 +194,7 @@ _FACTS = pa.schema(
 )
 
 
-def _fact(pairs: Sequence[tuple[dict, dict]]) -> dict[str, object]:
+def _fact(pairs: Sequence[tuple[dict, dict]], kept: Sequence[Mapping]) -> dict[str, object]:
     def of(kind: Kind) -> list[tuple[dict, dict]]:
         return [(was, now) for was, now in pairs if was["kind"] == kind]
 
@@ -197,6 +202,9 @@ def _fact(pairs: Sequence[tuple[dict, dict]]) -> dict[str, object]:
     paraphrases = [_is_right(now) for _, now in of("paraphrase")]
     neighbors = [(was, now) for was, now in of("neighborhood") if was["target_true"] is not None]
     hurt = [now["prompt"] for was, now in neighbors if _is_right(was) and not _is_right(now)]
+    hurt += [row["prompt"] for row in kept if not row["same_token"]]
+    right_before = sum(_is_right(was) for was, _ in neighbors) + len(kept)
+    right_after = sum(_is_right(now) for _, now in neighbors) + sum(r["same_token"] for r in kept)
     first = pairs[0][1]
     return {name: first[name] for name in ("case_id", "prompt", "target_new", "target_true")} | {
         "took": all(rewrites),
@@ -204,11 +212,11 @@ def _fact(pairs: Sequence[tuple[dict, dict]]) -> dict[str, object]:
         "paraphrases": len(paraphrases),
         "paraphrases_right": sum(paraphrases),
         "generalised": all(paraphrases) if paraphrases else None,
-        "neighbors": len(neighbors),
-        "neighbors_right_before": sum(_is_right(was) for was, _ in neighbors),
-        "neighbors_right_after": sum(_is_right(now) for _, now in neighbors),
-        "hurt": len(hurt) if neighbors else None,
-        "hurt_prompts": " | ".join(hurt) if neighbors else None,
+        "neighbors": len(neighbors) + len(kept),
+        "neighbors_right_before": right_before,
+        "neighbors_right_after": right_after,
+        "hurt": len(hurt) if neighbors or kept else None,
+        "hurt_prompts": " | ".join(hurt) if neighbors or kept else None,
     }
 
 

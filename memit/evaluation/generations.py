@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from memit.evaluation.entropy import record_entropies
 from memit.evaluation.reference import References, reference_scores
-from memit.generation import count_repetitions, generate_texts
+from memit.generation import ANSWER_TOKENS, count_repetitions, generate_texts
 from memit.language_model import LanguageModel
 from memit.requests import Record
 
@@ -27,9 +27,6 @@ SCHEMA = pa.schema(
 """Columns of the table of generated texts; a text holds its prompt."""
 
 
-ANSWER_TOKENS = 6
-"""Length of what a model says to a prompt."""
-
 ANSWERS = pa.schema(
     [
         pa.field("case_id", pa.int64(), nullable=False),
@@ -43,14 +40,14 @@ ANSWERS = pa.schema(
 
 def answer_briefly(lm: LanguageModel, records: Sequence[Record], *, token_budget: int) -> pa.Table:
     """What the model says (greedily, `ANSWER_TOKENS` tokens) to the prompt of each record, to its
-    first paraphrase and to its first neighbourhood prompt: a table of `ANSWERS`."""
+    first paraphrase and to its first prompt about something else: a table of `ANSWERS`."""
     asked = [
         (record.case_id, kind, prompt)
         for record in records
         for kind, prompts in (
             ("rewrite", (record.request.text,)),
             ("paraphrase", record.paraphrase_prompts[:1]),
-            ("neighborhood", record.neighborhood_prompts[:1]),
+            ("neighborhood", (record.neighborhood_prompts or record.kept_prompts)[:1]),
         )
         for prompt in prompts
     ]

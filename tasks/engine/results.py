@@ -48,6 +48,7 @@ EVALUATION = Path("evaluation")
 ANSWERS_FILE = EVALUATION / "answers.csv"
 PROMPTS_FILE = EVALUATION / "prompts.parquet"
 GENERATIONS_FILE = EVALUATION / "generations.parquet"
+KEPT_FILE = EVALUATION / "kept.csv"
 FACTS_FILE = EVALUATION / "facts.csv"
 METRICS_FILE = Path("metrics.json")
 TIMINGS_FILE = Path("timings.json")

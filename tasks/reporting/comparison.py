@@ -14,9 +14,14 @@ from tasks.reporting.published import Published
 SUCCESS = {
     "score": "S",
     "efficacy": "ES",
+    "efficacy_accuracy": "E strict",
     "paraphrase": "PS",
+    "paraphrase_accuracy": "P strict",
     "neighborhood": "NS",
+    "neighborhood_accuracy": "N strict",
     "neighborhood_plus": "NS+",
+    "kept": "kept",
+    "kept_accuracy": "kept strict",
     "entropy": "GE",
     "reference": "RS",
     "perplexity": "PPL",
@@ -25,22 +30,17 @@ SUCCESS = {
 """Metrics of the first table with their column titles."""
 REQUIRED = ("score", "efficacy", "paraphrase", "neighborhood")
 """Metrics whose columns are shown even if no method has them."""
-STRICT = {
-    f"{name}_{kind}": f"{short} {kind}"
-    for kind in ("accuracy", "magnitude")
-    for name, short in (("efficacy", "E"), ("paraphrase", "P"), ("neighborhood", "N"))
-}
+MAGNITUDE = {f"{name}_magnitude": name for name in ("efficacy", "paraphrase", "neighborhood")}
 """Metrics of the second table with their column titles."""
 LEGEND = """\
 S: harmonic mean of efficacy ES, paraphrase PS and neighborhood NS success (percent of prompts on
-which the desired object is preferred). NS+: neighborhood prompts that follow the edited fact. PPL:
+which the desired object is preferred to the other one). Strict: the model says the whole object
+(argmax, teacher-forced). NS+: neighborhood prompts that follow the edited fact. Kept: prompts of
+your own facts to which the next token, strictly the whole answer, stays the unedited model's. PPL:
 perplexity of held-out text. GE: entropy of generated text. RS: its similarity to reference texts.
 In brackets: 95% bootstrap intervals over records. –: not supported by the records.
 """
-STRICT_LEGEND = """\
-Argmax accuracy (all tokens of the object, teacher-forced) and magnitude (difference of exp(−nll)),
-in percent:
-"""
+MAGNITUDE_LEGEND = "Magnitude, the difference of exp(−nll), in percent:\n"
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def markdown(comparison: Comparison) -> str:
         *markdown_table(_rows(comparison, SUCCESS, _with_interval)),
         "",
         LEGEND,
-        STRICT_LEGEND,
-        *markdown_table(_rows(comparison, STRICT, _with_interval)),
+        MAGNITUDE_LEGEND,
+        *markdown_table(_rows(comparison, MAGNITUDE, _with_interval)),
         "",
         *notes,
     ]

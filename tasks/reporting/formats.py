@@ -12,18 +12,23 @@ from typing import Any
 ABSENT = "–"
 """The cell of a metric that was not measured."""
 ROWS = (
-    ("score", "Score S", "harmonic mean of the next three"),
-    ("efficacy", "Efficacy ES", "edited prompts prefer the new object"),
-    ("paraphrase", "Paraphrase PS", "so do their paraphrases"),
-    ("neighborhood", "Neighborhood NS", "other subjects keep their true object"),
-    ("efficacy_accuracy", "Efficacy, argmax", "the new object is the model's answer"),
-    ("paraphrase_accuracy", "Paraphrase, argmax", "also to paraphrases"),
-    ("neighborhood_accuracy", "Neighborhood, argmax", "the true object, of other subjects"),
+    ("score", "Score S", "harmonic mean of ES, PS, NS"),
+    ("efficacy", "Efficacy ES", "new object, edited prompts"),
+    ("paraphrase", "Paraphrase PS", "new object, other wordings"),
+    ("neighborhood", "Neighborhood NS", "true object, other subjects"),
+    ("kept", "Kept", "unedited answers, your neighbors"),
+    ("kept_divergence", "Kept, KL", "of the next token, nats"),
     ("entropy", "Fluency GE", "entropy of generated texts"),
     ("reference", "Consistency RS", "similarity to texts about the new object"),
     ("perplexity", "Perplexity", "of held-out text"),
 )
 """The metrics of the report and of MLflow: each one's key, its name in tables, its meaning."""
+STRICT = "_accuracy"
+"""What the key of a metric ends in where the model must say the object, not only prefer it."""
+STRICT_LEGEND = (
+    "Strict: the model says the whole object (argmax); otherwise it prefers it to the other one. "
+    "Kept: its next token is the same; strictly, its whole answer."
+)
 
 
 def of_known_facts(metrics: Mapping[str, Any]) -> bool:

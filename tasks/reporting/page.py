@@ -6,8 +6,9 @@ give equal bytes.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -26,6 +27,7 @@ from tasks.reporting.figures import ACCENT, AFTER, BEFORE, INK, margins
 
 FACTS, WORST, TEXTS, RELATIONS = 2000, 15, 24, 30
 """The most facts, neighbours, generated texts and relations that are shown."""
+STATES = ("before", "after")
 COLORS = {BEFORE: "before", AFTER: "after", ACCENT: "accent", INK: "muted"}
 """Colours of the figures, and the page's names for them; they follow its light or dark mode."""
 
@@ -43,6 +45,8 @@ class Results:
     """Every scored prompt, before and after the edit."""
     facts: pyarrow.Table
     """The content of `facts.csv`."""
+    kept: pyarrow.Table
+    """The content of `kept.csv`."""
     texts: pyarrow.Table
     """Every generated text, before and after the edit."""
     parameters: Mapping[str, Any]
@@ -51,13 +55,15 @@ class Results:
     """The code's commit as `code`, versions, and digests."""
     figures: Mapping[str, str]
     """SVGs by the names that the template has for them."""
+    verdict: Sequence[str]
+    """Sentences about the run."""
 
 
 def render(results: Results) -> str:
     """The page."""
     loader = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    rows = _prompts(results.prompts)
+    rows = _prompts(results.prompts) + list(_kept_prompts(results))
     return pages.get_template("page.html").render(
         results=results,
         facts=_facts(results, rows)[:FACTS],
@@ -72,10 +78,20 @@ def render(results: Results) -> str:
 def _prompts(table: pyarrow.Table) -> list[dict[str, Any]]:
     """The scored prompts with answers and margins in both states, and what became of them."""
     rows = table.to_pylist()
-    for state in ("before", "after"):
+    for state in STATES:
         for row, margin in zip(rows, margins(table, state).tolist(), strict=True):
             row |= {f"margin_{state}": margin, f"answer_{state}": _answer(row, state)}
     return [row | {"outcome": _outcome(row)} for row in rows]
+
+
+def _kept_prompts(results: Results) -> Iterator[dict[str, Any]]:
+    """The prompts whose answers must stay, in the form of scored ones."""
+    objects = {record.case_id: record.request.target_new for record in results.records}
+    for row in results.kept.to_pylist():
+        answers = {f"answer_{state}": (row[f"answer_{state}"], True) for state in STATES}
+        margin = {f"margin_{state}": math.nan for state in STATES}
+        outcome = {"kind": "kept", "outcome": "kept" if row["same_token"] else "hurt"}
+        yield row | answers | margin | outcome | {"target_new": objects[row["case_id"]]}
 
 
 def _answer(row: Mapping[str, Any], state: str) -> tuple[str | None, bool]:
@@ -114,12 +130,16 @@ def _facts(results: Results, rows: Iterable[dict[str, Any]]) -> list[dict[str, A
     ]
 
 
-def _worst(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The neighbours whose true object has lost most of its margin."""
+def _worst(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The neighbours whose true object has lost most of its margin, and the prompts of a user's own
+    facts whose answers have changed most."""
     neighbors = [row for row in rows if row["kind"] == "neighborhood"]
     known = {(row["prompt"], row["target_new"]): row for row in neighbors}  # records share some
     lost = [row for row in known.values() if row["margin_after"] < row["margin_before"]]
-    return sorted(lost, key=lambda row: row["margin_after"] - row["margin_before"])[:WORST]
+    changed = [row for row in rows if row["kind"] == "kept" and row["outcome"] == "hurt"]
+    ordered = sorted(lost, key=lambda row: row["margin_after"] - row["margin_before"])
+    ordered += sorted(changed, key=lambda row: -(row["divergence"] or 0.0))
+    return ordered[:WORST]
 
 
 def _relations(results: Results) -> list[dict[str, Any]]:
@@ -146,7 +166,7 @@ def _texts(results: Results) -> list[dict[str, Any]]:
     for row in shown:
         objects = filter(None, (row["request"].target_new, row["request"].target_true))
         pattern = "|".join(re.escape(name) for name in sorted(objects, key=len, reverse=True))
-        for state in ("before", "after"):
+        for state in STATES:
             row[state] = re.split(f"({pattern})", row[f"text_{state}"].removeprefix(row["prompt"]))
     return shown
 

@@ -17,11 +17,14 @@ from tasks.reporting.labels import DECIMALS, LABELS, label
 
 PANELS = (
     ("score", "Score S"),
+    ("entropy", "Generation entropy GE"),
+    ("seconds", "Seconds of editing"),
     ("efficacy", "Efficacy success ES"),
     ("paraphrase", "Paraphrase success PS"),
     ("neighborhood", "Neighborhood success NS"),
-    ("entropy", "Generation entropy GE"),
-    ("seconds", "Seconds of editing"),
+    ("efficacy_accuracy", "Efficacy, strict"),
+    ("paraphrase_accuracy", "Paraphrase, strict"),
+    ("neighborhood_accuracy", "Neighborhood, strict"),
 )
 """Metrics of the table and panels of the figure."""
 MARKERS = "osD^vPX*<>"

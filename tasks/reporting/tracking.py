@@ -39,7 +39,7 @@ from tasks.engine.artifacts import cache_directory, project_root
 from tasks.engine.cost import Cost
 from tasks.engine.databases import LOCK_SECONDS, check_database
 from tasks.engine.loaded_model import ModelFiles
-from tasks.reporting.formats import ROWS, read_json
+from tasks.reporting.formats import ROWS, STRICT, read_json
 
 DIGEST_TAG = "memit.experiment"
 WRITER_TAG = "memit.writer"
@@ -51,6 +51,7 @@ LOGGED_FILES = (
     results.PAGE_FILE,
     results.PROMPTS_FILE,
     results.FACTS_FILE,
+    results.KEPT_FILE,
     results.METRICS_FILE,
     results.TIMINGS_FILE,
     results.EDIT_FILE,
@@ -265,7 +266,8 @@ def _points(
     """Name, value and step of the dozen numbers by which runs are compared; all of them are in
     `metrics.json`, which is logged as a file."""
     after = metrics["after"]
-    values = {name: after[name] for name, *_ in ROWS if name in after}
+    names = [each for name, *_ in ROWS for each in (name, name + STRICT)]
+    values = {name: after[name] for name in names if name in after}
     if "perplexity" in after:
         values["perplexity_before"] = metrics["before"]["perplexity"]
     values["seconds"] = sum(cost.seconds for cost in timings.values())

@@ -18,6 +18,7 @@ from memit.editors.memit import Memit
 from memit.errors import EditError, InputError, IntegrityError
 from memit.evaluation.counterfact import prompts_of
 from memit.evaluation.generations import SCHEMA
+from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.generation import generate_texts
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record, read_counterfact, write_records
@@ -281,7 +282,7 @@ def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
         for column in ("nll_new", "nll_true"):
             assert abs(whole[column].to_numpy() - parts[column].to_numpy()).max() < 1e-4
     assert abs(before["nll_new"].to_numpy() - after["nll_new"].to_numpy()).max() > 0.1
-    metrics = metrics_of(after, SCHEMA.empty_table(), RECORDS, {})
+    metrics = metrics_of(after, SCHEMA.empty_table(), KEPT_SCHEMA.empty_table(), RECORDS, {})
     assert metrics["records"] == len(RECORDS)
     assert metrics["score_low"] <= metrics["score"] <= metrics["score_high"]
     assert "entropy" not in metrics

@@ -208,7 +208,7 @@ class TestFacts:
             0,
             EditRequest("Ann {x}", "{} lives in", "Rome", "Oslo", between=" "),
             ("Ann {x} has a home in", "Home is"),
-            ("Bo lives in",),
+            kept_prompts=("Bo lives in",),
         )
         assert second == Record(1, EditRequest("Bo", "{} is", "Ö"))
 
@@ -384,3 +384,11 @@ class TestOtherFiles:
         row = published_row(paraphrase_prompts=["{} is"], neighborhood_prompts=["{} was"])
         (record,) = read_counterfact(saved(tmp_path, [row]))
         assert (record.paraphrase_prompts, record.neighborhood_prompts) == (("{} is",), ("{} was",))
+
+    def test_prompts_that_must_stay_survive_the_common_schema(self, tmp_path: Path):
+        fact = {"subject": "Ann", "prompt": "{} is", "target": "x", "neighbors": ["Bo is"]}
+        records = read_facts(saved(tmp_path, [fact]))
+        write_records(records, tmp_path / "written.json")
+        assert read_counterfact(tmp_path / "written.json") == records
+        write_records([Record(0, records[0].request)], tmp_path / "without.json")
+        assert "kept" not in (tmp_path / "without.json").read_text()

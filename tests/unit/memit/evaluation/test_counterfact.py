@@ -259,6 +259,14 @@ class TestBeforeAndAfter:
         assert second["took"] is True  # no true object: the model gives the new one
         assert second["generalised"] is second["hurt"] is None
 
+    def test_kept_prompts_are_the_neighbours_of_own_facts(self):
+        kept = [{"case_id": 9, "prompt": name, "same_token": name == "b"} for name in "ab"]
+        first, second = facts_table(self.before, self.after, kept).to_pylist()
+        assert first["hurt"] == 1
+        counted = ("neighbors", "neighbors_right_before", "neighbors_right_after", "hurt")
+        assert [second[name] for name in counted] == [2, 2, 1, 1]
+        assert second["hurt_prompts"] == "a"
+
 
 def test_prompts_of_a_record_in_their_order():
     record = Record(

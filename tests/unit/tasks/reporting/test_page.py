@@ -15,6 +15,7 @@ import pyarrow
 import pytest
 
 from memit.evaluation.counterfact import facts_table
+from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.requests import EditRequest, Record
 from tasks.engine.loaded_model import ModelFiles
 from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
@@ -65,7 +66,22 @@ def made_up(count: int, neighbors: int = 2) -> Results:
     settings = {"model": {"id": EVIL}, "requests": {"path": "https://me:secret@host/x"}}
     figures = {"margins": draw_margins(table), "updates": draw_updates(edit)}
     figures["losses"] = draw_losses(np.array([[2.0, 1.0], [2.0, np.nan]]))
-    return Results(metrics, edit, MODEL, records, table, facts, written, settings, {}, figures)
+    kept = pyarrow.Table.from_pylist(
+        [
+            {
+                "case_id": 2,
+                "prompt": "Stay",
+                "answer_before": f"as {EVIL}",
+                "answer_after": "or else",
+            }
+            | {"same_token": False, "same_answer": False, "divergence": 0.5}
+        ],
+        schema=KEPT_SCHEMA,
+    )
+    said = ["1 of 2 facts are said.", f"Damage: {EVIL}"]
+    return Results(
+        metrics, edit, MODEL, records, table, facts, kept, written, settings, {}, figures, said
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +114,13 @@ def test_facts_are_in_order_and_the_worst_neighbours_first(page: str) -> None:
     assert re.findall(r"Neighbor (\d+-\d)", worst)[:4] == ["11-0", "11-1", "7-0", "7-1"]
     found = re.findall(r'<tbody id="fact-\d+" class="(.*?)"', page)
     assert found[:4] == ["missed", "preferred", "missed", "took hurts"]
+
+
+def test_prompts_that_must_stay_and_the_verdict_are_shown() -> None:
+    shown = render(made_up(3))
+    assert '<li class="alarm">Damage: &lt;script&gt;' in shown
+    assert "must stay: ✗ hurt" in shown
+    assert shown.index("or else") < shown.index('id="harm"') < shown.rindex("or else")
 
 
 def test_a_thousand_facts_are_at_most_four_megabytes() -> None:

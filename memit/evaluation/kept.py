@@ -1,0 +1,129 @@
+"""Prompts of a user's own facts whose answers an edit must leave as they were.
+
+Nobody says what is true of them: the measure is the unedited model's answer. An edit *keeps* a
+prompt if the most probable next token is the same, and strictly if the whole brief answer is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from memit.batches import run_in_batches
+from memit.evaluation.continuations import head_cost
+from memit.evaluation.counterfact import means_by_record
+from memit.forward.passes import logits_at, pad
+from memit.generation import ANSWER_TOKENS, generate_texts
+from memit.language_model import LanguageModel
+from memit.positions import open_ids
+from memit.requests import Record
+
+SCHEMA = pa.schema(
+    [
+        pa.field("case_id", pa.int64(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("answer_before", pa.string(), nullable=False),
+        pa.field("answer_after", pa.string(), nullable=False),
+        pa.field("same_token", pa.bool_(), nullable=False),
+        pa.field("same_answer", pa.bool_(), nullable=False),
+        pa.field("divergence", pa.float64()),
+    ]
+)
+"""Columns of the table of kept prompts. `divergence` is KL(before ‖ after) of the next token, in
+nats; null where an editor lets another model answer."""
+METRICS = {"kept": "same_token", "kept_accuracy": "same_answer", "kept_divergence": "divergence"}
+"""Each metric and the column that it is the mean of."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to prompts."""
+
+    log_probabilities: Tensor
+    """Of the next token (prompts × vocabulary), on the CPU."""
+    texts: list[str]
+    """Greedy continuations of `ANSWER_TOKENS` tokens."""
+    is_routed: list[bool]
+    """Whether another model has written the text, see `LanguageModel.routed`."""
+
+
+def answers_to(
+    lm: LanguageModel,
+    records: Iterable[Record],
+    *,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> Answers:
+    """What the model says to the kept prompts of records, in order."""
+    prompts = [prompt for record in records for prompt in record.kept_prompts]
+    ids, head = open_ids(lm.tokenizer, prompts), ceil(head_cost(lm, token_budget))
+    texts = generate_texts(
+        lm,
+        prompts,
+        new_tokens=ANSWER_TOKENS,
+        top_k=1,
+        seed=0,
+        token_budget=token_budget,
+        whole=False,
+        progress=progress,
+    )
+    batches = run_in_batches(
+        ids, lambda row: (1, max(len(row), head)), token_budget, lambda rows: _next(lm, rows)
+    )
+    routed = lm.routed(prompts)
+    return Answers(
+        log_probabilities=torch.cat([found for _, found in batches]),
+        texts=texts,
+        is_routed=[index in routed for index in range(len(prompts))],
+    )
+
+
+@torch.no_grad()
+def _next(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probabilities of the token after each row (rows × vocabulary)."""
+    last = torch.tensor([len(row) - 1 for row in rows])
+    logits = logits_at(lm, pad(rows, lm.device), torch.arange(len(rows)), last)
+    return logits.log_softmax(-1).cpu()
+
+
+def kept_table(records: Iterable[Record], before: Answers, after: Answers) -> pa.Table:
+    """A table of `SCHEMA`: what became of each kept prompt of the records, in order."""
+    log_p, log_q = before.log_probabilities, after.log_probabilities
+    divergence = torch.sum(log_p.exp() * (log_p - log_q), 1, dtype=torch.float64)
+    same_token = log_p.argmax(-1) == log_q.argmax(-1)
+    asked = [(record.case_id, prompt) for record in records for prompt in record.kept_prompts]
+    rows = [
+        {
+            "case_id": case,
+            "prompt": prompt,
+            "answer_before": was,
+            "answer_after": now,
+            "same_token": was == now if is_routed else bool(same_token[index]),
+            "same_answer": was == now,
+            "divergence": None if is_routed else float(divergence[index]),
+        }
+        for index, ((case, prompt), was, now, is_routed) in enumerate(
+            zip(asked, before.texts, after.texts, after.is_routed, strict=True)
+        )
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def kept_record_means(table: pa.Table, records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """`kept` and `kept_accuracy` (0–100) and `kept_divergence` (nats) of each record, NaN where it
+    has no such prompts; empty if none has. Records are in the order of their case ids."""
+    having = np.unique(table["case_id"].to_numpy())
+    places = np.searchsorted([record.case_id for record in records], having)
+    means: dict[str, np.ndarray] = {}
+    for metric, column in METRICS.items() if len(table) else ():
+        scale = 1.0 if column == "divergence" else 100.0
+        means[metric] = np.full(len(records), np.nan)
+        values = table[column].cast(pa.float64()).to_numpy()  # null: NaN
+        means[metric][places] = scale * means_by_record(table, values)
+    return {name: values for name, values in means.items() if not np.isnan(values).all()}
