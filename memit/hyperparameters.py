@@ -61,6 +61,22 @@ class Hyperparameters:
             raise InputError(f"layers is {layers}: name each layer once, in ascending order.")
 
 
+def joint_settings(settings: Hyperparameters) -> Hyperparameters:
+    """The same layers and λ for the editor `joint`, which optimises something else; settings that
+    are its own already stay."""
+    if settings.site == "down_projections":
+        return settings
+    return replace(
+        settings,
+        site="down_projections",
+        learning_rate=0.3,
+        rate_unit="relative",
+        evaluations=12,
+        clamp_factor=2.0,
+        weight_decay=0.1,
+    )
+
+
 @dataclass(frozen=True)
 class Preset:
     """Settings for some models, one file of `memit/presets/` each."""

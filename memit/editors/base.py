@@ -93,6 +93,9 @@ class Editor(ABC):
         """
         return None
 
+    def check(self, lm: LanguageModel) -> None:
+        """Raise `InputError` for a model that it cannot edit, which may have no weights yet."""
+
     @abstractmethod
     def edit(
         self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources

@@ -28,6 +28,9 @@ from memit.targets import Targets, edit_rows
 class Joint(Memit):
     """Values of all edited layers at once; the closed form of a layer is MEMIT's."""
 
+    def check(self, lm: LanguageModel) -> None:
+        """It edits every model that has down-projections."""
+
     @property
     def target_hyperparameters(self) -> Hyperparameters:
         """Its own, at the outputs of the down-projections."""
@@ -55,3 +58,8 @@ class Joint(Memit):
             layer: lm.weight(layer).to(K.device).double() @ K + change.T.to(K.device).double()
             for (layer, K), change in zip(keys.items(), changes, strict=True)
         }
+
+
+def editor_for(settings: Hyperparameters) -> Memit:
+    """The editor that spreads the targets which settings describe."""
+    return Joint(settings) if settings.site == "down_projections" else Memit(settings)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memit.editors.base import Editor, Resources, provenance, register
+from memit.errors import InputError
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.quadratic import Quadratic
@@ -32,6 +33,15 @@ class Memit(Editor):
     def target_hyperparameters(self) -> Hyperparameters:
         """Its own."""
         return self.hyperparameters
+
+    def check(self, lm: LanguageModel) -> None:
+        """Raise `InputError` for a model that does not add its MLPs' outputs as they are."""
+        if lm.has_output_norm:
+            raise InputError(
+                f"{lm.name} passes its MLPs' outputs through a norm, behind which {self.name} "
+                "cannot write: use joint, that is targets.site: down_projections, and in "
+                "compare.methods joint in place of it."
+            )
 
     def quadratic(self, layer: int, resources: Resources) -> Quadratic:
         """The closed form of a layer: λC."""
