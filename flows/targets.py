@@ -27,7 +27,7 @@ def optimise(
 ) -> list[TargetsPiece]:
     """The targets of requests, in pieces of the size that the section `targets` names."""
     section = run.parameters.targets
-    blocks_above = run.model.model.layers - 1 - hyperparameters.layers[-1]
+    blocks = hyperparameters.trained_blocks(run.model.model.layers)
     return run.map(
         "edits",
         optimise_targets,
@@ -35,5 +35,5 @@ def optimise(
         model=run.model,
         prefixes=run.prefixes,
         hyperparameters=target_settings(hyperparameters),
-        token_budget=run.token_budget(section.token_budget, trained_blocks=blocks_above),
+        token_budget=run.token_budget(section.token_budget, trained_blocks=blocks),
     )

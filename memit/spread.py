@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -70,8 +71,8 @@ def spread(
     Raises:
         EditError: keys or residuals of some edits are not finite, or their share alone makes an
             update larger than `hyperparameters.largest_update`.
-        NumericsError: a layer's form is not positive definite, or the model's dtype cannot hold the
-            edited weights.
+        NumericsError: a layer's form is not positive definite, the model's dtype cannot hold the
+            edited weights, or the residual has grown.
         ResourceError: the device's memory does not hold one edit.
     """
     edits = edit_rows(lm, requests, prefixes)
@@ -147,10 +148,12 @@ def _walk_layers(
         lm.set_weight(layer, master + delta)
         if progress is not None:
             progress(1)
+    first = residuals[hyperparameters.layers[0]]
     if isinstance(z, Tensor):
         remaining = float((z - walk.read_hidden()).norm(dim=0).mean())
     else:  # a layer's keys depend on lower layers alone, so that what is left there stays
-        remaining = sum(left.values()) / len(left)
+        first, remaining = fmean(residuals.values()), fmean(left.values())
+    _check_fallen(first, remaining)
     return Spread(WeightDelta(changes, {"base": digests}), residuals, ratios, remaining, ranks)
 
 
@@ -162,6 +165,16 @@ def _check_columns(K: Tensor, R: Tensor, requests: Sequence[EditRequest], layer:
             f"key or residual of {_named(requests, broken)} at layer {layer} is not finite: run "
             "the model in float32 or bfloat16.",
             broken,
+        )
+
+
+def _check_fallen(before: float, left: float) -> None:
+    """Raise `NumericsError` for an edit after which targets are further away (mean ‖z − h‖)."""
+    if not left <= before:  # true for NaN, too
+        raise NumericsError(
+            f"the edit moves the hidden states away from their targets (mean distance {before:.3g} "
+            f"before it, {left:.3g} after it), so it is not kept: raise edit.covariance_weight, or "
+            "name other layers in edit.layers."
         )
 
 

@@ -95,6 +95,7 @@ class Editor(ABC):
 
     def check(self, lm: LanguageModel) -> None:
         """Raise `InputError` for a model that it cannot edit, which may have no weights yet."""
+        return
 
     @abstractmethod
     def edit(

@@ -54,13 +54,17 @@ class ModelFiles(Value):
     inner_width: int
     """Input size f of the down-projection."""
     parameters: int
+    output_norm: bool = False
+    """Whether a norm follows the down-projections."""
     recall: float | None = None
     """Of a model trained here: share of its facts, in percent, that it answers (argmax)."""
 
     @property
     def shape(self) -> ModelShape:
-        """The dimensions that cost estimates need."""
-        return ModelShape(self.layers, self.width, self.inner_width, self.parameters)
+        """The kind and the dimensions that costs and presets depend on."""
+        widths = self.width, self.inner_width
+        kind = self.architecture, self.output_norm
+        return ModelShape(self.layers, *widths, self.parameters, *kind)
 
     def within(self, directory: Path) -> Path:
         """What to load from the directory that holds the files: itself, or its GGUF file."""
