@@ -7,12 +7,8 @@ and `edit.json` with the sizes of targets, residuals and updates.
 from __future__ import annotations
 
 from flows.service.step import Run, step
-<<<<<<< HEAD
 from memit.editors.joint import editor_for
-=======
-from memit.editors.memit import Memit
 from memit.hyperparameters import settings_note
->>>>>>> main
 from tasks.edit import Method, changed_weights, describe_edit, edit_with
 from tasks.engine.results import (
     DELTA_FILE,
