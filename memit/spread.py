@@ -143,7 +143,8 @@ def _walk_layers(
         if not ratios[layer] <= hyperparameters.largest_update:  # true for NaN, too
             limit = hyperparameters.largest_update
             raise _too_large(K, R, quadratic, requests, layer, ratios[layer], size, limit)
-        left[layer] = float((R - delta.to(K.device).double() @ K).norm(dim=0).mean())
+        if not isinstance(z, Tensor):
+            left[layer] = float((R - delta.to(K.device).double() @ K).norm(dim=0).mean())
         check_rounded(master + delta, lm.dtype, f"layer {layer}")
         lm.set_weight(layer, master + delta)
         if progress is not None:
