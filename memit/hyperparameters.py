@@ -40,7 +40,7 @@ class Hyperparameters:
     clamp_factor: Positive = 0.75
     """δ is kept within this multiple of ‖h‖."""
     weight_decay: Weight = 0.5
-    """Weight of ‖δ‖ / ‖h‖² in the loss."""
+    """Weight of ‖δ‖ / ‖h‖² in the loss; at down-projections, of the mean of (‖δ‖ / ‖m‖)²."""
     kl_factor: Weight = 0.0625
     """Weight of the divergence at "{subject} is a" in the loss."""
     loss_threshold: Weight = 0.05
@@ -77,11 +77,12 @@ def joint_settings(settings: Hyperparameters) -> Hyperparameters:
     return replace(
         settings,
         site="down_projections",
-        learning_rate=0.3,
+        learning_rate=0.15,
         rate_unit="relative",
-        evaluations=12,
+        evaluations=16,
         clamp_factor=2.0,
         weight_decay=0.1,
+        kl_factor=0.3,
     )
 
 
@@ -175,6 +176,8 @@ def settings_note(model_name: str, shape: ModelShape, settings: Hyperparameters)
         return None
     if known is None:
         reason = f"{name} has no preset, so what you leave open is GPT-J's, at the same depth"
+        if shape.output_norm:
+            reason += ", or what joint values take, since a norm follows the down-projections"
     else:
         reason = f"the preset of {name} is from {known.source}, and this project has not checked it"
     return f"{summary(settings)}: {reason}."
@@ -184,4 +187,5 @@ def summary(settings: Hyperparameters) -> str:
     """Layers, λ and clamp in words."""
     layers = ", ".join(map(str, settings.layers))
     weight, clamp = settings.covariance_weight, settings.clamp_factor
-    return f"layers {layers}, λ {weight:,g}, clamp {clamp:g}"
+    editor = "joint values, " if settings.site == "down_projections" else ""
+    return f"{editor}layers {layers}, λ {weight:,g}, clamp {clamp:g}"

@@ -27,7 +27,7 @@ from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_
 logger = logging.getLogger(__name__)
 
 Goal = Tensor | Mapping[int, Tensor]
-"""Targets of block L's output (n × d), or of the product of W and K of each layer (d × n)."""
+"""Targets of block L's output (n × d), or the changes of each down-projection's output (n × d)."""
 MIN_TOKENS = 64
 """Below this budget a device that runs out of memory cannot be helped."""
 
@@ -39,7 +39,7 @@ class Spread:
     delta: WeightDelta
     """What to add to the weights."""
     residuals: Mapping[int, float]
-    """Mean distance from the target, ‖z_i − h_i‖ or that of the layer's own, before each update."""
+    """Mean ‖z_i − h_i‖ before each layer's update, or mean size of the layer's own changes."""
     update_ratios: Mapping[int, float]
     """‖Δ‖ / ‖W‖ of each layer (Frobenius)."""
     residual_left: float
@@ -62,7 +62,7 @@ def spread(
     progress: Callable[[int], None] | None = None,
 ) -> Spread:
     """Compute Δ for each layer of S so that the model's output of block L approaches z (n × d), or
-    the product of each layer's W and K approaches a z of its own.
+    that each down-projection's output changes as a z of its own says.
 
     `form` gives a layer's closed form when it is needed. Hidden states beyond `held_bytes` go to
     disk; `observe` is called with each layer, its K (f × n) and its R (d × n). The model keeps its
@@ -125,7 +125,7 @@ def _walk_layers(
             R = lacking / (len(hyperparameters.layers) - done)
             R /= output_factor(lm, layer) or 1.0  # the block multiplies what W_out gives
         else:
-            R = lacking = z[layer].to(K.device) - lm.weight(layer).to(K.device).double() @ K
+            R = lacking = z[layer].T.to(K.device).double()
         residuals[layer] = float(lacking.norm(dim=0).mean())
         _check_columns(K, R, requests, layer)
         if observe is not None:

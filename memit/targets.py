@@ -386,7 +386,10 @@ def _losses(
     current = torch.log_softmax(logits[scored:], dim=-1)
     initial = current.detach() if batch.initial is None else batch.initial
     divergence = (current.exp() * (current - initial)).sum(-1)
-    decay = (delta.norm(dim=2) / norm**2).sum(1)  # ‖δ‖ / ‖h‖²
+    if hyperparameters.site == "block":
+        decay = (delta.norm(dim=2) / norm**2).sum(1)  # ‖δ‖ / ‖h‖²
+    else:
+        decay = (delta.norm(dim=2) / norm).square().mean(1)  # mean of ‖D_l‖² / ‖m_l‖²
     return (
         total + hyperparameters.kl_factor * divergence + hyperparameters.weight_decay * decay,
         initial,

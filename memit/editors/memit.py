@@ -47,14 +47,8 @@ class Memit(Editor):
         """The closed form of a layer: λC."""
         return Quadratic(resources.moments[layer], self.hyperparameters.covariance_weight)
 
-    def goal(
-        self,
-        lm: LanguageModel,
-        requests: Sequence[EditRequest],
-        targets: Targets,
-        resources: Resources,
-    ) -> Goal:
-        """What the updates should reach: z at the output of block L."""
+    def goal(self, lm: LanguageModel, targets: Targets) -> Goal:
+        """What the updates should reach: z at the output of block L (n × d)."""
         return targets.z
 
     def edit(
@@ -83,7 +77,7 @@ class Memit(Editor):
             lm,
             requests,
             resources.prefixes,
-            self.goal(lm, requests, targets, resources),
+            self.goal(lm, targets),
             lambda layer: self.quadratic(layer, resources),
             hyperparameters,
             token_budget=budget,
