@@ -44,6 +44,8 @@ class Spread:
     """‖Δ‖ / ‖W‖ of each layer (Frobenius)."""
     residual_left: float
     """The same after the last update, or the mean of what is left at each layer."""
+    share_left: float
+    """What is left as a share of what it was before the first update."""
     ranks: Mapping[int, int]
     """Number of directions that each layer's Δ could use, where its form has a basis."""
 
@@ -149,13 +151,14 @@ def _walk_layers(
         lm.set_weight(layer, master + delta)
         if progress is not None:
             progress(1)
-    first = residuals[hyperparameters.layers[0]]
+    before = residuals[hyperparameters.layers[0]]
     if isinstance(z, Tensor):
-        remaining = float((z - walk.read_hidden()).norm(dim=0).mean())
+        after = float((z - walk.read_hidden()).norm(dim=0).mean())
     else:  # a layer's keys depend on lower layers alone, so that what is left there stays
-        first, remaining = fmean(residuals.values()), fmean(left.values())
-    _check_fallen(first, remaining)
-    return Spread(WeightDelta(changes, {"base": digests}), residuals, ratios, remaining, ranks)
+        before, after = fmean(residuals.values()), fmean(left.values())
+    _check_fallen(before, after)
+    whole, share = WeightDelta(changes, {"base": digests}), after / max(before, 1e-12)
+    return Spread(whole, residuals, ratios, after, share, ranks)
 
 
 def _check_columns(K: Tensor, R: Tensor, requests: Sequence[EditRequest], layer: int) -> None:

@@ -184,13 +184,16 @@ def describe_edit(
     all_records, hyperparameters = read_counterfact(records), origin["settings"]["hyperparameters"]
     kept = [index for index in range(len(all_records)) if index not in made.dropped]
     shift = Targets.load(targets).chosen(kept).delta_ratios.mean()
-    notes = [] if note is None else [note]
+    notes, rule = [] if note is None else [note], origin.get("covariance_weight")
+    if rule is not None:
+        notes.append(f"λ {rule['weight']:g} by rule: {rule['reason']}.")
     return {
         "count": len(kept),
         "layers": hyperparameters["layers"],
         "target_shift": round(float(shift), 6),
         **{name: origin[name] for name in ("residuals", "residual_left", "update_ratio")},
         "hyperparameters": hyperparameters,
+        **({"covariance_weight": rule} if rule else {}),
         **({"notes": notes} if notes else {}),
         "dropped": [
             {"case_id": record.case_id, "prompt": record.request.text, "reason": reason}
