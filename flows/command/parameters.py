@@ -204,6 +204,11 @@ class RequestsSection(Section):
         return self.source == "embedded" if self.known is None else self.known
 
     @property
+    def origin(self) -> str:
+        """The file or address of the facts, or what else they are."""
+        return self.path or self.url or self.source
+
+    @property
     def wanted(self) -> int | None:
         """The number of facts to edit; None: all of them."""
         if self.count == "auto":
