@@ -110,7 +110,7 @@ def test_an_edit_by_rule_is_the_edit_with_the_number_that_it_names() -> None:
     )
     moments = {n: SecondMoment(C * 1000, 1000) for n, C in expected.covariances.items()}
     told: list[int] = []
-    resources = Resources(1 << 20, PREFIXES, moments, targets, progress=told.append)
+    resources = Resources(1 << 20, PREFIXES, moments, targets=targets, progress=told.append)
     before = lm.weight(1).clone()
     by_rule = Memit(replace(HYPERPARAMETERS, covariance_weight="auto"))
     chosen = by_rule.edit(lm, REQUESTS, resources)
