@@ -17,7 +17,7 @@ from flows.command.estimate import estimate_edit
 from flows.command.script import console
 from flows.evaluation import measure
 from flows.requests import split_source
-from flows.service.step import Run, step
+from flows.service.step import Run, chunks, step
 from flows.statistics import collect_layers
 from flows.targets import optimise
 from memit.editors.memit import Memit
@@ -66,7 +66,11 @@ class Facts:
         """Edit with some settings, and measure that. Every piece is cached, so that trials which
         differ below L or in λ share their targets, and a search that was stopped goes on."""
         run, count = self.run, len(self.records)
-        pieces = optimise(run, [record.request for record in self.records], settings)
+        requests, size = (
+            [r.request for r in self.records],
+            run.parameters.targets.requests_per_piece,
+        )
+        pieces = optimise(run, chunks(requests, size), settings)
         method = Method("memit", Memit(settings))
         try:
             made = run.compute(

@@ -28,7 +28,7 @@ def test_every_proposal_can_be_edited(depth: int) -> None:
             layers = settings.layers
             assert layers == tuple(range(layers[0], layers[-1] + 1))
             assert settings.rate_unit == "relative"
-            if "layers" in propose.__doc__.lower():
+            if "layers" in str(propose.__doc__).lower():
                 assert layers[-1] <= max(depth - 2, 0)
 
 
