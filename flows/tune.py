@@ -188,4 +188,6 @@ def _check_budget(run: Run, settings: Hyperparameters, count: int) -> None:
 def _say(what: str, trial: Trial) -> None:
     """Print the settings of a trial, and S."""
     score = f"S {trial.metrics['score']:.1f}" if trial.metrics else trial.failure
-    console.print(Text(f"{what}{summary(trial.settings)}: {score}"), soft_wrap=True)
+    settings = trial.settings
+    effort = f"{settings.evaluations} evaluations, rate {settings.learning_rate:g}"
+    console.print(Text(f"{what}{summary(settings)}, {effort}: {score}"), soft_wrap=True)

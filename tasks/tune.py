@@ -62,7 +62,8 @@ def widths(best: Hyperparameters, depth: int) -> list[Hyperparameters]:
 def weights(best: Hyperparameters, depth: int) -> list[Hyperparameters]:
     """λ around the one that was chosen, with the same targets."""
     weight = float(best.covariance_weight)
-    return [replace(best, covariance_weight=weight * by) for by in (1 / FACTOR, FACTOR)]
+    others = (float(f"{other:.2g}") for other in (weight / FACTOR, weight * FACTOR))
+    return [replace(best, covariance_weight=other) for other in others]
 
 
 def neighbors(best: Hyperparameters, depth: int) -> list[Hyperparameters]:
