@@ -185,8 +185,7 @@ def apply(directory: ExistingPath, *, delta: Delta = None, force: Force = False)
     from tasks.engine.git import commit_of
 
     section = None if delta else given_parameters().requests
-    path = (section and (section.path or section.url)) or ""
-    origin = {"list": path or section.source, "commit": commit_of(path)} if section else {}
+    origin = {"list": section.origin, "commit": commit_of(section.origin)} if section else {}
     backup = apply_edit(directory, file, origin)
     console.print(f"edited {directory}; the original weights are in {backup}")
 
