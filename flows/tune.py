@@ -108,12 +108,14 @@ def tune(run: Run) -> None:
     best = max(trials, key=lambda trial: trial.rank(before))
     unedited = check.metrics(None)
     confirmed = check.trial(best.settings, moments)
-    run.write_text(TUNING / "trials.md", trials_table(trials, before, confirmed))
+    figures = confirmed.figures(unedited) or confirmed.failure
+    run.write_text(TUNING / "trials.md", trials_table(trials, before, figures))
     if not confirmed.keeps(unedited) or confirmed.metrics.get("score", 0.0) < LOWEST_SCORE:
         run.finish()
         raise InputError(
             f"no settings were found with which {run.model.model.id} can be edited: the best were "
-            f"{summary(best.settings)}, see {TUNING}/trials.md; give tune.minutes more time."
+            f"{summary(best.settings)}, with {figures}; give tune.minutes more time, and see "
+            f"{TUNING}/trials.md."
         )
     text = preset_text(run.model.model.id, run.model.model.shape, confirmed, unedited, len(others))
     run.write_text(TUNING / "preset.toml", text)

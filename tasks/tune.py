@@ -48,6 +48,14 @@ class Trial:
         """By which trials compare: first those that keep what must stay, then S."""
         return self.keeps(before), self.metrics.get("score", 0.0)
 
+    def figures(self, before: Mapping[str, float]) -> str:
+        """What it made of the figures `before`, in words."""
+        return "; ".join(
+            f"{name} {before[name]:.1f} to {self.metrics[name]:.1f}"
+            for name in ("score", "efficacy", "paraphrase", "neighborhood", "perplexity")
+            if name in before and name in self.metrics
+        )
+
 
 def positions(best: Hyperparameters, depth: int) -> list[Hyperparameters]:
     """Windows of layers over the lower part of the model."""
@@ -100,10 +108,9 @@ def _window(settings: Hyperparameters, last: int, width: int, depth: int) -> Hyp
     return replace(settings, layers=layers, covariance_weight=AUTO)
 
 
-def trials_table(
-    trials: Sequence[Trial], before: Mapping[str, float], confirmed: Trial | None = None
-) -> str:
-    """All trials as a Markdown page, best first, and the best one on other facts."""
+def trials_table(trials: Sequence[Trial], before: Mapping[str, float], confirmed: str) -> str:
+    """All trials as a Markdown page, best first; `confirmed` are the best one's figures on other
+    facts."""
     ordered = sorted(trials, key=lambda trial: trial.rank(before), reverse=True)
     lines = [
         "# Trials",
@@ -111,11 +118,10 @@ def trials_table(
         f"Neighborhood before the edit: {before['neighborhood']:.1f}. A trial that costs more than "
         f"{LARGEST_LOSS:g} points of it comes after all others.",
         "",
-        *markdown_table([_row(trial) for trial in ordered], text=(0, 8)),
+        *markdown_table([_row(trial) for trial in ordered], text=(0, 9)),
+        "",
+        f"The best one, on facts that the search has not seen: {confirmed}.",
     ]
-    if confirmed is not None:
-        lines += ["", "The best one on facts that the search has not seen:", ""]
-        lines += markdown_table([_row(confirmed)], text=(0, 8))
     return "\n".join(lines) + "\n"
 
 
@@ -138,11 +144,6 @@ def preset_text(
     model: str, shape: ModelShape, best: Trial, before: Mapping[str, float], facts: int
 ) -> str:
     """A preset file with the best settings and the figures that chose them."""
-    measured = "; ".join(
-        f"{name} {before[name]:.1f} to {best.metrics[name]:.1f}"
-        for name in ("score", "efficacy", "paraphrase", "neighborhood", "perplexity")
-        if name in before and name in best.metrics
-    )
     settings = best.settings
     chosen = {f.name: getattr(settings, f.name) for f in fields(settings)}
     lines = [
@@ -150,7 +151,7 @@ def preset_text(
         f'architecture = "{shape.architecture}"',
         f"size = [{shape.depth}, {shape.width}, {shape.inner_width}]",
         'source = "memit tune: trials.md beside this file"',
-        f'checked = "{facts} facts that the search has not seen: {measured}"',
+        f'checked = "{facts} facts that the search has not seen: {best.figures(before)}"',
         "",
         "[settings]",
     ]

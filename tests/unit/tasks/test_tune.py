@@ -43,12 +43,12 @@ def test_what_must_stay_counts_before_the_score() -> None:
     ordered = sorted([failed, wordy, careless, good], key=lambda one: one.rank(BEFORE))
     assert ordered[-1] is good
     assert not any(one.keeps(BEFORE) for one in (careless, wordy, failed))
-    lines = trials_table([failed, careless, good], BEFORE, _trial(86.4, 83)).splitlines()
+    lines = trials_table([failed, careless, good], BEFORE, "S 86.4").splitlines()
     rows = [line for line in lines if line.startswith("| 4–6")]
     assert "88.0" in rows[0]
     assert "95.0" in rows[1]
     assert "moves away" in rows[2]
-    assert "86.4" in rows[3]
+    assert "S 86.4" in lines[-1]
 
 
 def test_the_preset_is_read_as_it_was_chosen(tmp_path: Path) -> None:
