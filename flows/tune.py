@@ -20,7 +20,7 @@ from flows.requests import split_source
 from flows.service.step import Run, chunks, step
 from flows.statistics import collect_layers
 from flows.targets import optimise
-from memit.editors.memit import Memit
+from memit.editors.joint import editor_for
 from memit.errors import InputError, NumericsError
 from memit.evaluation.counterfact import prompts_of
 from memit.facts.neighbors import without_edited_neighbors
@@ -71,11 +71,11 @@ class Facts:
             run.parameters.targets.requests_per_piece,
         )
         pieces = optimise(run, chunks(requests, size), settings)
-        method = Method("memit", Memit(settings))
+        editor = editor_for(settings)
         try:
             made = run.compute(
                 edit_with,
-                method,
+                Method(editor.name, editor),
                 run.model,
                 self.file,
                 prefixes=run.prefixes,

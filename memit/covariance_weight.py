@@ -31,8 +31,6 @@ TRIALS = 4
 """Edits that are usually tried."""
 MARGIN = 0.02
 """Share of the way to the targets that may be left beyond the least."""
-TINY = 1e-12
-"""Instead of a distance of zero."""
 FLAT = 0.01
 """A smaller λ that leaves less by no more than this is the last one that is tried."""
 
@@ -68,9 +66,14 @@ class Choice:
 
 
 def choose_covariance_weight(
-    width: int, attempt: Callable[[float], Spread], drift_of: Callable[[Spread], float]
+    width: int,
+    attempt: Callable[[float], Spread],
+    drift_of: Callable[[Spread], float],
+    margin: float = MARGIN,
 ) -> Choice:
     """Choose λ for keys of `width` dimensions. `attempt` makes the edit with one λ.
+
+    `margin` is the share of the way that may be left beyond the least.
 
     Raises:
         NumericsError: the edit cannot be made with any λ.
@@ -90,10 +93,9 @@ def choose_covariance_weight(
             if step == HIGHEST and not trials:
                 raise
             return False
-        left = found.residual_left / max(next(iter(found.residuals.values())), TINY)
-        trials[step] = Trial(weight, left, drift_of(found))
+        trials[step] = Trial(weight, found.share_left, drift_of(found))
         made[step] = found
-        for other in [n for n in made if trials[n].left > least() + MARGIN]:
+        for other in [n for n in made if trials[n].left > least() + margin]:
             del made[other]  # a Δ takes memory
         return step in made
 
@@ -106,7 +108,7 @@ def choose_covariance_weight(
         if not lands(step) and trials:
             break
     best = max(made)
-    reason = f"the largest that leaves at most {MARGIN:.0%} more of the way than the best one tried"
+    reason = f"the largest that leaves at most {margin:.0%} more of the way than the best one tried"
     ascending = tuple(trials[step] for step in sorted(trials))
     return Choice(made[best], trials[best].weight, reason, ascending)
 

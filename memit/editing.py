@@ -17,7 +17,7 @@ from tqdm import tqdm
 from memit.batches import auto_token_budget
 from memit.corpus import read_documents, reading_parquet
 from memit.editors.base import Resources
-from memit.editors.memit import Memit
+from memit.editors.joint import editor_for
 from memit.errors import InputError
 from memit.files.atomic import write_whole
 from memit.hyperparameters import Hyperparameters, preset, settings_note
@@ -61,6 +61,8 @@ def edit(
     if not records:
         raise InputError("there is nothing to edit: give at least one record.")
     lm.check_layers(settings.layers)
+    editor = editor_for(settings)
+    editor.check(lm)
     check_conflicts(records)
     prefixes = sample_prefixes(lm, seed)
     edit_rows(lm, [record.request for record in records], prefixes)
@@ -75,13 +77,13 @@ def edit(
     for layer, moment in moments.items():
         check_rank(moment, f"layer {layer}")
     resources = Resources(
-        token_budget=budget(trained_blocks=lm.depth - 1 - settings.layers[-1]),
+        token_budget=budget(trained_blocks=settings.trained_blocks(lm.depth)),
         prefixes=prefixes,
         moments=moments,
         seed=seed,
         progress=progress,
     )
-    delta = Memit(settings).edit(lm, [record.request for record in records], resources)
+    delta = editor.edit(lm, [record.request for record in records], resources)
     delta.apply(lm)
     return delta
 

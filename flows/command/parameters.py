@@ -34,7 +34,13 @@ from ruamel.yaml.events import AliasEvent
 from memit.editors.settings import MendSettings, SeracSettings, mend_preset, serac_preset
 from memit.errors import InputError
 from memit.files.reading import read_text
-from memit.hyperparameters import Hyperparameters, preset, read_preset, settings_note
+from memit.hyperparameters import (
+    Hyperparameters,
+    joint_settings,
+    preset,
+    read_preset,
+    settings_note,
+)
 from memit.model_shape import ModelShape
 from memit.redaction import holds_secret
 from memit.world.settings import TrainingParameters, WorldParameters
@@ -391,6 +397,8 @@ class Parameters(Section):
         """
         own = self.edit.preset
         chosen = preset(model, shape) if own is None else read_preset(Path(own)).settings
+        if self.targets.site == "down_projections":
+            chosen = joint_settings(chosen)
         if self.targets.learning_rate is not None:  # a rate without its unit is absolute
             chosen = replace(chosen, rate_unit="absolute")
         merged = with_overrides(with_overrides(chosen, self.targets), self.edit)

@@ -26,7 +26,7 @@ WEIGHTS = [1.6, 5.1, 16, 51, 160, 510, 1_600, 5_100]
 
 
 def _made(left: float) -> Spread:
-    return Spread(WeightDelta({}), {3: 10.0, 4: 7.0}, {}, 10 * left, {})
+    return Spread(WeightDelta({}), {3: 10.0, 4: 7.0}, {}, 10 * left, left, {})
 
 
 def _choose(left: dict[float, float]) -> Choice:
