@@ -19,6 +19,7 @@ from flows.command.script import console
 from flows.service.workers import workers_of
 from memit.corpus import read_documents
 from memit.errors import InputError, ResourceError
+from memit.evaluation.own_metrics import own_metrics
 from memit.evaluation.reference import read_snippets
 from memit.evaluation.zsre import as_records, read_zsre
 from memit.facts.records import embedded_records
@@ -106,6 +107,8 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
         records = read_source(section.source, file)[0]
     chosen = sample(records, section.wanted, section.seed) if records else []
     _check_corpus(parameters.statistics)
+    if parameters.evaluation.metrics is not None:
+        own_metrics(parameters.evaluation.metrics)
     if parameters.evaluation.snippets is not None:
         read_snippets(parameters.evaluation.snippets)
     if parameters.model.source == "synthetic":

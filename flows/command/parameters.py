@@ -264,6 +264,7 @@ class EvaluationSection(Section):
     survival: tuple[Literal["bfloat16", "float16", "int8"], ...] = Field(
         default=(), description="also measured after rounding to these"
     )
+    metrics: UsersFile = Field(default=None, description="a Python file with more metrics")
     snippets: UsersFile = Field(default=None, description="CounterFact's attribute snippets")
     seed: Seed = Field(default=0, description="of the generated texts")
     token_budget: TokenBudget = "auto"
