@@ -18,7 +18,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from flows.command.parameters import Parameters
-from flows.command.script import console
+from flows.command.script import console, output
 from flows.evaluation import Measured, held_out_text, measure, references_of
 from flows.report import log
 from flows.requests import split_source
@@ -287,8 +287,8 @@ def show_results(comparison: Comparison) -> None:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
         table.add_row(*row.values())
-    console.print()
-    console.print(table)
+    output.print()
+    output.print(table)
     console.print(
         f"\nWith intervals, more metrics and all settings: [bold]{COMPARISON}/table.md[/]; every "
         "prompt and every text in the Parquet files beside it.\n"

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from flows.command.checks import check_comparison, check_inputs, check_scaling
 from flows.command.parameters import Parameters
-from flows.command.script import console
+from flows.command.script import console, output
 from flows.compare import compare, learning_steps
 from flows.edit import edit
 from flows.evaluation import evaluation
@@ -104,13 +104,13 @@ def show_results(seconds: float) -> None:
     table.add_column("")
     for row in rows(metrics):
         table.add_row(*row.values())
-    console.print()
-    console.print(table)
-    console.print(STRICT_LEGEND, style="dim")
-    console.print(answers_table())
+    output.print()
+    output.print(table)
+    output.print(STRICT_LEGEND, style="dim")
+    output.print(answers_table())
     for sentence in verdict(read_facts(), read_json(EDIT_FILE), metrics):
         style = "bold red" if sentence.startswith(DAMAGE) else ""
-        console.print(Text(one_line(sentence), style=style))
+        output.print(Text(one_line(sentence), style=style))
     console.print(
         "\nWhere to look next:\n"
         "  [bold]report/index.html[/]     what became of each fact: open it in a browser\n"

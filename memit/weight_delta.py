@@ -6,14 +6,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from memit.applied_edit import AppliedEdit
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.files.tensors import load_tensors, save_tensors, tensor_digest
-from memit.language_model import AppliedEdit, LanguageModel
+
+if TYPE_CHECKING:  # files of weights are edited without transformers, whose import takes seconds
+    from memit.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

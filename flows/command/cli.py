@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,10 +12,20 @@ from cyclopts import App, Parameter
 from cyclopts.types import ExistingFile, ExistingPath
 from cyclopts.validators import Number
 
-from flows.command.script import console, given_parameters, reporting, run_flow
+from flows.command.facts_file import check_requests
+from flows.command.script import (
+    console,
+    given_parameters,
+    output,
+    ready_parameters,
+    reporting,
+    run_flow,
+)
 from memit.errors import InputError
+from memit.files.reading import read_text
 
 DELTA = Path("artifacts/edit/delta.safetensors")
+REQUESTS = Path("artifacts/requests.json")
 
 Delta = Annotated[ExistingFile | None, Parameter(help=f"The edit; by default {DELTA}.")]
 Model = Annotated[
@@ -30,6 +42,7 @@ app = App(
     collects statistics, computes the edit, and evaluates the model before and after. The other
     commands run it through DVC or Prefect, check requests in advance, or use the edit.""",
     help_format="markdown",
+    version=lambda: version("memit"),
     version_flags=["--version"],
 )
 
@@ -41,7 +54,7 @@ def run() -> None:
     Results that are up to date come from caches. A run can be stopped at any time; the next one
     continues with the pieces that are not finished.
     """
-    given_parameters()
+    ready_parameters()
     from flows.experiment import check_inputs, experiment
 
     run_flow(experiment, check_inputs)
@@ -52,7 +65,7 @@ def repro(
     *arguments: Annotated[str, Parameter(allow_leading_hyphen=True, help="Of `dvc repro`.")],
 ) -> None:
     """Run the DVC stages that are not up to date (`dvc repro`), with one Prefect server for all."""
-    parameters = given_parameters()
+    parameters = ready_parameters()
     from flows.command.checks import check_inputs
     from flows.service.reproduce import reproduce_here
 
@@ -71,7 +84,7 @@ def deploy(*, once: bool = False) -> None:
     once
         Stop after the first run.
     """
-    parameters = given_parameters()
+    parameters = ready_parameters()
     from flows.command.checks import check_inputs
     from flows.service.deploy import deploy
 
@@ -92,36 +105,49 @@ def check(file: Path) -> None:
         CounterFact JSON, or facts as JSON lines or CSV (subject, prompt, target, ...).
     """
     parameters = given_parameters()
-    from flows.command.estimate import check_requests
-
     check_requests(parameters, file)
 
 
 @app.command
 def ask(
-    prompt: str,
-    *,
+    *prompts: str,
+    file: ExistingFile | None = None,
+    chat: bool = False,
     model: Model = None,
     delta: Delta = None,
     top: Annotated[int, Parameter(validator=Number(gte=1, lte=50))] = 5,
     tokens: Annotated[int, Parameter(validator=Number(gte=1, lte=500))] = 8,
 ) -> None:
-    """Show how the unedited and the edited model continue a prompt, side by side.
+    """Show how the unedited and the edited model continue prompts, side by side.
 
     Parameters
     ----------
-    prompt
-        The beginning of a sentence.
+    prompts
+        Beginnings of sentences; without any they are read from standard input, a line each.
+    file
+        A text file with further prompts, a line each.
+    chat
+        Put each prompt into the model's chat template, as a user's message.
     top
-        The number of next tokens to show.
+        The number of next words to show.
     tokens
         The number of tokens of the continuation.
     """
-    if not prompt.strip():
-        raise InputError("the prompt is empty: write the beginning of a sentence.")
-    from flows.command.answers import answers_side_by_side
+    lines = [*prompts, *(read_text(file, "the prompts").splitlines() if file else ())]
+    if not all(prompt.strip() for prompt in prompts) or (file and not lines):
+        raise InputError("a prompt is empty: write the beginning of a sentence.")
+    path = _delta_file(delta)
+    from flows.command.answers import Questions, fitting_delta
+    from memit.requests import read_counterfact
 
-    console.print(answers_side_by_side(_open_model(model), _delta_file(delta), prompt, top, tokens))
+    lm, facts = _open_model(model), []
+    if delta is None and REQUESTS.is_file():
+        facts = [record.request for record in read_counterfact(REQUESTS)]
+    fitting = fitting_delta(lm, path, is_given=delta is not None)
+    asked = Questions(lm, fitting, facts, top, tokens, chat)
+    for given in [lines] if lines else _typed():
+        for table in asked.tables([line for line in given if line.strip()]):
+            output.print(table)
 
 
 @app.command
@@ -180,6 +206,14 @@ def export(
 
     save_edited(_open_model(model), _delta_file(delta), directory, dtype)
     console.print(f"saved {directory} in {dtype}")
+
+
+def _typed() -> Iterator[list[str]]:
+    """One prompt at a time, as it is typed or piped in."""
+    if sys.stdin.isatty():
+        console.print("type a prompt and Enter; Ctrl-D ends")
+    for line in sys.stdin:
+        yield [line.rstrip("\n")]
 
 
 def _delta_file(given: Path | None) -> Path:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from prefect.context import FlowRunContext
 from pydantic import Field, ValidationError
 
 from memit.errors import IntegrityError
@@ -116,6 +115,9 @@ def finish_step(
     )
     _remove_stale(manifest)
     write_json(_step_file(step), manifest.model_dump())
+    # Commands that only read results need no Prefect, whose import takes a second.
+    from prefect.context import FlowRunContext
+
     context = FlowRunContext.get()
     if context is not None and context.flow_run is not None:
         write_text(_flow_run_note(manifest), str(context.flow_run.id))
