@@ -117,7 +117,7 @@ def markdown(rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _settings(name: str) -> Hyperparameters:
-    return preset(name, MODELS[name].depth)
+    return preset(name, MODELS[name])
 
 
 def _seconds(name: str, n: float) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from flows.service.step import Run, step
 from memit.editors.memit import Memit
+from memit.hyperparameters import settings_note
 from tasks.edit import Method, changed_weights, describe_edit, edit_with
 from tasks.engine.results import (
     DELTA_FILE,
@@ -40,4 +41,5 @@ def edit(run: Run) -> None:
     )
     run.copy(made.edit, DELTA_FILE)
     run.copy(changed_weights(run.model, made.edit), EDITED_WEIGHTS_FILE)
-    run.write_json(EDIT_FILE, describe_edit(made, TARGETS_FILE, REQUESTS_FILE))
+    note = settings_note(run.model.model.id, run.model.model.shape, run.hyperparameters)
+    run.write_json(EDIT_FILE, describe_edit(made, TARGETS_FILE, REQUESTS_FILE, note))

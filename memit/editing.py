@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from memit.editors.base import Resources
 from memit.editors.memit import Memit
 from memit.errors import InputError
 from memit.files.atomic import write_whole
-from memit.hyperparameters import Hyperparameters, preset
+from memit.hyperparameters import Hyperparameters, preset, settings_note
 from memit.language_model import LanguageModel
 from memit.positions import open_ids
 from memit.prefixes import sample_prefixes
@@ -28,6 +29,8 @@ from memit.sampled_corpus import sample_texts, texts_table, wanted_tokens
 from memit.second_moment import check_rank, collect_second_moments
 from memit.targets import edit_rows
 from memit.weight_delta import WeightDelta
+
+logger = logging.getLogger(__name__)
 
 
 def edit(
@@ -54,7 +57,7 @@ def edit(
         ConflictError: records contradict each other.
         InputError: layers or texts do not fit the model.
     """
-    settings = hyperparameters or preset(lm.name, lm.depth)
+    settings = hyperparameters or _preset(lm)
     if not records:
         raise InputError("there is nothing to edit: give at least one record.")
     lm.check_layers(settings.layers)
@@ -81,6 +84,13 @@ def edit(
     delta = Memit(settings).edit(lm, [record.request for record in records], resources)
     delta.apply(lm)
     return delta
+
+
+def _preset(lm: LanguageModel) -> Hyperparameters:
+    settings = preset(lm.name, lm.shape)
+    if note := settings_note(lm.name, lm.shape, settings):
+        logger.warning(note)
+    return settings
 
 
 def _sampled(lm: LanguageModel, tokens: int, seed: int, path: Path | None) -> list[list[int]]:

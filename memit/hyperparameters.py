@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Annotated, Literal
 
 from memit.errors import InputError
+from memit.model_shape import ModelShape
 from memit.ranges import Range, check_settings
 
 Positive = Annotated[float, Range(0, 1e12, exclusive=True)]
 Weight = Annotated[float, Range(0, 1e12)]
+GPT_J_BLOCKS = 28
+"""The depth of the model whose layers others without a preset take, at the same relative depth."""
 RELATIVE_RATE = 0.1
 """Step size for models without a preset, in units of the rms of h: 0.08 is SmolLM2-135M's 0.5."""
 
@@ -47,7 +51,7 @@ class Hyperparameters:
     key_average: Literal["nested", "uniform"] = "nested"
     """`nested`: plain prompt and mean of prefixed ones count half each (published code); `uniform`:
     all rows count alike (Eqn. 19 as printed)."""
-    largest_update: Positive = 1_000.0
+    largest_update: Positive = 100.0
     """No layer's Δ may exceed this multiple of the norm of its W. Many edits of a small model take
     tens; a second moment that is nearly singular takes any number."""
 
@@ -67,21 +71,32 @@ class Preset:
     source: str
     """Who published them, and where."""
     checked: str
-    """By whom they were tried, and with which results."""
+    """With which results this project has tried them; empty if it has not."""
     settings: Hyperparameters
+    architecture: str = ""
+    """The Hugging Face class of these models; empty if only their names count."""
+    size: tuple[int, ...] = ()
+    """Their blocks, hidden size d and inner size f."""
+
+    def fits(self, shape: ModelShape) -> bool:
+        """Whether a model has the architecture and the size of these."""
+        size = (shape.depth, shape.width, shape.inner_width)
+        return (self.architecture, self.size) == (shape.architecture, size)
 
 
 @cache
-def presets() -> dict[str, Preset]:
-    """All presets, by the models' names."""
-    found: dict[str, Preset] = {}
-    for file in sorted((files("memit") / "presets").iterdir(), key=lambda file: file.name):
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-        layers = tuple(content["settings"].pop("layers"))
-        settings = Hyperparameters(layers, **content.pop("settings"))
-        one = Preset(tuple(content.pop("models")), settings=settings, **content)
-        found |= dict.fromkeys(one.models, one)
-    return found
+def presets() -> tuple[Preset, ...]:
+    """All presets, by the names of their files."""
+    folder = files("memit") / "presets"
+    return tuple(_read_preset(file) for file in sorted(folder.iterdir(), key=lambda f: f.name))
+
+
+def _read_preset(file: Traversable) -> Preset:
+    content = tomllib.loads(file.read_text(encoding="utf-8"))
+    settings = content.pop("settings")
+    for lists, name in ((settings, "layers"), (content, "models"), (content, "size")):
+        lists[name] = tuple(lists.get(name, ()))
+    return Preset(settings=Hyperparameters(**settings), **content)
 
 
 def short_name(model_name: str) -> str:
@@ -93,17 +108,53 @@ def published_layer(layers: Mapping[str, int], model_name: str, depth: int) -> i
     """The layer of a model of `depth` blocks in a table by `short_name`; of other models the one at
     the relative depth of GPT-J's."""
     known = layers.get(short_name(model_name))
-    return known if known is not None and known < depth else round(layers["gpt-j-6b"] * depth / 28)
+    if known is not None and known < depth:
+        return known
+    return round(layers["gpt-j-6b"] * depth / GPT_J_BLOCKS)
 
 
-def preset(model_name: str, depth: int) -> Hyperparameters:
-    """Settings for a model of `depth` blocks: the published ones where its name is known; else
-    GPT-J's with its layers at the same relative depth."""
-    known = presets().get(short_name(model_name))
-    if known is not None and known.settings.layers[-1] < depth:
+def find_preset(model_name: str, shape: ModelShape) -> Preset | None:
+    """The preset that names a model, or else one for its architecture and size."""
+    known = [one for one in presets() if one.settings.layers[-1] < shape.depth]
+    named = [one for one in known if short_name(model_name) in one.models]
+    return next(iter(named or [one for one in known if one.fits(shape)]), None)
+
+
+def preset(model_name: str, shape: ModelShape) -> Hyperparameters:
+    """Settings for a model: those of its preset, or else GPT-J's, in layers at the same relative
+    depth."""
+    known = find_preset(model_name, shape)
+    if known is not None:
         return known.settings
-    general = replace(
-        presets()["gpt-j-6b"].settings, learning_rate=RELATIVE_RATE, rate_unit="relative"
-    )
-    layers = sorted({round(layer * depth / 28) for layer in general.layers})
-    return replace(general, layers=tuple(layer for layer in layers if layer < depth - 1) or (0,))
+    general = next(one for one in presets() if "gpt-j-6b" in one.models).settings
+    layers = _layers_at_depth(general.layers, shape.depth)
+    return replace(general, layers=layers, learning_rate=RELATIVE_RATE, rate_unit="relative")
+
+
+def _layers_at_depth(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Consecutive layers where GPT-J has `layers`, at most as many, and not the last block."""
+    first, last = (round(layer * depth / GPT_J_BLOCKS) for layer in (layers[0], layers[-1]))
+    last = min(last, depth - 2)
+    return tuple(range(max(first, last + 1 - len(layers)), last + 1)) or (0,)
+
+
+def settings_note(model_name: str, shape: ModelShape, settings: Hyperparameters) -> str | None:
+    """What is used for a model and why, in one line; None where a checked preset says it.
+
+    `settings` are the model's preset with all that its user has set.
+    """
+    known, name = find_preset(model_name, shape), short_name(model_name)
+    if known is not None and known.checked:
+        return None
+    if known is None:
+        reason = f"{name} has no preset, so what you leave open is GPT-J's, at the same depth"
+    else:
+        reason = f"the preset of {name} is from {known.source}, and this project has not checked it"
+    return f"{summary(settings)}: {reason}."
+
+
+def summary(settings: Hyperparameters) -> str:
+    """Layers, λ and clamp in words."""
+    layers = ", ".join(map(str, settings.layers))
+    weight, clamp = settings.covariance_weight, settings.clamp_factor
+    return f"layers {layers}, λ {weight:,g}, clamp {clamp:g}"

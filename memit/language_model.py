@@ -122,7 +122,8 @@ class LanguageModel:
     def shape(self) -> ModelShape:
         """Its dimensions."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return ModelShape(self.depth, self.width, self.inner_width, parameters)
+        kind = type(self.model).__name__
+        return ModelShape(self.depth, self.width, self.inner_width, parameters, kind)
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,7 @@
-"""The dimensions of a model that its costs follow from; needs neither torch nor the model."""
+"""The kind and the dimensions of a model: its costs and its preset follow from them.
+
+Needs neither torch nor the model.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Depth, widths and number of parameters."""
+    """Depth, widths, number of parameters and architecture."""
 
     depth: int
     """Blocks."""
@@ -16,3 +19,5 @@ class ModelShape:
     inner_width: int
     """f, of the keys."""
     parameters: int
+    architecture: str = ""
+    """The name of its Hugging Face class; empty where only costs are asked for."""

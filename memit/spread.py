@@ -67,8 +67,8 @@ def spread(
     Raises:
         EditError: keys or residuals of some edits are not finite, or their share alone makes an
             update larger than `hyperparameters.largest_update`.
-        NumericsError: a layer's form is not positive definite, or the model's dtype cannot hold the
-            edited weights.
+        NumericsError: a layer's form is not positive definite, the model's dtype cannot hold the
+            edited weights, or the residual has grown.
         ResourceError: the device's memory does not hold one edit.
     """
     edits = edit_rows(lm, requests, prefixes)
@@ -138,6 +138,7 @@ def _walk_layers(
         if progress is not None:
             progress(1)
     left = float((target - walk.read_hidden()).norm(dim=0).mean())
+    _check_fallen(residuals[hyperparameters.layers[0]], left)
     return Spread(WeightDelta(changes, {"base": digests}), residuals, ratios, left, ranks)
 
 
@@ -149,6 +150,16 @@ def _check_columns(K: Tensor, R: Tensor, requests: Sequence[EditRequest], layer:
             f"key or residual of {_named(requests, broken)} at layer {layer} is not finite: run "
             "the model in float32 or bfloat16.",
             broken,
+        )
+
+
+def _check_fallen(before: float, left: float) -> None:
+    """Raise `NumericsError` for an edit after which targets are further away (mean ‖z − h‖)."""
+    if not left <= before:  # true for NaN, too
+        raise NumericsError(
+            f"the edit moves the hidden states away from their targets (mean distance {before:.3g} "
+            f"before it, {left:.3g} after it), so it is not kept: raise edit.covariance_weight, or "
+            "name other layers in edit.layers."
         )
 
 

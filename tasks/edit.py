@@ -171,19 +171,23 @@ def changed_weights(model: ModelReference, delta: Artifact) -> Artifact:
             change.revert(lm)
 
 
-def describe_edit(made: MethodEdit, targets: Path, records: Path) -> dict[str, Any]:
-    """The content of `edit.json`: how large targets, residuals and updates are, and what was
-    dropped."""
+def describe_edit(
+    made: MethodEdit, targets: Path, records: Path, note: str | None = None
+) -> dict[str, Any]:
+    """The content of `edit.json`: how large targets, residuals and updates are, what was dropped,
+    and the `note` on settings that nobody has checked."""
     origin = WeightDelta.load(made.edit.checked()).provenance
     all_records, hyperparameters = read_counterfact(records), origin["settings"]["hyperparameters"]
     kept = [index for index in range(len(all_records)) if index not in made.dropped]
     shift = Targets.load(targets).chosen(kept).delta_ratios.mean()
+    notes = [] if note is None else [note]
     return {
         "count": len(kept),
         "layers": hyperparameters["layers"],
         "target_shift": round(float(shift), 6),
         **{name: origin[name] for name in ("residuals", "residual_left", "update_ratio")},
         "hyperparameters": hyperparameters,
+        **({"notes": notes} if notes else {}),
         "dropped": [
             {"case_id": record.case_id, "prompt": record.request.text, "reason": reason}
             for index, reason in made.dropped.items()

@@ -10,9 +10,11 @@ from pathlib import Path
 import httpx
 import psutil
 import torch
+from rich.text import Text
 
 from flows.command.costs import delta_bytes, moment_bytes, solve_bytes
 from flows.command.parameters import ModelSection, Parameters, StatisticsSection
+from flows.command.script import console
 from flows.service.workers import workers_of
 from memit.corpus import read_documents
 from memit.errors import InputError, ResourceError
@@ -20,7 +22,9 @@ from memit.evaluation.reference import read_snippets
 from memit.evaluation.zsre import as_records, read_zsre
 from memit.facts.records import embedded_records
 from memit.files.reading import check_file
+from memit.hyperparameters import settings_note
 from memit.language_model import LanguageModel
+from memit.model_shape import ModelShape
 from memit.requests import Record, drop_conflicts
 from memit.room import check_records
 from memit.sampled_corpus import TOKENS_PER_TEXT, start_token, wanted_tokens
@@ -113,9 +117,9 @@ def _check_compared(parameters: Parameters) -> int:
     questions = () if section.zsre is None else read_zsre(section.zsre)
     records, lm = _check(parameters)
     if lm is None:
-        _methods(parameters, "synthetic", parameters.model.training.layers)
+        _methods(parameters, "synthetic", parameters.model.synthetic_shape)
     else:
-        _check_layers(parameters, lm, _methods(parameters, lm.name, lm.depth))
+        _check_layers(parameters, lm, _methods(parameters, lm.name, lm.shape))
         asked = () if questions else records
         check_records(lm, asked, questions, plus=True, written=section.generation_records)
     if questions:
@@ -191,11 +195,12 @@ def _describe_model(section: ModelSection) -> tuple[ModelFiles, Path]:
     return described, place
 
 
-def _methods(parameters: Parameters, model: str, depth: int) -> list[Method]:
-    section, hyperparameters = parameters.compare, parameters.hyperparameters(model, depth)
+def _methods(parameters: Parameters, model: str, shape: ModelShape) -> list[Method]:
+    section, depth = parameters.compare, shape.depth
     blocks = parameters.mend_settings(model).blocks
     if "mend" in section.methods and blocks > depth:
         raise InputError(f"mend.blocks is {blocks}, but {model} has {depth} blocks: use fewer.")
+    hyperparameters = parameters.hyperparameters(model, shape)
     return make_methods(
         section.methods, section.settings, hyperparameters, model, depth, section.editors
     )
@@ -203,9 +208,11 @@ def _methods(parameters: Parameters, model: str, depth: int) -> list[Method]:
 
 def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[Method]) -> None:
     """Check that MEMIT and `methods` can edit their layers, and that published statistics exist,
-    or that the model can write texts."""
-    section = parameters.statistics
-    layers = set(parameters.hyperparameters(lm.name, lm.depth).layers)
+    or that the model can write texts; say which settings nobody has checked."""
+    section, hyperparameters = parameters.statistics, parameters.hyperparameters(lm.name, lm.shape)
+    if note := settings_note(lm.name, lm.shape, hyperparameters):
+        console.print("[yellow]settings:[/]", Text(note), soft_wrap=True)
+    layers = set(hyperparameters.layers)
     layers.update(*(method.editor.moment_layers for method in methods))
     others = {getattr(method.editor, "layer", min(layers)) for method in methods}
     lm.check_layers(tuple(sorted(layers | others)))
@@ -219,7 +226,7 @@ def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[M
 def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
     """Compare the size of the statistics and the edit with the free space."""
     section = parameters.statistics
-    layers = len(parameters.hyperparameters(model.id, model.layers).layers)
+    layers = len(parameters.hyperparameters(model.id, model.shape).layers)
     documents = 1 if section.source == "published" else section.documents or 1
     if section.source == "sampled":
         documents = wanted_tokens(section.tokens, model.inner_width) // TOKENS_PER_TEXT

@@ -109,6 +109,14 @@ def check(file: Path) -> None:
 
 
 @app.command
+def presets() -> None:
+    """List the models that settings are known for, and whether this project has checked them."""
+    from flows.command.presets import presets_table
+
+    console.print(presets_table())
+
+
+@app.command
 def ask(
     *prompts: str,
     file: ExistingFile | None = None,

@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 from flows.command import costs
 from flows.command.costs import Lengths
 from flows.command.parameters import ModelSection, Parameters
-from memit.hyperparameters import Hyperparameters
+from memit.hyperparameters import Hyperparameters, settings_note, summary
 from memit.layer_walk import HELD_IN_MEMORY
 from memit.positions import TokenRow
 from memit.requests import Record
@@ -53,7 +53,9 @@ def add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) -
         "tokens of all prompts", f"{sum(len(row.ids) for row in rows)} (longest prompt {longest})"
     )
     table.add_row("weak edits", Text(weak_keys(requests, rows) or "none"))
-    hyperparameters = parameters.hyperparameters(files.id, files.layers)
+    hyperparameters = parameters.hyperparameters(files.id, files.shape)
+    note = settings_note(files.id, files.shape, hyperparameters)
+    table.add_row("settings", Text(note or summary(hyperparameters)))
     if parameters.statistics.source == "sampled":
         tokens = wanted_tokens(parameters.statistics.tokens, files.inner_width)
         passes = costs.sampling_operations(files.shape, hyperparameters.layers, tokens)

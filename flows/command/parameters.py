@@ -35,6 +35,7 @@ from memit.editors.settings import MendSettings, SeracSettings, mend_preset, ser
 from memit.errors import InputError
 from memit.files.reading import read_text
 from memit.hyperparameters import Hyperparameters, preset
+from memit.model_shape import ModelShape
 from memit.redaction import holds_secret
 from memit.world.settings import TrainingParameters, WorldParameters
 
@@ -49,7 +50,7 @@ SIZE_LIMIT = 1 << 20
 """Bytes of the largest `params.yaml` that is read."""
 STORES = "https?|file|sqlite|postgresql|mysql|mssql|databricks"
 """URI schemes of MLflow's tracking stores."""
-ANY_MODEL = preset("", 1_000)
+ANY_MODEL = Hyperparameters((0,), covariance_weight=1.0)
 """Hyperparameters whose fields are overridden to check their ranges."""
 EDIT = ("layers", "covariance_weight", "key_average", "largest_update")
 """The hyperparameters in the section `edit`."""
@@ -175,6 +176,12 @@ class ModelSection(Section):
     def placement(self) -> dict[str, Any]:
         """How the model computes, and where one on this machine is."""
         return self.model_dump(include={"dtype", "device", "threads", "path", "package"})
+
+    @property
+    def synthetic_shape(self) -> ModelShape:
+        """The dimensions of the model that is trained here, parameters not counted."""
+        width = self.training.width
+        return ModelShape(self.training.layers, width, 4 * width, parameters=0)
 
     def world_parameters(self) -> WorldParameters:
         """The synthetic people that the model learns."""
@@ -343,20 +350,20 @@ class Parameters(Section):
     scaling: ScalingSection = ScalingSection()
     tracing: TracingSection = TracingSection()
 
-    def hyperparameters(self, model: str, depth: int) -> Hyperparameters:
-        """The preset of a model with `depth` blocks, with the overrides of `targets` and `edit`.
+    def hyperparameters(self, model: str, shape: ModelShape) -> Hyperparameters:
+        """The preset of a model, with the overrides of `targets` and `edit`.
 
         Raises:
             InputError: the model has no such layer.
         """
-        chosen = preset(model, depth)
+        chosen = preset(model, shape)
         if self.targets.learning_rate is not None:  # a rate without its unit is absolute
             chosen = replace(chosen, rate_unit="absolute")
         merged = with_overrides(with_overrides(chosen, self.targets), self.edit)
-        if merged.layers[-1] >= depth:
+        if merged.layers[-1] >= shape.depth:
             raise InputError(
                 f"edit.layers names layer {merged.layers[-1]}, but {model} has "
-                f"{depth} blocks: the layers are 0 to {depth - 1}."
+                f"{shape.depth} blocks: the layers are 0 to {shape.depth - 1}."
             )
         return merged
 
@@ -411,14 +418,15 @@ class Parameters(Section):
             )
 
     def _synthetic_conflicts(self) -> Iterator[str]:
-        world, count = self.model.world_parameters(), self.requests.wanted
+        model, count = self.model, self.requests.wanted
+        world = model.world_parameters()
         records = world.people * world.records_per_person
         if self.statistics.source == "published":
             yield "statistics.source is 'published', but nobody publishes the synthetic model's."
         if self.requests.source == "synthetic" and count is not None and count > records:
             yield f"requests.count is {count}, but model.world has {records} records: use fewer."
         try:
-            self.hyperparameters("synthetic", self.model.training.layers)
+            self.hyperparameters("synthetic", model.synthetic_shape)
         except InputError as error:
             yield str(error)
 

@@ -78,7 +78,7 @@ class Run:
     @property
     def hyperparameters(self) -> Hyperparameters:
         """The model's preset with what `params.yaml` overrides."""
-        return self.parameters.hyperparameters(self.model.model.id, self.model.model.layers)
+        return self.parameters.hyperparameters(self.model.model.id, self.model.model.shape)
 
     @property
     def records(self) -> list[Record]:

@@ -59,8 +59,9 @@ class ModelFiles(Value):
 
     @property
     def shape(self) -> ModelShape:
-        """The dimensions that cost estimates need."""
-        return ModelShape(self.layers, self.width, self.inner_width, self.parameters)
+        """The kind and the dimensions that costs and presets depend on."""
+        widths = self.width, self.inner_width
+        return ModelShape(self.layers, *widths, self.parameters, self.architecture)
 
     def within(self, directory: Path) -> Path:
         """What to load from the directory that holds the files: itself, or its GGUF file."""

@@ -19,11 +19,12 @@ FAR = 0.3
 
 def verdict(facts: pyarrow.Table, edit: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
     """Sentences about a run, out of `facts.csv`, `edit.json` and `metrics.json`: how many facts the
-    model says (argmax), which it does not and what to change, what is alarming, what is missing."""
+    model says (argmax), which it does not and what to change, what is alarming, what is missing,
+    and which settings nobody has checked."""
     missed = [fact for fact in facts.to_pylist() if not fact["answered"]]
     said = f"{len(facts) - len(missed)} of {len(facts)} facts are said"
     if not missed:
-        return [f"{said}.", *_alarms(metrics), *_absent(metrics)]
+        return [f"{said}.", *_alarms(metrics), *_absent(metrics), *edit.get("notes", ())]
     names = "; ".join(f"{fact['prompt']} → {fact['target_new']}" for fact in missed[:NAMED])
     more = f"; and {len(missed) - NAMED} more" if len(missed) > NAMED else ""
     return [
@@ -31,6 +32,7 @@ def verdict(facts: pyarrow.Table, edit: Mapping[str, Any], metrics: Mapping[str,
         _way_out(edit),
         *_alarms(metrics),
         *_absent(metrics),
+        *edit.get("notes", ()),
     ]
 
 

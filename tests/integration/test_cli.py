@@ -232,7 +232,7 @@ def test_an_estimate_grows_with_the_job() -> None:
     reference = ModelReference(
         directory="/", model=files, dtype="bfloat16", device="cpu", threads=1
     )
-    hyperparameters = preset(files.id, files.layers)
+    hyperparameters = preset(files.id, files.shape)
     small, large = (
         estimate.estimate_edit(files, hyperparameters, count, Lengths(8, 8), reference)
         for count in (10, 10_000)

@@ -10,7 +10,7 @@ import torch
 
 from memit import layer_walk as walk
 from memit import reference as oracle
-from memit.errors import ResourceError
+from memit.errors import NumericsError, ResourceError
 from memit.second_moment import SecondMoment
 from memit.spread import Spread, spread
 from tests.families import LAYERS, PREFIXES
@@ -230,6 +230,17 @@ def test_edit_that_never_fits_is_an_error():
     lm = build("llama")
     before = lm.weight(1).clone()
     with short_of_memory(lm.blocks[2], rows=0), pytest.raises(ResourceError, match="memory"):
+        _spread(lm, "llama")
+    assert torch.equal(lm.weight(1), before)
+
+
+def test_an_edit_that_moves_away_from_its_targets_is_not_kept():
+    """Blocks that turn their MLP's output round take the update in the wrong direction."""
+    lm = build("llama")
+    before = lm.weight(1).clone()
+    for layer in LAYERS:
+        lm.down_projection(layer).register_forward_hook(lambda _module, _args, output: -output)
+    with pytest.raises(NumericsError, match=r"edit\.layers"):
         _spread(lm, "llama")
     assert torch.equal(lm.weight(1), before)
 

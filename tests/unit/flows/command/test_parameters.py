@@ -13,6 +13,7 @@ import yaml
 from flows.command.parameters import USERS_FILES, Parameters, check_parameters, read_parameters
 from memit.errors import InputError
 from memit.hyperparameters import preset
+from memit.model_shape import ModelShape
 from tests import ROOT
 
 SYNTHETIC = {"model": {"source": "synthetic"}}
@@ -182,12 +183,13 @@ def test_files_to_choose_from_can_be_copied_over_it(path: Path, tmp_path: Path) 
 
 
 def test_null_takes_the_preset_and_a_value_overrides_it() -> None:
-    assert Parameters().hyperparameters("synthetic", 6) == preset("synthetic", 6)
+    shape = ModelShape(6, 128, 512, 0)
+    assert Parameters().hyperparameters("synthetic", shape) == preset("synthetic", shape)
     changed = check_parameters(
         {"targets": {"evaluations": 3}, "edit": {"layers": [1, 2], "covariance_weight": 7}}
-    ).hyperparameters("synthetic", 6)
+    ).hyperparameters("synthetic", shape)
     assert (changed.evaluations, changed.layers, changed.covariance_weight) == (3, (1, 2), 7.0)
-    assert changed.clamp_factor == preset("synthetic", 6).clamp_factor
+    assert changed.clamp_factor == preset("synthetic", shape).clamp_factor
 
 
 def test_own_facts_are_all_edited_unless_a_number_says_otherwise() -> None:
@@ -205,7 +207,7 @@ def test_a_layer_that_the_model_does_not_have() -> None:
         {"model": {"source": "local", "path": "m"}, "edit": {"layers": [12]}, **files, **texts}
     )
     with pytest.raises(InputError, match=r"edit\.layers"):
-        parameters.hyperparameters("m", 12)
+        parameters.hyperparameters("m", ModelShape(12, 8, 32, 0))
 
 
 def test_parameters_are_checked_before_anything_slow_is_imported(tmp_path: Path) -> None:
