@@ -104,9 +104,8 @@ chaos: $(STAMP) ## kill the experiment at random (SEED=, KILLS=, SIZE=small): do
 	@$(BIN)/python -m tests.acceptance.chaos --seed $(SEED) --kills $(KILLS) --size $(SIZE) \
 	  $(if $(filter default,$(SIZE)),--write)
 
-ui: $(STAMP) ## the experiments in MLflow, at http://127.0.0.1:5000
-	@DO_NOT_TRACK=1 MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-	  $(BIN)/python -m mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
+ui: $(STAMP) ## the experiments in MLflow's pages (PREFECT=1: and Prefect's)
+	@$(BIN)/python -m flows.command.cli ui $(if $(PREFECT),--prefect)
 
 clean: ## delete caches and results, keep .venv, MLflow's store, DVC's cache and files of yours
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis

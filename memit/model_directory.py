@@ -27,6 +27,7 @@ from torch import Tensor
 
 from memit.errors import InputError, IntegrityError
 from memit.files.atomic import temporary, write_whole
+from memit.files.digests import file_sha256
 from memit.files.tensors import tensor_digest
 from memit.model_files import WEIGHT_FILES, weight_files
 from memit.weight_delta import WeightDelta, added, check_weights
@@ -61,7 +62,8 @@ def apply_edit(directory: Path, delta_file: Path) -> Path:
     """Add a delta to the weights in a model directory; gives the folder that records the edit.
 
     Raises:
-        InputError: the directory holds no such model, or an unfinished edit, or it is a GGUF file.
+        InputError: the directory holds no such model, an unfinished edit or this one already, or it
+            is a GGUF file.
         IntegrityError: the delta was made for other weights.
         ResourceError: the disk is full.
     """
@@ -72,6 +74,12 @@ def apply_edit(directory: Path, delta_file: Path) -> Path:
         )
     delta = WeightDelta.load(delta_file)
     edits = applied_edits(directory)
+    for folder in edits:
+        if file_sha256(folder / "delta.safetensors") == file_sha256(delta_file):
+            raise InputError(
+                f"this edit is in {directory} already ({folder}): nothing was changed; `memit "
+                f"revert {directory}` undoes the last edit."
+            )
     for folder in edits[-1:]:
         record = _read_record(folder)
         matrices = _locate(directory, record["files"], record["edited"])

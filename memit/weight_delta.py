@@ -18,6 +18,9 @@ from memit.files.tensors import load_tensors, save_tensors, tensor_digest
 if TYPE_CHECKING:  # files of weights are edited without transformers, whose import takes seconds
     from memit.language_model import LanguageModel
 
+ROUNDED = ("bfloat16", "float16")
+"""Formats in which the rounded weights of a model are recognised."""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -127,15 +130,27 @@ class WeightDelta:
 
 
 def base_digests(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
-    """The dtype and the digests of the weights that a delta is made for."""
+    """The dtype and the digests of the weights that a delta is made for, and of the same weights in
+    each of the narrower `ROUNDED`, in which models are often kept."""
+    weights = {name: lm.parameter(name) for name in names}
+    narrower = [kind for kind in ROUNDED if getattr(torch, kind).itemsize < lm.dtype.itemsize]
     return {
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "sha256": {name: tensor_digest(lm.parameter(name)) for name in names},
+        "dtype": _name(lm.dtype),
+        "sha256": {name: tensor_digest(weight) for name, weight in weights.items()},
+        "rounded": {
+            kind: {name: tensor_digest(w.to(getattr(torch, kind))) for name, w in weights.items()}
+            for kind in narrower
+        },
     }
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def check_weights(delta: WeightDelta, weights: Iterable[tuple[str, Tensor]], where: object) -> None:
-    """Check that the delta was made for these weights, rounded to the dtype that it was made in.
+    """Check that the delta was made for these weights, rounded to the dtype that it was made in, or
+    for weights of which these are the rounded ones.
 
     Raises:
         IntegrityError: it was made for others.
@@ -147,6 +162,9 @@ def check_weights(delta: WeightDelta, weights: Iterable[tuple[str, Tensor]], whe
         )
     dtype = getattr(torch, made_for["dtype"])
     for name, weight in weights:
+        rounded = made_for.get("rounded", {}).get(_name(weight.dtype), {}).get(name)
+        if rounded is not None and tensor_digest(weight) == rounded:
+            continue
         if tensor_digest(weight.to(dtype)) != made_for["sha256"].get(name):
             raise IntegrityError(
                 f"the delta was made for other weights than those of {name} in {where} "
@@ -199,7 +217,7 @@ def check_rounded(weight: Tensor, dtype: torch.dtype, where: str) -> None:
     """Raise `NumericsError` if a weight is not finite in `dtype`."""
     if not bool(weight.to(dtype).isfinite().all()):
         raise NumericsError(
-            f"the edited weights of {where} are larger than {str(dtype).removeprefix('torch.')} "
+            f"the edited weights of {where} are larger than {_name(dtype)} "
             "holds: use bfloat16 or float32."
         )
 

@@ -156,4 +156,7 @@ def save_edited(lm: LanguageModel, delta_file: Path, directory: Path, dtype: str
     with temporary(directory) as partial:
         lm.model.save_pretrained(partial)
         lm.tokenizer.save_pretrained(partial)
+        mode = (partial / "config.json").stat().st_mode
+        for file in partial.glob("*.safetensors"):  # which nobody else could read
+            file.chmod(mode)
         os.replace(partial, directory)  # replaces an empty directory, but no other

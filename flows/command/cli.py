@@ -159,6 +159,23 @@ def ask(
 
 
 @app.command
+def ui(*, port: int = 5000, prefect: bool = False) -> None:
+    """Show all runs in MLflow's pages until Ctrl-C.
+
+    Parameters
+    ----------
+    port
+        Preferred; a free one is taken if another program has it.
+    prefect
+        Show Prefect's pages, too.
+    """
+    parameters = given_parameters()
+    from flows.service.pages import serve_pages
+
+    serve_pages(parameters.report.tracking_uri, port, with_prefect=prefect)
+
+
+@app.command
 def apply(directory: ExistingPath, *, delta: Delta = None) -> None:
     """Apply an edit to the weights in a model directory. `memit revert` restores them exactly.
 

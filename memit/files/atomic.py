@@ -61,7 +61,10 @@ def write_whole(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode
             write(partial)
+            partial.chmod(mode)  # that of the umask: safetensors lets nobody else read its files
             _flush(partial)
             os.replace(partial, path.with_name(name(partial)) if name else path)
         _flush(path.parent)

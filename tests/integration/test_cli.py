@@ -160,6 +160,7 @@ def test_export_writes_a_model_that_anything_loads(
     for name, tensor in exported.items():
         assert torch.equal(tensor, edited[name].to(torch.bfloat16))
     before = content(place / "out" / "here")
+    assert {path.stat().st_mode & 0o044 for path in (place / "out" / "here").iterdir()} == {0o044}
     capsys.readouterr()
     assert memit("export", "out/here", *words) == 2
     assert "out/here" in said(capsys)
