@@ -75,7 +75,8 @@ def apply_edit(directory: Path, delta_file: Path) -> Path:
     delta = WeightDelta.load(delta_file)
     edits = applied_edits(directory)
     for folder in edits:
-        if file_sha256(folder / "delta.safetensors") == file_sha256(delta_file):
+        former = folder / "delta.safetensors"
+        if former.is_file() and file_sha256(former) == file_sha256(delta_file):
             raise InputError(
                 f"this edit is in {directory} already ({folder}): nothing was changed; `memit "
                 f"revert {directory}` undoes the last edit."

@@ -29,13 +29,13 @@ def serve_pages(store: str | None, port: int, *, with_prefect: bool) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     free = free_port(port)
     address = f"http://127.0.0.1:{free}"
-    options = ("--host", "127.0.0.1", "--port", str(free), "--backend-store-uri", uri)
+    options = f"--host 127.0.0.1 --port {free} --workers 1 --backend-store-uri".split()
     with ExitStack() as servers:
         # Requests are logged to a file, or they would push the addresses off the screen.
         file = servers.enter_context(open(log, "ab"))
         servers.enter_context(environment({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}))
         process = servers.enter_context(
-            running("mlflow", "ui", *options, stdout=file, stderr=file, start_new_session=True)
+            running("mlflow", "ui", *options, uri, stdout=file, stderr=file, start_new_session=True)
         )
         wait_for(address, process, "MLflow", log)
         lines = [f"MLflow   {address}"]

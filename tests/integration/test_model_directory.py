@@ -102,7 +102,7 @@ def test_edits_come_off_last_in_first_out(tmp_path: Path) -> None:
         apply_edit(directory, make_delta(lm, tmp_path / f"{seed}.safetensors", seed))
         states.append(content(directory))
     assert [folder.name for folder in applied_edits(directory)] == ["0001", "0002", "0003"]
-    with pytest.raises(IntegrityError):
+    with pytest.raises(InputError, match="already"):
         apply_edit(directory, tmp_path / "0.safetensors")
     for state in reversed(states[:-1]):
         revert_edit(directory)
