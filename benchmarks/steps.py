@@ -159,7 +159,7 @@ def spread_step(bench: Bench, count: int, repeats: int = 3) -> dict:
     """Seconds of the whole spread over all layers."""
     requests, prefixes = make_requests(bench.shape, count), make_prefixes(bench.shape)
     z = torch.randn(count, bench.lm.width, generator=torch.Generator().manual_seed(6))
-    moments, weight = random_moments(bench), bench.hyperparameters.covariance_weight
+    moments, weight = random_moments(bench), bench.shape.covariance_weight
 
     def run() -> None:
         spread(

@@ -12,7 +12,7 @@ from pathlib import Path
 from flows.command.script import given_parameters, ready_parameters, run_flow
 
 CHECKS = {
-    "experiment": "check_inputs",
+    "experiment": "check_list",
     "compare": "check_comparison",
     "scaling": "check_scaling",
 }

@@ -6,7 +6,7 @@ and `metrics.json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from flows.evaluation import Measured, held_out_text, measure, references_of
 from flows.report import log
 from flows.requests import split_source
 from flows.service.dvc_lock import origin
-from flows.service.step import Run, step
+from flows.service.step import Run, chunks, step
 from flows.statistics import collect_layers
 from flows.targets import optimise
 from memit.editors.mend import Mend
@@ -57,6 +57,10 @@ class Sample:
 
     file: Artifact
     records: tuple[Record, ...]
+
+    def cases(self, indices: Iterable[int]) -> list[int]:
+        """The cases of some of the records."""
+        return [self.records[index].case_id for index in indices]
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,9 @@ def shared_targets(setup: Setup, method: Method, records: Sequence[Record]) -> S
     hyperparameters = method.editor.target_hyperparameters
     if hyperparameters is None:
         return None
-    pieces = optimise(setup.run, [record.request for record in records], hyperparameters)
+    requests = [record.request for record in records]
+    size = setup.run.parameters.targets.requests_per_piece
+    pieces = optimise(setup.run, chunks(requests, size), hyperparameters)
     rows = {record.case_id: row for row, record in enumerate(records)}
     return SharedTargets(rows, pieces)
 
@@ -299,7 +305,8 @@ def _compare(setup: Setup, sample: Sample, tried: Mapping[str, Tried]) -> Compar
     parameters, model = setup.run.parameters, setup.run.model.model
     references = references_of(parameters) if setup.questions is None else {}
     methods = {
-        name: measured.metrics(sample.records, references) | {"seconds": edit.cost.seconds}
+        name: measured.metrics(sample.records, references, sample.cases(edit.dropped))
+        | {"seconds": edit.cost.seconds}
         for name, (edit, measured) in tried.items()
     }
     data_set = parameters.requests.source if setup.questions is None else "zsre"

@@ -7,7 +7,7 @@ Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evalua
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from prefect import Task
 
 from flows.command.parameters import Parameters
 from flows.requests import records_source
-from flows.service.step import Run, chunks, step
+from flows.service.step import Run, chunks, steady_chunks, step
 from flows.statistics import corpus_of
 from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
 from memit.evaluation.generations import SCHEMA
@@ -73,9 +73,12 @@ class Measured:
     perplexity: float | None
     """None where there is no held-out text."""
 
-    def metrics(self, records: Sequence[Record], references: References) -> dict[str, float]:
-        """All metrics; generated texts are compared with the references."""
-        metrics = metrics_of(self.prompts, self.texts, self.kept, records, references)
+    def metrics(
+        self, records: Sequence[Record], references: References, failed: Collection[int] = ()
+    ) -> dict[str, float]:
+        """All metrics; generated texts are compared with the references. `failed` are the cases
+        whose edits could not be written."""
+        metrics = metrics_of(self.prompts, self.texts, self.kept, records, references, failed)
         if self.perplexity is not None:
             metrics["perplexity"] = round(self.perplexity, DECIMALS)
         return metrics
@@ -101,10 +104,11 @@ def evaluation(run: Run) -> None:
     references = references_of(run.parameters) if len(before.texts) else {}
     _write_tables(run, before, after)
     _write_answers(run)
+    edit = json.loads(EDIT_FILE.read_text(encoding="utf-8"))
     metrics: dict[str, Any] = {
         "before": before.metrics(records, references),
-        "after": after.metrics(records, references),
-        "edit": described_edit(json.loads(EDIT_FILE.read_text(encoding="utf-8"))),
+        "after": after.metrics(records, references, [one["case_id"] for one in edit["dropped"]]),
+        "edit": described_edit(edit),
     }
     if notes := run.given["requests"].notes:
         metrics["requests"] = notes
@@ -148,7 +152,7 @@ def measure(
         "edit": edit,
         "token_budget": run.token_budget(section.token_budget),
     }
-    scored = run.map("prompts", score, chunks(asked, section.prompts_per_piece), **shared)
+    scored = run.map("prompts", score, steady_chunks(asked, section.prompts_per_piece), **shared)
     texts = run.map(
         "texts",
         write_piece,
@@ -186,7 +190,8 @@ def _write_answers(run: Run) -> None:
 
 def _write_tables(run: Run, before: Measured, after: Measured) -> None:
     prompts = before_and_after(before.prompts, after.prompts)
-    facts = facts_table(before.prompts, after.prompts, after.kept.to_pylist())
+    origins = {record.case_id: record.origin.given for record in run.records}
+    facts = facts_table(before.prompts, after.prompts, after.kept.to_pylist(), origins)
     texts = before_and_after(before.texts, after.texts)
     run.write(PROMPTS_FILE, lambda path: pyarrow.parquet.write_table(prompts, path))
     run.write(FACTS_FILE, lambda path: pyarrow.csv.write_csv(facts, path))

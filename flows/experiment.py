@@ -17,7 +17,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from flows.command.checks import check_comparison, check_inputs, check_scaling
+from flows.command.checks import check_comparison, check_list, check_scaling
+from flows.command.limits import check_limits
 from flows.command.parameters import Parameters
 from flows.command.script import console, output
 from flows.compare import compare, learning_steps
@@ -47,7 +48,7 @@ LEARNING: dict[str, Step] = {"mend": mend, "serac": serac}
 """The steps in which methods learn before they edit."""
 
 
-@chain("experiment", check_inputs)
+@chain("experiment", check_list)
 def experiment(parameters: Parameters) -> None:
     """Run all steps, record their results in dvc.lock, and print a summary."""
     remove_leftovers()
@@ -60,6 +61,7 @@ def experiment(parameters: Parameters) -> None:
     commit_stages(parameters, STEPS[-1:])
     create_table_artifact(key="results", table=rows(read_json(METRICS_FILE)))
     show_results(time.monotonic() - started)
+    check_limits(parameters.limits)
 
 
 @chain("comparison", check_comparison)

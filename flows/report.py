@@ -9,13 +9,14 @@ import platform
 
 from prefect.artifacts import create_link_artifact
 
+from flows.command.limits import beyond_limits
 from flows.command.parameters import Parameters
 from flows.command.script import console
 from flows.service.dvc_lock import origin
 from flows.service.step import Run, step
 from memit.errors import UnreachableError
 from tasks.engine.code import library_versions
-from tasks.engine.results import PAGE_FILE, STEPS, read_timings
+from tasks.engine.results import PAGE_FILE, STEPS, read_timings, remember_run
 from tasks.report import write_report
 from tasks.reporting.tracking import Experiment, ParentRun, code_commit, log_run, tracking_uri
 
@@ -38,8 +39,10 @@ def report(run: Run) -> None:
         manifests=run.given,
         timings=timings,
         tags=origin(run.parameters, run.given),
+        beyond=beyond_limits(run.parameters.limits),
     )
     log(run.parameters, experiment)
+    remember_run(run.given)
 
 
 def log(parameters: Parameters, run: Experiment | ParentRun) -> None:

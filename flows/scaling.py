@@ -74,7 +74,7 @@ def _points(setup: Setup, samples: list[tuple[int, Sample]]) -> Iterator[Point]:
             edit, measured = try_method(
                 setup, method, sample, ready, section.generation_records, seed, thorough=False
             )
-            metrics = measured.metrics(sample.records, {})
+            metrics = measured.metrics(sample.records, {}, sample.cases(edit.dropped))
             metrics |= {"seconds": edit.cost.seconds, "dropped": len(edit.dropped)}
             yield Point(method.name, len(sample.records), seed, metrics)
             console.print(

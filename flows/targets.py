@@ -1,37 +1,58 @@
 """Step 5: optimise the hidden state at the last edited layer that each fact needs (Eqn. 16).
 
-Result: `artifacts/targets.safetensors`.
+Results: `artifacts/targets.safetensors`, the targets of the requests in their order, and
+`artifacts/stored_targets.safetensors`, those of all facts that were ever asked for with the same
+settings: facts come and go, and what is optimised once is not optimised again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flows.service.step import Run, chunks, step
+from flows.service.step import Run, step
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest
-from tasks.engine.results import TARGETS_FILE
-from tasks.targets import TargetsPiece, optimise_targets, read_targets, target_settings
+from tasks.engine.artifacts import write_file
+from tasks.engine.checkpoints import forget_work, work_directory
+from tasks.engine.results import STORED_TARGETS_FILE, TARGETS_FILE, read_timings
+from tasks.targets import (
+    StoredTargets,
+    TargetsPiece,
+    optimise_targets,
+    plan_pieces,
+    target_settings,
+)
 
 
 @step("targets", reads=("model", "requests", "prefixes"))
 def targets(run: Run) -> None:
-    """Optimise the targets that are missing and put all of them into one file."""
+    """Optimise the targets that are not stored, store them, and choose those of the requests."""
     requests = [record.request for record in run.records]
-    pieces = optimise(run, requests, run.hyperparameters)
-    run.write(TARGETS_FILE, read_targets([piece.targets for piece in pieces]).save)
+    inputs = (run.model, run.prefixes, target_settings(run.hyperparameters))
+    folder = work_directory("targets", *inputs)
+    stored = StoredTargets.load(STORED_TARGETS_FILE, folder.name)
+    if stored.rows:
+        run.costs += read_timings([run.step]).values()
+    size = run.parameters.targets.requests_per_piece
+    plan = plan_pieces(stored.missing(requests), size, folder / "plan.json")
+    pieces = optimise(run, plan, run.hyperparameters) if plan else []
+    stored = stored.with_pieces(plan, [piece.targets for piece in pieces])
+    # No result of the step, whose results must not tell which facts were withdrawn.
+    write_file(STORED_TARGETS_FILE, stored.save)
+    run.write(TARGETS_FILE, stored.of(requests).save)
+    forget_work("targets", *inputs)
 
 
 def optimise(
-    run: Run, requests: Sequence[EditRequest], hyperparameters: Hyperparameters
+    run: Run, pieces: Sequence[Sequence[EditRequest]], hyperparameters: Hyperparameters
 ) -> list[TargetsPiece]:
-    """The targets of requests, in pieces of the size that the section `targets` names."""
+    """The targets of each piece."""
     section = run.parameters.targets
     blocks_above = run.model.model.layers - 1 - hyperparameters.layers[-1]
     return run.map(
         "edits",
         optimise_targets,
-        chunks(requests, section.requests_per_piece),
+        pieces,
         model=run.model,
         prefixes=run.prefixes,
         hyperparameters=target_settings(hyperparameters),

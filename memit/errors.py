@@ -42,6 +42,10 @@ class NumericsError(MemitError):
     """A number that must be finite or a matrix that must be definite, and is not."""
 
 
+class LimitError(MemitError):
+    """Results that are beyond a limit that the user has set."""
+
+
 class EditError(NumericsError):
     """Some of the edits cannot be written; the others may be."""
 

@@ -16,6 +16,7 @@ from memit.ranges import Range, check_settings
 
 Positive = Annotated[float, Range(0, 1e12, exclusive=True)]
 Weight = Annotated[float, Range(0, 1e12)]
+AUTO: Literal["auto"] = "auto"
 GPT_J_BLOCKS = 28
 """The depth of the model whose layers others without a preset take, at the same relative depth."""
 RELATIVE_RATE = 0.1
@@ -28,8 +29,8 @@ class Hyperparameters:
 
     layers: tuple[int, ...]
     """Edited layers S, ascending; the last one is L, where targets are optimised."""
-    covariance_weight: Positive
-    """λ in Δ = R Kᵀ (λC + K Kᵀ)⁻¹."""
+    covariance_weight: Positive | Literal["auto"]
+    """λ in Δ = R Kᵀ (λC + K Kᵀ)⁻¹; `auto`: by the rule of `memit.covariance_weight`."""
     evaluations: Annotated[int, Range(1, 10_000)] = 25
     """Most evaluations of the loss for a target; one fewer updates."""
     learning_rate: Positive = 0.5
@@ -122,13 +123,19 @@ def find_preset(model_name: str, shape: ModelShape) -> Preset | None:
 
 def preset(model_name: str, shape: ModelShape) -> Hyperparameters:
     """Settings for a model: those of its preset, or else GPT-J's, in layers at the same relative
-    depth."""
+    depth. λ is chosen by rule unless the preset was checked."""
     known = find_preset(model_name, shape)
     if known is not None:
-        return known.settings
+        return known.settings if known.checked else replace(known.settings, covariance_weight=AUTO)
     general = next(one for one in presets() if "gpt-j-6b" in one.models).settings
     layers = _layers_at_depth(general.layers, shape.depth)
-    return replace(general, layers=layers, learning_rate=RELATIVE_RATE, rate_unit="relative")
+    return replace(
+        general,
+        layers=layers,
+        covariance_weight=AUTO,
+        learning_rate=RELATIVE_RATE,
+        rate_unit="relative",
+    )
 
 
 def _layers_at_depth(layers: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -156,5 +163,6 @@ def settings_note(model_name: str, shape: ModelShape, settings: Hyperparameters)
 def summary(settings: Hyperparameters) -> str:
     """Layers, λ and clamp in words."""
     layers = ", ".join(map(str, settings.layers))
-    weight, clamp = settings.covariance_weight, settings.clamp_factor
-    return f"layers {layers}, λ {weight:,g}, clamp {clamp:g}"
+    given = settings.covariance_weight
+    weight = "by rule" if given == AUTO else f"{given:,g}"
+    return f"layers {layers}, λ {weight}, clamp {settings.clamp_factor:g}"

@@ -4,6 +4,9 @@ An edit changes some matrices inside the directory's safetensors files. Their fo
 delta and the digests of both states are kept in `memit-edits/0001/` and so on. Each file is
 replaced by a new one, so that what links to it (a hub cache, DVC's cache) keeps its content; its
 header and all other tensors are copied, so that a reverted file equals the original byte for byte.
+
+A delta that was made for the weights before the last edit takes the place of that edit. The new
+record holds the weights before both, so that either can be completed or undone after a kill.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -58,13 +61,16 @@ def applied_edits(directory: Path) -> list[Path]:
     return sorted(path for path in (directory / EDITS).glob("*") if path.name.isdigit())
 
 
-def apply_edit(directory: Path, delta_file: Path) -> Path:
+def apply_edit(directory: Path, delta_file: Path, origin: Mapping[str, str] | None = None) -> Path:
     """Add a delta to the weights in a model directory; gives the folder that records the edit.
 
+    If it was made for the weights before the last edit, it replaces that edit. `origin` is kept in
+    the record.
+
     Raises:
-        InputError: the directory holds no such model, an unfinished edit or this one already, or it
-            is a GGUF file.
-        IntegrityError: the delta was made for other weights.
+        InputError: the directory holds no such model, or this edit already, or it is a GGUF file.
+        IntegrityError: the delta was made for other weights, or they were changed since the last
+            edit.
         ResourceError: the disk is full.
     """
     if directory.is_file():
@@ -74,30 +80,85 @@ def apply_edit(directory: Path, delta_file: Path) -> Path:
         )
     delta = WeightDelta.load(delta_file)
     edits = applied_edits(directory)
-    for folder in edits:
-        former = folder / "delta.safetensors"
-        if former.is_file() and file_sha256(former) == file_sha256(delta_file):
-            raise InputError(
-                f"this edit is in {directory} already ({folder}): nothing was changed; `memit "
-                f"revert {directory}` undoes the last edit."
-            )
-    for folder in edits[-1:]:
-        record = _read_record(folder)
-        matrices = _locate(directory, record["files"], record["edited"])
-        if {name: tensor_digest(m.read()) for name, m in matrices.items()} != record["edited"]:
-            raise InputError(
-                f"the last edit of {directory} was interrupted or its weights were changed since: "
-                f"run `memit revert {directory}` first."
-            )
-    stored = _locate(directory, weight_files(directory), delta.changes)
+    last = _read_record(edits[-1]) if edits else {"edited": {}}
+    stored = _locate(directory, weight_files(directory), {*delta.changes, *last["edited"]})
     base = {name: matrix.read() for name, matrix in stored.items()}
-    check_weights(delta, base.items(), directory)
-    edited = {name: added(base[name], delta, name).to(base[name].dtype) for name in stored}
+    if edits and _holds(base, last["edited"]) and _is_copy(delta_file, edits[-1]):
+        raise InputError(f"this edit is in {directory} already ({edits[-1]}): nothing was changed.")
+    replaced: list[Path] = []
+    if edits and not (_holds(base, last["edited"]) and _is_for(delta, base)):
+        _check_unchanged(edits, base, directory)
+        base |= _former_weights(edits[-1], last)
+        replaced = edits[-1:] + _left_to_remove(edits, last)
+    check_weights(delta, [(name, base[name]) for name in delta.changes], directory)
+    edited = {
+        name: added(weight, delta, name).to(weight.dtype) if name in delta.changes else weight
+        for name, weight in base.items()
+    }
     number = 1 + max((int(folder.name) for folder in edits), default=0)
     folder = directory / EDITS / f"{number:04}"
-    _write_record(folder, delta_file, stored, base, edited)
+    record = {"replaces": [path.name for path in replaced], "origin": dict(origin or {})}
+    _write_record(folder, delta_file, stored, base, edited, record)
     _write_matrices(stored, edited)
+    for path in replaced:
+        _remove_record(path)
     return folder
+
+
+def _holds(weights: Mapping[str, Tensor], digests: Mapping[str, str]) -> bool:
+    """Whether weights have these digests."""
+    return all(tensor_digest(weights[name]) == digest for name, digest in digests.items())
+
+
+def _is_copy(file: Path, folder: Path) -> bool:
+    """Whether a delta is the one that a folder records."""
+    kept = folder / "delta.safetensors"
+    return kept.is_file() and file_sha256(kept) == file_sha256(file)
+
+
+def _is_for(delta: WeightDelta, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a delta was made for these weights."""
+    with suppress(IntegrityError):
+        check_weights(delta, [(name, weights[name]) for name in delta.changes], "")
+        return True
+    return False
+
+
+def _check_unchanged(edits: Sequence[Path], weights: Mapping[str, Tensor], where: Path) -> None:
+    """Check that weights are those before or after an edit, as a killed process may leave them.
+
+    Raises:
+        IntegrityError: they were changed since by something else.
+    """
+    records = [_read_record(folder) for folder in edits]
+    for name in records[-1]["edited"]:
+        known = {record[state].get(name) for record in records for state in ("base", "edited")}
+        if tensor_digest(weights[name]) not in known:
+            raise IntegrityError(
+                f"{name} in {where} was changed after the edit, so nothing was done: restore the "
+                "edited file, or fetch the model again."
+            )
+
+
+def _former_weights(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights before an edit.
+
+    Raises:
+        IntegrityError: they are damaged.
+    """
+    try:
+        base = load_file(folder / "base.safetensors")
+    except Exception as error:
+        raise IntegrityError(f"{folder}/base.safetensors is damaged ({error}).") from error
+    for name, digest in record["base"].items():
+        if tensor_digest(base[name]) != digest:
+            raise IntegrityError(f"{folder}/base.safetensors is damaged at {name}.")
+    return base
+
+
+def _left_to_remove(edits: Sequence[Path], record: Mapping[str, Any]) -> list[Path]:
+    """Folders of edits that the record's edit replaces, which a killed process has left."""
+    return [folder for folder in edits if folder.name in record.get("replaces", [])]
 
 
 def revert_edit(directory: Path) -> Path:
@@ -112,27 +173,46 @@ def revert_edit(directory: Path) -> Path:
         raise InputError(f"no edit is applied to {directory}: there is nothing to revert.")
     folder = edits[-1]
     record = _read_record(folder)
-    try:
-        base = load_file(folder / "base.safetensors")
-    except Exception as error:
-        raise IntegrityError(f"{folder}/base.safetensors is damaged ({error}).") from error
+    base = _former_weights(folder, record)
     stored = _locate(directory, record["files"], record["base"])
-    for name, matrix in stored.items():
-        if tensor_digest(base[name]) != record["base"][name]:
-            raise IntegrityError(f"{folder}/base.safetensors is damaged at {name}.")
-        if tensor_digest(matrix.read()) not in (record["base"][name], record["edited"][name]):
-            raise IntegrityError(
-                f"{name} in {matrix.file} was changed after the edit, so nothing was reverted: "
-                "restore the edited file, or fetch the model again."
-            )
+    weights = {name: matrix.read() for name, matrix in stored.items()}
+    _check_unchanged(edits, weights, directory)
     _write_matrices(stored, base)
+    for path in [*_left_to_remove(edits, record), folder]:
+        _remove_record(path)
+    return folder
+
+
+def _remove_record(folder: Path) -> None:
     reverted = folder.with_name(f"{folder.name}-reverted-{secrets.token_hex(4)}")
     os.replace(folder, reverted)
     for name in ("base.safetensors", "delta.safetensors", "edit.json"):
         (reverted / name).unlink(missing_ok=True)
     with suppress(OSError):  # the user's own files stay
         reverted.rmdir()
-    return folder
+
+
+def edit_status(
+    directory: Path,
+) -> Iterator[tuple[Path, str, Mapping[str, str], Mapping[str, Any]]]:
+    """The edits of a model directory, oldest first: the folder, whether the edit is in the weights,
+    what `apply_edit` was told of its origin, and its delta's provenance.
+
+    Raises:
+        InputError, IntegrityError: the directory is not what they were made in, or damaged.
+    """
+    edits = applied_edits(directory)
+    for folder in edits:
+        record, state = _read_record(folder), "below the next one"
+        if folder == edits[-1]:
+            stored = _locate(directory, record["files"], record["edited"])
+            weights = {name: matrix.read() for name, matrix in stored.items()}
+            _check_unchanged(edits, weights, directory)
+            state = "in the weights"
+            if not _holds(weights, record["edited"]):
+                state = "interrupted: apply it again to complete it, or revert it"
+        delta = WeightDelta.load(folder / "delta.safetensors")
+        yield folder, state, record.get("origin", {}), delta.provenance
 
 
 def _write_record(
@@ -141,9 +221,11 @@ def _write_record(
     stored: Mapping[str, StoredMatrix],
     base: Mapping[str, Tensor],
     edited: Mapping[str, Tensor],
+    more: Mapping[str, Any],
 ) -> None:
     """Keep everything that undoes the edit before anything is changed."""
     record = {
+        **more,
         "base": {name: tensor_digest(matrix) for name, matrix in base.items()},
         "edited": {name: tensor_digest(matrix) for name, matrix in edited.items()},
         "files": sorted({matrix.file.name for matrix in stored.values()}),

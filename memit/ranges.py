@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from memit.errors import InputError
 
@@ -40,10 +40,12 @@ def check_settings(settings: Any) -> None:
     """
     for name, kind in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
+        is_number = isinstance(value, (int, float))
+        if get_origin(kind) is Union:  # a number or one of some words
+            kind = get_args(kind)[0 if is_number else 1]
         if get_origin(kind) is Literal and value not in get_args(kind):
             choices = ", ".join(map(repr, get_args(kind)))
             raise InputError(f"{name} is {value!r}, but must be one of {choices}.")
         allowed = kind.__metadata__[0] if get_origin(kind) is Annotated else None
-        is_number = isinstance(value, (int, float))
         if isinstance(allowed, Range) and is_number and value not in allowed:
             raise InputError(f"{name} is {value!r}, but must be {allowed}.")

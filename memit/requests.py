@@ -15,7 +15,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count as counter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,14 +25,18 @@ from memit.files.atomic import write_whole
 from memit.files.reading import parse_json, read_text
 from memit.joining import ending
 
+ORIGIN_COLUMNS = ("id", "source", "date", "note")
+"""Columns that say where a fact comes from."""
 FACT_COLUMNS = ("subject", "prompt", "target", "target_true", "paraphrases", "neighbors", "joined")
+FACT_COLUMNS += ORIGIN_COLUMNS
 """Columns of a user's own file; the first three are required.
 
 `prompt` holds one `{}` where the subject goes. `paraphrases` and `neighbors` are lists of complete
 prompts (in CSV separated by `|`); a `{}` in a paraphrase is replaced by the subject, and a
 neighbour, which is about something else and whose answer must stay, has none. Line breaks at a
 prompt's end are kept, spaces are not. `joined`: true puts nothing between prompts and objects,
-false a space; see `EditRequest.between`.
+false a space; see `EditRequest.between`. No result depends on `id` (which stands once in a list),
+`source`, `date` and `note`.
 """
 _BETWEEN = {"none": None, "true": "", "false": " "}
 _PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts", "attribute_prompts")
@@ -91,6 +95,17 @@ class EditRequest:
             raise InputError("the true object is empty: give it or leave it out.")
 
     @property
+    def content(self) -> tuple[str, str, str, str]:
+        """What an edit depends on, as texts that have an order."""
+        return self.subject, self.prompt, self.target_new, str(self.between)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content."""
+        canonical = json.dumps(self.content, ensure_ascii=False)
+        return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+    @property
     def text(self) -> str:
         """The prompt with the subject filled in."""
         return fill(self.prompt, self.subject)
@@ -103,6 +118,21 @@ class EditRequest:
     def ending(self, prompt: str | None = None, target: str | None = None) -> str:
         """What follows a prompt (the request's own): the separator and an object (the new one)."""
         return ending(prompt or self.text, target or self.target_new, self.between)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a user's fact comes from, in the user's own words."""
+
+    id: str | None = None
+    source: str | None = None
+    date: str | None = None
+    note: str | None = None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """What is known of it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -119,6 +149,7 @@ class Record:
     """Identifier of the new object where the data set has one; reference texts may go by it."""
     kept_prompts: tuple[str, ...] = ()
     """Prompts about other things, to which the model's own answers must stay."""
+    origin: Origin = Origin()
 
 
 def fill(template: str, subject: str) -> str:
@@ -154,15 +185,29 @@ def read_facts(path: str | Path) -> list[Record]:
     """Read a user's own facts, JSON lines or CSV with the columns of `FACT_COLUMNS`.
 
     Raises:
-        InputError: something in it cannot be used; names file and record.
+        InputError: something in it cannot be used, or stands in it twice; names file and record.
         ConflictError: two of its records ask for different objects.
     """
-    records = _checked(_fact_rows(Path(path)), _fact_record, path)
+    placed = _fact_rows(Path(path))
+    records = _checked([row for _, row in placed], _fact_record, path)
+    places = [
+        place + (f" (source: {record.origin.source})" if record.origin.source else "")
+        for (place, _), record in zip(placed, records, strict=True)
+    ]
     try:
-        check_conflicts(records)
-    except ConflictError as conflict:
-        raise ConflictError(f"{path}: {conflict}") from None
+        check_conflicts(records, places)
+        _check_once(places, [record.request.digest for record in records], "hold the same fact")
+        _check_once(places, [record.origin.id for record in records], "have the same id")
+    except InputError as error:
+        raise type(error)(f"{path}: {error}") from None
     return records
+
+
+def in_content_order(records: Iterable[Record]) -> list[Record]:
+    """A user's facts in an order and with case ids that depend on their contents alone, so that
+    neither their order in the file nor facts that come and go change a result of another."""
+    numbered = (replace(r, case_id=int(r.request.digest[:12], 16)) for r in records)
+    return sorted(numbered, key=lambda record: record.request.content)
 
 
 def write_records(records: Iterable[Record], path: str | Path) -> None:
@@ -189,17 +234,28 @@ def drop_conflicts(records: Iterable[Record]) -> tuple[list[Record], int]:
     return kept, len(given) - len(kept)
 
 
-def check_conflicts(records: Iterable[Record]) -> None:
-    """Raise `ConflictError` naming both if two records differ in nothing but the new object."""
+def check_conflicts(records: Iterable[Record], places: Sequence[str] = ()) -> None:
+    """Raise `ConflictError` naming both if two records differ in nothing but the new object.
+
+    `places` are where they stand; by default they are numbered.
+    """
     first: dict[tuple[str, str], tuple[int, str]] = {}
-    for number, request in enumerate((record.request for record in records), start=1):
+    for number, request in enumerate(record.request for record in records):
         key = request.subject, request.prompt
         other, target = first.setdefault(key, (number, request.target_new))
         if target != request.target_new:
+            one, two = (places[n] if places else f"record {n + 1}" for n in (other, number))
             raise ConflictError(
-                f"records {other} and {number} contradict each other: {request.text!r} should be "
-                f"{target!r} and {request.target_new!r}; remove one of them."
+                f"{one} and {two} contradict each other: {request.text!r} should be {target!r} and "
+                f"{request.target_new!r}; remove one of them."
             )
+
+
+def _check_once(places: Sequence[str], keys: Sequence[str | None], what: str) -> None:
+    first: dict[str, str] = {}
+    for place, key in zip(places, keys, strict=True):
+        if key is not None and first.setdefault(key, place) != place:
+            raise InputError(f"{first[key]} and {place} {what}: keep one of them.")
 
 
 def sample_records(records: Sequence[Record], count: int, seed: int) -> list[Record]:
@@ -254,25 +310,26 @@ def read_rows(
             raise InputError(f"{where}: {error}") from None
 
 
-def _fact_rows(path: Path) -> list[Any]:
+def _fact_rows(path: Path) -> list[tuple[str, Any]]:
+    """Each row of a user's file and where it stands."""
     text = read_text(path, "the records")
     if text.lstrip().startswith("["):
-        return parse_json(text, path)
+        return [(f"record {n}", row) for n, row in enumerate(parse_json(text, path), start=1)]
     if text.lstrip().startswith("{"):
         return _json_lines(path, text)
     return _csv_rows(path, text) if text.strip() else []
 
 
-def _json_lines(path: Path, text: str) -> list[Any]:
+def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
     rows, line = [], 1
     for part in re.split(r"\n(?=\s*{)", text):  # a record may take several lines
         if part.strip():
-            rows.append(parse_json(part, f"{path}, line {line}"))
+            rows.append((f"line {line}", parse_json(part, f"{path}, line {line}")))
         line += part.count("\n") + 1
     return rows
 
 
-def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
+def _csv_rows(path: Path, text: str) -> list[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     rows = []
     try:
@@ -293,7 +350,7 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
             cells: dict[str, Any] = {name: value for name, value in row.items() if value.strip()}
             for name in cells.keys() & {"paraphrases", "neighbors"}:
                 cells[name] = [part for part in cells[name].split("|") if part.strip()]
-            rows.append(cells)
+            rows.append((f"line {reader.line_num}", cells))
     except csv.Error as error:
         raise InputError(
             f"{path}, line {reader.line_num} is not CSV ({error}): close its quotes."
@@ -317,7 +374,8 @@ def _counterfact_record(row: Any, index: int) -> Record:
     )
     target_new_id = _optional(rewrite["target_new"], "id", check_text)
     prompts = {key: _texts(row, key) for key in (*_PROMPTS, _KEPT)}
-    return Record(case_id, request, **prompts, target_new_id=target_new_id)
+    origin = _origin(_require_object(row.get("origin", {}), "'origin'"))
+    return Record(case_id, request, **prompts, target_new_id=target_new_id, origin=origin)
 
 
 def _fact_record(row: Any, index: int) -> Record:
@@ -343,7 +401,14 @@ def _fact_record(row: Any, index: int) -> Record:
     if any("{}" in text for text in neighbors):
         raise InputError("'neighbors' has a '{}': replace it by the name of something else.")
     filled = tuple(text.replace("{}", request.subject) for text in paraphrases)
-    return Record(index, request, filled, kept_prompts=neighbors)
+    return Record(index, request, filled, kept_prompts=neighbors, origin=_origin(row))
+
+
+def _origin(row: Mapping[str, Any]) -> Origin:
+    """The origin in a row; an id may be a number."""
+    number = row.get("id")
+    named = {**row, "id": str(number)} if type(number) is int else row
+    return Origin(**{name: _optional(named, name, check_text) for name in ORIGIN_COLUMNS})
 
 
 def _with_slot(prompt: str, subject: str) -> str:
@@ -374,6 +439,7 @@ def _counterfact_row(record: Record) -> dict[str, Any]:
         "requested_rewrite": rewrite,
         **{key: list(getattr(record, key)) for key in _PROMPTS},
         **({_KEPT: list(record.kept_prompts)} if record.kept_prompts else {}),
+        **({"origin": given} if (given := record.origin.given) else {}),
     }
 
 

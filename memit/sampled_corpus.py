@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from math import ceil
 from typing import Literal
 
@@ -27,6 +26,8 @@ TOKENS_PER_DIMENSION = 16
 """Tokens for each dimension of a key, unless a number of tokens is asked for."""
 TOKENS_PER_TEXT = 128
 """The length of a text, if nothing ends it earlier."""
+EXPECTED_SHARE = 0.8
+"""Share of `TOKENS_PER_TEXT` that texts are expected to have before any was sampled."""
 TEXTS_AT_ONCE = 64
 """Texts of a batch. Fewer are slower: a step reads all weights once, whatever their number."""
 LEAST_TOKENS = 4
@@ -73,7 +74,7 @@ def missing_batches(wanted: int, found: Sequence[int]) -> range:
     Raises:
         InputError: the model ends its texts almost at once.
     """
-    mean = sum(found) / len(found) if found else TEXTS_AT_ONCE * TOKENS_PER_TEXT
+    mean = sum(found) / len(found) if found else EXPECTED_SHARE * TEXTS_AT_ONCE * TOKENS_PER_TEXT
     if mean < LEAST_TOKENS * TEXTS_AT_ONCE:
         raise InputError(
             f"the model's own texts have {mean / TEXTS_AT_ONCE:.1f} tokens on average, too few for "
@@ -114,24 +115,26 @@ def sample_texts(
 @torch.no_grad()
 def sample_ids(lm: LanguageModel, draws: Tensor) -> list[list[int]]:
     """Token ids of one text for each row of uniform numbers (texts × tokens, float64)."""
-    ids = torch.full((len(draws), 1), start_token(lm))
+    rows: list[list[int]] = [[] for _ in draws]
     special = torch.tensor(lm.tokenizer.all_special_ids)
-    has_ended = torch.zeros(len(draws), dtype=torch.bool)
+    running = torch.arange(len(draws))  # the texts that have not ended
+    tokens = torch.full((len(draws), 1), start_token(lm))
     cache = None
     for uniform in draws.T:
-        output = lm.model(
-            input_ids=ids[:, -1:].to(lm.device), past_key_values=cache, use_cache=True
-        )
+        output = lm.model(input_ids=tokens.to(lm.device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         # In float64 on the CPU, where sums have one order.
         passed = output.logits[:, -1].float().softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
-        tokens = torch.searchsorted(passed, uniform[:, None] * passed[:, -1:], right=True)
-        ids = torch.cat([ids, tokens], 1)
-        has_ended |= torch.isin(tokens[:, 0], special)
-        if bool(has_ended.all()):
+        tokens = torch.searchsorted(passed, uniform[running, None] * passed[:, -1:], right=True)
+        goes_on = torch.nonzero(~torch.isin(tokens[:, 0], special))[:, 0]
+        if len(goes_on) < len(running):
+            running, tokens = running[goes_on], tokens[goes_on]
+            cache.batch_select_indices(goes_on.to(lm.device))
+        for text, token in zip(running.tolist(), tokens[:, 0].tolist(), strict=True):
+            rows[text].append(token)
+        if not len(running):
             break
-    ends = set(special.tolist())
-    return [list(takewhile(lambda token: token not in ends, row)) for row in ids[:, 1:].tolist()]
+    return rows
 
 
 def _draws(text: str, length: int) -> Tensor:

@@ -14,10 +14,13 @@ from torch import Tensor
 from memit.applied_edit import AppliedEdit
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.files.tensors import load_tensors, save_tensors, tensor_digest
+from memit.requests import Record
 
 if TYPE_CHECKING:  # files of weights are edited without transformers, whose import takes seconds
     from memit.language_model import LanguageModel
 
+MOST_NAMED = 100_000
+"""Facts in a provenance: safetensors takes a header of 100 MB."""
 ROUNDED = ("bfloat16", "float16")
 """Formats in which the rounded weights of a model are recognised."""
 
@@ -71,6 +74,17 @@ class WeightDelta:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Method, model, revision, request digest, hyperparameters, and the `base` digests of the
     weights that it was made for."""
+
+    def naming(self, records: Sequence[Record]) -> WeightDelta:
+        """The same with the facts that are in it, and where they come from, in its provenance;
+        unless there are more than a file's header holds."""
+        if len(records) > MOST_NAMED:
+            return self
+        facts = [
+            {"prompt": r.request.text, "target": r.request.target_new, **r.origin.given}
+            for r in records
+        ]
+        return WeightDelta(self.changes, {**self.provenance, "facts": facts})
 
     def apply(self, lm: LanguageModel) -> None:
         """Add it to the weights; see `apply`."""

@@ -104,7 +104,8 @@ def edit_with(
         EditError: edits cannot be written, and `on_failure` is not to drop them.
         NumericsError: none can.
     """
-    requests = [record.request for record in read_counterfact(records.checked())]
+    asked = read_counterfact(records.checked())
+    requests = [record.request for record in asked]
     goals = None if targets is None else Targets.load(targets.checked())
     checkpoints = work_directory("edit", method, model, records, seed)
     editor = method.editor
@@ -128,6 +129,9 @@ def edit_with(
 
         edit, dropped = write_what_can_be(write, len(requests), on_failure)
     left_out = dict.fromkeys(edit.provenance.get("left_out", ()), "the editor left it out")
+    if isinstance(edit, WeightDelta):
+        written = [record for index, record in enumerate(asked) if index not in dropped | left_out]
+        edit = edit.naming(written)
     return MethodEdit(
         edit=store_piece("edit", ".safetensors", edit.save),
         dropped=left_out | dropped,
@@ -180,13 +184,16 @@ def describe_edit(
     all_records, hyperparameters = read_counterfact(records), origin["settings"]["hyperparameters"]
     kept = [index for index in range(len(all_records)) if index not in made.dropped]
     shift = Targets.load(targets).chosen(kept).delta_ratios.mean()
-    notes = [] if note is None else [note]
+    notes, rule = [] if note is None else [note], origin.get("covariance_weight")
+    if rule is not None:
+        notes.append(f"λ {rule['weight']:g} by rule: {rule['reason']}.")
     return {
         "count": len(kept),
         "layers": hyperparameters["layers"],
         "target_shift": round(float(shift), 6),
         **{name: origin[name] for name in ("residuals", "residual_left", "update_ratio")},
         "hyperparameters": hyperparameters,
+        **({"covariance_weight": rule} if rule else {}),
         **({"notes": notes} if notes else {}),
         "dropped": [
             {"case_id": record.case_id, "prompt": record.request.text, "reason": reason}

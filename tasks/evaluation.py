@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count as counter
 from typing import Any
@@ -70,7 +70,11 @@ def score_piece(
     token_budget: int,
 ) -> TablePiece:
     """Score some prompts against both objects, on the unedited model or with a delta in it."""
-    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("evaluation") as progress:
+    with (
+        with_edit(model, edit, shared=True) as lm,
+        Meter() as meter,
+        piece_progress("evaluation") as progress,
+    ):
         table = score_prompts(lm, prompts, token_budget=token_budget, progress=progress)
     return store_table("evaluation", table, meter.cost)
 
@@ -83,7 +87,11 @@ def answer_piece(
     token_budget: int,
 ) -> TablePiece:
     """Answer some of zsRE's questions under teacher forcing."""
-    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("zsre") as progress:
+    with (
+        with_edit(model, edit, shared=True) as lm,
+        Meter() as meter,
+        piece_progress("zsre") as progress,
+    ):
         table = score_zsre(lm, questions, token_budget=token_budget, progress=progress)
     return store_table("evaluation", table, meter.cost)
 
@@ -158,13 +166,15 @@ def metrics_of(
     kept: pyarrow.Table,
     records: Sequence[Record],
     references: References,
+    failed: Collection[int] = (),
 ) -> dict[str, float]:
     """All metrics that tables of prompts (or zsRE's answers), generated texts and kept prompts
-    support, each with its 95% bootstrap interval over records, and the number of records."""
+    support, each with its 95% bootstrap interval over records, and the number of records. Records
+    whose edit has `failed` count as failures in each metric of prompts."""
     if "answer" in prompts.column_names:
         means, summary = _of_answers(prompts)
     else:
-        means, summary = dict(record_means(prompts)), summarise(prompts)
+        means, summary = dict(record_means(prompts, failed)), summarise(prompts, failed)
     ordered = sorted(records, key=lambda record: record.case_id)
     others = generation_record_means(texts, ordered, references)
     others |= kept_record_means(kept, ordered)

@@ -129,8 +129,8 @@ def markdown(
     ]
     if dropped:
         lines += [
-            f"{len(dropped)} more could not be written and were dropped; the evaluation includes "
-            "them, unedited:",
+            f"{len(dropped)} more could not be written and were dropped; they count as failed in "
+            "every metric of prompts:",
             "",
             *(
                 f"- {escaped(edit['prompt'])} (case {edit['case_id']}): {escaped(edit['reason'])}"

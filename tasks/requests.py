@@ -26,6 +26,7 @@ from memit.requests import (
     Record,
     drawn_order,
     drop_conflicts,
+    in_content_order,
     read_counterfact,
     read_facts,
     sample_records,
@@ -117,11 +118,13 @@ def fetch(url: str, sha256: str, to: Path) -> Path:
 def read_source(source: Source, path: Path) -> tuple[list[Record], int]:
     """All records of a file, and how many were dropped because they contradict an earlier one.
 
+    A user's own facts come in the order of their contents.
+
     Raises:
         ConflictError: a user's own facts contradict each other.
     """
     if source == "facts":
-        return read_facts(path), 0
+        return in_content_order(read_facts(path)), 0
     return drop_conflicts(read_counterfact(path))
 
 

@@ -128,7 +128,7 @@ class SampledTexts(Value):
 @cached_task("sampling")
 def write_texts(number: int, model: ModelReference, seed: int) -> SampledTexts:
     """Let the unedited model write batch `number` of its texts."""
-    with loaded(model) as lm, Meter() as meter:
+    with loaded(model, shared=True) as lm, Meter() as meter:
         rows = sample_batch(lm, number, seed)
         table = texts_table(lm, rows)
     piece = store_piece("sampling", ".parquet", lambda path: parquet.write_table(table, path))
@@ -188,7 +188,11 @@ def collect_shard(
     """Sum k kᵀ over the documents of one range, for all layers in one pass."""
     table = parquet.read_table(texts.checked())
     documents = table["ids" if "ids" in table.column_names else "text"].to_pylist()
-    with loaded(model) as lm, Meter() as meter, piece_progress("statistics") as progress:
+    with (
+        loaded(model, shared=True) as lm,
+        Meter() as meter,
+        piece_progress("statistics") as progress,
+    ):
         moments = collect_second_moments(
             lm, documents, layers, token_budget=token_budget, progress=progress
         )

@@ -88,7 +88,11 @@ def trace_piece(
 ) -> TracesPiece:
     """Trace some facts at their subjects' last tokens, in all kinds; or, to map them, at every
     token from the subject's first one on."""
-    with loaded(model) as lm, Meter() as meter, piece_progress("tracing") as progress:
+    with (
+        loaded(model, shared=True) as lm,
+        Meter() as meter,
+        piece_progress("tracing") as progress,
+    ):
         prompts = traced_prompts(lm, [record.request for record in records])
         traced = [
             (record.case_id, each)

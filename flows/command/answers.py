@@ -1,9 +1,7 @@
-"""The answers of a model before and after an edit, and the edited model as a directory."""
+"""The answers of a model before and after an edit."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,11 @@ from rich.text import Text
 
 from flows.command.script import console
 from memit.editing import ask
-from memit.errors import InputError, IntegrityError, ResourceError
-from memit.files.atomic import temporary
+from memit.errors import InputError, IntegrityError
 from memit.generation import generate_texts
-from memit.language_model import DTYPES, LanguageModel
+from memit.language_model import LanguageModel
 from memit.requests import EditRequest
-from memit.weight_delta import WeightDelta, check_rounded
+from memit.weight_delta import WeightDelta
 
 WORD_TOKENS = 4
 """Tokens that may complete a word."""
@@ -130,33 +127,3 @@ def fitting_delta(lm: LanguageModel, file: Path, *, is_given: bool) -> WeightDel
         return None
     delta.revert(lm)
     return delta
-
-
-def save_edited(lm: LanguageModel, delta_file: Path, directory: Path, dtype: str) -> None:
-    """Write the edited model with `save_pretrained`, atomically.
-
-    Raises:
-        NumericsError: the dtype cannot represent the edited weights.
-        ResourceError: there is not enough disk space.
-    """
-    delta = WeightDelta.load(delta_file)
-    delta.apply(lm)
-    for name in delta.changes:
-        check_rounded(lm.parameter(name), DTYPES[dtype], name)
-    lm.model.to(dtype=DTYPES[dtype])  # pyright: ignore[reportCallIssue]
-    directory = directory.resolve()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(p.numel() * p.element_size() for p in lm.model.parameters())
-    free = shutil.disk_usage(directory.parent).free
-    if needed > free:
-        raise ResourceError(
-            f"the model takes {needed / 1e9:.1f} GB, and {directory.parent} has "
-            f"{free / 1e9:.1f} GB free: choose another disk or a smaller dtype."
-        )
-    with temporary(directory) as partial:
-        lm.model.save_pretrained(partial)
-        lm.tokenizer.save_pretrained(partial)
-        mode = (partial / "config.json").stat().st_mode
-        for file in partial.glob("*.safetensors"):  # which nobody else could read
-            file.chmod(mode)
-        os.replace(partial, directory)  # replaces an empty directory, but no other

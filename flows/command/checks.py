@@ -12,6 +12,7 @@ import psutil
 import torch
 from rich.text import Text
 
+from flows.command.changes import check_losses
 from flows.command.costs import delta_bytes, moment_bytes, solve_bytes
 from flows.command.parameters import ModelSection, Parameters, StatisticsSection
 from flows.command.script import console
@@ -51,6 +52,16 @@ def check_inputs(parameters: Parameters) -> None:
         MemitError: the first thing that would stop the experiment later.
     """
     _check(parameters)
+
+
+def check_list(parameters: Parameters) -> None:
+    """`check_inputs`, and that the list of facts was not truncated since the last run.
+
+    Raises:
+        MemitError: the first thing that is wrong.
+    """
+    check_inputs(parameters)
+    check_losses(parameters.requests)
 
 
 def check_comparison(parameters: Parameters) -> None:

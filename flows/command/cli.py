@@ -33,6 +33,8 @@ Model = Annotated[
     Parameter(help="A model directory or GGUF file; by default the model of params.yaml."),
 ]
 Precision = Literal["float32", "bfloat16", "float16"]
+Kind = Literal["merged", "lora", "delta"]
+Force = Annotated[bool, Parameter(help="Also take an edit beyond the limits of params.yaml.")]
 
 app = App(
     name="memit",
@@ -48,16 +50,36 @@ app = App(
 
 
 @app.command
-def run() -> None:
+def run(*, yes: bool = False) -> None:
     """Run the experiment that params.yaml describes.
 
     Results that are up to date come from caches. A run can be stopped at any time; the next one
     continues with the pieces that are not finished.
+
+    Parameters
+    ----------
+    yes
+        Withdraw facts even if the list has lost many of them since the last run.
     """
     ready_parameters()
-    from flows.experiment import check_inputs, experiment
+    from flows.command.checks import check_inputs, check_list
+    from flows.experiment import experiment
 
-    run_flow(experiment, check_inputs)
+    run_flow(experiment, check_inputs if yes else check_list)
+
+
+@app.command
+def diff() -> None:
+    """Show what the list of facts would change, or what the last run has changed.
+
+    Before a run: the facts that are new in the list, that are missing from it, or that have another
+    object than in the last run; nothing is computed. After it: the same against the run before, and
+    what the model said and says now to these facts, to their paraphrases and to their neighbours.
+    """
+    parameters = given_parameters()
+    from flows.command.changes import show_changes
+
+    show_changes(parameters, lambda: _open_model(None))
 
 
 @app.command
@@ -66,10 +88,10 @@ def repro(
 ) -> None:
     """Run the DVC stages that are not up to date (`dvc repro`), with one Prefect server for all."""
     parameters = ready_parameters()
-    from flows.command.checks import check_inputs
+    from flows.command.checks import check_list
     from flows.service.reproduce import reproduce_here
 
-    check_inputs(parameters)
+    check_list(parameters)
     sys.exit(reproduce_here(arguments))
 
 
@@ -85,10 +107,10 @@ def deploy(*, once: bool = False) -> None:
         Stop after the first run.
     """
     parameters = ready_parameters()
-    from flows.command.checks import check_inputs
+    from flows.command.checks import check_list
     from flows.service.deploy import deploy
 
-    check_inputs(parameters)
+    check_list(parameters)
     sys.exit(deploy(once))
 
 
@@ -113,7 +135,7 @@ def presets() -> None:
     """List the models that settings are known for, and whether this project has checked them."""
     from flows.command.presets import presets_table
 
-    console.print(presets_table())
+    output.print(presets_table())
 
 
 @app.command
@@ -176,20 +198,40 @@ def ui(*, port: int = 5000, prefect: bool = False) -> None:
 
 
 @app.command
-def apply(directory: ExistingPath, *, delta: Delta = None) -> None:
+def apply(directory: ExistingPath, *, delta: Delta = None, force: Force = False) -> None:
     """Apply an edit to the weights in a model directory. `memit revert` restores them exactly.
 
-    The original weights are kept in DIRECTORY/memit-edits/. Edits can be stacked.
+    The original weights are kept in DIRECTORY/memit-edits/. An edit that was made for the original
+    weights takes the place of the one that is there; one that was made for edited weights is added.
 
     Parameters
     ----------
     directory
         A directory with safetensors weights, as save_pretrained writes it.
     """
+    file = _delta_file(delta, force)
     from memit.model_directory import apply_edit
+    from tasks.engine.git import commit_of
 
-    backup = apply_edit(directory, _delta_file(delta))
+    section = None if delta else given_parameters().requests
+    path = (section and (section.path or section.url)) or ""
+    origin = {"list": path or section.source, "commit": commit_of(path)} if section else {}
+    backup = apply_edit(directory, file, origin)
     console.print(f"edited {directory}; the original weights are in {backup}")
+
+
+@app.command
+def status(directory: ExistingPath) -> None:
+    """Say which facts are in a model directory, and of which list and commit they are.
+
+    Parameters
+    ----------
+    directory
+        A model directory that `memit apply` may have edited.
+    """
+    from flows.command.changes import show_status
+
+    show_status(directory)
 
 
 @app.command
@@ -212,25 +254,32 @@ def revert(directory: ExistingPath) -> None:
 def export(
     directory: Path,
     *,
+    kind: Annotated[Kind, Parameter(name="--as")] = "merged",
     dtype: Precision = "float32",
     model: Model = None,
     delta: Delta = None,
+    force: Force = False,
 ) -> None:
-    """Save the edited model to a directory that transformers can load.
+    """Save the edited model, or the edit alone, to a directory with a model card.
 
     Parameters
     ----------
     directory
         A new or empty directory.
+    kind
+        merged: a model that transformers can load; lora: an adapter for PEFT, vLLM and llama.cpp;
+        delta: what `memit apply` takes.
     dtype
-        Of the saved weights, which are edited in float32 and then rounded.
+        Of a merged model's weights, which are edited in float32 and then rounded.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} exists and is not empty: name another directory.")
-    from flows.command.answers import save_edited
+    file = _delta_file(delta, force)
+    from flows.command.export import export_edit, license_of
 
-    save_edited(_open_model(model), _delta_file(delta), directory, dtype)
-    console.print(f"saved {directory} in {dtype}")
+    license_ = license_of(None if model else given_parameters().model, model)
+    lm = _open_model(model) if kind != "delta" else None
+    console.print(export_edit(lm, file, directory, kind, dtype, license_), soft_wrap=True)
 
 
 def _typed() -> Iterator[list[str]]:
@@ -241,10 +290,15 @@ def _typed() -> Iterator[list[str]]:
         yield [line.rstrip("\n")]
 
 
-def _delta_file(given: Path | None) -> Path:
+def _delta_file(given: Path | None, force: bool = True) -> Path:
+    """The file of an edit, which is within the limits unless it is forced."""
     path = given or DELTA
     if not path.is_file():
         raise InputError(f"{path} does not exist: use `memit run` first, or name one with --delta.")
+    if not force and Path("params.yaml").is_file():
+        from flows.command.limits import check_limits
+
+        check_limits(given_parameters().limits, path)
     return path
 
 

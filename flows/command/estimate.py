@@ -16,7 +16,8 @@ from torch.utils.benchmark import Timer
 from flows.command import costs
 from flows.command.costs import Lengths
 from flows.command.parameters import ModelSection, Parameters
-from memit.hyperparameters import Hyperparameters, settings_note, summary
+from memit.covariance_weight import TRIALS
+from memit.hyperparameters import AUTO, Hyperparameters, settings_note, summary
 from memit.layer_walk import HELD_IN_MEMORY
 from memit.positions import TokenRow
 from memit.requests import Record
@@ -99,10 +100,11 @@ def estimate_edit(
 ) -> Estimate:
     """Time from the number of operations and the device's speed; memory and disk from shapes."""
     shape, layers, size = files.shape, hyperparameters.layers, BYTES[model.dtype]
+    walks = TRIALS if hyperparameters.covariance_weight == AUTO else 1
     passes = costs.targets_operations(
         shape, layers[-1], hyperparameters.evaluations, count, lengths
-    ) + costs.walk_operations(shape, layers, count, lengths)
-    solves = len(layers) * costs.solve_operations(shape, count)
+    ) + walks * costs.walk_operations(shape, layers, count, lengths)
+    solves = walks * len(layers) * costs.solve_operations(shape, count)
     held = costs.held_bytes(shape, count, lengths, size)
     weights = size * shape.inner_width * shape.width
     layer = 2 * costs.moment_bytes(shape) + costs.delta_bytes(shape, count) + weights

@@ -84,6 +84,8 @@ UsersFile = Annotated[
     BeforeValidator(lambda value: None if value == NO_FILE else value),
     PlainSerializer(lambda value: value or NO_FILE, return_type=str, when_used="json"),
 ]
+Percent = Annotated[float | None, Field(ge=0, le=100, description="at least")]
+Ratio = Annotated[float | None, Field(gt=0)]
 Setting = bool | int | float | str | None
 Digest = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
 MethodName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
@@ -258,11 +260,22 @@ class EvaluationSection(Section):
     """How the model is measured before and after."""
 
     dtype: Precision | None = Field(default=None, description="null: that of the model")
-    prompts_per_piece: Count = 512
+    prompts_per_piece: Count = 256
     generation_records: Written = 8
     snippets: UsersFile = Field(default=None, description="CounterFact's attribute snippets")
     seed: Seed = Field(default=0, description="of the generated texts")
     token_budget: TokenBudget = "auto"
+
+
+class LimitsSection(Section):
+    """What the results have to keep, or the run fails and its edit is not applied or exported."""
+
+    score: Percent = None
+    efficacy: Percent = None
+    paraphrase: Percent = None
+    neighborhood: Percent = None
+    perplexity_ratio: Ratio = Field(default=None, description="at most, after / before")
+    update_ratio: Ratio = Field(default=None, description="at most, of an update to its weights")
 
 
 class RunnerSection(Section):
@@ -343,6 +356,7 @@ class Parameters(Section):
     edit: EditSection = EditSection()
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = ReportSection()
+    limits: LimitsSection = LimitsSection()
     runner: RunnerSection = RunnerSection()
     mend: MendSection = MendSection()
     serac: SeracSection = SeracSection()

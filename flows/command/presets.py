@@ -14,7 +14,7 @@ def presets_table() -> Table:
     for name in ("model", "layers", "λ", "checked", "source"):
         table.add_column(name, justify="right" if name == "λ" else "left")
     for one in presets():
-        layers, weight = one.settings.layers, f"{one.settings.covariance_weight:,g}"
+        layers, weight = one.settings.layers, f"{float(one.settings.covariance_weight):,g}"
         checked = "yes" if one.checked else "no"
         table.add_row(one.models[0], f"{layers[0]}–{layers[-1]}", weight, checked, one.source)
     return table

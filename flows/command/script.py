@@ -19,7 +19,7 @@ from rich.console import Console
 
 from flows.command.parameters import Parameters, check_files, read_parameters
 from flows.service.run_lock import alone
-from memit.errors import MemitError, ResourceError, UnreachableError
+from memit.errors import LimitError, MemitError, ResourceError, UnreachableError
 from memit.redaction import redacted
 from tasks.engine.signals import (
     GO_ON,
@@ -34,6 +34,8 @@ PARAMETERS = "MEMIT_PARAMS"
 """Environment variable with a file to take instead of `params.yaml`."""
 BAD_INPUT = 2
 """Exit status for errors that the user can correct."""
+BEYOND_LIMITS = 3
+"""Exit status of a run whose results are beyond the limits of params.yaml."""
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 Result = TypeVar("Result")
@@ -136,4 +138,4 @@ def fail(error: MemitError) -> NoReturn:
     """Print an error on one line, without secrets, and exit."""
     console.print("[bold red]error:[/] ", end="")
     console.print(redacted(str(error)), markup=False, highlight=False, soft_wrap=True)
-    sys.exit(BAD_INPUT)
+    sys.exit(BEYOND_LIMITS if isinstance(error, LimitError) else BAD_INPUT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flows.command.parameters import Parameters
+from tasks.engine.loaded_model import pieces_at_once
 from tasks.engine.workers import Workers
 
 
@@ -14,6 +15,6 @@ def workers_of(parameters: Parameters) -> Workers:
         address=section.address,
         count=section.workers,
         store=section.store,
-        threads=model.threads,
+        threads=model.threads // pieces_at_once(model.device, model.threads),
         device=model.device,
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from memit.covariance_weight import Choice, choose_covariance_weight, drift
 from memit.editors.base import Editor, Resources, provenance, register
-from memit.hyperparameters import Hyperparameters
+from memit.hyperparameters import AUTO, Hyperparameters
 from memit.language_model import LanguageModel
 from memit.quadratic import Quadratic
 from memit.requests import EditRequest
-from memit.spread import spread
+from memit.spread import Spread, spread
 from memit.targets import check_targets, compute_targets
 from memit.weight_delta import WeightDelta
 
@@ -35,15 +37,16 @@ class Memit(Editor):
 
     def quadratic(self, layer: int, resources: Resources) -> Quadratic:
         """The closed form of a layer: λC."""
-        return Quadratic(resources.moments[layer], self.hyperparameters.covariance_weight)
+        weight = float(self.hyperparameters.covariance_weight)  # `edit` has chosen it by then
+        return Quadratic(resources.moments[layer], weight)
 
     def edit(
         self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
     ) -> WeightDelta:
         """Spread the targets over the layers, after optimising them where they are not given.
 
-        The provenance holds how large residuals and updates are (Frobenius norms), and how many
-        directions the updates could use where the method restricts them.
+        The provenance holds how large residuals and updates are (Frobenius norms), how many
+        directions the updates could use where the method restricts them, and how λ was chosen.
 
         Raises:
             EditError: some edits cannot be written.
@@ -58,23 +61,57 @@ class Memit(Editor):
             )
             progress = None
         check_targets(requests, targets)
-        edits_per_layer = -(-len(requests) // len(hyperparameters.layers))
-        result = spread(
-            lm,
-            requests,
-            resources.prefixes,
-            targets.z,
-            lambda layer: self.quadratic(layer, resources),
-            hyperparameters,
-            token_budget=budget,
-            progress=progress and (lambda layers: progress(layers * edits_per_layer)),
-        )
-        sizes = {
+        resources, chosen = replace(resources, targets=targets, progress=progress), None
+        if hyperparameters.covariance_weight == AUTO:
+            chosen = self._choose(lm, requests, resources)
+        result = chosen.spread if chosen else self._spread(lm, requests, resources)
+        sizes: dict[str, Any] = {
             "residuals": {str(layer): round(norm, 6) for layer, norm in result.residuals.items()},
             "residual_left": round(result.residual_left, 6),
             "update_ratio": {str(layer): round(r, 6) for layer, r in result.update_ratios.items()},
         }
         if result.ranks:
             sizes["ranks"] = {str(layer): rank for layer, rank in result.ranks.items()}
-        origin = {**provenance(self, lm, requests), **sizes, **result.delta.provenance}
+        editor = self
+        if chosen:
+            sizes["covariance_weight"] = chosen.described()
+            editor = self._weighing(chosen.weight)
+        origin = {**provenance(editor, lm, requests), **sizes, **result.delta.provenance}
         return WeightDelta(result.delta.changes, origin)
+
+    def _weighing(self, weight: float) -> Memit:
+        """The editor with this λ."""
+        settings = replace(self.hyperparameters, covariance_weight=weight)
+        return replace(self, hyperparameters=settings)
+
+    def _choose(
+        self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
+    ) -> Choice:
+        """λ by rule, and the edit with it."""
+        progress, silent = resources.progress, replace(resources, progress=None)
+        found = choose_covariance_weight(
+            lm.inner_width,
+            lambda weight: self._weighing(weight)._spread(lm, requests, silent),
+            lambda made: drift(lm, made, resources.moments),
+        )
+        if progress is not None:
+            progress(len(requests))
+        return found
+
+    def _spread(
+        self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
+    ) -> Spread:
+        """Spread the targets of `resources` over the layers, with a λ that is a number."""
+        hyperparameters, progress = self.target_hyperparameters, resources.progress
+        edits_per_layer = -(-len(requests) // len(hyperparameters.layers))
+        assert resources.targets is not None
+        return spread(
+            lm,
+            requests,
+            resources.prefixes,
+            resources.targets.z,
+            lambda layer: self.quadratic(layer, resources),
+            hyperparameters,
+            token_budget=resources.token_budget,
+            progress=progress and (lambda layers: progress(layers * edits_per_layer)),
+        )

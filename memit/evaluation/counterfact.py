@@ -6,7 +6,7 @@ Each metric is a mean over records of a mean over prompts (paper, section 5.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,30 +103,35 @@ def score_prompts(
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def record_means(table: pa.Table) -> dict[str, np.ndarray]:
+def record_means(table: pa.Table, failed: Collection[int] = ()) -> dict[str, np.ndarray]:
     """Each metric's mean over the prompts of each record (0–100), NaN where a record has none.
 
-    Records are in the order of their case ids. Metrics that no record has are left out.
+    Records are in the order of their case ids. Metrics that no record has are left out. Records
+    whose edit has `failed` get 0 in each metric, whatever the model says.
     """
+    is_failed = np.isin(np.unique(table["case_id"].to_numpy()), list(failed))
     columns = {name: table[name].cast(pa.float64()).to_numpy() for name in _MEASURED}  # null: NaN
     kinds = np.array(table["kind"].to_pylist())
     means: dict[str, np.ndarray] = {}
     for kind, name in METRICS.items():
         for suffix, values in _values(kind, columns).items():
             mean = means_by_record(table, np.where(kinds == kind, values, np.nan))
+            mean[is_failed & ~np.isnan(mean)] = 0.0
             if not np.isnan(mean).all():
                 means[name + suffix] = mean
     return means
 
 
-def summarise(table: pa.Table) -> dict[str, float]:
+def summarise(table: pa.Table, failed: Collection[int] = ()) -> dict[str, float]:
     """Every metric that the table supports (0–100), S as `score`, and the number of records.
 
     Success bears the plain name; ties fail. `_magnitude` is the difference of exp(−nll) in the
     direction of success, `_accuracy` the share of prompts whose object the model would give.
+    `failed` is as in `record_means`.
     """
     summary: dict[str, float] = {}
-    means = {name: float(np.nanmean(values)) for name, values in record_means(table).items()}
+    of_records = record_means(table, failed)
+    means = {name: float(np.nanmean(values)) for name, values in of_records.items()}
     if all(name in means for name in SCORE_OF):
         summary["score"] = harmonic_mean([means[name] for name in SCORE_OF])
     return summary | means | {"records": len(set(table["case_id"].to_pylist()))}
@@ -155,14 +160,20 @@ def before_and_after(before: pa.Table, after: pa.Table) -> pa.Table:
     return joined
 
 
-def facts_table(before: pa.Table, after: pa.Table, kept: Sequence[Mapping] = ()) -> pa.Table:
+def facts_table(
+    before: pa.Table,
+    after: pa.Table,
+    kept: Sequence[Mapping] = (),
+    origins: Mapping[int, Mapping[str, str]] | None = None,
+) -> pa.Table:
     """The outcome of each fact, one row for each record in the order of the tables.
 
     `took` and `generalised`: the new object is preferred after the edit on all rewrite prompts or
     paraphrases (where no true object is known: the model gives it). `hurt` counts the neighbourhood
     prompts that were right before and are no longer, and `hurt_prompts` lists them, separated by
     ` | `. Unknown values are null. The neighbours of a user's own facts are the rows of `kept`
-    (`memit.evaluation.kept`): all were right, and those with another next token are hurt.
+    (`memit.evaluation.kept`): all were right, and those with another next token are hurt. What the
+    `origins` of some cases give is in columns of its own.
     """
     cases: dict[int, list[tuple[dict, dict]]] = {}
     for was, now in zip(before.to_pylist(), after.to_pylist(), strict=True):
@@ -171,7 +182,11 @@ def facts_table(before: pa.Table, after: pa.Table, kept: Sequence[Mapping] = ())
     for row in kept:
         stays.setdefault(row["case_id"], []).append(row)
     facts = [_fact(pairs, stays.get(case, ())) for case, pairs in cases.items()]
-    return pa.Table.from_pylist(facts, schema=_FACTS)
+    table = pa.Table.from_pylist(facts, schema=_FACTS)
+    given = [(origins or {}).get(case, {}) for case in cases]
+    for name in sorted({name for origin in given for name in origin}):
+        table = table.append_column(name, pa.array([origin.get(name) for origin in given]))
+    return table
 
 
 _FACTS = pa.schema(

@@ -137,14 +137,20 @@ def store_piece(step: str, suffix: str, write: Callable[[Path], object]) -> Arti
 
     def name(partial: Path) -> str:
         found = describe(partial)
-        name = found.sha256[:40] + suffix
-        pieces.append(found.model_copy(update={"path": f"pieces/{step}/{name}"}))
-        return name
+        piece = as_piece(found, step, suffix)
+        pieces.append(piece)
+        return Path(piece.path).name
 
     write_whole(cache_directory() / "pieces" / step / "new piece", write, name)
     (piece,) = pieces
     piece.share()  # here, since Prefect would go on without a piece that its record cannot share
     return piece
+
+
+def as_piece(file: Artifact, step: str, suffix: str | None = None) -> Artifact:
+    """The piece of the cache that has the content of a file."""
+    suffix = Path(file.path).suffix if suffix is None else suffix
+    return file.model_copy(update={"path": f"pieces/{step}/{file.sha256[:40]}{suffix}"})
 
 
 def fetch_stored(sha256: str) -> Path | None:

@@ -14,13 +14,13 @@ from tasks.engine.loaded_model import LOADED, ModelReference, loaded
 
 
 def with_edit(
-    reference: ModelReference, edit: Artifact | None
+    reference: ModelReference, edit: Artifact | None, *, shared: bool = False
 ) -> AbstractContextManager[LanguageModel]:
-    """The model with the edit in the file `edit`, if there is one, for this thread alone.
+    """The model with the edit in the file `edit`, if there is one; see `loaded`.
 
     Raises:
         IntegrityError: a file of the model or the edit is not what it was.
     """
     if edit is None:
-        return loaded(reference)
-    return LOADED.held(reference, edit.sha256, lambda: load_edit(edit.checked()))
+        return loaded(reference, shared=shared)
+    return LOADED.held(reference, edit.sha256, lambda: load_edit(edit.checked()), shared)

@@ -1,8 +1,4 @@
-"""One language model in memory for each process, used by one piece at a time.
-
-Hooks on a torch model are not thread-safe, so the thread that computes holds a lock. Meanwhile the
-others read, write and hash.
-"""
+"""One language model in memory for each process, used by one task at a time or by two pieces."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,16 +98,40 @@ class ModelReference(Value):
             describe(Path(self.directory) / name).share()
 
     @property
+    def threads_of_a_piece(self) -> int:
+        """The threads of a piece that shares the model, whether or not another one runs."""
+        return self.threads // pieces_at_once(self.device, self.threads)
+
+    @property
     def is_rounded(self) -> bool:
         """Whether the weights are rounded after the edit, so that another edit needs fresh ones."""
         return self.served_in not in (None, self.dtype)
 
 
+def pieces_at_once(device: str, threads: int) -> int:
+    """How many pieces of a step compute at the same time in a process.
+
+    Two cores do more for two pieces than for one: threads that divide one piece wait for each other
+    at every operation.
+    """
+    return 2 if device == "cpu" and threads > 1 else 1
+
+
 class LoadedModel:
-    """The model in this process's memory, and the edit in its weights."""
+    """The model in this process's memory, and the edit in its weights.
+
+    A task has the model for itself, or shares it with another piece: then each computes with its
+    own modules, which hold the same weights, on its share of the cores.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._changed = threading.Condition()
+        self._users = 0
+        """Threads that compute with the model."""
+        self._is_shared = False
+        """Whether others may compute with it meanwhile."""
+        self._twins: list[LanguageModel] = []
+        """Unused modules with the same weights."""
         self._reference: ModelReference | None = None
         self._model: LanguageModel | None = None
         self._edit: str | None = None
@@ -119,24 +140,56 @@ class LoadedModel:
 
     @contextmanager
     def held(
-        self, reference: ModelReference, edit: str | None, read: Callable[[], Edit] | None
+        self,
+        reference: ModelReference,
+        edit: str | None,
+        read: Callable[[], Edit] | None,
+        shared: bool,
     ) -> Iterator[LanguageModel]:
-        """The model with the edit of this SHA-256, for this thread alone.
+        """The model with the edit of this SHA-256, as soon as no other thread is in the way.
 
-        `read` reads the edit if it is not applied yet; both are None for the unedited model.
+        `read` reads the edit if it is not applied yet; both are None for the unedited model. Who
+        gets it `shared` must change no weights.
         """
-        with self._lock:
-            torch.set_num_threads(reference.threads)  # counts in the thread that calls it alone
-            if self._reference != reference or (reference.is_rounded and self._edit != edit):
-                self._reference = self._model = self._edit = self._applied = None  # makes room
-                self._model = load_reference(reference)
-                self._put(self._model, edit, read)
-                if reference.is_rounded:
-                    _round_weights(self._model, reference)
-                self._reference = reference
-            assert self._model is not None
+        shared = shared and reference.threads_of_a_piece < reference.threads
+        with self._changed:
+            self._changed.wait_for(lambda: self._users == 0 or self._fits(reference, edit, shared))
+            _use_threads(reference.threads)  # the last bits of edited weights depend on them
+            main = self._loaded(reference, edit, read)
+            _use_threads(reference.threads_of_a_piece if shared else reference.threads)
+            # Edits that route to another model, and devices that fetch weights, serve one thread.
+            self._is_shared = shared and main.router is None and not main.is_offloaded
+            lm = (self._twins.pop() if self._twins else _twin(main)) if self._is_shared else main
+            self._users += 1
+        try:
+            yield lm
+        finally:
+            with self._changed:
+                self._users -= 1
+                if lm is not main:
+                    self._twins.append(lm)
+                self._changed.notify_all()
+
+    def _fits(self, reference: ModelReference, edit: str | None, shared: bool) -> bool:
+        is_here = (self._reference, self._edit) == (reference, edit)
+        at_once = pieces_at_once(reference.device, reference.threads)
+        return shared and self._is_shared and is_here and self._users < at_once
+
+    def _loaded(
+        self, reference: ModelReference, edit: str | None, read: Callable[[], Edit] | None
+    ) -> LanguageModel:
+        """The model, loaded if it is another one, with the edit in its weights."""
+        if self._reference != reference or (reference.is_rounded and self._edit != edit):
+            self._reference = self._model = self._edit = self._applied = None  # makes room
+            self._twins.clear()
+            self._model = load_reference(reference)
             self._put(self._model, edit, read)
-            yield self._model
+            if reference.is_rounded:
+                _round_weights(self._model, reference)
+            self._reference = reference
+        assert self._model is not None
+        self._put(self._model, edit, read)
+        return self._model
 
     def _put(self, lm: LanguageModel, edit: str | None, read: Callable[[], Edit] | None) -> None:
         """Replace the edit in the weights, unless it is this one already."""
@@ -154,13 +207,29 @@ class LoadedModel:
 LOADED = LoadedModel()
 
 
-def loaded(reference: ModelReference) -> AbstractContextManager[LanguageModel]:
-    """The unedited model, for this thread alone.
+def loaded(
+    reference: ModelReference, *, shared: bool = False
+) -> AbstractContextManager[LanguageModel]:
+    """The unedited model, for this thread alone or `shared` with other pieces.
 
     Raises:
         IntegrityError: a file of the model is not what it was.
     """
-    return LOADED.held(reference, None, None)
+    return LOADED.held(reference, None, None, shared)
+
+
+def _use_threads(count: int) -> None:
+    """Let this thread, and it alone, compute with so many threads."""
+    torch.get_num_threads()  # else its first operation would take the number that another one set
+    torch.set_num_threads(count)
+
+
+def _twin(lm: LanguageModel) -> LanguageModel:
+    """The same weights in modules of their own: hooks on a torch model are not thread-safe, and
+    neither are tokenizers."""
+    weights = {id(tensor): tensor for tensor in (*lm.model.parameters(), *lm.model.buffers())}
+    model, tokenizer = deepcopy(lm.model, weights), deepcopy(lm.tokenizer)
+    return LanguageModel(model, tokenizer, name=lm.name, revision=lm.revision)
 
 
 def token_budget(
@@ -183,7 +252,7 @@ def load_reference(reference: ModelReference) -> LanguageModel:
         IntegrityError: one of them is missing or changed.
     """
     disable_progress_bar()  # the step has its own
-    torch.set_num_threads(reference.threads)
+    _use_threads(reference.threads)
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
     directory = _directory(reference)

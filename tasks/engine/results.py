@@ -20,6 +20,7 @@ from memit.files.digests import file_sha256
 from tasks.engine.artifacts import (
     Artifact,
     Value,
+    as_piece,
     cache_directory,
     describe,
     write_json,
@@ -39,6 +40,7 @@ STATISTICS = Path("artifacts/statistics")
 STATISTICS_FILE = STATISTICS / "statistics.json"
 HELD_OUT_FILE = STATISTICS / "held_out.parquet"
 TARGETS_FILE = Path("artifacts/targets.safetensors")
+STORED_TARGETS_FILE = Path("artifacts/stored_targets.safetensors")
 EDIT = Path("artifacts/edit")
 DELTA_FILE = EDIT / "delta.safetensors"
 EDITED_WEIGHTS_FILE = EDIT / "weights.safetensors"
@@ -160,6 +162,34 @@ def upstream(*steps: str) -> dict[str, Manifest]:
                     f"the present ones: run the step {manifest.step} again."
                 )
     return manifests
+
+
+class PastRun(Value):
+    """The facts of a finished run, and its delta."""
+
+    records: Artifact
+    delta: Artifact
+
+
+def remember_run(given: Mapping[str, Manifest]) -> None:
+    """Note the pieces that hold a finished run's facts and delta, and keep the note of the run
+    before it, so that the two can be compared."""
+    records, delta = given["requests"].file(REQUESTS_FILE), given["edit"].file(DELTA_FILE)
+    run = PastRun(records=as_piece(records, "requests"), delta=as_piece(delta, "edit"))
+    runs = [known for known in last_runs() if known != run]
+    write_json(_past_runs(), [known.model_dump() for known in [*runs[-1:], run]])
+
+
+def last_runs() -> list[PastRun]:
+    """The last two finished runs that differ, or fewer, the older one first."""
+    try:
+        return [PastRun.model_validate(run) for run in json.loads(_past_runs().read_bytes())]
+    except (OSError, ValueError):
+        return []
+
+
+def _past_runs() -> Path:
+    return cache_directory() / "past-runs.json"
 
 
 def read_timings(steps: Iterable[str]) -> dict[str, Cost]:

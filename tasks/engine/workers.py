@@ -54,7 +54,7 @@ class Workers(Value):
 
 
 def thread_runner() -> TaskRunner[Any]:
-    """Threads of this process, which take turns with its model."""
+    """Threads of this process, which share its model."""
     return ThreadPoolTaskRunner(max_workers=WORKERS)  # pyright: ignore[reportReturnType]
 
 

@@ -119,11 +119,12 @@ def _facts(results: Results, rows: Iterable[dict[str, Any]]) -> list[dict[str, A
     prompts: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         prompts.setdefault(row["case_id"], []).append(row)
-    requests = {record.case_id: record.request for record in results.records}
+    records = {record.case_id: record for record in results.records}
     dropped = {edit["case_id"]: edit["reason"] for edit in results.edit["dropped"]}
     return [
         fact
-        | {"request": requests[case], "prompts": prompts[case], "dropped": dropped.get(case)}
+        | {"request": records[case].request, "origin": records[case].origin.given}
+        | {"prompts": prompts[case], "dropped": dropped.get(case)}
         | {"outcome": "dropped" if case in dropped else prompts[case][0]["outcome"]}
         for fact in sorted(results.facts.to_pylist(), key=itemgetter("case_id"))
         for case in (fact["case_id"],)

@@ -13,10 +13,9 @@ import logging
 import os
 import socket
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,13 @@ from tasks.engine import results
 from tasks.engine.artifacts import cache_directory, project_root
 from tasks.engine.cost import Cost
 from tasks.engine.databases import LOCK_SECONDS, check_database
+from tasks.engine.git import commit_of, git
 from tasks.engine.loaded_model import ModelFiles
 from tasks.reporting.formats import ROWS, STRICT, read_json
 
 DIGEST_TAG = "memit.experiment"
 WRITER_TAG = "memit.writer"
+LIMITS_TAG = "memit.limits"
 LONGEST = 6_000
 """MLflow's limit on the characters of a parameter, and less than that of a note."""
 LOGGED_FILES = (
@@ -75,6 +76,8 @@ class Experiment:
     """The results of each step."""
     timings: Mapping[str, Cost]
     tags: Mapping[str, str]
+    beyond: Sequence[str] = ()
+    """Which limits the results are beyond; if any, the run is marked and not registered."""
     step = "report"
 
     @property
@@ -108,6 +111,9 @@ class Experiment:
             experiment_id=experiment_id,
         )
         client.log_outputs(run_id, [entities.LoggedModelOutput(edited.model_id, 0)])
+        client.set_tag(run_id, LIMITS_TAG, "; ".join(self.beyond) or "kept")
+        if not self.beyond:
+            _register(client, f"{model.id.split('/')[-1]}-edited", run_id, edited.model_id, files)
 
 
 @dataclass(frozen=True)
@@ -256,8 +262,21 @@ def _delete_run(client: MlflowClient, experiment_id: str, run_id: str) -> None:
     for each in (*(run.info.run_id for run in nested), run_id):
         client.set_terminated(each, "KILLED")  # a deleted run can be restored
         client.delete_run(each)
+    for version in client.search_model_versions(f"run_id = '{run_id}'"):
+        client.delete_model_version(version.name, version.version)
     for model in client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"):
         client.delete_logged_model(model.model_id)
+
+
+def _register(
+    client: MlflowClient, name: str, run_id: str, model_id: str, files: Mapping[str, str]
+) -> None:
+    """Add a version that names the DVC-owned files of an edit to MLflow's registry."""
+    with suppress(MlflowException):  # it is registered already
+        client.create_registered_model(name)
+    client.create_model_version(
+        name, f"models:/{model_id}", run_id, tags=dict(files), model_id=model_id
+    )
 
 
 def _points(
@@ -303,24 +322,13 @@ def origin_tags(flow_runs: Mapping[str, str]) -> dict[str, str]:
 
 def _git_commit() -> str:
     """The checked-out commit, ending in `-dirty` if tracked files were changed."""
-    return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
 
 
 def code_commit() -> str:
     """The last commit that changed the code, so that commits of results leave it as it is; empty
     outside of a git repository."""
-    commit = _git("log", "-1", "--format=%H", "--", *CODE)
-    return f"{commit} and changes" if _git("status", "--porcelain", "--", *CODE) else commit
-
-
-def _git(*arguments: str) -> str:
-    """What git says, or nothing."""
-    command = ["git", *arguments]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return ran.stdout.strip()
+    return commit_of(*CODE)
 
 
 def _lock_digest(path: Path) -> str:

@@ -125,6 +125,11 @@ class Project:
         with sqlite3.connect(self.path / "mlflow.db") as store:
             return store.execute("select status, lifecycle_stage from runs").fetchall()
 
+    def registered(self) -> list[tuple[str, int]]:
+        """Name and version of every model in MLflow's registry."""
+        with sqlite3.connect(self.path / "mlflow.db") as store:
+            return store.execute("select name, version from model_versions").fetchall()
+
     def pieces(self, step: str) -> int:
         """The number of finished pieces of a step; of the model, of checkpoints."""
         folder = self.path / ".cache" / ("unfinished" if step == "model" else f"pieces/{step}")

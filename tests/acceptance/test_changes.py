@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from flows.command.parameters import NO_FILE, USERS_FILES, read_parameters
+from tasks.engine.results import STORED_TARGETS_FILE
 from tests.acceptance.project import ROOT, WORLD, Project
 from tests.families import DOCUMENTS, families
 
@@ -141,3 +142,27 @@ def test_parameter_files_lead_dvc_to_a_file_everywhere(path: Path) -> None:
     for key in USERS_FILES:
         section, _, name = key.partition(".")
         assert dump[section][name] == NO_FILE
+
+
+def test_facts_that_come_and_go_leave_no_trace(project: Project) -> None:
+    facts = [
+        {"subject": name, "prompt": "{} lives in the city of", "target": "Rome"}
+        for name in ("Paul Smith", "Mary Miller", "Ada Jones")
+    ]
+
+    def run_with(*numbers: int) -> tuple[dict[str, bytes], int]:
+        """The results with some of the facts, and how many targets were optimised for them."""
+        lines = [json.dumps(facts[number] | {"target_true": "Paris"}) for number in numbers]
+        (project.path / "facts.jsonl").write_text("\n".join(lines))
+        known = records(project)
+        project.run()
+        found = project.results()
+        del found[str(STORED_TARGETS_FILE)]
+        return found, sum(name.startswith("targets-") for name in records(project) - known)
+
+    before, _ = run_with(0, 1)
+    with_one_more, optimised = run_with(2, 0, 1)
+    assert optimised == 1
+    assert with_one_more["metrics.json"] != before["metrics.json"]
+    assert run_with(1, 0) == (before, 0)
+    assert outdated(project) == set()

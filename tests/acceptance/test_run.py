@@ -82,6 +82,7 @@ def test_a_repetition_comes_from_caches_and_changes_no_byte(project: Project) ->
     for step, cost in timings.items():  # those of the pieces, not of looking them up
         assert again[step]["seconds"] == pytest.approx(cost["seconds"], rel=0.1, abs=0.1)
     assert project.mlflow_runs() == [("FINISHED", "active")]
+    assert project.registered() == [("synthetic-edited", 1)]
     assert "up to date" in project.do("dvc", "status")
     assert_notes_are_left(project)
 

@@ -375,7 +375,7 @@ FACTS = kinds(
         "CSV: a huge cell": facts("subject,prompt,target\na,{}," + "x" * 200_000),
     },
 ) + kinds(
-    "record 0",
+    "prompt of record",
     {
         "a subject of a novel's length": fact(subject="Ada " * 5_000),
         "a prompt over the context": fact(prompt="{} " + "and so " * 999),

@@ -9,20 +9,36 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from flows.command import cli, estimate
 from flows.command import script as command
 from flows.command.answers import Questions
+from flows.command.changes import check_losses
 from flows.command.costs import Lengths
+from flows.command.parameters import RequestsSection
+from memit.errors import InputError
 from memit.hyperparameters import preset
 from memit.language_model import load_model
-from memit.requests import EditRequest
+from memit.model_directory import applied_edits
+from memit.requests import EditRequest, Origin, Record, write_records
+from memit.weight_delta import WeightDelta
+from tasks.engine.artifacts import copy_file, store_piece, write_file, write_json, write_text
 from tasks.engine.loaded_model import ModelFiles, ModelReference
+from tasks.engine.results import (
+    DELTA_FILE,
+    FACTS_FILE,
+    METRICS_FILE,
+    REQUESTS_FILE,
+    finish_step,
+    remember_run,
+)
 from tests import ROOT
 from tests.families import families
 from tests.integration.test_model_directory import content, make_delta
@@ -55,7 +71,8 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["run", "repro", "deploy", "check", "ask", "apply", "revert", "export"]
+    "name",
+    ["run", "repro", "deploy", "check", "ask", "apply", "revert", "export", "diff", "status"],
 )
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert memit("--help") == 0
@@ -148,6 +165,88 @@ def test_apply_and_revert(place: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "artifacts/edit/delta.safetensors" in said(capsys)
 
 
+def test_status_says_which_facts_are_in_a_directory(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert memit("status", "model") == 0
+    assert "carries no edit" in said(capsys)
+    delta = WeightDelta.load(place / "delta.safetensors").naming(facts("Ada"))
+    (place / "artifacts" / "edit").mkdir(parents=True)
+    delta.save(place / "artifacts/edit/delta.safetensors")
+    (place / "params.yaml").write_text("requests: {source: facts, path: facts.jsonl}")
+    assert memit("apply", "model") == 0
+    assert memit("status", "model") == 0
+    text = said(capsys)
+    assert "0001: in the weights" in text
+    assert "list facts.jsonl" in text
+    assert "Ada lives in → Rome (id: Ada, source: A. Smith)" in text
+
+
+def facts(*subjects: str) -> list[Record]:
+    return [
+        Record(
+            number,
+            EditRequest(subject, "{} lives in", "Rome", "Oslo"),
+            (f"The home of {subject} is",),
+            ("Carl lives in",),
+            origin=Origin(id=subject, source="A. Smith"),
+        )
+        for number, subject in enumerate(subjects)
+    ]
+
+
+def finished(records: list[Record], delta: Path) -> None:
+    """What a finished run with these facts leaves behind."""
+    write_file(REQUESTS_FILE, lambda path: write_records(records, path))
+    copy_file(delta, DELTA_FILE)
+    made = {"requests": REQUESTS_FILE, "edit": DELTA_FILE}
+    remember_run({step: finish_step(step, [path], {}, []) for step, path in made.items()})
+    for step, path in made.items():
+        store_piece(step, path.suffix, partial(shutil.copyfile, path))
+
+
+def test_diff_before_and_after_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "params.yaml").write_text("requests: {source: facts, path: facts.jsonl}")
+
+    def listed(*subjects: str) -> str:
+        lines = [{"subject": name, "prompt": "{} lives in", "target": "Rome"} for name in subjects]
+        (place / "facts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        assert memit("diff") == 0
+        return said(capsys)
+
+    assert "+ Ada lives in → Rome" in listed("Ada")
+    lm = load_model("model", device="cpu")
+    finished(facts("Ada", "Bo"), make_delta(lm, place / "one.safetensors", seed=1))
+    text = listed("Ada", "Cy")
+    assert "1 added, 1 withdrawn, 0 changed, 1 kept" in text
+    assert "+ Cy lives in → Rome - Bo lives in → Rome (id: Bo, source: A. Smith)" in text
+    finished(facts("Ada", "Cy"), make_delta(lm, place / "two.safetensors", seed=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_open_model", lambda _: lm)
+        text = listed("Cy", "Ada")
+    assert "against the one before: 1 added, 1 withdrawn" in text
+    for prompt in ("Cy lives in", "The home of Bo is", "neighbour", "Carl lives in"):
+        assert prompt in text
+    assert lm.applied == []
+
+
+def test_a_list_that_lost_many_facts_is_not_run(place: Path) -> None:
+    section = RequestsSection(source="facts", path="facts.jsonl")
+    names = [f"Ada {number}" for number in range(10)]
+    finished(facts(*names), place / "delta.safetensors")
+
+    def listed(*subjects: str) -> None:
+        lines = [{"subject": name, "prompt": "{} lives in", "target": "Rome"} for name in subjects]
+        (place / "facts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    for kept in (names, names[:8], [*names, "Bo"]):
+        listed(*kept)
+        check_losses(section)
+    listed(*names[:7])
+    with pytest.raises(InputError, match=r"lost 3 facts .* --yes"):
+        check_losses(section)
+
+
 def test_export_writes_a_model_that_anything_loads(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +265,50 @@ def test_export_writes_a_model_that_anything_loads(
     assert "out/here" in said(capsys)
     assert content(place / "out" / "here") == before
     assert [path.name for path in (place / "out").iterdir()] == ["here"]
+
+
+def test_an_adapter_or_a_delta_is_exported_with_a_card(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--model", "model", "--delta", "delta.safetensors")
+    (place / "model/README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    delta = WeightDelta.load(place / "delta.safetensors").naming(facts("Ada", "<b>"))
+    delta.save(place / "delta.safetensors")
+    assert memit("export", "adapter", "--as", "lora", *words) == 0
+    assert "Rank 3, relative error" in said(capsys)
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in (place / "adapter").iterdir()) == files
+    assert memit("export", "bare", "--as", "delta", *words) == 0
+    assert (place / "bare/delta.safetensors").read_bytes() == Path(words[-1]).read_bytes()
+    for folder in ("adapter", "bare"):
+        card = ModelCard.load(place / folder / "README.md")
+        assert card.data.to_dict()["license"] == "mit"
+        assert card.data.to_dict()["base_model"] == "model"
+        for said_of in ("Ada lives in → Rome", "&lt;b> lives in", "## Limits", "Without the edit"):
+            assert said_of in card.text or folder == "bare"
+    assert memit("export", "other", "--as", "gguf", *words) != 0
+
+
+def test_an_edit_beyond_the_limits_is_taken_by_force_only(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "params.yaml").write_text("limits: {score: 85, perplexity_ratio: 1.1}")
+    finished(facts("Ada"), place / "delta.safetensors")
+    measured = {"score": 82.5, "perplexity": 12.0}
+    edit = {"update_ratio": {"1": 0.2}}
+    write_json(METRICS_FILE, {"before": {"perplexity": 10.0}, "after": measured, "edit": edit})
+    rows = "prompt,took,hurt\nAda lives in,false,0\nBo lives in,true,2\n"
+    write_text(FACTS_FILE, rows)
+    for words in (("apply", "model"), ("export", "out", "--as", "delta")):
+        assert memit(*words) == 3
+        text = said(capsys)
+        assert "score is 82.5, below 85; perplexity_ratio is 1.2, above 1.1" in text
+        assert "1 facts did not take: 'Ada lives in'. 1 hurt neighbours" in text
+    assert applied_edits(place / "model") == []
+    assert memit("apply", "model", "--force") == 0
+    (place / "params.yaml").write_text("limits: {score: 82.5}")
+    command.given_parameters.cache_clear()
+    assert memit("apply", "model") == 0
 
 
 def test_check_reads_counts_and_runs_nothing(

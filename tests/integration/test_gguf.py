@@ -15,8 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from flows.command.answers import save_edited
 from flows.command.checks import check_inputs
+from flows.command.export import export_edit
 from flows.command.parameters import check_parameters
 from memit import gguf_file
 from memit.editing import ask
@@ -218,7 +218,7 @@ def test_smollm2_knows_the_capital_of_france(tmp_path: Path) -> None:
     delta.apply(lm)
     edited = lm.model(ids).logits
     delta.revert(lm)
-    save_edited(lm, tmp_path / "delta", tmp_path / "out", "bfloat16")
+    export_edit(lm, tmp_path / "delta", tmp_path / "out", "merged", "bfloat16", None)
     exported = load_model(tmp_path / "out", dtype="bfloat16", device="cpu")
     assert exported.tokenizer(DOCUMENTS[0])["input_ids"] == ids[0].tolist()
     assert torch.equal(exported.model(ids).logits, edited)

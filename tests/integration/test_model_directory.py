@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from memit import model_directory
 from memit.errors import InputError, IntegrityError
 from memit.language_model import LanguageModel, load_model
-from memit.model_directory import applied_edits, apply_edit, revert_edit
+from memit.model_directory import applied_edits, apply_edit, edit_status, revert_edit
 from memit.model_files import directory_digests, weight_files
 from memit.weight_delta import LowRank, WeightDelta, base_digests
 from tasks.model import check_weights
@@ -102,7 +103,7 @@ def test_edits_come_off_last_in_first_out(tmp_path: Path) -> None:
         apply_edit(directory, make_delta(lm, tmp_path / f"{seed}.safetensors", seed))
         states.append(content(directory))
     assert [folder.name for folder in applied_edits(directory)] == ["0001", "0002", "0003"]
-    with pytest.raises(InputError, match="already"):
+    with pytest.raises(IntegrityError):
         apply_edit(directory, tmp_path / "0.safetensors")
     for state in reversed(states[:-1]):
         revert_edit(directory)
@@ -284,28 +285,50 @@ def test_notes_beside_an_edit_stay(tmp_path: Path) -> None:
     revert_edit(directory)
 
 
-def test_an_interrupted_apply_is_refused_and_reverted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = build(tmp_path / "model")
-    before = content(directory)
-    delta = make_delta(load_model(directory, device="cpu"), tmp_path / "d")
+def apply_until(directory: Path, delta: Path, writes: int) -> bool:
+    """Apply a delta, killed before so many files and one more are written; gives whether it was."""
     write, written = model_directory.write_whole, []
 
-    def stop_after_one(path: Path, fill):
-        if path.parent == directory:
-            if written:
-                raise KeyboardInterrupt
-            written.append(path)
+    def stop(path: Path, fill):
+        if len(written) == writes:
+            raise KeyboardInterrupt
+        written.append(path)
         return write(path, fill)
 
-    monkeypatch.setattr(model_directory, "write_whole", stop_after_one)
-    with pytest.raises(KeyboardInterrupt):
-        apply_edit(directory, delta)
-    monkeypatch.undo()
-    assert content(directory) != before
-    with pytest.raises(InputError, match="revert"):
-        apply_edit(directory, delta)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_directory, "write_whole", stop)
+        with suppress(KeyboardInterrupt):
+            apply_edit(directory, delta)
+            return False
+    return True
+
+
+def test_a_newer_edit_replaces_the_last_one_whole_or_not_at_all(tmp_path: Path) -> None:
+    directory = build(tmp_path / "model")
+    before, lm = content(directory), load_model(directory, device="cpu")
+    older, newer = (make_delta(lm, tmp_path / f"{seed}", seed) for seed in range(2))
+    apply_edit(directory, newer)
+    wanted = content(directory)
+    revert_edit(directory)
+    apply_edit(directory, older)
+    replaced = content(directory)
+    writes = 0
+    while apply_until(directory, newer, writes):
+        recorded = writes >= 3  # weights, delta and description of the new edit
+        *_, (_, state, _, _) = edit_status(directory)
+        assert state.startswith("interrupted" if recorded else "in the weights")
+        assert recorded or content(directory) == replaced
+        shutil.copytree(directory, tmp_path / "copy")
+        revert_edit(tmp_path / "copy")
+        assert content(tmp_path / "copy") == before
+        assert applied_edits(tmp_path / "copy") == []
+        shutil.rmtree(tmp_path / "copy")
+        apply_edit(directory, older)  # also completes the interrupted one, or takes its place
+        assert content(directory) == replaced
+        writes += 1
+    assert writes > 4
+    assert content(directory) == wanted
+    assert [state for _, state, _, _ in edit_status(directory)] == ["in the weights"]
     revert_edit(directory)
     assert content(directory) == before
 

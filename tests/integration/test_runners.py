@@ -36,7 +36,7 @@ from memit.errors import ResourceError
 from tasks.engine.artifacts import PARTIAL
 from tasks.engine.hub import open_model
 from tasks.engine.progress import gather
-from tasks.engine.results import TARGETS_FILE
+from tasks.engine.results import STORED_TARGETS_FILE, TARGETS_FILE
 from tasks.engine.workers import mapping_over, scatter, thread_runner
 from tests.integration.cluster_tasks import die, mark
 
@@ -46,7 +46,7 @@ EDITS = 8
 TINY: dict[str, Any] = {
     "model": {
         "source": "synthetic",
-        "threads": 1,
+        "threads": 2,  # two pieces share the model, where a process of a cluster computes one
         "world": {"people": 12, "relations": 3, "objects": 4, "biographies": 8},
         "training": {"layers": 3, "width": 32, "heads": 2, "vocabulary": 400, "steps": 30}
         | {"warmup_steps": 10},
@@ -158,7 +158,7 @@ def watched(
             step(given)
         undisturbed = project.results()
         seen += gather("mark", "marks", scatter(mark, range(4, 8), reference=reference), [1] * 4)
-        project.forget(["targets"], [project.place / TARGETS_FILE])
+        project.forget(["targets"], [TARGETS_FILE, STORED_TARGETS_FILE])
         with killing_a_worker(project) as killed:
             targets(given)
         disturbed = project.results()

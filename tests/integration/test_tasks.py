@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from memit.editors.memit import Memit
@@ -51,7 +54,7 @@ from tasks.statistics import (
     merge_shards,
     read_texts,
 )
-from tasks.targets import optimise_targets, target_settings
+from tasks.targets import StoredTargets, optimise_targets, plan_pieces, target_settings
 from tasks.tracing import choose_traced, trace_piece
 from tests.families import families
 
@@ -222,6 +225,62 @@ def test_targets_agree_across_pieces(inputs: Inputs, reference: ModelReference) 
     assert torch.equal(whole.losses.isnan(), parts.losses.isnan())
 
 
+def optimised(
+    stored: StoredTargets, requests: Sequence[EditRequest], reference: ModelReference, place: Path
+) -> StoredTargets:
+    """The stored targets with those of the requests, through the file; at most two in a piece."""
+    settings = target_settings(replace(HYPERPARAMETERS, evaluations=2))
+    plan = plan_pieces(stored.missing(requests), 2, place / "plan.json")
+    made = [optimise_targets.fn(piece, reference, PREFIXES, settings, BUDGET) for piece in plan]
+    (place / "plan.json").unlink(missing_ok=True)
+    stored = stored.with_pieces(plan, [piece.targets for piece in made])
+    stored.save(place / "stored.safetensors")
+    return StoredTargets.load(place / "stored.safetensors", stored.key)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 6), min_size=1), min_size=2, max_size=4))
+def test_a_fact_keeps_its_target_whatever_comes_and_goes(
+    reference: ModelReference, tmp_path_factory: pytest.TempPathFactory, lists: list[set[int]]
+) -> None:
+    place = tmp_path_factory.mktemp("stored")
+    stored, first = StoredTargets("key", {}, None), dict[int, torch.Tensor]()
+    for numbers in lists:
+        requests = [RECORDS[number].request for number in numbers]
+        new = [number for number in numbers if number not in first]
+        assert stored.missing(requests) == [RECORDS[number].request for number in new]
+        stored = optimised(stored, requests, reference, place)
+        found = dict(zip(numbers, stored.of(requests).z, strict=True))
+        first |= {number: found[number] for number in new}
+        assert all(torch.equal(found[number], first[number]) for number in numbers)
+    assert len(stored.rows) == len(first)
+
+
+def test_stored_targets_of_other_inputs_or_damaged_ones_are_not_used(
+    reference: ModelReference, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests, path = [RECORDS[0].request], tmp_path / "stored.safetensors"
+    stored = optimised(StoredTargets("key", {}, None), requests, reference, tmp_path)
+    assert stored.missing(requests) == []
+    assert StoredTargets.load(path, "other").missing(requests) == requests
+    assert not caplog.records
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert StoredTargets.load(path, "key").missing(requests) == requests
+    assert "damaged" in caplog.text
+
+
+def test_the_plan_of_a_killed_run_is_kept_and_extended(tmp_path: Path) -> None:
+    requests, plan = [record.request for record in RECORDS], tmp_path / "plan.json"
+    killed = plan_pieces(requests[:5], 2, plan)
+    assert killed == [requests[:2], requests[2:4], requests[4:5]]
+    assert plan_pieces(requests[:5], 2, plan) == killed
+    # Two facts are withdrawn, one of them with its piece, and two are added in front.
+    wanted = [requests[6], requests[5], *requests[:3]]
+    assert plan_pieces(wanted, 2, plan) == [*killed[:2], [requests[6], requests[5]]]
+    plan.write_text("[[{")
+    assert plan_pieces(wanted[:1], 2, plan) == [wanted[:1]]
+
+
 def test_a_model_computes_alike_in_the_thread_that_loads_it_and_in_others(
     reference: ModelReference,
 ) -> None:
@@ -233,6 +292,40 @@ def test_a_model_computes_alike_in_the_thread_that_loads_it_and_in_others(
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(threads).result() == reference.threads
     assert threads() == reference.threads
+
+
+def test_two_pieces_share_the_weights_and_other_tasks_wait(reference: ModelReference) -> None:
+    two_cores = reference.model_copy(update={"threads": 2})
+    found, events = [], []
+    both_in, go_on = threading.Barrier(3, timeout=60), threading.Event()
+
+    def piece() -> None:
+        with loaded(two_cores, shared=True) as lm:
+            both_in.wait()  # with one piece at a time nobody gets past this
+            go_on.wait(60)
+            logits = lm.model(torch.tensor([[1, 2, 3]])).logits
+            found.append((lm, torch.get_num_threads(), logits))
+        events.append("piece")
+
+    def edit() -> None:
+        with loaded(two_cores) as lm:
+            events.append("alone")
+            found.append((lm, torch.get_num_threads(), lm.model(torch.tensor([[1, 2, 3]])).logits))
+
+    with ThreadPoolExecutor(3) as pool, torch.no_grad():
+        pieces = [pool.submit(piece) for _ in range(2)]
+        both_in.wait()
+        waiting = pool.submit(edit)
+        assert not events
+        go_on.set()
+        for each in (*pieces, waiting):
+            each.result()
+    (one, *_, first), (other, *_, second), (main, *_, third) = found
+    assert [threads for _, threads, _ in found] == [1, 1, 2]
+    assert one is not other is not main
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, third)
+    assert one.weight(1).data_ptr() == other.weight(1).data_ptr() == main.weight(1).data_ptr()
 
 
 def test_an_edit_is_signed_and_leaves_the_model_alone(

@@ -137,7 +137,9 @@ def test_an_object_follows_the_line_break_of_a_chat(family: str, tmp_path: Path)
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "llama", "llama2", "llama3", "gemma2", "opt"])
 def test_a_space_behind_a_prompt_changes_no_token(family: str, tmp_path: Path):
     lm = build(family)
-    clean, slipped = facts(tmp_path, {"prompt": "{} lives in"}, {"prompt": "  {} lives in  "})
+    ((clean,), (slipped,)) = (
+        facts(tmp_path, {"prompt": prompt}) for prompt in ("{} lives in", "  {} lives in  ")
+    )
     by_hand = EditRequest("Paul", "{} lives in ", "Rome")
     rows = plain_rows(lm, [clean.request, slipped.request, by_hand])
     assert rows[0] == rows[1] == rows[2]
@@ -157,7 +159,7 @@ def test_facts_may_say_it_themselves(tmp_path: Path):
             {"joined": None},
         )
     ]
-    found = [record.request.ending() for record in facts(tmp_path, *rows)]
+    found = [facts(tmp_path, row)[0].request.ending() for row in rows]
     assert found == ["Rome", " Rome", "\nRome", " Rome", "Rome", "Rome", "Rome"]
     csv = "subject, prompt, target, joined\nA, {} is, Rome,\nB, {} is,!,false\nC,{} is, x, true\n"
     (tmp_path / "facts.csv").write_text(csv + 'D,{}的首都是," x",\nE,{}的首都是, x,\n')

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from memit.errors import ConflictError, InputError
 from memit.requests import (
     EditRequest,
+    Origin,
     Record,
     check_conflicts,
     conflict_groups,
     drop_conflicts,
     fill,
+    in_content_order,
     read_counterfact,
     read_facts,
     read_records,
@@ -253,6 +255,33 @@ class TestFacts:
             read_facts(path)
         assert str(caught.value).startswith(str(path))
 
+    def test_what_stands_twice_names_both_lines_and_their_sources(self, tmp_path: Path):
+        head = "subject,prompt,target,id,source\n"
+        text = head + "Ann,{} is,good,1,A.\nBo,{} is,bad,,\n"
+        (record, _) = read_facts(saved(tmp_path, text, "facts.csv"))
+        assert record.origin == Origin(id="1", source="A.")
+        for more, kind in {
+            "Ann,{} is,bad,2,B.\n": r"\(source: A.\) and line 4 \(source: B.\) con",
+            "Ann,{} is,good,2,\n": r"\(source: A.\) and line 4 hold the same fact",
+            "Cy,{} is,good,1,\n": r"\(source: A.\) and line 4 have the same id",
+        }.items():
+            with pytest.raises(InputError, match=r"facts\.csv: line 2 " + kind):
+                read_facts(saved(tmp_path, text + more, "facts.csv"))
+
+    def test_the_order_of_lines_does_not_matter(self, tmp_path: Path):
+        facts = [
+            {"subject": name, "prompt": "{} is", "target": "good", "id": number, "note": "n"}
+            for number, name in enumerate(("Bo", "Ann", "Cy"))
+        ]
+        one, other = (
+            in_content_order(read_facts(saved(tmp_path, order))) for order in (facts, facts[::-1])
+        )
+        assert one == other
+        assert [record.request.subject for record in one] == ["Ann", "Bo", "Cy"]
+        assert in_content_order(read_facts(saved(tmp_path, facts[1:]))) == [one[0], one[2]]
+        write_records(one, tmp_path / "records.json")
+        assert read_counterfact(tmp_path / "records.json") == one
+
     @pytest.mark.parametrize(
         ("prompt", "template"),
         [
@@ -273,7 +302,7 @@ class TestFacts:
     def test_contradictions_name_file_and_both_objects(self, tmp_path: Path):
         text = "subject,prompt,target\nAnn,{} is,good\nBo,{} is,bad\nAnn,{} is,bad\n"
         path = saved(tmp_path, text, "facts.csv")
-        with pytest.raises(ConflictError, match=r"records 1 and 3 .*'good' and 'bad'") as caught:
+        with pytest.raises(ConflictError, match=r"line 2 and line 4 .*'good' and 'bad'") as caught:
             read_facts(path)
         assert str(caught.value).startswith(str(path))
 

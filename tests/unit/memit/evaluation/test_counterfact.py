@@ -210,6 +210,13 @@ class TestSummary:
         )
         assert summary["records"] == 2
 
+    def test_failed_edits_count_as_failures_in_every_metric(self):
+        summary, as_measured = summarise(self.table, failed=[9, 77]), summarise(self.table)
+        assert summary["efficacy"] == 50.0
+        assert summary["neighborhood"] == 50.0  # (1 + 0) / 2
+        assert summary["paraphrase"] == as_measured["paraphrase"]  # the failed record has none
+        assert summary["records"] == 2
+
     def test_leaves_out_what_the_table_does_not_have(self):
         summary = summarise(table_of(row(0, "rewrite", 1.0, 2.0)))
         assert set(summary) == {"efficacy", "efficacy_accuracy", "efficacy_magnitude", "records"}

@@ -1,0 +1,94 @@
+"""`memit export`: an edited model, an adapter or a delta as a directory with a model card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, metadata
+from pathlib import Path
+
+from flows.command.parameters import ModelSection
+from memit.adapter import make_adapter
+from memit.errors import ResourceError
+from memit.files.atomic import temporary
+from memit.files.digests import file_sha256
+from memit.language_model import DTYPES, LanguageModel
+from memit.weight_delta import WeightDelta, check_rounded
+from tasks.engine.results import DELTA_FILE, METRICS_FILE
+from tasks.reporting.card import Kind, base_license, make_card
+from tasks.reporting.formats import read_json
+
+
+def export_edit(
+    lm: LanguageModel | None,
+    delta_file: Path,
+    directory: Path,
+    kind: Kind,
+    dtype: str,
+    license_: str | None,
+) -> str:
+    """Write an edit as a directory, atomically; gives a sentence about it.
+
+    The model `lm` is edited if the weights are to be merged; the kind `delta` needs none.
+
+    Raises:
+        InputError: the delta cannot be an adapter.
+        IntegrityError: it was made for another model.
+        NumericsError: the dtype cannot represent the edited weights.
+        ResourceError: there is not enough disk space.
+    """
+    delta = WeightDelta.load(delta_file)
+    directory = directory.resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    said = f"saved {directory} in {dtype}" if kind == "merged" else f"saved {directory}"
+    note = ""
+    with temporary(directory) as partial:
+        partial.mkdir()
+        if lm is None:
+            shutil.copyfile(delta_file, partial / "delta.safetensors")
+        elif kind == "merged":
+            _save_merged(lm, delta, partial, dtype)
+        else:
+            adapter = make_adapter(lm, delta)
+            adapter.save(partial, lm.name, lm.revision)
+            note = f"Rank {adapter.rank}, relative error of the factors {adapter.error:.1e}."
+            said += f". {note}"
+        metrics = read_json(METRICS_FILE) if is_of_last_run(delta_file) else None
+        make_card(kind, delta.provenance, license_, metrics, note).save(partial / "README.md")
+        for file in partial.glob("*.safetensors"):  # which safetensors lets nobody else read
+            file.chmod((partial / "README.md").stat().st_mode)
+        os.replace(partial, directory)  # replaces an empty directory, but no other
+    return said
+
+
+def _save_merged(lm: LanguageModel, delta: WeightDelta, directory: Path, dtype: str) -> None:
+    delta.apply(lm)
+    for name in delta.changes:
+        check_rounded(lm.parameter(name), DTYPES[dtype], name)
+    lm.model.to(dtype=DTYPES[dtype])  # pyright: ignore[reportCallIssue]
+    needed = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    free = shutil.disk_usage(directory.parent).free
+    if needed > free:
+        raise ResourceError(
+            f"the model takes {needed / 1e9:.1f} GB, and {directory.parent} has "
+            f"{free / 1e9:.1f} GB free: choose another disk or a smaller dtype."
+        )
+    lm.model.save_pretrained(directory)
+    lm.tokenizer.save_pretrained(directory)
+
+
+def is_of_last_run(delta_file: Path) -> bool:
+    """Whether a delta is that of the results in this directory."""
+    present = DELTA_FILE.is_file() and METRICS_FILE.is_file()
+    return present and file_sha256(delta_file) == file_sha256(DELTA_FILE)
+
+
+def license_of(section: ModelSection | None, place: Path | None) -> str | None:
+    """The licence of the base model, as its directory or package names it; None: not known."""
+    if section is not None and section.source == "package":
+        try:
+            return metadata(str(section.package))["License"].lower()
+        except (PackageNotFoundError, KeyError, AttributeError):
+            return None
+    local = place or Path(section.path if section is not None and section.path else "")
+    return base_license(local) if local.is_dir() else None

@@ -1,0 +1,70 @@
+"""The limits of `params.yaml`, held against the results in this directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyarrow.csv import read_csv
+
+from flows.command.export import is_of_last_run
+from flows.command.parameters import LimitsSection
+from memit.errors import LimitError
+from tasks.engine.results import DELTA_FILE, FACTS_FILE, METRICS_FILE
+from tasks.reporting.formats import read_json
+
+LEAST = ("score", "efficacy", "paraphrase", "neighborhood")
+"""Limits that are the smallest values allowed; all others are the largest."""
+NAMED = 3
+"""Facts that a sentence names."""
+
+
+def check_limits(limits: LimitsSection, delta_file: Path = DELTA_FILE) -> None:
+    """Check that the run which made a delta is within the limits; of others nothing is known.
+
+    Raises:
+        LimitError: it is not.
+    """
+    beyond = beyond_limits(limits) if is_of_last_run(delta_file) else []
+    if beyond:
+        raise LimitError(
+            f"the edit is beyond the limits of params.yaml: {'; '.join(beyond)}. {_worst_facts()} "
+            "Results are kept; `memit apply` and `memit export` take this edit with --force only."
+        )
+
+
+def beyond_limits(limits: LimitsSection) -> list[str]:
+    """A phrase for each limit that the last run is beyond, also if it did not measure that."""
+    given = limits.model_dump(exclude_none=True)
+    found, phrases = _values(read_json(METRICS_FILE)), []
+    for name, limit in given.items():
+        value, is_least = found.get(name), name in LEAST
+        if value is None:
+            phrases.append(f"{name} was not measured")
+        elif value < limit if is_least else value > limit:
+            phrases.append(f"{name} is {value:.4g}, {'below' if is_least else 'above'} {limit:g}")
+    return phrases
+
+
+def _values(metrics: Mapping[str, Any]) -> dict[str, float]:
+    before, after = metrics["before"], metrics["after"]
+    values = {name: after[name] for name in LEAST if name in after}
+    if "perplexity" in after:
+        values["perplexity_ratio"] = after["perplexity"] / before["perplexity"]
+    return values | {"update_ratio": max(metrics["edit"]["update_ratio"].values())}
+
+
+def _worst_facts() -> str:
+    """The facts that did not take and those that hurt most neighbours, as sentences."""
+    facts = read_csv(FACTS_FILE).to_pylist()
+    failed = [fact["prompt"] for fact in facts if not fact["took"]]
+    hurting = sorted((fact for fact in facts if fact["hurt"]), key=lambda fact: -fact["hurt"])
+    said = f"{len(failed)} facts did not take: {_named(failed)}. " if failed else ""
+    worst = _named([fact["prompt"] for fact in hurting])
+    return said + (f"{len(hurting)} hurt neighbours, most of all: {worst}." if hurting else "")
+
+
+def _named(prompts: Sequence[str]) -> str:
+    more = f" and {len(prompts) - NAMED} more" if len(prompts) > NAMED else ""
+    return ", ".join(map(repr, prompts[:NAMED])) + more

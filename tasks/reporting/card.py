@@ -1,0 +1,69 @@
+"""The model card of an exported edit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from memit.redaction import one_line
+from tasks.reporting.formats import ABSENT, ROWS
+
+Kind = Literal["merged", "lora", "delta"]
+
+LIBRARIES = {"merged": "transformers", "lora": "peft", "delta": "memit"}
+"""What loads each kind of export."""
+SHOWN = 20
+"""Facts that a card names."""
+
+
+def make_card(
+    kind: Kind,
+    provenance: Mapping[str, Any],
+    license_: str | None,
+    metrics: Mapping[str, Any] | None,
+    note: str = "",
+) -> ModelCard:
+    """A card from a delta's provenance, the licence of the base model, and the metrics of the run,
+    where they are known; `note` is about the export."""
+    data = ModelCardData(
+        base_model=provenance["model"],
+        license=license_,
+        library_name=LIBRARIES[kind],
+        tags=["memit", "model-editing"],
+    )
+    facts, settings = provenance.get("facts", []), provenance.get("settings", {})
+    named = [{key: _plain(fact[key]) for key in ("prompt", "target")} for fact in facts[:SHOWN]]
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("card.md")),
+        kind=kind,
+        edit=provenance,
+        facts=named,
+        more=len(facts) - len(named),
+        rows=list(_measured(metrics)) if metrics else [],
+        settings=settings.get("hyperparameters", settings),
+        note=note,
+    )
+
+
+def base_license(directory: Path) -> str | None:
+    """The licence that the card in a model directory names, if there is one."""
+    path = directory / "README.md"
+    return ModelCard.load(path).data.to_dict().get("license") if path.is_file() else None
+
+
+def _plain(text: str) -> str:
+    return one_line(text).replace("<", "&lt;")
+
+
+def _measured(metrics: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Name, before, after, interval and meaning of each metric."""
+    before, after = metrics["before"], metrics["after"]
+    for key, name, meaning in ROWS:
+        if key in before and key in after:
+            low, high = (after.get(f"{key}_{end}") for end in ("low", "high"))
+            interval = ABSENT if low is None else f"{low:.1f} to {high:.1f}"
+            yield name, f"{before[key]:.1f}", f"{after[key]:.1f}", interval, meaning

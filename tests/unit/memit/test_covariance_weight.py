@@ -1,0 +1,134 @@
+"""λ by rule: against all candidates on made-up curves, and in an edit of a small model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memit.covariance_weight import (
+    LARGEST_DRIFT,
+    MARGIN,
+    candidates,
+    choose_covariance_weight,
+    drift,
+)
+from memit.editors.base import Resources
+from memit.editors.memit import Memit
+from memit.errors import InputError, NumericsError
+from memit.quadratic import Quadratic
+from memit.second_moment import SecondMoment
+from memit.spread import Spread, spread
+from memit.targets import Targets
+from memit.weight_delta import WeightDelta
+from tests.families import PREFIXES
+from tests.reference import HYPERPARAMETERS, REQUESTS, build, reference
+
+WEIGHTS = candidates(512)
+
+
+def _made(left: float) -> Spread:
+    return Spread(WeightDelta({}), {3: 10.0, 4: 7.0}, {}, 10 * left, {})
+
+
+def test_candidates_are_half_decades_around_the_width() -> None:
+    assert WEIGHTS == [1.6, 5.1, 16, 51, 160, 510, 1_600, 5_100]
+    assert candidates(16_384)[0] == 52
+
+
+@given(
+    left=st.lists(st.floats(0, 1), min_size=8, max_size=8).map(sorted),
+    drifts=st.lists(st.floats(0, 2), min_size=8, max_size=8).map(sorted),
+    failing=st.integers(0, 7),
+)
+def test_the_choice_is_that_among_all_candidates(left, drifts, failing) -> None:
+    """More is left and less drifts with a larger λ; the smallest ones cannot be made."""
+    drifts, tried = drifts[::-1], []
+
+    def attempt(weight: float) -> Spread:
+        tried.append(weight)
+        if WEIGHTS.index(weight) < failing:
+            raise NumericsError("too large")
+        return _made(left[WEIGHTS.index(weight)])
+
+    choice = choose_covariance_weight(512, attempt, lambda _: drifts[WEIGHTS.index(tried[-1])])
+    lands = [i for i in range(failing, 8) if left[i] <= left[failing] + MARGIN]
+    calm = [i for i in range(8) if drifts[i] <= LARGEST_DRIFT] or [7]
+    expected = max(lands[-1], calm[0])
+    assert choice.weight == WEIGHTS[expected]
+    assert choice.spread.residual_left == 10 * left[expected]
+    assert [trial.weight for trial in choice.trials] == sorted(set(tried))
+    assert choice.described()["curve"][0][0] == WEIGHTS[0]
+
+
+def test_an_edit_that_no_weight_makes_possible_fails_as_with_the_largest() -> None:
+    def attempt(weight: float) -> Spread:
+        raise NumericsError(f"the residual has grown with {weight:g}")
+
+    with pytest.raises(NumericsError, match="5100"):
+        choose_covariance_weight(512, attempt, lambda _: 0.0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_drift_is_the_share_of_ordinary_outputs_that_moves(family, count) -> None:
+    """Against a sum over keys, one after the other; one edit has factors, four a dense Δ."""
+    lm, expected = build(family), reference(family)
+    width = expected.covariances[1].shape[0]
+    keys = torch.randn(3 * width, width, dtype=torch.float64)
+    moments = dict.fromkeys(HYPERPARAMETERS.layers, SecondMoment(keys.T @ keys, len(keys)))
+    made = spread(
+        lm,
+        REQUESTS[:count],
+        PREFIXES,
+        expected.z[:count],
+        lambda layer: Quadratic(moments[layer], 2.0),
+        HYPERPARAMETERS,
+        token_budget=1 << 20,
+    )
+    shares = []
+    for layer in HYPERPARAMETERS.layers:
+        delta = made.delta.changes[lm.weight_name(layer)].dense().double()
+        delta = delta.T if lm.is_transposed(layer) else delta
+        moved = sum(float((delta @ key).square().sum()) for key in keys)
+        shares.append(
+            moved / sum(float((lm.weight(layer).double() @ k).square().sum()) for k in keys)
+        )
+    assert drift(lm, made, moments) == pytest.approx(max(shares) ** 0.5, rel=1e-6)
+
+
+def test_an_edit_by_rule_is_the_edit_with_the_number_that_it_names() -> None:
+    lm, expected = build("llama"), reference("llama")
+    targets = Targets(
+        z=expected.z,
+        hidden=torch.stack([target.hidden for target in expected.targets]),
+        losses=torch.zeros(len(REQUESTS), 1),
+        finite=torch.ones(len(REQUESTS)).bool(),
+    )
+    moments = {n: SecondMoment(C * 1000, 1000) for n, C in expected.covariances.items()}
+    told: list[int] = []
+    resources = Resources(1 << 20, PREFIXES, moments, targets, progress=told.append)
+    before = lm.weight(1).clone()
+    by_rule = Memit(replace(HYPERPARAMETERS, covariance_weight="auto"))
+    chosen = by_rule.edit(lm, REQUESTS, resources)
+    assert torch.equal(lm.weight(1), before)
+    assert sum(told) == len(REQUESTS)
+    rule = chosen.provenance["covariance_weight"]
+    settings = replace(HYPERPARAMETERS, covariance_weight=rule["weight"])
+    given_number = Memit(settings).edit(lm, REQUESTS, resources)
+    assert chosen.provenance["settings"] == given_number.provenance["settings"]
+    for name, change in given_number.changes.items():
+        assert torch.equal(change.dense(), chosen.changes[name].dense())
+    curve = {weight: left for weight, left, _ in rule["curve"]}
+    left = chosen.provenance["residual_left"] / chosen.provenance["residuals"]["1"]
+    assert curve[rule["weight"]] == pytest.approx(left, abs=1e-3)
+
+
+def test_a_word_that_is_no_rule_is_refused() -> None:
+    with pytest.raises(InputError, match="covariance_weight is 'much'"):
+        replace(HYPERPARAMETERS, covariance_weight="much")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="covariance_weight is 0"):
+        replace(HYPERPARAMETERS, covariance_weight=0)
