@@ -45,17 +45,17 @@ def show_changes(parameters: Parameters, open_model: Callable[[], LanguageModel]
     runs, console = last_runs(), Console()
     pending = pending_changes(parameters.requests, runs)
     if pending:
-        output.print(f"The list against the last run: {pending.summary}.")
-        output.print(_described(pending), soft_wrap=True)
-        output.print("`memit run` makes the model say so.")
+        console.print(f"The list against the last run: {pending.summary}.")
+        console.print(_described(pending), soft_wrap=True)
+        console.print("`memit run` makes the model say so.")
         return
     if not runs:
         raise InputError("there is no finished run to compare: use `memit run` first.")
     done = changes_between(_records_of(runs[:-1]), _records_of(runs[-1:]))
-    output.print(f"The last run against the one before: {done.summary}.")
-    output.print(_described(done), soft_wrap=True)
+    console.print(f"The last run against the one before: {done.summary}.")
+    console.print(_described(done), soft_wrap=True)
     if done:
-        output.print(_answers(open_model(), done, runs))
+        console.print(_answers(open_model(), done, runs))
 
 
 def pending_changes(section: RequestsSection, runs: Sequence[PastRun]) -> Changes | None:
