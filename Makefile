@@ -58,11 +58,11 @@ deploy: $(STAMP) ## run the experiment as a Prefect deployment and serve it (ONC
 methods/dvc.yaml: methods/stages.yaml
 	@cp $< $@
 
-compare: $(STAMP) methods/dvc.yaml ## all methods on the same records: the table in comparison/
-	@$(BIN)/python -m flows.command.cli repro methods/dvc.yaml:compare
+compare: $(STAMP) ## compare.methods on the same records: the table in comparison/
+	@$(BIN)/python -m flows.command.cli compare
 
-scale: $(STAMP) methods/dvc.yaml ## all methods on ever more edits: table and figure in scaling/
-	@$(BIN)/python -m flows.command.cli repro methods/dvc.yaml:scaling
+scale: $(STAMP) ## compare.methods on ever more edits: table and figure in scaling/
+	@$(BIN)/python -m flows.command.cli scale
 
 trace: $(STAMP) methods/dvc.yaml ## causal tracing: which layers carry the facts: the figure in tracing/
 	@$(BIN)/python -m flows.command.cli repro methods/dvc.yaml:tracing

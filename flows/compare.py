@@ -39,7 +39,7 @@ from tasks.engine.checkpoints import forget_work
 from tasks.engine.cost import Cost, total_cost
 from tasks.engine.results import MEND_NETWORK_FILE, SERAC_MODELS_FILE, STATISTICS
 from tasks.evaluation import answer_piece, having_prompts, score_piece
-from tasks.reporting.comparison import Comparison, csv_text, markdown, plain, table_rows
+from tasks.reporting.comparison import LEGEND, Comparison, csv_text, markdown, plain, table_rows
 from tasks.reporting.labels import label
 from tasks.reporting.published import published
 from tasks.reporting.tracking import ParentRun
@@ -295,6 +295,7 @@ def show_results(comparison: Comparison) -> None:
         table.add_row(*row.values())
     output.print()
     output.print(table)
+    output.print(LEGEND, style="dim")
     console.print(
         f"\nWith intervals, more metrics and all settings: [bold]{COMPARISON}/table.md[/]; every "
         "prompt and every text in the Parquet files beside it.\n"

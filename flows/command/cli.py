@@ -96,6 +96,24 @@ def repro(
 
 
 @app.command
+def compare() -> None:
+    """Edit the same records with every method of `compare.methods`: the table in comparison/."""
+    ready_parameters()
+    from flows.experiment import check_comparison, comparison
+
+    run_flow(comparison, check_comparison)
+
+
+@app.command
+def scale() -> None:
+    """Edit more and more records with every method of `compare.methods`: curves in scaling/."""
+    ready_parameters()
+    from flows.experiment import check_scaling, scaling_run
+
+    run_flow(scaling_run, check_scaling)
+
+
+@app.command
 def deploy(*, once: bool = False) -> None:
     """Serve the deployments of prefect.yaml, after a first run of the experiment.
 

@@ -238,7 +238,9 @@ class StatisticsSection(Section):
     tokens: Count | Literal["auto"] = Field(default="auto", description="sampled: at least so many")
     seed: Seed = Field(default=0, description="sampled: of the texts")
     held_out: UsersFile = Field(default=None, description="a text for the perplexity only")
-    held_out_documents: Count = Field(default=300, description="for the perplexity only")
+    held_out_documents: int = Field(
+        default=300, ge=0, le=10**9, description="for the perplexity only; 0: none"
+    )
     token_budget: TokenBudget = "auto"
 
 
