@@ -83,13 +83,13 @@ def apply_edit(directory: Path, delta_file: Path, origin: Mapping[str, str] | No
     last = _read_record(edits[-1]) if edits else {"edited": {}}
     stored = _locate(directory, weight_files(directory), {*delta.changes, *last["edited"]})
     base = {name: matrix.read() for name, matrix in stored.items()}
-    if edits and _holds(base, last["edited"]) and _is_copy(delta_file, edits[-1]):
+    if edits and _is_applied(delta_file, edits[-1], base, last["edited"]):
         raise InputError(f"this edit is in {directory} already ({edits[-1]}): nothing was changed.")
+    former = base | _former_weights(edits[-1], last) if edits else base
     replaced: list[Path] = []
-    if edits and not (_holds(base, last["edited"]) and _is_for(delta, base)):
+    if edits and _is_for(delta, former):
         _check_unchanged(edits, base, directory)
-        base |= _former_weights(edits[-1], last)
-        replaced = edits[-1:] + _left_to_remove(edits, last)
+        base, replaced = former, [*_left_to_remove(edits, last), edits[-1]]
     check_weights(delta, [(name, base[name]) for name in delta.changes], directory)
     edited = {
         name: added(weight, delta, name).to(weight.dtype) if name in delta.changes else weight
@@ -105,15 +105,13 @@ def apply_edit(directory: Path, delta_file: Path, origin: Mapping[str, str] | No
     return folder
 
 
-def _holds(weights: Mapping[str, Tensor], digests: Mapping[str, str]) -> bool:
-    """Whether weights have these digests."""
-    return all(tensor_digest(weights[name]) == digest for name, digest in digests.items())
-
-
-def _is_copy(file: Path, folder: Path) -> bool:
-    """Whether a delta is the one that a folder records."""
+def _is_applied(
+    delta_file: Path, folder: Path, weights: Mapping[str, Tensor], edited: Mapping[str, str]
+) -> bool:
+    """Whether a delta is the one that a folder records, and its result is in the weights."""
     kept = folder / "delta.safetensors"
-    return kept.is_file() and file_sha256(kept) == file_sha256(file)
+    is_same = kept.is_file() and file_sha256(kept) == file_sha256(delta_file)
+    return is_same and all(tensor_digest(weights[name]) == edited[name] for name in edited)
 
 
 def _is_for(delta: WeightDelta, weights: Mapping[str, Tensor]) -> bool:
@@ -209,7 +207,7 @@ def edit_status(
             weights = {name: matrix.read() for name, matrix in stored.items()}
             _check_unchanged(edits, weights, directory)
             state = "in the weights"
-            if not _holds(weights, record["edited"]):
+            if {name: tensor_digest(weights[name]) for name in weights} != record["edited"]:
                 state = "interrupted: apply it again to complete it, or revert it"
         delta = WeightDelta.load(folder / "delta.safetensors")
         yield folder, state, record.get("origin", {}), delta.provenance

@@ -295,7 +295,7 @@ def export(
     file = _delta_file(delta, force)
     from flows.command.export import export_edit, license_of
 
-    license_ = license_of(None if model else given_parameters().model, model)
+    license_ = license_of(model, None if model else given_parameters().model)
     lm = _open_model(model) if kind != "delta" else None
     console.print(export_edit(lm, file, directory, kind, dtype, license_), soft_wrap=True)
 

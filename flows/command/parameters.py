@@ -276,6 +276,7 @@ class LimitsSection(Section):
     efficacy: Percent = None
     paraphrase: Percent = None
     neighborhood: Percent = None
+    kept_accuracy: Percent = None
     perplexity_ratio: Ratio = Field(default=None, description="at most, after / before")
     update_ratio: Ratio = Field(default=None, description="at most, of an update to its weights")
 

@@ -284,7 +284,12 @@ def test_an_adapter_or_a_delta_is_exported_with_a_card(
         card = ModelCard.load(place / folder / "README.md")
         assert card.data.to_dict()["license"] == "mit"
         assert card.data.to_dict()["base_model"] == "model"
-        for said_of in ("Ada lives in → Rome", "&lt;b> lives in", "## Limits", "Without the edit"):
+        for said_of in (
+            "Ada lives in → Rome",
+            "&lt;b&gt; lives in",
+            "## Limits",
+            "Without the edit",
+        ):
             assert said_of in card.text or folder == "bare"
     assert memit("export", "other", "--as", "gguf", *words) != 0
 
@@ -303,7 +308,7 @@ def test_an_edit_beyond_the_limits_is_taken_by_force_only(
         assert memit(*words) == 3
         text = said(capsys)
         assert "score is 82.5, below 85; perplexity_ratio is 1.2, above 1.1" in text
-        assert "1 facts did not take: 'Ada lives in'. 1 hurt neighbours" in text
+        assert "1 facts did not take, such as 'Ada lives in'. 1 facts hurt others" in text
     assert applied_edits(place / "model") == []
     assert memit("apply", "model", "--force") == 0
     (place / "params.yaml").write_text("limits: {score: 82.5}")
