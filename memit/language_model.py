@@ -103,6 +103,11 @@ class LanguageModel:
         self.head: nn.Module = head
         """The module that turns final hidden states into logits."""
 
+    def __repr__(self) -> str:
+        edits = f", {len(self.applied)} edits" if self.applied else ""
+        size = f"{self.depth} blocks of width {self.width}"
+        return f"LanguageModel({self.name}: {size}, {self.dtype} on {self.device}{edits})"
+
     @property
     def depth(self) -> int:
         """Number of blocks."""

@@ -75,6 +75,13 @@ class WeightDelta:
     """Method, model, revision, request digest, hyperparameters, and the `base` digests of the
     weights that it was made for."""
 
+    def __repr__(self) -> str:
+        origin, outcome = self.provenance, self.provenance.get("outcome")
+        facts = f"{origin.get('count', '?')} facts"
+        said = f", {outcome['said']} of them said" if outcome else ""
+        where = f"{len(self.changes)} matrices of {origin.get('model')}"
+        return f"WeightDelta({facts} in {where}{said})"
+
     def naming(self, records: Sequence[Record]) -> WeightDelta:
         """The same with the facts that are in it, and where they come from, in its provenance;
         unless there are more than a file's header holds."""
