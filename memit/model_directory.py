@@ -64,11 +64,11 @@ def applied_edits(directory: Path) -> list[Path]:
 def apply_edit(directory: Path, delta_file: Path, origin: Mapping[str, str] | None = None) -> Path:
     """Add a delta to the weights in a model directory; gives the folder that records the edit.
 
-    If it was made for the weights before the last edit, it replaces that edit. `origin` is kept in
-    the record.
+    If it was made for the weights before the last edit, it replaces that edit; if it is that edit,
+    nothing changes. `origin` is kept in the record.
 
     Raises:
-        InputError: the directory holds no such model, or this edit already, or it is a GGUF file.
+        InputError: the directory holds no such model, or it is a GGUF file.
         IntegrityError: the delta was made for other weights, or they were changed since the last
             edit.
         ResourceError: the disk is full.
@@ -84,7 +84,7 @@ def apply_edit(directory: Path, delta_file: Path, origin: Mapping[str, str] | No
     stored = _locate(directory, weight_files(directory), {*delta.changes, *last["edited"]})
     base = {name: matrix.read() for name, matrix in stored.items()}
     if edits and _is_applied(delta_file, edits[-1], base, last["edited"]):
-        raise InputError(f"this edit is in {directory} already ({edits[-1]}): nothing was changed.")
+        return edits[-1]
     former = base | _former_weights(edits[-1], last) if edits else base
     replaced: list[Path] = []
     if edits and _is_for(delta, former):

@@ -228,14 +228,16 @@ def apply(directory: ExistingPath, *, delta: Delta = None, force: Force = False)
         A directory with safetensors weights, as save_pretrained writes it.
     """
     file = _delta_file(delta, force)
-    from memit.model_directory import apply_edit
+    from memit.model_directory import applied_edits, apply_edit
     from tasks.engine.git import commit_of
 
     section = None if delta else given_parameters().requests
     path = (section and (section.path or section.url)) or ""
     origin = {"list": path or section.source, "commit": commit_of(path)} if section else {}
+    former = applied_edits(directory)
     backup = apply_edit(directory, file, origin)
-    console.print(f"edited {directory}; the original weights are in {backup}")
+    done = "this edit is in it already" if backup in former else "edited"
+    console.print(f"{directory}: {done}; the original weights are in {backup}")
 
 
 @app.command

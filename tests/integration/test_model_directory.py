@@ -76,11 +76,11 @@ def test_the_same_edit_is_not_applied_twice(tmp_path: Path) -> None:
     directory = build(tmp_path / "model")
     lm = load_model(directory, device="cpu")
     delta = make_delta(lm, tmp_path / "delta.safetensors")
-    apply_edit(directory, delta)
+    folder = apply_edit(directory, delta)
     edited = content(directory)
-    with pytest.raises(InputError, match="already"):
-        apply_edit(directory, delta)
+    assert apply_edit(directory, delta) == folder
     assert content(directory) == edited
+    assert applied_edits(directory) == [folder]
 
 
 def test_what_is_written_is_as_readable_as_the_umask_lets_it(tmp_path: Path) -> None:
