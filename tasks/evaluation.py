@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 
+from memit.editors.saved_edit import load_edit
 from memit.errors import InputError
 from memit.evaluation.counterfact import (
     SCORE_OF,
@@ -22,6 +23,8 @@ from memit.evaluation.counterfact import (
     score_prompts,
     summarise,
 )
+from memit.evaluation.drift import drift
+from memit.evaluation.free_generation import answer_freely, free_record_means
 from memit.evaluation.generations import (
     TOTAL_TOKENS,
     answer_briefly,
@@ -38,7 +41,7 @@ from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.edited_model import with_edit
-from tasks.engine.loaded_model import ModelReference
+from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import piece_progress
 from tasks.reporting.labels import DECIMALS
 from tasks.requests import Source, read_source
@@ -59,6 +62,14 @@ class MeasuredPerplexity(Value):
     """Perplexity on held-out text; None where no document has two tokens."""
 
     perplexity: float | None
+    cost: Cost
+
+
+class MeasuredDrift(Value):
+    """KL from the unedited model on held-out text, in nats; None where no document has two
+    tokens."""
+
+    drift: float | None
     cost: Cost
 
 
@@ -127,6 +138,16 @@ def answer_records(
     return store_table("evaluation", table, meter.cost)
 
 
+@cached_task("free_generation")
+def answer_in_full(
+    records: Sequence[Record], model: ModelReference, edit: Artifact | None, token_budget: int
+) -> TablePiece:
+    """What the model says to the prompts of some records, until it stops by itself."""
+    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("answers") as progress:
+        table = answer_freely(lm, records, token_budget=token_budget, progress=progress)
+    return store_table("evaluation", table, meter.cost)
+
+
 @cached_task("kept")
 def compare_kept(
     records: Sequence[Record], model: ModelReference, edit: Artifact | None, token_budget: int
@@ -153,6 +174,19 @@ def measure_perplexity(
     return MeasuredPerplexity(perplexity=value, cost=meter.cost)
 
 
+@cached_task("drift")
+def measure_drift(
+    held_out: Artifact, model: ModelReference, edit: Artifact, token_budget: int
+) -> MeasuredDrift:
+    """How far the edit moves next-token distributions on text that nothing has seen."""
+    documents = read_texts(held_out.checked())
+    with loaded(model) as lm, Meter() as meter:
+        value = None
+        with suppress(InputError):
+            value = drift(lm, load_edit(edit.checked()), documents, token_budget=token_budget)
+    return MeasuredDrift(drift=value, cost=meter.cost)
+
+
 def read_table(pieces: Sequence[TablePiece], schema: pyarrow.Schema | None = None) -> pyarrow.Table:
     """The rows of all pieces, in order; without pieces an empty table of the schema."""
     if not pieces and schema is not None:
@@ -167,10 +201,11 @@ def metrics_of(
     records: Sequence[Record],
     references: References,
     failed: Collection[int] = (),
+    said: pyarrow.Table | None = None,
 ) -> dict[str, float]:
-    """All metrics that tables of prompts (or zsRE's answers), generated texts and kept prompts
-    support, each with its 95% bootstrap interval over records, and the number of records. Records
-    whose edit has `failed` count as failures in each metric of prompts."""
+    """All metrics that tables of prompts (or zsRE's answers), generated texts, kept prompts and
+    free answers support, each with its 95% bootstrap interval over records, and the number of
+    records. Records whose edit has `failed` count as failures in each metric of prompts."""
     if "answer" in prompts.column_names:
         means, summary = _of_answers(prompts)
     else:
@@ -178,6 +213,8 @@ def metrics_of(
     ordered = sorted(records, key=lambda record: record.case_id)
     others = generation_record_means(texts, ordered, references)
     others |= kept_record_means(kept, ordered)
+    if said:
+        others |= free_record_means(said, ordered)
     means |= others
     summary |= {name: float(np.nanmean(values)) for name, values in others.items()}
     intervals = bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)

@@ -90,6 +90,6 @@ def license_of(place: Path | None, section: ModelSection | None) -> str | None:
     """The licence of the model in a directory, or of that of params.yaml, as the card there
     or the package says; None: not known."""
     if section is not None and section.source == "package":
-        return str(metadata(str(section.package)).get("License", "")).lower() or None
+        return str(metadata(str(section.package)).json.get("license", "")).lower() or None
     card = Path(place or (section and section.path) or "") / "README.md"
     return ModelCard.load(card).data.to_dict().get("license") if card.is_file() else None

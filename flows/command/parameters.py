@@ -264,6 +264,10 @@ class EvaluationSection(Section):
     dtype: Precision | None = Field(default=None, description="null: that of the model")
     prompts_per_piece: Count = 256
     generation_records: Written = 8
+    free_generation: Written = Field(default=0, description="records answered in full; null: all")
+    survival: tuple[Literal["bfloat16", "float16", "int8"], ...] = Field(
+        default=(), description="also measured after rounding to these"
+    )
     snippets: UsersFile = Field(default=None, description="CounterFact's attribute snippets")
     seed: Seed = Field(default=0, description="of the generated texts")
     token_budget: TokenBudget = "auto"

@@ -50,6 +50,7 @@ ANSWERS_FILE = EVALUATION / "answers.csv"
 PROMPTS_FILE = EVALUATION / "prompts.parquet"
 GENERATIONS_FILE = EVALUATION / "generations.parquet"
 KEPT_FILE = EVALUATION / "kept.csv"
+GENERATED_FILE = EVALUATION / "generated.csv"
 FACTS_FILE = EVALUATION / "facts.csv"
 METRICS_FILE = Path("metrics.json")
 TIMINGS_FILE = Path("timings.json")
