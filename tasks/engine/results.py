@@ -52,6 +52,7 @@ GENERATIONS_FILE = EVALUATION / "generations.parquet"
 KEPT_FILE = EVALUATION / "kept.csv"
 GENERATED_FILE = EVALUATION / "generated.csv"
 FACTS_FILE = EVALUATION / "facts.csv"
+DETAILS_FILE = EVALUATION / "intervals.json"
 METRICS_FILE = Path("metrics.json")
 TIMINGS_FILE = Path("timings.json")
 REPORT = Path("report")

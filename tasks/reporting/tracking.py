@@ -58,6 +58,7 @@ LOGGED_FILES = (
     results.FACTS_FILE,
     results.KEPT_FILE,
     results.METRICS_FILE,
+    results.DETAILS_FILE,
     results.TIMINGS_FILE,
     results.EDIT_FILE,
     results.PREFIXES_FILE,
