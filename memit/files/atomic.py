@@ -62,9 +62,11 @@ def write_whole(
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path) as partial:
             partial.touch()
-            mode = partial.stat().st_mode
+            mode = partial.stat().st_mode  # that of the umask
+            partial.unlink()
             write(partial)
-            partial.chmod(mode)  # that of the umask: safetensors lets nobody else read its files
+            if partial.is_file():  # safetensors would let nobody else read it
+                partial.chmod(mode)
             _flush(partial)
             os.replace(partial, path.with_name(name(partial)) if name else path)
         _flush(path.parent)
