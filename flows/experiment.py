@@ -112,18 +112,19 @@ def show_results(seconds: float) -> None:
     output.print(table)
     output.print(STRICT_LEGEND, style="dim")
     output.print(answers_table())
+    output.print()
     for sentence in verdict(read_facts(), read_json(EDIT_FILE), metrics):
         style = "bold red" if sentence.startswith(DAMAGE) else ""
-        output.print(Text(one_line(sentence), style=style))
+        output.print(Text(f"• {one_line(sentence)}", style=style))
     with open(ANSWERS_FILE, encoding="utf-8", newline="") as file:
         prompt = next(csv.DictReader(file))["prompt"]
     console.print("\nWhere to look next:")
-    for command, meaning in (
-        (PAGE_FILE, "what became of each fact: open it in a browser"),
-        (_command("ui"), "every experiment in MLflow, in the browser"),
-        (_command("ask", prompt), "how both models go on"),
+    for meaning, command in (
+        ("what became of each fact", f"{PAGE_FILE} in a browser"),
+        ("all experiments", _command("ui")),
+        ("how both models go on", _command("ask", prompt)),
     ):
-        console.print(Text.assemble("  ", (str(command), "bold"), f"   {meaning}"), soft_wrap=True)
+        console.print(Text.assemble(f"  {meaning:<25}", (command, "bold")), soft_wrap=True)
 
 
 def _command(name: str, prompt: str = "") -> str:
