@@ -12,6 +12,7 @@ from memit.editors.base import Editor, load_editors
 from memit.editors.fine_tuning import (
     PUBLISHED_LAYERS,
     FineTuning,
+    breadth_first_fine_tuning,
     constrained_fine_tuning,
     fine_tuning_with_decay,
 )
@@ -73,6 +74,8 @@ def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int)
         return FineTuning(published_layer(PUBLISHED_LAYERS, model, depth))
     if name == "ft_w":
         return fine_tuning_with_decay(published_layer(PUBLISHED_LAYERS, model, depth))
+    if name == "ft_bf":
+        return breadth_first_fine_tuning(published_layer(PUBLISHED_LAYERS, model, depth))
     if name == "ft_l":
         return constrained_fine_tuning()
     editors = known_editors()

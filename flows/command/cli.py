@@ -232,8 +232,7 @@ def apply(directory: ExistingPath, *, delta: Delta = None, force: Force = False)
     from tasks.engine.git import commit_of
 
     section = None if delta else given_parameters().requests
-    path = (section and (section.path or section.url)) or ""
-    origin = {"list": path or section.source, "commit": commit_of(path)} if section else {}
+    origin = {"list": section.origin, "commit": commit_of(section.origin)} if section else {}
     former = applied_edits(directory)
     backup = apply_edit(directory, file, origin)
     done = "this edit is in it already" if backup in former else "edited"

@@ -211,6 +211,11 @@ class RequestsSection(Section):
         return self.source == "embedded" if self.known is None else self.known
 
     @property
+    def origin(self) -> str:
+        """The file or address of the facts, or what else they are."""
+        return self.path or self.url or self.source
+
+    @property
     def wanted(self) -> int | None:
         """The number of facts to edit; None: all of them."""
         if self.count == "auto":
@@ -320,13 +325,17 @@ class CompareSection(Section):
     """Which methods are compared, and on which records."""
 
     methods: tuple[MethodName, ...] = Field(
-        default=("unedited", "ft_w", "rome", "memit"), min_length=1
+        default=("unedited", "ft", "ft_w", "ft_bf", "rome", "memit", "alphaedit", "encore"),
+        min_length=1,
     )
     editors: UsersFile = Field(
         default=None, description="a Python file or folder with more methods"
     )
     settings: dict[MethodName, dict[str, Setting]] = Field(default={}, description="over presets")
     count: Count | None = Field(default=48, description="null: all of them")
+    at_most: dict[MethodName, Count] = Field(
+        default={"rome": 16}, description="edits of slow methods"
+    )
     seed: Seed = 0
     training_records: int = Field(default=100, ge=0, description="set aside for training editors")
     generation_records: Written = 8
@@ -336,7 +345,7 @@ class CompareSection(Section):
 class ScalingSection(Section):
     """With how many edits the methods of `compare` are tried."""
 
-    counts: tuple[Count | None, ...] = Field(default=(1, 10, 32), min_length=1)
+    counts: tuple[Count | None, ...] = Field(default=(1, 10, 32, 100), min_length=1)
     seed: Seed = Field(default=0, description="of the first sample; later samples count up")
     samples: Count = Field(default=1, description="per size, for error bars")
     least_records: Count = Field(default=10, description="small sizes are repeated up to this")

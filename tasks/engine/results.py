@@ -169,15 +169,18 @@ def upstream(*steps: str) -> dict[str, Manifest]:
 class PastRun(Value):
     """The facts of a finished run, and its delta."""
 
+    origin: str
+    """Where the facts come from."""
     records: Artifact
     delta: Artifact
 
 
-def remember_run(given: Mapping[str, Manifest]) -> None:
+def remember_run(given: Mapping[str, Manifest], origin: str) -> None:
     """Note the pieces that hold a finished run's facts and delta, and keep the note of the run
     before it, so that the two can be compared."""
-    records, delta = given["requests"].file(REQUESTS_FILE), given["edit"].file(DELTA_FILE)
-    run = PastRun(records=as_piece(records, "requests"), delta=as_piece(delta, "edit"))
+    records = as_piece(given["requests"].file(REQUESTS_FILE), "requests")
+    delta = as_piece(given["edit"].file(DELTA_FILE), "edit")
+    run = PastRun(origin=origin, records=records, delta=delta)
     runs = [known for known in last_runs() if known != run]
     write_json(_past_runs(), [known.model_dump() for known in [*runs[-1:], run]])
 
@@ -185,9 +188,10 @@ def remember_run(given: Mapping[str, Manifest]) -> None:
 def last_runs() -> list[PastRun]:
     """The last two finished runs that differ, or fewer, the older one first."""
     try:
-        return [PastRun.model_validate(run) for run in json.loads(_past_runs().read_bytes())]
+        runs = [PastRun.model_validate(run) for run in json.loads(_past_runs().read_bytes())]
     except (OSError, ValueError):
         return []
+    return [run for run in runs if run.records.intact()]
 
 
 def _past_runs() -> Path:

@@ -9,6 +9,7 @@ LABELS = {
     "unedited": "unedited",
     "ft": "FT",
     "ft_w": "FT-W",
+    "ft_bf": "FT-BF",
     "ft_l": "FT+L",
     "mend": "MEND",
     "rome": "ROME",

@@ -200,7 +200,8 @@ def finished(records: list[Record], delta: Path) -> None:
     write_file(REQUESTS_FILE, lambda path: write_records(records, path))
     copy_file(delta, DELTA_FILE)
     made = {"requests": REQUESTS_FILE, "edit": DELTA_FILE}
-    remember_run({step: finish_step(step, [path], {}, []) for step, path in made.items()})
+    manifests = {step: finish_step(step, [path], {}, []) for step, path in made.items()}
+    remember_run(manifests, "facts.jsonl")
     for step, path in made.items():
         store_piece(step, path.suffix, partial(shutil.copyfile, path))
 
@@ -245,6 +246,8 @@ def test_a_list_that_lost_many_facts_is_not_run(place: Path) -> None:
     listed(*names[:7])
     with pytest.raises(InputError, match=r"lost 3 facts .* --yes"):
         check_losses(section)
+    (place / "facts.jsonl").rename(place / "others.jsonl")
+    check_losses(RequestsSection(source="facts", path="others.jsonl"))
 
 
 def test_export_writes_a_model_that_anything_loads(
