@@ -8,10 +8,11 @@ Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evalua
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
@@ -22,8 +23,10 @@ from flows.requests import records_source
 from flows.service.step import Run, chunks, steady_chunks, step
 from flows.statistics import corpus_of
 from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
+from memit.evaluation.free_generation import free_record_means
 from memit.evaluation.generations import ANSWERS, SCHEMA
 from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
+from memit.evaluation.own_metrics import own_metrics
 from memit.evaluation.reference import References, read_snippets
 from memit.requests import Record
 from tasks.engine.artifacts import Artifact
@@ -43,6 +46,7 @@ from tasks.engine.results import (
 )
 from tasks.evaluation import (
     RECORDS_PER_PIECE,
+    OwnMetric,
     TablePiece,
     answer_in_full,
     answer_records,
@@ -52,6 +56,7 @@ from tasks.evaluation import (
     examples,
     having_prompts,
     measure_drift,
+    measure_own,
     measure_perplexity,
     metrics_of,
     read_references,
@@ -60,6 +65,7 @@ from tasks.evaluation import (
     without_details,
     write_piece,
 )
+from tasks.reporting.formats import OWN
 from tasks.reporting.labels import DECIMALS
 
 EXAMPLES = 5
@@ -82,14 +88,20 @@ class Measured:
     """None where there is no held-out text."""
     drift: float | None
     """KL from the unedited model; None where there is no held-out text."""
+    own: Mapping[str, Mapping[int, float]]
+    """Metrics of the user's own file, of each case."""
 
     def metrics(
         self, records: Sequence[Record], references: References, failed: Collection[int] = ()
     ) -> dict[str, float]:
         """All metrics; generated texts are compared with the references. `failed` are the cases
         whose edits could not be written."""
+        cases = sorted(record.case_id for record in records)
+        more = free_record_means(self.said, records) if self.said else {}
+        for name, found in self.own.items():
+            more[OWN + name] = np.array([found.get(case, np.nan) for case in cases])
         tables = self.prompts, self.texts, self.kept
-        metrics = metrics_of(*tables, records, references, failed, self.said)
+        metrics = metrics_of(*tables, records, references, failed, more)
         of_text = {"perplexity": self.perplexity, "drift": self.drift}
         known = {name: value for name, value in of_text.items() if value is not None}
         return metrics | {name: round(value, DECIMALS) for name, value in known.items()}
@@ -199,7 +211,23 @@ def measure(
         said=_said(run, records[: section.free_generation], **shared),
         perplexity=perplexity,
         drift=moved,
+        own=_own(run, records, **shared),
     )
+
+
+def _own(run: Run, records: Sequence[Record], **shared: Any) -> dict[str, dict[int, float]]:
+    """The metrics of the file in `evaluation.metrics`, of each case that has them."""
+    path = run.parameters.evaluation.metrics
+    found: dict[str, dict[int, float]] = {}
+    if path is None or not records:
+        return found
+    for name in own_metrics(path):
+        pieces = chunks(records, RECORDS_PER_PIECE)
+        values = run.map("records", measure_own, pieces, metric=OwnMetric(path, name), **shared)
+        numbers = [value for piece in values for value in piece.values]
+        pairs = zip(records, numbers, strict=True)
+        found[name] = {record.case_id: v for record, v in pairs if v is not None}
+    return found
 
 
 def _drift(run: Run, held_out: Artifact, edit: Artifact) -> float | None:

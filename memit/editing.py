@@ -18,7 +18,7 @@ from tqdm import tqdm
 from memit.batches import auto_token_budget
 from memit.corpus import read_documents, reading_parquet
 from memit.editors.base import Resources
-from memit.editors.memit import Memit
+from memit.editors.joint import editor_for
 from memit.errors import InputError
 from memit.evaluation.counterfact import prompts_of, score_prompts
 from memit.files.atomic import write_whole
@@ -64,6 +64,8 @@ def edit(
     if not records:
         raise InputError("there is nothing to edit: give at least one record.")
     lm.check_layers(settings.layers)
+    editor = editor_for(settings)
+    editor.check(lm)
     check_conflicts(records)
     prefixes = sample_prefixes(lm, seed)
     edit_rows(lm, [record.request for record in records], prefixes)
@@ -82,13 +84,13 @@ def edit(
         check_rank(moment, f"layer {layer}")
     with _bar("editing", len(records), "facts") as advance:
         resources = Resources(
-            token_budget=budget(trained_blocks=lm.depth - 1 - settings.layers[-1]),
+            token_budget=budget(trained_blocks=settings.trained_blocks(lm.depth)),
             prefixes=prefixes,
             moments=moments,
             seed=seed,
             progress=progress or advance,
         )
-        delta = Memit(settings).edit(lm, [record.request for record in records], resources)
+        delta = editor.edit(lm, [record.request for record in records], resources)
     delta.apply(lm)
     said = _said(lm, records, budget())
     delta.revert(lm)

@@ -127,8 +127,8 @@ class LanguageModel:
     def shape(self) -> ModelShape:
         """Its dimensions."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        kind = type(self.model).__name__
-        return ModelShape(self.depth, self.width, self.inner_width, parameters, kind)
+        kind, widths = type(self.model).__name__, (self.width, self.inner_width)
+        return ModelShape(self.depth, *widths, parameters, kind, self.has_output_norm)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import count as counter
 from typing import Any
 
@@ -24,7 +25,7 @@ from memit.evaluation.counterfact import (
     summarise,
 )
 from memit.evaluation.drift import drift
-from memit.evaluation.free_generation import answer_freely, free_record_means
+from memit.evaluation.free_generation import answer_freely
 from memit.evaluation.generations import (
     TOTAL_TOKENS,
     answer_briefly,
@@ -33,6 +34,7 @@ from memit.evaluation.generations import (
 )
 from memit.evaluation.intervals import bootstrap_intervals
 from memit.evaluation.kept import answers_to, kept_record_means, kept_table
+from memit.evaluation.own_metrics import Metric, own_metrics
 from memit.evaluation.perplexity import perplexity
 from memit.evaluation.reference import References, references_from_corpus
 from memit.evaluation.zsre import ZsreRecord, score_zsre, zsre_record_means
@@ -41,6 +43,7 @@ from memit.positions import open_ids
 from memit.requests import Record
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
+from tasks.engine.code import code_of_own
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.edited_model import with_edit
 from tasks.engine.loaded_model import ModelReference, loaded
@@ -66,6 +69,31 @@ class MeasuredPerplexity(Value):
     """Perplexity on held-out text; None where no document has two tokens."""
 
     perplexity: float | None
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class OwnMetric:
+    """A metric of the user's file `path`."""
+
+    path: str
+    name: str
+
+    @property
+    def measure(self) -> Metric:
+        """The function itself."""
+        return own_metrics(self.path)[self.name]
+
+    @property
+    def cache_key(self) -> dict[str, object]:
+        """Its name, and the SHA-256 of each source file that it comes from."""
+        return {"name": self.name, "code": code_of_own(self.measure)}
+
+
+class OwnValues(Value):
+    """A metric of each record; None where it has none."""
+
+    values: tuple[float | None, ...]
     cost: Cost
 
 
@@ -178,6 +206,30 @@ def measure_perplexity(
     return MeasuredPerplexity(perplexity=value, cost=meter.cost)
 
 
+@cached_task("own_metric")
+def measure_own(
+    records: Sequence[Record],
+    metric: OwnMetric,
+    model: ModelReference,
+    edit: Artifact | None,
+    token_budget: int,
+) -> OwnValues:
+    """A user's metric of some records.
+
+    Raises:
+        InputError: it gives another number of values.
+    """
+    with with_edit(model, edit) as lm, Meter() as meter:
+        found = [float(value) for value in metric.measure(lm, records, token_budget)]
+    if len(found) != len(records):
+        raise InputError(
+            f"{metric.name} in {metric.path} gives {len(found)} values for {len(records)} records: "
+            "it must give one for each."
+        )
+    known = tuple(None if np.isnan(value) else value for value in found)
+    return OwnValues(values=known, cost=meter.cost)
+
+
 @cached_task("drift")
 def measure_drift(
     held_out: Artifact, model: ModelReference, edit: Artifact, token_budget: int
@@ -216,20 +268,19 @@ def metrics_of(
     records: Sequence[Record],
     references: References,
     failed: Collection[int] = (),
-    said: pyarrow.Table | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, float]:
-    """All metrics that tables of prompts (or zsRE's answers), generated texts, kept prompts and
-    free answers support, each with its 95% bootstrap interval over records, and the number of
-    records. Records whose edit has `failed` count as failures in each metric of prompts."""
+    """All metrics that tables of prompts (or zsRE's answers), generated texts and kept prompts
+    support, and `more` of each record, each with its 95% bootstrap interval over records, and the
+    number of records. Records whose edit has `failed` count as failures in each metric of
+    prompts."""
     if "answer" in prompts.column_names:
         means, summary = _of_answers(prompts)
     else:
         means, summary = dict(record_means(prompts, failed)), summarise(prompts, failed)
     ordered = sorted(records, key=lambda record: record.case_id)
     others = generation_record_means(texts, ordered, references)
-    others |= kept_record_means(kept, ordered)
-    if said:
-        others |= free_record_means(said, ordered)
+    others |= kept_record_means(kept, ordered) | dict(more or {})
     means |= others
     summary |= {name: float(np.nanmean(values)) for name, values in others.items()}
     intervals = bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)

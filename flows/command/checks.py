@@ -18,7 +18,9 @@ from flows.command.parameters import ModelSection, Parameters, StatisticsSection
 from flows.command.script import console
 from flows.service.workers import workers_of
 from memit.corpus import read_documents
+from memit.editors.joint import editor_for
 from memit.errors import InputError, ResourceError
+from memit.evaluation.own_metrics import own_metrics
 from memit.evaluation.reference import read_snippets
 from memit.evaluation.zsre import as_records, read_zsre
 from memit.facts.records import embedded_records
@@ -106,6 +108,8 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
         records = read_source(section.source, file)[0]
     chosen = sample(records, section.wanted, section.seed) if records else []
     _check_corpus(parameters.statistics)
+    if parameters.evaluation.metrics is not None:
+        own_metrics(parameters.evaluation.metrics)
     if parameters.evaluation.snippets is not None:
         read_snippets(parameters.evaluation.snippets)
     if parameters.model.source == "synthetic":
@@ -227,6 +231,8 @@ def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[M
     layers.update(*(method.editor.moment_layers for method in methods))
     others = {getattr(method.editor, "layer", min(layers)) for method in methods}
     lm.check_layers(tuple(sorted(layers | others)))
+    for editor in (editor_for(hyperparameters), *(method.editor for method in methods)):
+        editor.check(lm)
     if section.source == "published":
         find_published(Path(str(section.path)), lm, sorted(layers))
     if section.source == "sampled":

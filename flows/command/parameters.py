@@ -34,7 +34,7 @@ from ruamel.yaml.events import AliasEvent
 from memit.editors.settings import MendSettings, SeracSettings, mend_preset, serac_preset
 from memit.errors import InputError
 from memit.files.reading import read_text
-from memit.hyperparameters import Hyperparameters, preset
+from memit.hyperparameters import Hyperparameters, joint_settings, preset
 from memit.model_shape import ModelShape
 from memit.redaction import holds_secret
 from memit.world.settings import TrainingParameters, WorldParameters
@@ -273,6 +273,7 @@ class EvaluationSection(Section):
     survival: tuple[Literal["bfloat16", "float16", "int8"], ...] = Field(
         default=(), description="also measured after rounding to these"
     )
+    metrics: UsersFile = Field(default=None, description="a Python file with more metrics")
     snippets: UsersFile = Field(default=None, description="CounterFact's attribute snippets")
     seed: Seed = Field(default=0, description="of the generated texts")
     token_budget: TokenBudget = "auto"
@@ -387,6 +388,8 @@ class Parameters(Section):
             InputError: the model has no such layer.
         """
         chosen = preset(model, shape)
+        if self.targets.site == "down_projections":
+            chosen = joint_settings(chosen)
         if self.targets.learning_rate is not None:  # a rate without its unit is absolute
             chosen = replace(chosen, rate_unit="absolute")
         merged = with_overrides(with_overrides(chosen, self.targets), self.edit)

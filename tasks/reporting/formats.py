@@ -28,6 +28,8 @@ ROWS = (
     ("drift", "Drift", "KL of next tokens there, nats"),
 )
 """The metrics of the report and of MLflow: each one's key, its name in tables, its meaning."""
+OWN = "own_"
+"""What the key of a metric from the user's own file begins with."""
 STRICT = "_accuracy"
 """What the key of a metric ends in where the model must say the object, not only prefer it."""
 STRICT_LEGEND = (

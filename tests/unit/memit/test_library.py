@@ -71,7 +71,7 @@ def test_what_cannot_work_is_refused_before_the_long_work(monkeypatch: pytest.Mo
         records = [memit.Record(0, memit.EditRequest(SUBJECTS[0], prompt, CITIES[0]))]
         memit.edit(lm, records, corpus=corpus, hyperparameters=HYPERPARAMETERS)
 
-    monkeypatch.setattr("memit.editing.Memit", None)
+    monkeypatch.setattr("memit.editing.Resources", None)
     with pytest.raises(InputError, match="128 dimensions"):
         edit("{} was born in", ["Paris."])
     monkeypatch.setattr("memit.editing.collect_second_moments", None)
