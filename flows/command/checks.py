@@ -183,7 +183,7 @@ def _check_device(device: str) -> None:
 def _check_corpus(section: StatisticsSection) -> None:
     if section.source == "dataset":
         resolve_commit(str(section.dataset), str(section.revision), "dataset")
-    if section.source == "sampled" or section.held_out is not None:
+    if section.held_out_documents and (section.source == "sampled" or section.held_out):
         _check_documents(held_out_file(section.held_out), section, 0)
     if section.source == "file":
         path = Path(str(section.path))

@@ -67,6 +67,13 @@ NEEDED = {
 }
 """The keys that a section needs with this `source`."""
 
+FILE_SOURCES = {
+    "model": ("local",),
+    "requests": ("counterfact", "facts"),
+    "statistics": ("file", "published"),
+}
+"""The sources of each section that read its `path`."""
+
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 TokenBudget = Annotated[int, Field(ge=16, le=2**26)] | Literal["auto"]
@@ -236,7 +243,9 @@ class StatisticsSection(Section):
     tokens: Count | Literal["auto"] = Field(default="auto", description="sampled: at least so many")
     seed: Seed = Field(default=0, description="sampled: of the texts")
     held_out: UsersFile = Field(default=None, description="a text for the perplexity only")
-    held_out_documents: Count = Field(default=300, description="for the perplexity only")
+    held_out_documents: int = Field(
+        default=300, ge=0, le=10**9, description="for the perplexity only; 0: none"
+    )
     token_budget: TokenBudget = "auto"
 
 
@@ -501,6 +510,16 @@ def _parse_yaml(text: str, path: Path) -> object:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         line = f"line {mark.line + 1}, " if mark else ""
         raise InputError(f"{path} is not YAML: {line}{problem}.") from None
+
+
+def check_files(parameters: Parameters) -> None:
+    """Raise `InputError` if a file that is used is not there: known before slow imports."""
+    for section, sources in FILE_SOURCES.items():
+        values = getattr(parameters, section)
+        if values.source in sources and values.path and not Path(values.path).exists():
+            raise InputError(
+                f"{values.path} does not exist: correct {section}.path in params.yaml."
+            )
 
 
 def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:
