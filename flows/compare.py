@@ -18,7 +18,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from flows.command.parameters import Parameters
-from flows.command.script import console
+from flows.command.script import console, output
 from flows.evaluation import Measured, held_out_text, measure, references_of
 from flows.report import log
 from flows.requests import split_source
@@ -39,7 +39,7 @@ from tasks.engine.checkpoints import forget_work
 from tasks.engine.cost import Cost, total_cost
 from tasks.engine.results import MEND_NETWORK_FILE, SERAC_MODELS_FILE, STATISTICS
 from tasks.evaluation import answer_piece, having_prompts, score_piece
-from tasks.reporting.comparison import Comparison, csv_text, markdown, plain, table_rows
+from tasks.reporting.comparison import LEGEND, Comparison, csv_text, markdown, plain, table_rows
 from tasks.reporting.labels import label
 from tasks.reporting.published import published
 from tasks.reporting.tracking import ParentRun
@@ -298,8 +298,9 @@ def show_results(comparison: Comparison) -> None:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
         table.add_row(*row.values())
-    console.print()
-    console.print(table)
+    output.print()
+    output.print(table)
+    output.print(LEGEND, style="dim")
     console.print(
         f"\nWith intervals, more metrics and all settings: [bold]{COMPARISON}/table.md[/]; every "
         "prompt and every text in the Parquet files beside it.\n"

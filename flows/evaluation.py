@@ -1,7 +1,8 @@
 """Step 7: measure what the edit did. Every prompt is scored before and after; all metrics follow.
 
 Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evaluation/facts.csv`,
-`evaluation/answers.csv`, `evaluation/kept.csv`, `evaluation/generated.csv` and `metrics.json`.
+`evaluation/answers.csv`, `evaluation/kept.csv`, `evaluation/generated.csv`,
+`evaluation/intervals.json` and `metrics.json`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tasks.engine.artifacts import Artifact
 from tasks.engine.results import (
     ANSWERS_FILE,
     DELTA_FILE,
+    DETAILS_FILE,
     EDIT_FILE,
     FACTS_FILE,
     GENERATED_FILE,
@@ -60,6 +62,7 @@ from tasks.evaluation import (
     read_references,
     read_table,
     score_piece,
+    without_details,
     write_piece,
 )
 from tasks.reporting.formats import OWN
@@ -126,16 +129,19 @@ def evaluation(run: Run) -> None:
     _write_answers(run)
     edit = json.loads(EDIT_FILE.read_text(encoding="utf-8"))
     failed = [one["case_id"] for one in edit["dropped"]]
-    metrics: dict[str, Any] = {
-        "before": before.metrics(records, references),
-        "after": after.metrics(records, references, failed),
-        "edit": described_edit(edit),
-    }
+    metrics, details = without_details(
+        {
+            "before": before.metrics(records, references),
+            "after": after.metrics(records, references, failed),
+        }
+    )
+    metrics["edit"] = described_edit(edit)
     if section.survival:
         metrics["survival"] = {bits: _survived(run, bits, failed) for bits in section.survival}
     if notes := run.given["requests"].notes:
         metrics["requests"] = notes
     run.write_json(METRICS_FILE, metrics)
+    run.write_json(DETAILS_FILE, details)
 
 
 def references_of(parameters: Parameters) -> References:

@@ -71,9 +71,14 @@ def candidates(width: int) -> list[float]:
 
 
 def choose_covariance_weight(
-    width: int, attempt: Callable[[float], Spread], drift_of: Callable[[Spread], float]
+    width: int,
+    attempt: Callable[[float], Spread],
+    drift_of: Callable[[Spread], float],
+    margin: float = MARGIN,
 ) -> Choice:
     """Choose λ for keys of `width` dimensions. `attempt` makes the edit with one λ.
+
+    `margin` is the share of the way that may be left beyond what the smallest λ leaves.
 
     Raises:
         NumericsError: the edit cannot be made with any λ.
@@ -84,12 +89,11 @@ def choose_covariance_weight(
     def edit(weight: float) -> Spread:
         trials[weight] = Trial(weight, inf, inf)
         made = attempt(weight)
-        left = made.residual_left / max(next(iter(made.residuals.values())), 1e-12)
-        trials[weight] = Trial(weight, left, drift_of(made))
+        trials[weight] = Trial(weight, made.share_left, drift_of(made))
         return made
 
     chosen, made = _first_possible(weights, edit)
-    allowed = trials[weights[chosen]].left + MARGIN
+    allowed = trials[weights[chosen]].left + margin
     beyond = len(weights)
     while beyond - chosen > 1:
         middle = (chosen + beyond) // 2
@@ -98,7 +102,7 @@ def choose_covariance_weight(
             chosen, made = middle, tried
         else:
             beyond = middle
-    reason = f"the largest λ that leaves at most {MARGIN:.0%} more of the way than the smallest"
+    reason = f"the largest λ that leaves at most {margin:.0%} more of the way than the smallest"
     while trials[weights[chosen]].drift > LARGEST_DRIFT and chosen + 1 < len(weights):
         chosen += 1
         made = edit(weights[chosen])

@@ -16,11 +16,12 @@ from memit.editors.fine_tuning import (
     constrained_fine_tuning,
     fine_tuning_with_decay,
 )
+from memit.editors.joint import Joint
 from memit.editors.memit import Memit
 from memit.editors.rome import rome_preset
 from memit.errors import InputError
 from memit.files.reading import check_file
-from memit.hyperparameters import Hyperparameters, published_layer
+from memit.hyperparameters import Hyperparameters, joint_settings, published_layer
 from tasks.edit import Method
 from tasks.reporting.labels import LABELS, label
 
@@ -78,6 +79,8 @@ def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int)
         return breadth_first_fine_tuning(published_layer(PUBLISHED_LAYERS, model, depth))
     if name == "ft_l":
         return constrained_fine_tuning()
+    if name == "joint":
+        return Joint(joint_settings(hyperparameters))
     editors = known_editors()
     if name not in editors:
         known = ", ".join(dict.fromkeys([*LABELS, *editors]))

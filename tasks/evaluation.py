@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count as counter
 from typing import Any
@@ -38,6 +38,8 @@ from memit.evaluation.own_metrics import Metric, own_metrics
 from memit.evaluation.perplexity import perplexity
 from memit.evaluation.reference import References, references_from_corpus
 from memit.evaluation.zsre import ZsreRecord, score_zsre, zsre_record_means
+from memit.language_model import LanguageModel
+from memit.positions import open_ids
 from memit.requests import Record
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
@@ -45,11 +47,13 @@ from tasks.engine.code import code_of_own
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.edited_model import with_edit
 from tasks.engine.loaded_model import ModelReference, loaded
-from tasks.engine.progress import piece_progress
+from tasks.engine.progress import piece_progress, progress_bar
 from tasks.reporting.labels import DECIMALS
 from tasks.requests import Source, read_source
 from tasks.statistics import Corpus, read_texts
 
+DETAILS = ("_low", "_high", "_magnitude")
+"""What the keys of intervals and magnitudes end in."""
 RECORDS_PER_PIECE = 16
 """Records whose texts are generated in a piece: a text takes a hundred steps."""
 
@@ -197,8 +201,8 @@ def measure_perplexity(
     documents = read_texts(held_out.checked())
     with with_edit(model, edit) as lm, Meter() as meter:
         value = None
-        with suppress(InputError):
-            value = perplexity(lm, documents, token_budget=token_budget)
+        with suppress(InputError), _token_bar("perplexity", lm, documents) as advance:
+            value = perplexity(lm, documents, token_budget=token_budget, progress=advance)
     return MeasuredPerplexity(perplexity=value, cost=meter.cost)
 
 
@@ -234,9 +238,20 @@ def measure_drift(
     documents = read_texts(held_out.checked())
     with loaded(model) as lm, Meter() as meter:
         value = None
-        with suppress(InputError):
-            value = drift(lm, load_edit(edit.checked()), documents, token_budget=token_budget)
+        with suppress(InputError), _token_bar("drift", lm, documents) as advance:
+            applied = load_edit(edit.checked())
+            value = drift(lm, applied, documents, token_budget=token_budget, progress=advance)
     return MeasuredDrift(drift=value, cost=meter.cost)
+
+
+@contextmanager
+def _token_bar(
+    name: str, lm: LanguageModel, documents: Sequence[str]
+) -> Iterator[Callable[[int], None]]:
+    """A bar of the tokens of documents that are predicted."""
+    lengths = [min(len(ids), lm.context_length) for ids in open_ids(lm.tokenizer, documents)]
+    with progress_bar(name, sum(max(length - 1, 0) for length in lengths), "tokens") as bar:
+        yield bar.advance
 
 
 def read_table(pieces: Sequence[TablePiece], schema: pyarrow.Schema | None = None) -> pyarrow.Table:
@@ -277,6 +292,17 @@ def _of_answers(answers: pyarrow.Table) -> tuple[dict[str, np.ndarray], dict[str
     means = zsre_record_means(answers)
     values = {name: float(of.mean()) for name, of in means.items()}
     return means, {"score": harmonic_mean(list(values.values()))} | values
+
+
+def without_details(
+    metrics: Mapping[str, Mapping[str, float]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metrics by which runs are compared, and apart from them intervals and magnitudes."""
+    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for state, values in metrics.items():
+        for number, part in enumerate(parts):
+            part[state] = {k: v for k, v in values.items() if k.endswith(DETAILS) == bool(number)}
+    return parts
 
 
 def described_edit(summary: Mapping[str, Any]) -> dict[str, Any]:

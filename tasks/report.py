@@ -19,6 +19,7 @@ from tasks.engine.artifacts import write_json, write_text
 from tasks.engine.cost import Cost
 from tasks.engine.loaded_model import ModelFiles
 from tasks.engine.results import (
+    DETAILS_FILE,
     EDIT_FILE,
     FACTS_FILE,
     FIGURES,
@@ -53,6 +54,8 @@ def write_report(
 ) -> None:
     """Draw the figures, and write the table and the page, which shows the arguments."""
     metrics, edit = read_json(METRICS_FILE), read_json(EDIT_FILE)
+    for state, values in read_json(DETAILS_FILE).items():
+        metrics[state] |= values
     prompts, facts = parquet.read_table(PROMPTS_FILE), read_facts()
     sentences = verdict(facts, edit, metrics)
     figures = {

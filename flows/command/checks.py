@@ -18,6 +18,7 @@ from flows.command.parameters import ModelSection, Parameters, StatisticsSection
 from flows.command.script import console
 from flows.service.workers import workers_of
 from memit.corpus import read_documents
+from memit.editors.joint import editor_for
 from memit.errors import InputError, ResourceError
 from memit.evaluation.own_metrics import own_metrics
 from memit.evaluation.reference import read_snippets
@@ -182,7 +183,7 @@ def _check_device(device: str) -> None:
 def _check_corpus(section: StatisticsSection) -> None:
     if section.source == "dataset":
         resolve_commit(str(section.dataset), str(section.revision), "dataset")
-    if section.source == "sampled" or section.held_out is not None:
+    if section.held_out_documents and (section.source == "sampled" or section.held_out):
         _check_documents(held_out_file(section.held_out), section, 0)
     if section.source == "file":
         path = Path(str(section.path))
@@ -230,6 +231,8 @@ def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[M
     layers.update(*(method.editor.moment_layers for method in methods))
     others = {getattr(method.editor, "layer", min(layers)) for method in methods}
     lm.check_layers(tuple(sorted(layers | others)))
+    for editor in (editor_for(hyperparameters), *(method.editor for method in methods)):
+        editor.check(lm)
     if section.source == "published":
         find_published(Path(str(section.path)), lm, sorted(layers))
     if section.source == "sampled":

@@ -58,6 +58,8 @@ def export_edit(
             said += f". {note}"
         metrics = read_json(METRICS_FILE) if is_of_last_run(delta_file) else None
         make_card(kind, delta.provenance, license_, metrics, note).save(partial / "README.md")
+        for file in partial.glob("*.safetensors"):  # which safetensors lets nobody else read
+            file.chmod((partial / "README.md").stat().st_mode)
         os.replace(partial, directory)  # replaces an empty directory, but no other
     return said
 

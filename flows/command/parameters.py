@@ -34,7 +34,7 @@ from ruamel.yaml.events import AliasEvent
 from memit.editors.settings import MendSettings, SeracSettings, mend_preset, serac_preset
 from memit.errors import InputError
 from memit.files.reading import read_text
-from memit.hyperparameters import Hyperparameters, preset
+from memit.hyperparameters import Hyperparameters, joint_settings, preset
 from memit.model_shape import ModelShape
 from memit.redaction import holds_secret
 from memit.world.settings import TrainingParameters, WorldParameters
@@ -66,6 +66,13 @@ NEEDED = {
     ("statistics", "dataset"): ("dataset", "revision", "documents"),
 }
 """The keys that a section needs with this `source`."""
+
+FILE_SOURCES = {
+    "model": ("local",),
+    "requests": ("counterfact", "facts"),
+    "statistics": ("file", "published"),
+}
+"""The sources of each section that read its `path`."""
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -236,7 +243,9 @@ class StatisticsSection(Section):
     tokens: Count | Literal["auto"] = Field(default="auto", description="sampled: at least so many")
     seed: Seed = Field(default=0, description="sampled: of the texts")
     held_out: UsersFile = Field(default=None, description="a text for the perplexity only")
-    held_out_documents: Count = Field(default=300, description="for the perplexity only")
+    held_out_documents: int = Field(
+        default=300, ge=0, le=10**9, description="for the perplexity only; 0: none"
+    )
     token_budget: TokenBudget = "auto"
 
 
@@ -379,6 +388,8 @@ class Parameters(Section):
             InputError: the model has no such layer.
         """
         chosen = preset(model, shape)
+        if self.targets.site == "down_projections":
+            chosen = joint_settings(chosen)
         if self.targets.learning_rate is not None:  # a rate without its unit is absolute
             chosen = replace(chosen, rate_unit="absolute")
         merged = with_overrides(with_overrides(chosen, self.targets), self.edit)
@@ -499,6 +510,16 @@ def _parse_yaml(text: str, path: Path) -> object:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         line = f"line {mark.line + 1}, " if mark else ""
         raise InputError(f"{path} is not YAML: {line}{problem}.") from None
+
+
+def check_files(parameters: Parameters) -> None:
+    """Raise `InputError` if a file that is used is not there: known before slow imports."""
+    for section, sources in FILE_SOURCES.items():
+        values = getattr(parameters, section)
+        if values.source in sources and values.path and not Path(values.path).exists():
+            raise InputError(
+                f"{values.path} does not exist: correct {section}.path in params.yaml."
+            )
 
 
 def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:

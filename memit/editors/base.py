@@ -94,6 +94,10 @@ class Editor(ABC):
         """
         return None
 
+    def check(self, lm: LanguageModel) -> None:
+        """Raise `InputError` for a model that it cannot edit, which may have no weights yet."""
+        return
+
     @abstractmethod
     def edit(
         self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources

@@ -54,6 +54,8 @@ class ModelFiles(Value):
     inner_width: int
     """Input size f of the down-projection."""
     parameters: int
+    output_norm: bool = False
+    """Whether a norm follows the down-projections."""
     recall: float | None = None
     """Of a model trained here: share of its facts, in percent, that it answers (argmax)."""
 
@@ -61,7 +63,8 @@ class ModelFiles(Value):
     def shape(self) -> ModelShape:
         """The kind and the dimensions that costs and presets depend on."""
         widths = self.width, self.inner_width
-        return ModelShape(self.layers, *widths, self.parameters, self.architecture)
+        kind = self.architecture, self.output_norm
+        return ModelShape(self.layers, *widths, self.parameters, *kind)
 
     def within(self, directory: Path) -> Path:
         """What to load from the directory that holds the files: itself, or its GGUF file."""

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from prefect.context import FlowRunContext
 from pydantic import Field, ValidationError
 
 from memit.errors import IntegrityError
@@ -53,6 +52,7 @@ GENERATIONS_FILE = EVALUATION / "generations.parquet"
 KEPT_FILE = EVALUATION / "kept.csv"
 GENERATED_FILE = EVALUATION / "generated.csv"
 FACTS_FILE = EVALUATION / "facts.csv"
+DETAILS_FILE = EVALUATION / "intervals.json"
 METRICS_FILE = Path("metrics.json")
 TIMINGS_FILE = Path("timings.json")
 REPORT = Path("report")
@@ -119,6 +119,9 @@ def finish_step(
     )
     _remove_stale(manifest)
     write_json(_step_file(step), manifest.model_dump())
+    # Commands that only read results need no Prefect, whose import takes a second.
+    from prefect.context import FlowRunContext
+
     context = FlowRunContext.get()
     if context is not None and context.flow_run is not None:
         write_text(_flow_run_note(manifest), str(context.flow_run.id))

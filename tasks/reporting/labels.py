@@ -14,6 +14,7 @@ LABELS = {
     "mend": "MEND",
     "rome": "ROME",
     "memit": "MEMIT",
+    "joint": "JOINT",
     "memit_sequence": "MEMIT in sequence",
     "memit_forgetting": "MEMIT, forgetting",
     "encore": "ENCORE",

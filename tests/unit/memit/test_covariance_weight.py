@@ -31,7 +31,7 @@ WEIGHTS = candidates(512)
 
 
 def _made(left: float) -> Spread:
-    return Spread(WeightDelta({}), {3: 10.0, 4: 7.0}, {}, 10 * left, {})
+    return Spread(WeightDelta({}), {3: 10.0, 4: 7.0}, {}, 10 * left, left, {})
 
 
 def test_candidates_are_half_decades_around_the_width() -> None:
