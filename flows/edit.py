@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from flows.service.step import Run, step
 from memit.editors.joint import editor_for
-from memit.hyperparameters import settings_note
 from tasks.edit import Method, changed_weights, describe_edit, edit_with
 from tasks.engine.results import (
     DELTA_FILE,
@@ -42,5 +41,5 @@ def edit(run: Run) -> None:
     )
     run.copy(made.edit, DELTA_FILE)
     run.copy(changed_weights(run.model, made.edit), EDITED_WEIGHTS_FILE)
-    note = settings_note(run.model.model.id, run.model.model.shape, run.hyperparameters)
+    note = run.parameters.settings_note(run.model.model.id, run.model.model.shape)
     run.write_json(EDIT_FILE, describe_edit(made, TARGETS_FILE, REQUESTS_FILE, note))

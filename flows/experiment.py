@@ -17,7 +17,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from flows.command.checks import check_comparison, check_list, check_scaling
+from flows.command.checks import check_comparison, check_inputs, check_list, check_scaling
 from flows.command.limits import check_limits
 from flows.command.parameters import Parameters
 from flows.command.script import console, output
@@ -35,6 +35,7 @@ from flows.service.dvc_lock import commit_stages
 from flows.service.step import chain
 from flows.statistics import statistics
 from flows.targets import targets
+from flows.tune import tune
 from memit.redaction import one_line
 from tasks.engine.artifacts import remove_leftovers
 from tasks.engine.results import ANSWERS_FILE, EDIT_FILE, METRICS_FILE, PAGE_FILE, STEPS
@@ -74,6 +75,12 @@ def comparison(parameters: Parameters) -> None:
 def scaling_run(parameters: Parameters) -> None:
     """All methods on more and more edits: table and figure in `scaling/`."""
     _run_up_to(scaling, parameters)
+
+
+@chain("tuning", check_inputs)
+def tuning(parameters: Parameters) -> None:
+    """Settings for the model: the trials and the preset in `tuning/`."""
+    run_steps((model, prefixes, tune), parameters, of=3)
 
 
 def _run_up_to(last: Step, parameters: Parameters) -> None:

@@ -113,15 +113,25 @@ class Preset:
 def presets() -> tuple[Preset, ...]:
     """All presets, by the names of their files."""
     folder = files("memit") / "presets"
-    return tuple(_read_preset(file) for file in sorted(folder.iterdir(), key=lambda f: f.name))
+    return tuple(read_preset(file) for file in sorted(folder.iterdir(), key=lambda f: f.name))
 
 
-def _read_preset(file: Traversable) -> Preset:
-    content = tomllib.loads(file.read_text(encoding="utf-8"))
-    settings = content.pop("settings")
-    for lists, name in ((settings, "layers"), (content, "models"), (content, "size")):
-        lists[name] = tuple(lists.get(name, ()))
-    return Preset(settings=Hyperparameters(**settings), **content)
+def read_preset(file: Traversable) -> Preset:
+    """The preset in a file.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        settings = content.pop("settings")
+        for lists, name in ((settings, "layers"), (content, "models"), (content, "size")):
+            lists[name] = tuple(lists.get(name, ()))
+        return Preset(settings=Hyperparameters(**settings), **content)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{file} is no preset ({error}): name a file like those that memit tune writes."
+        ) from None
 
 
 def short_name(model_name: str) -> str:

@@ -25,7 +25,6 @@ from memit.evaluation.reference import read_snippets
 from memit.evaluation.zsre import as_records, read_zsre
 from memit.facts.records import embedded_records
 from memit.files.reading import check_file
-from memit.hyperparameters import settings_note
 from memit.language_model import LanguageModel
 from memit.model_shape import ModelShape
 from memit.requests import Record, drop_conflicts
@@ -225,7 +224,7 @@ def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[M
     """Check that MEMIT and `methods` can edit their layers, and that published statistics exist,
     or that the model can write texts; say which settings nobody has checked."""
     section, hyperparameters = parameters.statistics, parameters.hyperparameters(lm.name, lm.shape)
-    if note := settings_note(lm.name, lm.shape, hyperparameters):
+    if note := parameters.settings_note(lm.name, lm.shape):
         console.print("[yellow]settings:[/]", Text(note), soft_wrap=True)
     layers = set(hyperparameters.layers)
     layers.update(*(method.editor.moment_layers for method in methods))

@@ -149,6 +149,20 @@ def check(file: Path) -> None:
 
 
 @app.command
+def tune() -> None:
+    """Find settings for the model of params.yaml, on facts that are not yours.
+
+    Tries layers, λ and the effort for targets, for as long as `tune.minutes` says, and leaves a
+    preset and the trials in tuning/. A search that was stopped goes on.
+    """
+    given_parameters()
+    from flows.command.checks import check_inputs
+    from flows.experiment import tuning
+
+    run_flow(tuning, check_inputs)
+
+
+@app.command
 def presets() -> None:
     """List the models that settings are known for, and whether this project has checked them."""
     from flows.command.presets import presets_table

@@ -17,7 +17,7 @@ from flows.command import costs
 from flows.command.costs import Lengths
 from flows.command.parameters import ModelSection, Parameters
 from memit.covariance_weight import TRIALS
-from memit.hyperparameters import AUTO, Hyperparameters, settings_note, summary
+from memit.hyperparameters import AUTO, Hyperparameters, summary
 from memit.layer_walk import HELD_IN_MEMORY
 from memit.positions import TokenRow
 from memit.requests import Record
@@ -55,7 +55,7 @@ def add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) -
     )
     table.add_row("weak edits", Text(weak_keys(requests, rows) or "none"))
     hyperparameters = parameters.hyperparameters(files.id, files.shape)
-    note = settings_note(files.id, files.shape, hyperparameters)
+    note = parameters.settings_note(files.id, files.shape)
     table.add_row("settings", Text(note or summary(hyperparameters)))
     if parameters.statistics.source == "sampled":
         tokens = wanted_tokens(parameters.statistics.tokens, files.inner_width)

@@ -34,7 +34,13 @@ from ruamel.yaml.events import AliasEvent
 from memit.editors.settings import MendSettings, SeracSettings, mend_preset, serac_preset
 from memit.errors import InputError
 from memit.files.reading import read_text
-from memit.hyperparameters import Hyperparameters, joint_settings, preset
+from memit.hyperparameters import (
+    Hyperparameters,
+    joint_settings,
+    preset,
+    read_preset,
+    settings_note,
+)
 from memit.model_shape import ModelShape
 from memit.redaction import holds_secret
 from memit.world.settings import TrainingParameters, WorldParameters
@@ -259,6 +265,7 @@ class TargetsSection(settings_section(ANY_MODEL, TARGETS, optional=True)):
 class EditSection(settings_section(ANY_MODEL, EDIT, optional=True)):
     """Which layers are edited and how (Algorithm 1)."""
 
+    preset: UsersFile = Field(default=None, description="a preset of your own, from memit tune")
     on_failure: Literal["stop", "drop"] = Field(default="stop", description="of single edits")
     token_budget: TokenBudget = "auto"
 
@@ -362,6 +369,15 @@ class TracingSection(Section):
     token_budget: TokenBudget = "auto"
 
 
+class TuneSection(Section):
+    """How `memit tune` looks for settings."""
+
+    minutes: int = Field(default=30, ge=1, le=10_000, description="for the search")
+    facts: str | None = Field(default=None, description="a file; null: facts set aside for this")
+    count: int = Field(default=24, ge=8, le=10_000, description="of the search; as many check it")
+    seed: Seed = 0
+
+
 class Parameters(Section):
     """Everything in `params.yaml`."""
 
@@ -380,6 +396,7 @@ class Parameters(Section):
     compare: CompareSection = CompareSection()
     scaling: ScalingSection = ScalingSection()
     tracing: TracingSection = TracingSection()
+    tune: TuneSection = TuneSection()
 
     def hyperparameters(self, model: str, shape: ModelShape) -> Hyperparameters:
         """The preset of a model, with the overrides of `targets` and `edit`.
@@ -387,7 +404,8 @@ class Parameters(Section):
         Raises:
             InputError: the model has no such layer.
         """
-        chosen = preset(model, shape)
+        own = self.edit.preset
+        chosen = preset(model, shape) if own is None else read_preset(Path(own)).settings
         if self.targets.site == "down_projections":
             chosen = joint_settings(chosen)
         if self.targets.learning_rate is not None:  # a rate without its unit is absolute
@@ -399,6 +417,12 @@ class Parameters(Section):
                 f"{shape.depth} blocks: the layers are 0 to {shape.depth - 1}."
             )
         return merged
+
+    def settings_note(self, model: str, shape: ModelShape) -> str | None:
+        """Which settings nobody has checked, in one line; None with a checked preset."""
+        if self.edit.preset is not None:
+            return None
+        return settings_note(model, shape, self.hyperparameters(model, shape))
 
     def mend_settings(self, model: str) -> MendSettings:
         """The preset of a model, with the overrides of `mend`."""

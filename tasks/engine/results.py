@@ -68,6 +68,7 @@ STEP_FILES = {
     "serac": SERAC / "step.json",
     "compare": Path("comparison/step.json"),
     "scaling": Path("scaling/step.json"),
+    "tune": Path("tuning/step.json"),
     "tracing": Path("tracing/step.json"),
 }
 """Files of steps outside of the experiment; those of its own steps are in `artifacts/steps/`, on
