@@ -58,11 +58,11 @@ deploy: $(STAMP) ## run the experiment as a Prefect deployment and serve it (ONC
 methods/dvc.yaml: methods/stages.yaml
 	@cp $< $@
 
-compare: $(STAMP) methods/dvc.yaml ## all methods on the same records: the table in comparison/
-	@$(BIN)/python -m flows.command.cli repro methods/dvc.yaml:compare
+compare: $(STAMP) ## compare.methods on the same records: the table in comparison/
+	@$(BIN)/python -m flows.command.cli compare
 
-scale: $(STAMP) methods/dvc.yaml ## all methods on ever more edits: table and figure in scaling/
-	@$(BIN)/python -m flows.command.cli repro methods/dvc.yaml:scaling
+scale: $(STAMP) ## compare.methods on ever more edits: table and figure in scaling/
+	@$(BIN)/python -m flows.command.cli scale
 
 trace: $(STAMP) methods/dvc.yaml ## causal tracing: which layers carry the facts: the figure in tracing/
 	@$(BIN)/python -m flows.command.cli repro methods/dvc.yaml:tracing
@@ -104,9 +104,8 @@ chaos: $(STAMP) ## kill the experiment at random (SEED=, KILLS=, SIZE=small): do
 	@$(BIN)/python -m tests.acceptance.chaos --seed $(SEED) --kills $(KILLS) --size $(SIZE) \
 	  $(if $(filter default,$(SIZE)),--write)
 
-ui: $(STAMP) ## the experiments in MLflow, at http://127.0.0.1:5000
-	@DO_NOT_TRACK=1 MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-	  $(BIN)/python -m mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
+ui: $(STAMP) ## the experiments in MLflow's pages (PREFECT=1: and Prefect's)
+	@$(BIN)/python -m flows.command.cli ui $(if $(PREFECT),--prefect)
 
 clean: ## delete caches and results, keep .venv, MLflow's store, DVC's cache and files of yours
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from flows.command.script import given_parameters, run_flow
+from flows.command.script import given_parameters, ready_parameters, run_flow
 
 CHECKS = {
     "experiment": "check_list",
@@ -22,8 +22,8 @@ results that they read."""
 
 def main(name: str) -> None:
     """Run a flow."""
-    given_parameters()
     check = CHECKS.get(name)
+    ready_parameters() if check else given_parameters()
     run_flow(
         getattr(import_module(f"flows.{name}"), name),
         getattr(import_module("flows.command.checks"), check) if check else None,

@@ -18,7 +18,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from flows.command.parameters import Parameters
-from flows.command.script import console
+from flows.command.script import console, output
 from flows.evaluation import Measured, held_out_text, measure, references_of
 from flows.report import log
 from flows.requests import split_source
@@ -39,7 +39,7 @@ from tasks.engine.checkpoints import forget_work
 from tasks.engine.cost import Cost, total_cost
 from tasks.engine.results import MEND_NETWORK_FILE, SERAC_MODELS_FILE, STATISTICS
 from tasks.evaluation import answer_piece, having_prompts, score_piece
-from tasks.reporting.comparison import Comparison, csv_text, markdown, plain, table_rows
+from tasks.reporting.comparison import LEGEND, Comparison, csv_text, markdown, plain, table_rows
 from tasks.reporting.labels import label
 from tasks.reporting.published import published
 from tasks.reporting.tracking import ParentRun
@@ -91,6 +91,10 @@ class Setup:
             ).records
         return Sample(file, tuple(read_counterfact(file.checked())))
 
+    def most(self, method: Method) -> int:
+        """How many of the records a method may edit."""
+        return self.run.parameters.compare.at_most.get(method.name, self.split.count)
+
 
 @dataclass(frozen=True)
 class SharedTargets:
@@ -115,16 +119,17 @@ def compare(run: Run) -> None:
     """Edit with each method, measure it, and put all of them into one table."""
     setup = prepare(run, COMPARISON)
     section = run.parameters.compare
-    sample = setup.draw(section.count, section.seed)
     tried: dict[str, Tried] = {}
     for method in setup.methods:
+        count = min(setup.most(method), section.count or setup.split.count)
+        sample = setup.draw(count, section.seed)
         targets = shared_targets(setup, method, sample.records)
         edit, measured = try_method(
             setup, method, sample, targets, section.generation_records, section.seed, thorough=True
         )
-        tried[method.name] = edit, measured
+        tried[method.name] = sample, edit, measured
         console.print(f"[green]✓[/] {label(method.name):<10} {edit.cost.seconds:9.1f} s of editing")
-    comparison = _compare(setup, sample, tried)
+    comparison = _compare(setup, tried)
     _write(run, comparison, tried)
     logged = {
         name: [(key, value, 0) for key, value in metrics.items()]
@@ -193,8 +198,8 @@ def _moments(run: Run, methods: Sequence[Method], folder: Path) -> dict[int, Art
 
 # --- editing and measuring ----------------------------------------------------------------------
 
-Tried = tuple[MethodEdit, Measured]
-"""What a method made of a sample, and what that did."""
+Tried = tuple[Sample, MethodEdit, Measured]
+"""A sample, what a method made of it, and what that did."""
 
 
 def shared_targets(setup: Setup, method: Method, records: Sequence[Record]) -> SharedTargets | None:
@@ -247,7 +252,7 @@ def try_method(
     seed: int,
     *,
     thorough: bool,
-) -> Tried:
+) -> tuple[MethodEdit, Measured]:
     """Edit, score the sample's prompts, and let the model write about `texts_of` of its records.
 
     A thorough measurement takes the perplexity, and asks the neighborhood prompts behind the
@@ -293,35 +298,39 @@ def show_results(comparison: Comparison) -> None:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
         table.add_row(*row.values())
-    console.print()
-    console.print(table)
+    output.print()
+    output.print(table)
+    output.print(LEGEND, style="dim")
     console.print(
         f"\nWith intervals, more metrics and all settings: [bold]{COMPARISON}/table.md[/]; every "
         "prompt and every text in the Parquet files beside it.\n"
     )
 
 
-def _compare(setup: Setup, sample: Sample, tried: Mapping[str, Tried]) -> Comparison:
+def _compare(setup: Setup, tried: Mapping[str, Tried]) -> Comparison:
     parameters, model = setup.run.parameters, setup.run.model.model
     references = references_of(parameters) if setup.questions is None else {}
     methods = {
         name: measured.metrics(sample.records, references, sample.cases(edit.dropped))
         | {"seconds": edit.cost.seconds}
-        for name, (edit, measured) in tried.items()
+        for name, (sample, edit, measured) in tried.items()
     }
+    edits = {name: len(sample.records) for name, (sample, _, _) in tried.items()}
     data_set = parameters.requests.source if setup.questions is None else "zsre"
     return Comparison(
         model=model.id,
-        records=len(sample.records),
+        records=max(edits.values()),
+        edits=edits,
         methods=methods,
         exact_entropy=word_tokenizer()[1],
-        published=published(data_set, model.id, len(sample.records)),
-        notes=tuple(_notes(setup, sample, tried)),
+        published=published(data_set, model.id, max(edits.values())),
+        notes=tuple(_notes(setup, tried)),
     )
 
 
-def _notes(setup: Setup, sample: Sample, tried: Mapping[str, Tried]) -> Iterator[str]:
+def _notes(setup: Setup, tried: Mapping[str, Tried]) -> Iterator[str]:
     split, section = setup.split, setup.run.parameters.compare
+    sample = max((sample for sample, _, _ in tried.values()), key=lambda each: len(each.records))
     yield (
         f"{len(sample.records)} of {split.count} records that can be edited; {split.dropped} were "
         f"left out because they contradict others, {split.training_count} were set aside for "
@@ -336,7 +345,7 @@ def _notes(setup: Setup, sample: Sample, tried: Mapping[str, Tried]) -> Iterator
         yield f"GE and RS are of the texts of {written} records."
     for method in setup.methods:
         yield f"{label(method.name)}: {method.editor}"
-    for name, (edit, _) in tried.items():
+    for name, (_, edit, _) in tried.items():
         if edit.dropped:
             count = len(edit.dropped)
             yield f"{label(name)}: {count} requests could not be written and count as failures."
@@ -345,7 +354,7 @@ def _notes(setup: Setup, sample: Sample, tried: Mapping[str, Tried]) -> Iterator
 def _write(run: Run, comparison: Comparison, tried: Mapping[str, Tried]) -> None:
     for part in ("prompts", "texts"):
         named = [
-            _with_method(name, getattr(measured, part)) for name, (_, measured) in tried.items()
+            _with_method(name, getattr(measured, part)) for name, (_, _, measured) in tried.items()
         ]
         table = pyarrow.concat_tables(named)
         path = COMPARISON / ("generations.parquet" if part == "texts" else "prompts.parquet")

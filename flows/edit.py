@@ -7,8 +7,7 @@ and `edit.json` with the sizes of targets, residuals and updates.
 from __future__ import annotations
 
 from flows.service.step import Run, step
-from memit.editors.memit import Memit
-from memit.hyperparameters import settings_note
+from memit.editors.joint import editor_for
 from tasks.edit import Method, changed_weights, describe_edit, edit_with
 from tasks.engine.results import (
     DELTA_FILE,
@@ -23,7 +22,8 @@ from tasks.engine.results import (
 @step("edit", reads=("model", "requests", "prefixes", "statistics", "targets"))
 def edit(run: Run) -> None:
     """Compute the updates of all layers, or find those of the same inputs."""
-    method = Method("memit", Memit(run.hyperparameters))
+    editor = editor_for(run.hyperparameters)
+    method = Method(editor.name, editor)
     section = run.parameters.edit
     made = run.compute(
         edit_with,
@@ -41,5 +41,5 @@ def edit(run: Run) -> None:
     )
     run.copy(made.edit, DELTA_FILE)
     run.copy(changed_weights(run.model, made.edit), EDITED_WEIGHTS_FILE)
-    note = settings_note(run.model.model.id, run.model.model.shape, run.hyperparameters)
+    note = run.parameters.settings_note(run.model.model.id, run.model.model.shape)
     run.write_json(EDIT_FILE, describe_edit(made, TARGETS_FILE, REQUESTS_FILE, note))

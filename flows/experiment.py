@@ -6,6 +6,8 @@ Steps and pieces that are unchanged come from caches.
 from __future__ import annotations
 
 import csv
+import shlex
+import shutil
 import time
 from collections.abc import Sequence
 
@@ -15,10 +17,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from flows.command.checks import check_comparison, check_list, check_scaling
+from flows.command.checks import check_comparison, check_inputs, check_list, check_scaling
 from flows.command.limits import check_limits
 from flows.command.parameters import Parameters
-from flows.command.script import console
+from flows.command.script import console, output
 from flows.compare import compare, learning_steps
 from flows.edit import edit
 from flows.evaluation import evaluation
@@ -33,9 +35,10 @@ from flows.service.dvc_lock import commit_stages
 from flows.service.step import chain
 from flows.statistics import statistics
 from flows.targets import targets
+from flows.tune import tune
 from memit.redaction import one_line
 from tasks.engine.artifacts import remove_leftovers
-from tasks.engine.results import ANSWERS_FILE, EDIT_FILE, METRICS_FILE, STEPS
+from tasks.engine.results import ANSWERS_FILE, EDIT_FILE, METRICS_FILE, PAGE_FILE, STEPS
 from tasks.report import read_facts, rows
 from tasks.reporting.formats import STRICT_LEGEND, read_json
 from tasks.reporting.verdict import DAMAGE, verdict
@@ -74,6 +77,12 @@ def scaling_run(parameters: Parameters) -> None:
     _run_up_to(scaling, parameters)
 
 
+@chain("tuning", check_inputs)
+def tuning(parameters: Parameters) -> None:
+    """Settings for the model: the trials and the preset in `tuning/`."""
+    run_steps((model, prefixes, tune), parameters, of=3)
+
+
 def _run_up_to(last: Step, parameters: Parameters) -> None:
     learning = [LEARNING[name] for name in learning_steps(parameters)]
     steps = (model, prefixes, statistics, *learning, last)
@@ -106,20 +115,31 @@ def show_results(seconds: float) -> None:
     table.add_column("")
     for row in rows(metrics):
         table.add_row(*row.values())
-    console.print()
-    console.print(table)
-    console.print(STRICT_LEGEND, style="dim")
-    console.print(answers_table())
+    output.print()
+    output.print(table)
+    output.print(STRICT_LEGEND, style="dim")
+    output.print(answers_table())
+    output.print()
     for sentence in verdict(read_facts(), read_json(EDIT_FILE), metrics):
         style = "bold red" if sentence.startswith(DAMAGE) else ""
-        console.print(Text(one_line(sentence), style=style))
-    console.print(
-        "\nWhere to look next:\n"
-        "  [bold]report/index.html[/]     what became of each fact: open it in a browser\n"
-        "  [bold]make ui[/]               every experiment in MLflow, in the browser\n"
-        "  [bold]dvc metrics diff[/]      what changed since the last commit\n"
-        '  [bold]make ask PROMPT="..."[/]  how both models go on\n'
-    )
+        output.print(Text(f"• {one_line(sentence)}", style=style))
+    with open(ANSWERS_FILE, encoding="utf-8", newline="") as file:
+        prompt = next(csv.DictReader(file))["prompt"]
+    console.print("\nWhere to look next:")
+    for meaning, command in (
+        ("what became of each fact", f"{PAGE_FILE} in a browser"),
+        ("all experiments", _command("ui")),
+        ("how both models go on", _command("ask", prompt)),
+    ):
+        console.print(Text.assemble(f"  {meaning:<25}", (command, "bold")), soft_wrap=True)
+
+
+def _command(name: str, prompt: str = "") -> str:
+    """How a command is typed in this shell: `memit` itself is there in an active environment."""
+    if shutil.which("memit"):
+        return f"memit {name} {shlex.quote(prompt)}" if prompt else f"memit {name}"
+    in_make = shlex.quote(prompt.replace("$", "$$"))
+    return f"make {name} PROMPT={in_make}" if prompt else f"make {name}"
 
 
 def answers_table() -> Table:

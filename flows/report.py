@@ -42,7 +42,7 @@ def report(run: Run) -> None:
         beyond=beyond_limits(run.parameters.limits),
     )
     log(run.parameters, experiment)
-    remember_run(run.given)
+    remember_run(run.given, run.parameters.requests.origin)
 
 
 def log(parameters: Parameters, run: Experiment | ParentRun) -> None:

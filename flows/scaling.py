@@ -70,6 +70,8 @@ def _points(setup: Setup, samples: list[tuple[int, Sample]]) -> Iterator[Point]:
     targets = {method.name: shared_targets(setup, method, records) for method in setup.methods}
     for seed, sample in samples:
         for method in setup.methods:
+            if len(sample.records) > setup.most(method):
+                continue
             ready = targets[method.name]
             edit, measured = try_method(
                 setup, method, sample, ready, section.generation_records, seed, thorough=False
@@ -108,6 +110,8 @@ def _notes(setup: Setup, points: list[Point]) -> Iterator[str]:
     yield f"GE is of the texts of {'all' if written is None else f'at most {written}'} records"
     for method in setup.methods:
         yield f"{label(method.name)}: {method.editor}"
+        if setup.most(method) < split.count:
+            yield f"{label(method.name)}: samples of at most {setup.most(method)} records"
     for point in points:
         if dropped := point.metrics["dropped"]:
             yield (

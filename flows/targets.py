@@ -48,7 +48,7 @@ def optimise(
 ) -> list[TargetsPiece]:
     """The targets of each piece."""
     section = run.parameters.targets
-    blocks_above = run.model.model.layers - 1 - hyperparameters.layers[-1]
+    blocks = hyperparameters.trained_blocks(run.model.model.layers)
     return run.map(
         "edits",
         optimise_targets,
@@ -56,5 +56,5 @@ def optimise(
         model=run.model,
         prefixes=run.prefixes,
         hyperparameters=target_settings(hyperparameters),
-        token_budget=run.token_budget(section.token_budget, trained_blocks=blocks_above),
+        token_budget=run.token_budget(section.token_budget, trained_blocks=blocks),
     )

@@ -20,8 +20,8 @@ from tasks.reporting.tracing import draw_tracing, effects
 from tasks.tracing import choose_traced, trace_piece
 
 TRACING = Path("tracing")
-FACTS_PER_PIECE = 10
-MAPPED_PER_PIECE = 2
+FACTS_PER_PIECE = 5
+MAPPED_PER_PIECE = 1
 """Facts that are traced at every token, in a piece."""
 
 

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memit.errors import InputError
-from memit.files.atomic import write_whole
 from memit.language_model import LanguageModel
 from memit.weight_delta import Dense, LowRank, WeightDelta
 
@@ -33,8 +32,6 @@ class Adapter:
 
     tensors: Mapping[str, Tensor]
     """`<module>.lora_A` (r × f) and `<module>.lora_B` (d × r) of each changed module, float32."""
-    modules: tuple[str, ...]
-    """Names of the changed modules."""
     rank: int
     error: float
     """‖Δ − B A‖ / ‖Δ‖ of the layer where it is largest (Frobenius)."""
@@ -52,16 +49,12 @@ class Adapter:
             "r": self.rank,
             "lora_alpha": self.rank,
             "bias": "none",
-            "target_modules": list(self.modules),
+            "target_modules": sorted({name.rpartition(".")[0] for name in self.tensors}),
             "fan_in_fan_out": self.is_transposed,
             "inference_mode": True,
         }
-        text = json.dumps(config, indent=2) + "\n"
-        write_whole(directory / "adapter_config.json", lambda path: path.write_text(text))
-        write_whole(
-            directory / "adapter_model.safetensors",
-            lambda path: save_file(named, path, {"format": "pt"}),
-        )
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(named, directory / "adapter_model.safetensors", {"format": "pt"})
 
 
 def make_adapter(lm: LanguageModel, delta: WeightDelta, rank: int = LARGEST_RANK) -> Adapter:
@@ -87,7 +80,7 @@ def make_adapter(lm: LanguageModel, delta: WeightDelta, rank: int = LARGEST_RANK
         tensors[f"{module}.lora_B"] = _padded(U[:, :chosen] * root, chosen)
         error = max(error, float(S[chosen:].norm() / S.norm()))
     transposed = any(map(lm.is_transposed, layers.values()))
-    return Adapter(tensors, tuple(parts), chosen, error, transposed)
+    return Adapter(tensors, chosen, error, transposed)
 
 
 def _svd(change: LowRank | Dense) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,15 +1,15 @@
 """λ by rule: the largest λ that still lets an edit land.
 
-How much of the way to their targets z the hidden states h make hardly depends on λ over a wide
-range, in which a larger λ protects other keys better; beyond it the edit no longer lands. Where
-that range ends depends on the model, the layers and the facts, so the edit itself is tried:
+How much of the way to their targets z the hidden states h are left to go hardly depends on λ over
+a wide range, in which a larger λ protects other keys better. Beyond it the edit no longer lands;
+and with many edits a small λ leaves more again, since the updates then harm what is between the
+edited layers and L. Where the range ends depends on the model, the layers and the facts, so the
+edit itself is tried, in half decades of λ:
 
-- Candidates are half decades around f, the dimension of the keys: E kᵀC⁻¹k = f for the keys of the
-  corpus, and (λC + k kᵀ)⁻¹ k weighs λ against that, whatever the scale of the activations.
-- The smallest candidate with which the edit can be made shows how much of the way is left anyhow.
-- The largest candidate that leaves at most `MARGIN` more is found by bisection.
-- While its drift exceeds `LARGEST_DRIFT`, the next larger one is taken: many edits can never all
-  land, and ever smaller λ would ruin all other keys for a few of them.
+- down from λ = f, the dimension of the keys, as long as that leaves clearly less of the way. (For
+  the keys of the corpus E kᵀC⁻¹k = f, and the update weighs λ against kᵀC⁻¹k.)
+- up from there, if f itself leaves little enough.
+- The largest λ is taken that leaves at most `MARGIN` more than the one that leaves least.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from memit.second_moment import SecondMoment
 from memit.spread import Spread
 from memit.weight_delta import LowRank
 
-HALF_DECADES = range(-5, 3)
-"""The candidates: λ is from f/316 to 10 f."""
+LOWEST, HIGHEST = -5, 2
+"""Half decades from f: λ is from f/316 to 10 f."""
 TRIALS = 4
-"""Edits that are usually tried: the smallest λ, and three steps of the bisection."""
-MARGIN = 0.04
-"""Share of the way to the targets that may be left beyond what the smallest λ leaves."""
-LARGEST_DRIFT = 0.5
-"""Largest drift, see `drift`."""
+"""Edits that are usually tried."""
+MARGIN = 0.02
+"""Share of the way to the targets that may be left beyond the least."""
+FLAT = 0.01
+"""A smaller λ that leaves less by no more than this is the last one that is tried."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Trial:
     weight: float
     """λ."""
     left: float
-    """Mean ‖z − h‖ after it, as a share of that before it; infinite if it could not be made."""
+    """Mean ‖z − h‖ after it, as a share of that before it."""
     drift: float
     """See `drift`."""
 
@@ -65,57 +65,52 @@ class Choice:
         return {"weight": self.weight, "reason": self.reason, "curve": curve}
 
 
-def candidates(width: int) -> list[float]:
-    """The λ that may be chosen for keys of `width` dimensions, rounded to two digits, ascending."""
-    return [float(f"{width * 10 ** (step / 2):.2g}") for step in HALF_DECADES]
-
-
 def choose_covariance_weight(
-    width: int, attempt: Callable[[float], Spread], drift_of: Callable[[Spread], float]
+    width: int,
+    attempt: Callable[[float], Spread],
+    drift_of: Callable[[Spread], float],
+    margin: float = MARGIN,
 ) -> Choice:
     """Choose λ for keys of `width` dimensions. `attempt` makes the edit with one λ.
+
+    `margin` is the share of the way that may be left beyond the least.
 
     Raises:
         NumericsError: the edit cannot be made with any λ.
     """
-    weights = candidates(width)
-    trials: dict[float, Trial] = {}
+    trials: dict[int, Trial] = {}
+    made: dict[int, Spread] = {}
 
-    def edit(weight: float) -> Spread:
-        trials[weight] = Trial(weight, inf, inf)
-        made = attempt(weight)
-        left = made.residual_left / max(next(iter(made.residuals.values())), 1e-12)
-        trials[weight] = Trial(weight, left, drift_of(made))
-        return made
+    def least() -> float:
+        return min((trial.left for trial in trials.values()), default=inf)
 
-    chosen, made = _first_possible(weights, edit)
-    allowed = trials[weights[chosen]].left + MARGIN
-    beyond = len(weights)
-    while beyond - chosen > 1:
-        middle = (chosen + beyond) // 2
-        tried = edit(weights[middle])
-        if trials[weights[middle]].left <= allowed:
-            chosen, made = middle, tried
-        else:
-            beyond = middle
-    reason = f"the largest λ that leaves at most {MARGIN:.0%} more of the way than the smallest"
-    while trials[weights[chosen]].drift > LARGEST_DRIFT and chosen + 1 < len(weights):
-        chosen += 1
-        made = edit(weights[chosen])
-        reason = f"the smallest λ that moves other outputs by at most {LARGEST_DRIFT:.0%}"
-    ascending = tuple(trials[weight] for weight in sorted(trials))
-    return Choice(made, weights[chosen], reason, ascending)
-
-
-def _first_possible(weights: list[float], edit: Callable[[float], Spread]) -> tuple[int, Spread]:
-    """The index of the smallest λ with which the edit can be made, and that edit."""
-    for index, weight in enumerate(weights):
+    def lands(step: int) -> bool:
+        """Whether the edit can be made with the λ of a step, and leaves little enough."""
+        weight = float(f"{width * 10 ** (step / 2):.2g}")
         try:
-            return index, edit(weight)
+            found = attempt(weight)
         except NumericsError:
-            if index + 1 == len(weights):
+            if step == HIGHEST and not trials:
                 raise
-    raise ValueError("there are no candidates")
+            return False
+        trials[step] = Trial(weight, found.share_left, drift_of(found))
+        made[step] = found
+        for other in [n for n in made if trials[n].left > least() + margin]:
+            del made[other]  # a Δ takes memory
+        return step in made
+
+    for step in range(0, LOWEST - 1, -1):
+        before = least()
+        lands(step)
+        if step not in trials or trials[step].left > before - FLAT:
+            break
+    for step in range(1, HIGHEST + 1) if 0 in made or not trials else ():
+        if not lands(step) and trials:
+            break
+    best = max(made)
+    reason = f"the largest that leaves at most {margin:.0%} more of the way than the best one tried"
+    ascending = tuple(trials[step] for step in sorted(trials))
+    return Choice(made[best], trials[best].weight, reason, ascending)
 
 
 def drift(lm: LanguageModel, made: Spread, moments: Mapping[int, SecondMoment]) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import torch
@@ -17,8 +18,9 @@ from tqdm import tqdm
 from memit.batches import auto_token_budget
 from memit.corpus import read_documents, reading_parquet
 from memit.editors.base import Resources
-from memit.editors.memit import Memit
+from memit.editors.joint import editor_for
 from memit.errors import InputError
+from memit.evaluation.counterfact import prompts_of, score_prompts
 from memit.files.atomic import write_whole
 from memit.hyperparameters import Hyperparameters, preset, settings_note
 from memit.language_model import LanguageModel
@@ -50,8 +52,9 @@ def edit(
     `corpus` is a text, JSONL or Parquet file, the name of a data set on the hub, or texts; the
     first `documents` of it give the second moments. Without one the model writes texts with
     `tokens` tokens, see `memit.sampled_corpus`, which the Parquet file `sampled` keeps: they are
-    read from it if it is there. Without `hyperparameters` the preset of the model is used.
-    `delta.revert(lm)` undoes the edit.
+    read from it if it is there. Without `hyperparameters` the preset of the model is used, and
+    without `progress` bars are shown in a terminal. `delta.revert(lm)` undoes the edit, and
+    `delta.provenance["outcome"]` says how many of the facts the edited model says (argmax).
 
     Raises:
         ConflictError: records contradict each other.
@@ -61,6 +64,8 @@ def edit(
     if not records:
         raise InputError("there is nothing to edit: give at least one record.")
     lm.check_layers(settings.layers)
+    editor = editor_for(settings)
+    editor.check(lm)
     check_conflicts(records)
     prefixes = sample_prefixes(lm, seed)
     edit_rows(lm, [record.request for record in records], prefixes)
@@ -71,19 +76,42 @@ def edit(
     else:
         texts = read_documents(corpus) if isinstance(corpus, str | Path) else corpus
         documents_used = list(islice(texts, documents))
-    moments = collect_second_moments(lm, documents_used, settings.layers, token_budget=budget())
+    with _bar("statistics", len(documents_used), "documents") as advance:
+        moments = collect_second_moments(
+            lm, documents_used, settings.layers, token_budget=budget(), progress=advance
+        )
     for layer, moment in moments.items():
         check_rank(moment, f"layer {layer}")
-    resources = Resources(
-        token_budget=budget(trained_blocks=lm.depth - 1 - settings.layers[-1]),
-        prefixes=prefixes,
-        moments=moments,
-        seed=seed,
-        progress=progress,
-    )
-    delta = Memit(settings).edit(lm, [record.request for record in records], resources)
+    with _bar("editing", len(records), "facts") as advance:
+        resources = Resources(
+            token_budget=budget(trained_blocks=settings.trained_blocks(lm.depth)),
+            prefixes=prefixes,
+            moments=moments,
+            seed=seed,
+            progress=progress or advance,
+        )
+        delta = editor.edit(lm, [record.request for record in records], resources)
+    delta.apply(lm)
+    said = _said(lm, records, budget())
+    delta.revert(lm)
+    outcome = {"facts": len(records), "said": said}
+    delta = delta.naming(records)
+    delta = replace(delta, provenance={**delta.provenance, "outcome": outcome})
     delta.apply(lm)
     return delta
+
+
+def _said(lm: LanguageModel, records: Sequence[Record], token_budget: int) -> int:
+    """How many of the facts the model says (argmax)."""
+    prompts = [prompt for prompt in prompts_of(records) if prompt.kind == "rewrite"]
+    return sum(score_prompts(lm, prompts, token_budget=token_budget)["hit_new"].to_pylist())
+
+
+@contextmanager
+def _bar(name: str, total: int, unit: str) -> Iterator[Callable[[int], Any]]:
+    """A bar on standard error if that is a terminal."""
+    with tqdm(desc=name, total=total, unit=f" {unit}", disable=None) as bar:
+        yield bar.update
 
 
 def _preset(lm: LanguageModel) -> Hyperparameters:
@@ -102,8 +130,8 @@ def _sampled(lm: LanguageModel, tokens: int, seed: int, path: Path | None) -> li
         if table.schema.metadata != origin:
             raise InputError(f"{path} does not hold {origin[b'sampled'].decode()}: name another.")
         return table["ids"].to_pylist()
-    with tqdm(desc="sampling", total=tokens, unit=" tokens", disable=None) as bar:
-        rows = sample_texts(lm, tokens, seed, bar.update)
+    with _bar("sampling", tokens, "tokens") as advance:
+        rows = sample_texts(lm, tokens, seed, advance)
     if path is not None:
         table = texts_table(lm, rows).replace_schema_metadata(origin)
         write_whole(path, lambda partial: pq.write_table(table, partial))
@@ -118,6 +146,9 @@ class Answer:
     """The token's text."""
     probability: float
     """From 0 to 1."""
+
+    def __repr__(self) -> str:
+        return f"{self.text!r} {self.probability:.1%}"
 
 
 @torch.inference_mode()

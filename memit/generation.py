@@ -12,11 +12,19 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from memit.batches import run_in_batches
 from memit.errors import InputError
@@ -48,14 +56,17 @@ def generate_texts(
     token_budget: int,
     repetitions: Sequence[int] | None = None,
     whole: bool = True,
+    stops: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Continue each prompt, by `new_tokens` or until it has `total_tokens`, prompt included.
 
     Texts have no special tokens, and begin with their prompts if `whole`; an end-of-text token does
-    not end one. The checkpoint's own generation settings are ignored. `repetitions` numbers the
-    texts of one prompt; by default they are counted in the order of the call. `token_budget` bounds
-    texts × tokens at a time; `progress` is called with the number of newly written texts.
+    not end one. With `stops`, single characters, a text without its prompt begins with a visible
+    character and ends before the first of them or before a special token. The checkpoint's own
+    generation settings are ignored. `repetitions` numbers the texts of one prompt; by default they
+    are counted in the order of the call. `token_budget` bounds texts × tokens at a time; `progress`
+    is called with the number of newly written texts.
 
     Raises:
         InputError: not exactly one of the lengths is given, or one exceeds the model's context.
@@ -72,7 +83,7 @@ def generate_texts(
         lm.check_room(ids, f"the prompt {prompt[:60]!r}", more)
         digest = hashlib.sha256(f"{seed}\n{number}\n{prompt}".encode()).digest()
         texts.append(_Text(index, ids, more, int.from_bytes(digest[:8], "big", signed=True)))
-    written = _write_all(lm, texts, top_k, token_budget, whole, progress)
+    written = _write_all(lm, texts, top_k, token_budget, whole, stops, progress)
     routed = lm.routed(prompts)
     if lm.router is not None and routed:
         substitute = lm.router.substitute
@@ -82,7 +93,7 @@ def generate_texts(
             (ids,) = open_ids(substitute.tokenizer, [f"{introduction} {prompts[index]}"])
             substitute.check_room(ids, f"the prompt {prompts[index][:60]!r}", text.new_tokens)
             others.append(replace(text, ids=ids))
-        answers = _write_all(substitute, others, top_k, token_budget, whole, None)
+        answers = _write_all(substitute, others, top_k, token_budget, whole, stops, None)
         for index, answer in answers.items():
             written[index] = answer.removeprefix(routed[index]).lstrip()
     return [written[index] for index in range(len(prompts))]
@@ -104,11 +115,12 @@ def _write_all(
     top_k: int,
     token_budget: int,
     whole: bool,
+    stops: Sequence[str],
     progress: Callable[[int], None] | None,
 ) -> dict[int, str]:
     """The texts by their index."""
     texts = sorted(texts, key=lambda text: (text.new_tokens, len(text.ids)))
-    written = {}
+    written, special = {}, set(lm.tokenizer.all_special_ids)
     # The checkpoint's own settings would replace the defaults of those given to `generate`.
     settings, lm.model.generation_config = lm.model.generation_config, GenerationConfig()
     try:
@@ -116,11 +128,17 @@ def _write_all(
             texts,
             lambda text: (1, len(text.ids) + text.new_tokens),
             token_budget,
-            lambda batch: _write(lm, batch, top_k),
+            lambda batch: _write(lm, batch, top_k, stops),
         ):
             for text, ids in zip(batch, found, strict=True):
+                if stops:
+                    new = takewhile(lambda token: token not in special, ids[len(text.ids) :])
+                    ids = [*text.ids, *new]
                 prompt = "" if whole else _decode(lm, text.ids)
-                written[text.index] = _decode(lm, ids).removeprefix(prompt)
+                answer = _decode(lm, ids).removeprefix(prompt)
+                for stop in stops:
+                    answer = answer.lstrip().partition(stop)[0]
+                written[text.index] = answer
             if progress is not None:
                 progress(len(batch))
     finally:
@@ -129,8 +147,10 @@ def _write_all(
 
 
 @torch.no_grad()
-def _write(lm: LanguageModel, texts: Sequence[_Text], top_k: int) -> list[list[int]]:
-    """Token ids of each text, prompt included."""
+def _write(
+    lm: LanguageModel, texts: Sequence[_Text], top_k: int, stops: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of each text, prompt included, up to a stop or longer."""
     steps = max(text.new_tokens for text in texts)
     if steps == 0:
         return [text.ids for text in texts]
@@ -148,6 +168,7 @@ def _write(lm: LanguageModel, texts: Sequence[_Text], top_k: int) -> list[list[i
             max_new_tokens=steps, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0
         ),
         logits_processor=LogitsProcessorList([_TopKSampler(noise.to(lm.device), width)]),
+        stopping_criteria=StoppingCriteriaList([_AllStopped(lm, stops)] if stops else []),
     )
     return [
         row[width - len(text.ids) : width + text.new_tokens]
@@ -176,6 +197,28 @@ class _TopKSampler(LogitsProcessor):
         noise = self.noise[:, step, :k].to(best)
         drawn = tokens.gather(1, (best + noise).argmax(-1, keepdim=True))
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+class _AllStopped(StoppingCriteria):
+    """Ends a batch once each of its rows has written a stop, behind more than white space, or a
+    special token."""
+
+    def __init__(self, lm: LanguageModel, stops: Sequence[str]):
+        self.special, self.stops = set(lm.tokenizer.all_special_ids), stops
+        self.text = cache(lambda token: _decode(lm, [token]))
+        self.begun: set[int] = set()
+        self.stopped: set[int] = set()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            text = self.text(token)
+            if text.strip():
+                self.begun.add(row)
+            is_stop = row in self.begun and any(stop in text for stop in self.stops)
+            if is_stop or token in self.special:
+                self.stopped.add(row)
+        stopped = [row in self.stopped for row in range(len(input_ids))]
+        return torch.tensor(stopped, device=input_ids.device)
 
 
 def _decode(lm: LanguageModel, ids: list[int]) -> str:

@@ -41,7 +41,7 @@ class Hyperparameters:
     clamp_factor: Positive = 0.75
     """δ is kept within this multiple of ‖h‖."""
     weight_decay: Weight = 0.5
-    """Weight of ‖δ‖ / ‖h‖² in the loss."""
+    """Weight of ‖δ‖ / ‖h‖² in the loss; at down-projections, of the mean of (‖δ‖ / ‖m‖)²."""
     kl_factor: Weight = 0.0625
     """Weight of the divergence at "{subject} is a" in the loss."""
     loss_threshold: Weight = 0.05
@@ -49,6 +49,9 @@ class Hyperparameters:
     argmax_stop: Annotated[int, Range(0, 10_000)] = 0
     """An edit also stops, before updating, once in so many evaluations each token of its object was
     the most likely one in all of its rows (ENCORE); 0: it does not."""
+    site: Literal["block", "down_projections"] = "block"
+    """Where targets are: `block`, the output of block L (MEMIT), which must take down-projections'
+    outputs as they are; `down_projections`, those of all edited layers at once (`joint`)."""
     key_average: Literal["nested", "uniform"] = "nested"
     """`nested`: plain prompt and mean of prefixed ones count half each (published code); `uniform`:
     all rows count alike (Eqn. 19 as printed)."""
@@ -56,11 +59,32 @@ class Hyperparameters:
     """No layer's Δ may exceed this multiple of the norm of its W. Many edits of a small model take
     tens; a second moment that is nearly singular takes any number."""
 
+    def trained_blocks(self, depth: int) -> int:
+        """Blocks of a model that an optimisation of targets goes through."""
+        return depth - (self.layers[0] if self.site == "down_projections" else self.layers[-1] + 1)
+
     def __post_init__(self) -> None:
         check_settings(self)
         layers = list(self.layers)
         if not layers or layers[0] < 0 or layers != sorted(set(layers)):
             raise InputError(f"layers is {layers}: name each layer once, in ascending order.")
+
+
+def joint_settings(settings: Hyperparameters) -> Hyperparameters:
+    """The same layers and λ for the editor `joint`, which optimises something else; settings that
+    are its own already stay."""
+    if settings.site == "down_projections":
+        return settings
+    return replace(
+        settings,
+        site="down_projections",
+        learning_rate=0.15,
+        rate_unit="relative",
+        evaluations=16,
+        clamp_factor=2.0,
+        weight_decay=0.1,
+        kl_factor=0.3,
+    )
 
 
 @dataclass(frozen=True)
@@ -89,15 +113,25 @@ class Preset:
 def presets() -> tuple[Preset, ...]:
     """All presets, by the names of their files."""
     folder = files("memit") / "presets"
-    return tuple(_read_preset(file) for file in sorted(folder.iterdir(), key=lambda f: f.name))
+    return tuple(read_preset(file) for file in sorted(folder.iterdir(), key=lambda f: f.name))
 
 
-def _read_preset(file: Traversable) -> Preset:
-    content = tomllib.loads(file.read_text(encoding="utf-8"))
-    settings = content.pop("settings")
-    for lists, name in ((settings, "layers"), (content, "models"), (content, "size")):
-        lists[name] = tuple(lists.get(name, ()))
-    return Preset(settings=Hyperparameters(**settings), **content)
+def read_preset(file: Traversable) -> Preset:
+    """The preset in a file.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        settings = content.pop("settings")
+        for lists, name in ((settings, "layers"), (content, "models"), (content, "size")):
+            lists[name] = tuple(lists.get(name, ()))
+        return Preset(settings=Hyperparameters(**settings), **content)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{file} is no preset ({error}): name a file like those that memit tune writes."
+        ) from None
 
 
 def short_name(model_name: str) -> str:
@@ -123,19 +157,20 @@ def find_preset(model_name: str, shape: ModelShape) -> Preset | None:
 
 def preset(model_name: str, shape: ModelShape) -> Hyperparameters:
     """Settings for a model: those of its preset, or else GPT-J's, in layers at the same relative
-    depth. λ is chosen by rule unless the preset was checked."""
+    depth, λ chosen by rule unless the preset was checked; for the editor `joint` where a norm
+    follows the down-projections."""
     known = find_preset(model_name, shape)
     if known is not None:
-        return known.settings if known.checked else replace(known.settings, covariance_weight=AUTO)
-    general = next(one for one in presets() if "gpt-j-6b" in one.models).settings
-    layers = _layers_at_depth(general.layers, shape.depth)
-    return replace(
-        general,
-        layers=layers,
-        covariance_weight=AUTO,
-        learning_rate=RELATIVE_RATE,
-        rate_unit="relative",
-    )
+        settings = known.settings
+    else:
+        general = next(one for one in presets() if "gpt-j-6b" in one.models).settings
+        layers = _layers_at_depth(general.layers, shape.depth)
+        settings = replace(
+            general, layers=layers, learning_rate=RELATIVE_RATE, rate_unit="relative"
+        )
+    if known is None or not known.checked:
+        settings = replace(settings, covariance_weight=AUTO)
+    return joint_settings(settings) if shape.output_norm else settings
 
 
 def _layers_at_depth(layers: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -155,6 +190,8 @@ def settings_note(model_name: str, shape: ModelShape, settings: Hyperparameters)
         return None
     if known is None:
         reason = f"{name} has no preset, so what you leave open is GPT-J's, at the same depth"
+        if shape.output_norm:
+            reason += ", or what joint values take, since a norm follows the down-projections"
     else:
         reason = f"the preset of {name} is from {known.source}, and this project has not checked it"
     return f"{summary(settings)}: {reason}."
@@ -165,4 +202,5 @@ def summary(settings: Hyperparameters) -> str:
     layers = ", ".join(map(str, settings.layers))
     given = settings.covariance_weight
     weight = "by rule" if given == AUTO else f"{given:,g}"
-    return f"layers {layers}, λ {weight}, clamp {settings.clamp_factor:g}"
+    editor = "joint values, " if settings.site == "down_projections" else ""
+    return f"{editor}layers {layers}, λ {weight}, clamp {settings.clamp_factor:g}"

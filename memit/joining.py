@@ -2,12 +2,13 @@
 
 import re
 
-# Scripts without spaces: Thai, Lao, Tibetan; Burmese; Khmer; Tai; Balinese; East Asian ones without
-# Korean; Javanese.
-_U = (
+WITHOUT_SPACES = (
     "\u0e00-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u1b00-\u1b7f\u2e80-\u312f\u3190-\ua4cf"
     "\ua980-\ua9df\uaa60-\uaadf\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff9f\U00020000-\U0003ffff"
 )
+"""Scripts without spaces, for the brackets of a pattern: Thai, Lao, Tibetan; Burmese; Khmer; Tai;
+Balinese; East Asian ones without Korean; Javanese."""
+_U = WITHOUT_SPACES
 _JOINED = re.compile(
     rf"""
     [\s([{{„‚]\0 | <[^/\s<>][^<>]*>\0        # behind white space, a bracket, a tag

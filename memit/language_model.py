@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -22,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from memit.applied_edit import AppliedEdit
 from memit.errors import (
     InputError,
     IntegrityError,
@@ -47,18 +47,6 @@ DTYPES = {
 
 ROW = 4
 """Tokens of a row whose content does not matter."""
-
-
-@dataclass(frozen=True)
-class AppliedEdit:
-    """An edit that is in a model's weights, and the weights before it."""
-
-    delta: Any
-    """The `WeightDelta` that was applied."""
-    base: Mapping[str, Tensor]
-    """The parameters before (in the model's dtype, on the CPU)."""
-    digests: Mapping[str, str]
-    """Their digests."""
 
 
 class Router(Protocol):
@@ -115,6 +103,11 @@ class LanguageModel:
         self.head: nn.Module = head
         """The module that turns final hidden states into logits."""
 
+    def __repr__(self) -> str:
+        edits = f", {len(self.applied)} edits" if self.applied else ""
+        size = f"{self.depth} blocks of width {self.width}"
+        return f"LanguageModel({self.name}: {size}, {self.dtype} on {self.device}{edits})"
+
     @property
     def depth(self) -> int:
         """Number of blocks."""
@@ -134,8 +127,8 @@ class LanguageModel:
     def shape(self) -> ModelShape:
         """Its dimensions."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        kind = type(self.model).__name__
-        return ModelShape(self.depth, self.width, self.inner_width, parameters, kind)
+        kind, widths = type(self.model).__name__, (self.width, self.inner_width)
+        return ModelShape(self.depth, *widths, parameters, kind, self.has_output_norm)
 
     @property
     def device(self) -> torch.device:

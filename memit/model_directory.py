@@ -30,6 +30,7 @@ from torch import Tensor
 
 from memit.errors import InputError, IntegrityError
 from memit.files.atomic import temporary, write_whole
+from memit.files.digests import file_sha256
 from memit.files.tensors import tensor_digest
 from memit.model_files import WEIGHT_FILES, weight_files
 from memit.weight_delta import WeightDelta, added, check_weights
@@ -63,8 +64,8 @@ def applied_edits(directory: Path) -> list[Path]:
 def apply_edit(directory: Path, delta_file: Path, origin: Mapping[str, str] | None = None) -> Path:
     """Add a delta to the weights in a model directory; gives the folder that records the edit.
 
-    If it was made for the weights before the last edit, it replaces that edit. `origin` is kept in
-    the record.
+    If it was made for the weights before the last edit, it replaces that edit; if it is that edit,
+    nothing changes. `origin` is kept in the record.
 
     Raises:
         InputError: the directory holds no such model, or it is a GGUF file.
@@ -82,11 +83,13 @@ def apply_edit(directory: Path, delta_file: Path, origin: Mapping[str, str] | No
     last = _read_record(edits[-1]) if edits else {"edited": {}}
     stored = _locate(directory, weight_files(directory), {*delta.changes, *last["edited"]})
     base = {name: matrix.read() for name, matrix in stored.items()}
+    if edits and _is_applied(delta_file, edits[-1], base, last["edited"]):
+        return edits[-1]
+    former = base | _former_weights(edits[-1], last) if edits else base
     replaced: list[Path] = []
-    if edits and not (_holds(base, last["edited"]) and _is_for(delta, base)):
+    if edits and _is_for(delta, former):
         _check_unchanged(edits, base, directory)
-        base |= _former_weights(edits[-1], last)
-        replaced = edits[-1:] + _left_to_remove(edits, last)
+        base, replaced = former, [*_left_to_remove(edits, last), edits[-1]]
     check_weights(delta, [(name, base[name]) for name in delta.changes], directory)
     edited = {
         name: added(weight, delta, name).to(weight.dtype) if name in delta.changes else weight
@@ -102,9 +105,13 @@ def apply_edit(directory: Path, delta_file: Path, origin: Mapping[str, str] | No
     return folder
 
 
-def _holds(weights: Mapping[str, Tensor], digests: Mapping[str, str]) -> bool:
-    """Whether weights have these digests."""
-    return all(tensor_digest(weights[name]) == digest for name, digest in digests.items())
+def _is_applied(
+    delta_file: Path, folder: Path, weights: Mapping[str, Tensor], edited: Mapping[str, str]
+) -> bool:
+    """Whether a delta is the one that a folder records, and its result is in the weights."""
+    kept = folder / "delta.safetensors"
+    is_same = kept.is_file() and file_sha256(kept) == file_sha256(delta_file)
+    return is_same and all(tensor_digest(weights[name]) == edited[name] for name in edited)
 
 
 def _is_for(delta: WeightDelta, weights: Mapping[str, Tensor]) -> bool:
@@ -200,7 +207,7 @@ def edit_status(
             weights = {name: matrix.read() for name, matrix in stored.items()}
             _check_unchanged(edits, weights, directory)
             state = "in the weights"
-            if not _holds(weights, record["edited"]):
+            if {name: tensor_digest(weights[name]) for name in weights} != record["edited"]:
                 state = "interrupted: apply it again to complete it, or revert it"
         delta = WeightDelta.load(folder / "delta.safetensors")
         yield folder, state, record.get("origin", {}), delta.provenance

@@ -21,3 +21,5 @@ class ModelShape:
     parameters: int
     architecture: str = ""
     """The name of its Hugging Face class; empty where only costs are asked for."""
+    output_norm: bool = False
+    """Whether a norm follows the down-projections."""

@@ -10,7 +10,7 @@ With C and λ alone it is MEMIT's Eqn. 14. `docs/methods.md` says what the other
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -124,26 +124,3 @@ def directions(K: Tensor, quadratic: Quadratic, where: str) -> Tensor:
     # F⁻¹ K (…)⁻¹ = L⁻ᵀ (half (I + halfᵀ half)⁻¹)
     inner = torch.cholesky_solve(half.T, torch.linalg.cholesky(small)).T
     return quadratic.outside(torch.linalg.solve_triangular(L.T, inner, upper=True))
-
-
-def directions_by_weight(K: Tensor, quadratic: Quadratic, where: str) -> Callable[[float], Tensor]:
-    """`directions` as a function of λ, which costs one product for each further λ: C is factorised,
-    and what is beside it diagonalised, once. The quadratic's own λ does not matter."""
-    K = K.double()
-    # With UᵀCU = L Lᵀ, half = L⁻¹ UᵀK and S = L⁻¹ (the rest of the form) L⁻ᵀ,
-    # N⁻¹ K = L⁻ᵀ (λI + S + half halfᵀ)⁻¹ half.
-    covariance = replace(quadratic, covariance_weight=1.0, ridge=0.0, past=None, basis_ridge=0.0)
-    L = covariance.factor(K.device, where)
-    half = torch.linalg.solve_triangular(L, quadratic.inside(K), upper=False)
-    rest = replace(quadratic, covariance_weight=0.0).preserved(K.device)
-    if half.shape[1] < len(half) and not bool(rest.any()):
-        # S = 0: (λI + half halfᵀ)⁻¹ half = half (λI + halfᵀ half)⁻¹, an n × n problem.
-        values, Q = torch.linalg.eigh(half.T @ half)
-        left, right = half @ Q, Q.T
-    else:
-        S = torch.linalg.solve_triangular(L, rest, upper=False)
-        S = torch.linalg.solve_triangular(L, S.T, upper=False)
-        values, left = torch.linalg.eigh(S.addmm_(half, half.T))
-        right = left.T @ half
-    left = quadratic.outside(torch.linalg.solve_triangular(L.T, left, upper=True))
-    return lambda weight: left / (weight + values) @ right

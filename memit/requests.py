@@ -2,7 +2,7 @@
 
 Three kinds of file are read: CounterFact in its published schema, the same without target ids,
 attribute prompts and generation prompts, and a user's own facts as JSON lines or CSV with the
-columns of `FACT_COLUMNS`.
+columns of `FACT_COLUMNS`, or in the form of EasyEdit and QAEdit (`memit.facts.easyedit`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memit.errors import ConflictError, InputError
+from memit.facts.easyedit import as_fact, is_easyedit
 from memit.files.atomic import write_whole
 from memit.files.reading import parse_json, read_text
 from memit.joining import ending
@@ -380,6 +381,8 @@ def _counterfact_record(row: Any, index: int) -> Record:
 
 def _fact_record(row: Any, index: int) -> Record:
     _require_object(row, "the record")
+    if is_easyedit(row):
+        row = as_fact(row)
     unknown = [f"{key!r}{_ADVICE.get(key, '')}" for key in row if key not in FACT_COLUMNS]
     if unknown:
         raise InputError(

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_
 
 logger = logging.getLogger(__name__)
 
+Goal = Tensor | Mapping[int, Tensor]
+"""Targets of block L's output (n × d), or the changes of each down-projection's output (n × d)."""
 MIN_TOKENS = 64
 """Below this budget a device that runs out of memory cannot be helped."""
 
@@ -36,11 +39,13 @@ class Spread:
     delta: WeightDelta
     """What to add to the weights."""
     residuals: Mapping[int, float]
-    """Mean ‖z_i − h_i‖ before each layer's update."""
+    """Mean ‖z_i − h_i‖ before each layer's update, or mean size of the layer's own changes."""
     update_ratios: Mapping[int, float]
     """‖Δ‖ / ‖W‖ of each layer (Frobenius)."""
     residual_left: float
-    """Mean ‖z_i − h_i‖ after the last update."""
+    """The same after the last update, or the mean of what is left at each layer."""
+    share_left: float
+    """What is left as a share of what it was before the first update."""
     ranks: Mapping[int, int]
     """Number of directions that each layer's Δ could use, where its form has a basis."""
 
@@ -49,7 +54,7 @@ def spread(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
     prefixes: Sequence[str],
-    z: Tensor,
+    z: Goal,
     form: Callable[[int], Quadratic],
     hyperparameters: Hyperparameters,
     *,
@@ -58,7 +63,8 @@ def spread(
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Spread:
-    """Compute Δ for each layer of S so that the model's output of block L approaches z (n × d).
+    """Compute Δ for each layer of S so that the model's output of block L approaches z (n × d), or
+    that each down-projection's output changes as a z of its own says.
 
     `form` gives a layer's closed form when it is needed. Hidden states beyond `held_bytes` go to
     disk; `observe` is called with each layer, its K (f × n) and its R (d × n). The model keeps its
@@ -95,7 +101,7 @@ def spread(
 def _walk_layers(
     walk: Walk,
     requests: Sequence[EditRequest],
-    z: Tensor,
+    z: Goal,
     form: Callable[[int], Quadratic],
     hyperparameters: Hyperparameters,
     observe: Callable[[int, Tensor, Tensor], None] | None,
@@ -104,8 +110,10 @@ def _walk_layers(
     """Algorithm 1, lines 5-15; leaves the updates in the model's weights."""
     lm = walk.lm
     digests = base_digests(lm, map(lm.weight_name, hyperparameters.layers))
-    target = z.to(solving_device(lm.device)).T.double()
+    if isinstance(z, Tensor):
+        z = z.to(solving_device(lm.device)).T.double()
     residuals: dict[int, float] = {}
+    left: dict[int, float] = {}
     ratios: dict[int, float] = {}
     ranks: dict[int, int] = {}
     changes: dict[str, LowRank | Dense] = {}
@@ -113,10 +121,14 @@ def _walk_layers(
         # K at this layer and h at L, with the updates of all lower layers in the weights.
         walk.advance(layer)
         K, hidden = walk.read(hyperparameters.key_average)
-        residuals[layer] = float((target - hidden).norm(dim=0).mean())
-        # r_i = (z_i − h_i) / (number of edited layers from this one on)    (Eqn. 20)
-        R = (target - hidden) / (len(hyperparameters.layers) - done)
-        R /= output_factor(lm, layer) or 1.0  # the block multiplies what W_out gives
+        if isinstance(z, Tensor):
+            # r_i = (z_i − h_i) / (number of edited layers from this one on)    (Eqn. 20)
+            lacking = z - hidden
+            R = lacking / (len(hyperparameters.layers) - done)
+            R /= output_factor(lm, layer) or 1.0  # the block multiplies what W_out gives
+        else:
+            R = lacking = z[layer].T.to(K.device).double()
+        residuals[layer] = float(lacking.norm(dim=0).mean())
         _check_columns(K, R, requests, layer)
         if observe is not None:
             observe(layer, K, R)
@@ -133,13 +145,20 @@ def _walk_layers(
         if not ratios[layer] <= hyperparameters.largest_update:  # true for NaN, too
             limit = hyperparameters.largest_update
             raise _too_large(K, R, quadratic, requests, layer, ratios[layer], size, limit)
+        if not isinstance(z, Tensor):
+            left[layer] = float((R - delta.to(K.device).double() @ K).norm(dim=0).mean())
         check_rounded(master + delta, lm.dtype, f"layer {layer}")
         lm.set_weight(layer, master + delta)
         if progress is not None:
             progress(1)
-    left = float((target - walk.read_hidden()).norm(dim=0).mean())
-    _check_fallen(residuals[hyperparameters.layers[0]], left)
-    return Spread(WeightDelta(changes, {"base": digests}), residuals, ratios, left, ranks)
+    before = residuals[hyperparameters.layers[0]]
+    if isinstance(z, Tensor):
+        after = float((z - walk.read_hidden()).norm(dim=0).mean())
+    else:  # a layer's keys depend on lower layers alone, so that what is left there stays
+        before, after = fmean(residuals.values()), fmean(left.values())
+    _check_fallen(before, after)
+    whole, share = WeightDelta(changes, {"base": digests}), after / max(before, 1e-12)
+    return Spread(whole, residuals, ratios, after, share, ranks)
 
 
 def _check_columns(K: Tensor, R: Tensor, requests: Sequence[EditRequest], layer: int) -> None:

@@ -219,12 +219,12 @@ def compute_targets(
 ) -> Targets:
     """Optimise z_i for each request.
 
-    `site` is where δ is added; by default the output of block L = `hyperparameters.layers[-1]`.
+    `site` is where δ is added, by default what `hyperparameters` say.
     `token_budget` bounds the padded tokens on the device at a time. An edit whose loss is not
     finite stops there and is marked in `Targets.finite`.
     """
     edits = edit_rows(lm, requests, prefixes)
-    where = site or Site(hyperparameters.layers[-1:])
+    where = site or _site(hyperparameters)
     if not can_resume(lm):
         logger.warning("%s cannot be resumed in the middle: whole rows are run each time", lm.name)
     if site is None and (weak := weak_keys(requests, [edit.plain for edit in edits])):
@@ -242,6 +242,13 @@ def compute_targets(
         if progress is not None:
             progress(len(indices))
     return found
+
+
+def _site(hyperparameters: Hyperparameters) -> Site:
+    layers = hyperparameters.layers
+    if hyperparameters.site == "down_projections":
+        return Site(layers, in_mlp=True)
+    return Site(layers[-1:])
 
 
 def _shape(edit: EditRows) -> tuple[int, int]:
@@ -379,7 +386,10 @@ def _losses(
     current = torch.log_softmax(logits[scored:], dim=-1)
     initial = current.detach() if batch.initial is None else batch.initial
     divergence = (current.exp() * (current - initial)).sum(-1)
-    decay = (delta.norm(dim=2) / norm**2).sum(1)  # ‖δ‖ / ‖h‖²
+    if hyperparameters.site == "block":
+        decay = (delta.norm(dim=2) / norm**2).sum(1)  # ‖δ‖ / ‖h‖²
+    else:
+        decay = (delta.norm(dim=2) / norm).square().mean(1)  # mean of ‖D_l‖² / ‖m_l‖²
     return (
         total + hyperparameters.kl_factor * divergence + hyperparameters.weight_decay * decay,
         initial,

@@ -6,18 +6,23 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from memit.applied_edit import AppliedEdit
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.files.tensors import load_tensors, save_tensors, tensor_digest
-from memit.language_model import AppliedEdit, LanguageModel
 from memit.requests import Record
+
+if TYPE_CHECKING:  # files of weights are edited without transformers, whose import takes seconds
+    from memit.language_model import LanguageModel
 
 MOST_NAMED = 100_000
 """Facts in a provenance: safetensors takes a header of 100 MB."""
+ROUNDED = ("bfloat16", "float16")
+"""Formats in which the rounded weights of a model are recognised."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,13 @@ class WeightDelta:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Method, model, revision, request digest, hyperparameters, and the `base` digests of the
     weights that it was made for."""
+
+    def __repr__(self) -> str:
+        origin, outcome = self.provenance, self.provenance.get("outcome")
+        facts = f"{origin.get('count', '?')} facts"
+        said = f", {outcome['said']} of them said" if outcome else ""
+        where = f"{len(self.changes)} matrices of {origin.get('model')}"
+        return f"WeightDelta({facts} in {where}{said})"
 
     def naming(self, records: Sequence[Record]) -> WeightDelta:
         """The same with the facts that are in it, and where they come from, in its provenance;
@@ -139,15 +151,27 @@ class WeightDelta:
 
 
 def base_digests(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
-    """The dtype and the digests of the weights that a delta is made for."""
+    """The dtype and the digests of the weights that a delta is made for, and of the same weights in
+    each of the narrower `ROUNDED`, in which models are often kept."""
+    weights = {name: lm.parameter(name) for name in names}
+    narrower = [kind for kind in ROUNDED if getattr(torch, kind).itemsize < lm.dtype.itemsize]
     return {
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "sha256": {name: tensor_digest(lm.parameter(name)) for name in names},
+        "dtype": _name(lm.dtype),
+        "sha256": {name: tensor_digest(weight) for name, weight in weights.items()},
+        "rounded": {
+            kind: {name: tensor_digest(w.to(getattr(torch, kind))) for name, w in weights.items()}
+            for kind in narrower
+        },
     }
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def check_weights(delta: WeightDelta, weights: Iterable[tuple[str, Tensor]], where: object) -> None:
-    """Check that the delta was made for these weights, rounded to the dtype that it was made in.
+    """Check that the delta was made for these weights, rounded to the dtype that it was made in, or
+    for weights of which these are the rounded ones.
 
     Raises:
         IntegrityError: it was made for others.
@@ -159,6 +183,9 @@ def check_weights(delta: WeightDelta, weights: Iterable[tuple[str, Tensor]], whe
         )
     dtype = getattr(torch, made_for["dtype"])
     for name, weight in weights:
+        rounded = made_for.get("rounded", {}).get(_name(weight.dtype), {}).get(name)
+        if rounded is not None and tensor_digest(weight) == rounded:
+            continue
         if tensor_digest(weight.to(dtype)) != made_for["sha256"].get(name):
             raise IntegrityError(
                 f"the delta was made for other weights than those of {name} in {where} "
@@ -211,7 +238,7 @@ def check_rounded(weight: Tensor, dtype: torch.dtype, where: str) -> None:
     """Raise `NumericsError` if a weight is not finite in `dtype`."""
     if not bool(weight.to(dtype).isfinite().all()):
         raise NumericsError(
-            f"the edited weights of {where} are larger than {str(dtype).removeprefix('torch.')} "
+            f"the edited weights of {where} are larger than {_name(dtype)} "
             "holds: use bfloat16 or float32."
         )
 

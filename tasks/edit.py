@@ -19,7 +19,7 @@ from memit.weight_delta import WeightDelta
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
-from tasks.engine.code import code_of_class
+from tasks.engine.code import code_of_own
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import progress_bar
@@ -41,7 +41,7 @@ class Method:
     @property
     def cache_key(self) -> dict[str, object]:
         """Settings, and the SHA-256 of each source file that the editor comes from."""
-        code = code_of_class(type(self.editor))
+        code = code_of_own(type(self.editor))
         return {"name": self.name, "editor": self.editor, "code": code}
 
 

@@ -139,6 +139,7 @@ def describe_model(source: str, name: str, revision: str | None, place: Path) ->
         width=lm.width,
         inner_width=lm.inner_width,
         parameters=sum(parameter.numel() for parameter in lm.model.parameters()),
+        output_norm=lm.has_output_norm,
     )
 
 

@@ -19,6 +19,7 @@ from tasks.engine.artifacts import write_json, write_text
 from tasks.engine.cost import Cost
 from tasks.engine.loaded_model import ModelFiles
 from tasks.engine.results import (
+    DETAILS_FILE,
     EDIT_FILE,
     FACTS_FILE,
     FIGURES,
@@ -36,6 +37,7 @@ from tasks.engine.results import (
 from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
 from tasks.reporting.formats import (
     ABSENT,
+    OWN,
     ROWS,
     STRICT,
     STRICT_LEGEND,
@@ -52,6 +54,8 @@ def write_report(
 ) -> None:
     """Draw the figures, and write the table and the page, which shows the arguments."""
     metrics, edit = read_json(METRICS_FILE), read_json(EDIT_FILE)
+    for state, values in read_json(DETAILS_FILE).items():
+        metrics[state] |= values
     prompts, facts = parquet.read_table(PROMPTS_FILE), read_facts()
     sentences = verdict(facts, edit, metrics)
     figures = {
@@ -88,7 +92,9 @@ def read_facts() -> pyarrow.Table:
 def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     """Name, values and meaning of each metric that was measured: lenient beside strict."""
     before, after = metrics["before"], metrics["after"]
-    found = [row for row in ROWS if row[0] in before and row[0] in after]
+    own = [key for key in after if re.fullmatch(rf"{OWN}(?!.*_(low|high)$).*", key)]
+    rows = (*ROWS, *((key, key.removeprefix(OWN), "of your own file") for key in own))
+    found = [row for row in rows if row[0] in before and row[0] in after]
     known = " (known facts)" if of_known_facts(metrics) else ""
     return [
         {
@@ -104,7 +110,8 @@ def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _value(metrics: Mapping[str, float], key: str) -> str:
-    return f"{metrics[key]:.2f}" if key in metrics else ABSENT
+    digits = 4 if key in ("drift", "kept_divergence") else 2
+    return f"{metrics[key]:.{digits}f}" if key in metrics else ABSENT
 
 
 def escaped(text: str) -> str:

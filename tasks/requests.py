@@ -17,7 +17,7 @@ from torch.hub import download_url_to_file
 from memit.errors import InputError, IntegrityError, UnreachableError
 from memit.evaluation.zsre import as_records, read_zsre
 from memit.facts.neighbors import without_edited_neighbors
-from memit.facts.records import embedded_records
+from memit.facts.records import Part, embedded_records
 from memit.files.digests import file_sha256, verify_sha256
 from memit.files.reading import check_file
 from memit.known_facts import known_facts
@@ -128,9 +128,13 @@ def read_source(source: Source, path: Path) -> tuple[list[Record], int]:
     return drop_conflicts(read_counterfact(path))
 
 
-def write_embedded() -> Artifact:
-    """A file with the facts of this project for which results are reported."""
-    records = embedded_records("reported")
+def write_embedded(part: Part = "reported") -> Artifact:
+    """A file with the facts of this project that are in one part."""
+    return keep_records(embedded_records(part))
+
+
+def keep_records(records: Sequence[Record]) -> Artifact:
+    """A file with some records."""
     return store_piece("requests", ".json", lambda path: write_records(records, path))
 
 

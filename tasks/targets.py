@@ -31,9 +31,10 @@ class TargetsPiece(Value):
 
 def target_settings(hyperparameters: Hyperparameters) -> Hyperparameters:
     """Only what the targets depend on; the rest is fixed, so that it changes no cache key."""
+    at_block = hyperparameters.site == "block"
     return replace(
         hyperparameters,
-        layers=hyperparameters.layers[-1:],
+        layers=hyperparameters.layers[-1:] if at_block else hyperparameters.layers,
         covariance_weight=1.0,
         key_average="nested",
         largest_update=Hyperparameters.largest_update,

@@ -31,6 +31,7 @@ MOVED = 5
 """Neighbours that are shown of those that moved."""
 LARGEST_LOSS = 0.2
 """Share of a list's facts that may be withdrawn at once without being asked."""
+CAPTION = "of neighbours: the change of their true object's lead over the new one, in nats"
 FEW = 2
 """Facts that may always be withdrawn."""
 
@@ -59,8 +60,8 @@ def show_changes(parameters: Parameters, open_model: Callable[[], LanguageModel]
 
 
 def pending_changes(section: RequestsSection, runs: Sequence[PastRun]) -> Changes | None:
-    """What the list would change against the last run; None if the source is no list of the user's
-    or only some of it is edited.
+    """What the list would change against the last run, if that was of this list; None if the source
+    is no list of the user's, or only some of it is edited.
 
     Raises:
         ConflictError: facts of the list contradict each other.
@@ -68,7 +69,8 @@ def pending_changes(section: RequestsSection, runs: Sequence[PastRun]) -> Change
     if section.source != "facts" or section.wanted is not None or section.only_known:
         return None
     file = locate_records(section.path, section.url, section.sha256)
-    return changes_between(_records_of(runs[-1:]), read_source("facts", file)[0])
+    last = [run for run in runs[-1:] if run.origin == section.origin]
+    return changes_between(_records_of(last), read_source("facts", file)[0])
 
 
 def check_losses(section: RequestsSection) -> None:
@@ -116,6 +118,7 @@ def _answers(lm: LanguageModel, changes: Changes, runs: Sequence[PastRun]) -> Ta
     """What the model said before the last run and says after it, to each changed fact and its
     paraphrases, and to those of its neighbours whose preference moved most."""
     table = Table(box=SIMPLE, title="What the model said and says now", title_justify="left")
+    table.caption, table.caption_justify = CAPTION, "left"
     for name in ("", "prompt", "said", "says now"):
         table.add_column(name, overflow="fold")
     records = [*changes.added, *changes.withdrawn, *(new for _, new in changes.changed)]

@@ -18,12 +18,13 @@ from flows.command.parameters import ModelSection, Parameters, StatisticsSection
 from flows.command.script import console
 from flows.service.workers import workers_of
 from memit.corpus import read_documents
+from memit.editors.joint import editor_for
 from memit.errors import InputError, ResourceError
+from memit.evaluation.own_metrics import own_metrics
 from memit.evaluation.reference import read_snippets
 from memit.evaluation.zsre import as_records, read_zsre
 from memit.facts.records import embedded_records
 from memit.files.reading import check_file
-from memit.hyperparameters import settings_note
 from memit.language_model import LanguageModel
 from memit.model_shape import ModelShape
 from memit.requests import Record, drop_conflicts
@@ -106,6 +107,8 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
         records = read_source(section.source, file)[0]
     chosen = sample(records, section.wanted, section.seed) if records else []
     _check_corpus(parameters.statistics)
+    if parameters.evaluation.metrics is not None:
+        own_metrics(parameters.evaluation.metrics)
     if parameters.evaluation.snippets is not None:
         read_snippets(parameters.evaluation.snippets)
     if parameters.model.source == "synthetic":
@@ -179,7 +182,7 @@ def _check_device(device: str) -> None:
 def _check_corpus(section: StatisticsSection) -> None:
     if section.source == "dataset":
         resolve_commit(str(section.dataset), str(section.revision), "dataset")
-    if section.source == "sampled" or section.held_out is not None:
+    if section.held_out_documents and (section.source == "sampled" or section.held_out):
         _check_documents(held_out_file(section.held_out), section, 0)
     if section.source == "file":
         path = Path(str(section.path))
@@ -221,12 +224,14 @@ def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[M
     """Check that MEMIT and `methods` can edit their layers, and that published statistics exist,
     or that the model can write texts; say which settings nobody has checked."""
     section, hyperparameters = parameters.statistics, parameters.hyperparameters(lm.name, lm.shape)
-    if note := settings_note(lm.name, lm.shape, hyperparameters):
+    if note := parameters.settings_note(lm.name, lm.shape):
         console.print("[yellow]settings:[/]", Text(note), soft_wrap=True)
     layers = set(hyperparameters.layers)
     layers.update(*(method.editor.moment_layers for method in methods))
     others = {getattr(method.editor, "layer", min(layers)) for method in methods}
     lm.check_layers(tuple(sorted(layers | others)))
+    for editor in (editor_for(hyperparameters), *(method.editor for method in methods)):
+        editor.check(lm)
     if section.source == "published":
         find_published(Path(str(section.path)), lm, sorted(layers))
     if section.source == "sampled":

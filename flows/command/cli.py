@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,10 +12,20 @@ from cyclopts import App, Parameter
 from cyclopts.types import ExistingFile, ExistingPath
 from cyclopts.validators import Number
 
-from flows.command.script import console, given_parameters, reporting, run_flow
+from flows.command.facts_file import check_requests
+from flows.command.script import (
+    console,
+    given_parameters,
+    output,
+    ready_parameters,
+    reporting,
+    run_flow,
+)
 from memit.errors import InputError
+from memit.files.reading import read_text
 
 DELTA = Path("artifacts/edit/delta.safetensors")
+REQUESTS = Path("artifacts/requests.json")
 
 Delta = Annotated[ExistingFile | None, Parameter(help=f"The edit; by default {DELTA}.")]
 Model = Annotated[
@@ -32,6 +44,7 @@ app = App(
     collects statistics, computes the edit, and evaluates the model before and after. The other
     commands run it through DVC or Prefect, check requests in advance, or use the edit.""",
     help_format="markdown",
+    version=lambda: version("memit"),
     version_flags=["--version"],
 )
 
@@ -48,7 +61,7 @@ def run(*, yes: bool = False) -> None:
     yes
         Withdraw facts even if the list has lost many of them since the last run.
     """
-    given_parameters()
+    ready_parameters()
     from flows.command.checks import check_inputs, check_list
     from flows.experiment import experiment
 
@@ -74,12 +87,30 @@ def repro(
     *arguments: Annotated[str, Parameter(allow_leading_hyphen=True, help="Of `dvc repro`.")],
 ) -> None:
     """Run the DVC stages that are not up to date (`dvc repro`), with one Prefect server for all."""
-    parameters = given_parameters()
+    parameters = ready_parameters()
     from flows.command.checks import check_list
     from flows.service.reproduce import reproduce_here
 
     check_list(parameters)
     sys.exit(reproduce_here(arguments))
+
+
+@app.command
+def compare() -> None:
+    """Edit the same records with every method of `compare.methods`: the table in comparison/."""
+    ready_parameters()
+    from flows.experiment import check_comparison, comparison
+
+    run_flow(comparison, check_comparison)
+
+
+@app.command
+def scale() -> None:
+    """Edit more and more records with every method of `compare.methods`: curves in scaling/."""
+    ready_parameters()
+    from flows.experiment import check_scaling, scaling_run
+
+    run_flow(scaling_run, check_scaling)
 
 
 @app.command
@@ -93,7 +124,7 @@ def deploy(*, once: bool = False) -> None:
     once
         Stop after the first run.
     """
-    parameters = given_parameters()
+    parameters = ready_parameters()
     from flows.command.checks import check_list
     from flows.service.deploy import deploy
 
@@ -114,9 +145,21 @@ def check(file: Path) -> None:
         CounterFact JSON, or facts as JSON lines or CSV (subject, prompt, target, ...).
     """
     parameters = given_parameters()
-    from flows.command.estimate import check_requests
-
     check_requests(parameters, file)
+
+
+@app.command
+def tune() -> None:
+    """Find settings for the model of params.yaml, on facts that are not yours.
+
+    Tries layers, λ and the effort for targets, for as long as `tune.minutes` says, and leaves a
+    preset and the trials in tuning/. A search that was stopped goes on.
+    """
+    given_parameters()
+    from flows.command.checks import check_inputs
+    from flows.experiment import tuning
+
+    run_flow(tuning, check_inputs)
 
 
 @app.command
@@ -124,34 +167,66 @@ def presets() -> None:
     """List the models that settings are known for, and whether this project has checked them."""
     from flows.command.presets import presets_table
 
-    console.print(presets_table())
+    output.print(presets_table())
 
 
 @app.command
 def ask(
-    prompt: str,
-    *,
+    *prompts: str,
+    file: ExistingFile | None = None,
+    chat: bool = False,
     model: Model = None,
     delta: Delta = None,
     top: Annotated[int, Parameter(validator=Number(gte=1, lte=50))] = 5,
     tokens: Annotated[int, Parameter(validator=Number(gte=1, lte=500))] = 8,
 ) -> None:
-    """Show how the unedited and the edited model continue a prompt, side by side.
+    """Show how the unedited and the edited model continue prompts, side by side.
 
     Parameters
     ----------
-    prompt
-        The beginning of a sentence.
+    prompts
+        Beginnings of sentences; without any they are read from standard input, a line each.
+    file
+        A text file with further prompts, a line each.
+    chat
+        Put each prompt into the model's chat template, as a user's message.
     top
-        The number of next tokens to show.
+        The number of next words to show.
     tokens
         The number of tokens of the continuation.
     """
-    if not prompt.strip():
-        raise InputError("the prompt is empty: write the beginning of a sentence.")
-    from flows.command.answers import answers_side_by_side
+    lines = [*prompts, *(read_text(file, "the prompts").splitlines() if file else ())]
+    if not all(prompt.strip() for prompt in prompts) or (file and not lines):
+        raise InputError("a prompt is empty: write the beginning of a sentence.")
+    path = _delta_file(delta)
+    from flows.command.answers import Questions, fitting_delta
+    from memit.requests import read_counterfact
 
-    console.print(answers_side_by_side(_open_model(model), _delta_file(delta), prompt, top, tokens))
+    lm, facts = _open_model(model), []
+    if delta is None and REQUESTS.is_file():
+        facts = [record.request for record in read_counterfact(REQUESTS)]
+    fitting = fitting_delta(lm, path, is_given=delta is not None)
+    asked = Questions(lm, fitting, facts, top, tokens, chat)
+    for given in [lines] if lines else _typed():
+        for table in asked.tables([line for line in given if line.strip()]):
+            output.print(table)
+
+
+@app.command
+def ui(*, port: int = 5000, prefect: bool = False) -> None:
+    """Show all runs in MLflow's pages until Ctrl-C.
+
+    Parameters
+    ----------
+    port
+        Preferred; a free one is taken if another program has it.
+    prefect
+        Show Prefect's pages, too.
+    """
+    parameters = given_parameters()
+    from flows.service.pages import serve_pages
+
+    serve_pages(parameters.report.tracking_uri, port, with_prefect=prefect)
 
 
 @app.command
@@ -167,14 +242,15 @@ def apply(directory: ExistingPath, *, delta: Delta = None, force: Force = False)
         A directory with safetensors weights, as save_pretrained writes it.
     """
     file = _delta_file(delta, force)
-    from memit.model_directory import apply_edit
+    from memit.model_directory import applied_edits, apply_edit
     from tasks.engine.git import commit_of
 
     section = None if delta else given_parameters().requests
-    path = (section and (section.path or section.url)) or ""
-    origin = {"list": path or section.source, "commit": commit_of(path)} if section else {}
+    origin = {"list": section.origin, "commit": commit_of(section.origin)} if section else {}
+    former = applied_edits(directory)
     backup = apply_edit(directory, file, origin)
-    console.print(f"edited {directory}; the original weights are in {backup}")
+    done = "this edit is in it already" if backup in former else "edited"
+    console.print(f"{directory}: {done}; the original weights are in {backup}")
 
 
 @app.command
@@ -234,9 +310,17 @@ def export(
     file = _delta_file(delta, force)
     from flows.command.export import export_edit, license_of
 
-    license_ = license_of(None if model else given_parameters().model, model)
+    license_ = license_of(model, None if model else given_parameters().model)
     lm = _open_model(model) if kind != "delta" else None
     console.print(export_edit(lm, file, directory, kind, dtype, license_), soft_wrap=True)
+
+
+def _typed() -> Iterator[list[str]]:
+    """One prompt at a time, as it is typed or piped in."""
+    if sys.stdin.isatty():
+        console.print("type a prompt and Enter; Ctrl-D ends")
+    for line in sys.stdin:
+        yield [line.rstrip("\n")]
 
 
 def _delta_file(given: Path | None, force: bool = True) -> Path:

@@ -15,21 +15,19 @@ from torch.utils.benchmark import Timer
 
 from flows.command import costs
 from flows.command.costs import Lengths
-from flows.command.parameters import Parameters
-from flows.command.script import console
+from flows.command.parameters import ModelSection, Parameters
 from memit.covariance_weight import TRIALS
-from memit.hyperparameters import AUTO, Hyperparameters, settings_note, summary
+from memit.hyperparameters import AUTO, Hyperparameters, summary
 from memit.layer_walk import HELD_IN_MEMORY
 from memit.positions import TokenRow
-from memit.requests import Record, conflict_groups, read_records
+from memit.requests import Record
 from memit.sampled_corpus import wanted_tokens
 from memit.targets import plain_rows, weak_keys
 from tasks.engine.artifacts import project_root
-from tasks.engine.hub import open_model
+from tasks.engine.hub import locate_model, open_model
 from tasks.engine.loaded_model import BYTES, ModelFiles, ModelReference
 from tasks.engine.results import MODEL_FILE
-from tasks.model import model_without_weights
-from tasks.requests import sample
+from tasks.model import describe_model, model_without_weights
 
 
 @dataclass(frozen=True)
@@ -43,45 +41,9 @@ class Estimate:
     """Bytes, statistics and the edit."""
 
 
-def check_requests(parameters: Parameters, file: Path) -> None:
-    """Read the file, look for contradictions, count tokens, and print what editing would cost.
-
-    Raises:
-        MemitError: the first thing that is wrong with the file.
-    """
-    records = read_records(file)
-    with_truth = sum(record.request.target_true is not None for record in records)
-    table = Table(title=str(file), title_justify="left", show_header=False)
-    table.add_row("records", f"{len(records)}")
-    table.add_row("with a true object", f"{with_truth}")
-    table.add_row("with paraphrases", f"{sum(bool(r.paraphrase_prompts) for r in records)}")
-    neighbors = sum(bool(r.neighborhood_prompts or r.kept_prompts) for r in records)
-    table.add_row("with neighbours", f"{neighbors}")
-    table.add_row("contradictions", Text(_contradictions(records)))
-    count = parameters.requests.count
-    edited = sample(records, None if count == "auto" else count, parameters.requests.seed)
-    how = "all" if len(edited) == len(records) else f"{len(edited)}, a sample (requests.count)"
-    table.add_row("edited", how)
-    if MODEL_FILE.exists():
-        _add_costs(table, parameters, edited)
-    else:
-        table.add_row("model", "missing until `memit run`, so no tokens and no estimate")
-    console.print(table)
-
-
-def _contradictions(records: Sequence[Record]) -> str:
-    groups = conflict_groups(records)
-    if not groups:
-        return "none"
-    return (
-        f"{len(groups)} subjects with several objects for one relation, the first is "
-        f"{groups[0][0].request.text!r}; only the first record of each would be kept"
-    )
-
-
-def _add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) -> None:
+def add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) -> None:
     """Add the rows that need the model's tokenizer and shape."""
-    model = open_model(**parameters.model.placement())
+    model = _reference(parameters.model)
     files, requests = model.model, [record.request for record in records]
     lm = model_without_weights(files.id, files.revision, files.within(Path(model.directory)))
     rows = plain_rows(lm, requests)
@@ -93,7 +55,7 @@ def _add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) 
     )
     table.add_row("weak edits", Text(weak_keys(requests, rows) or "none"))
     hyperparameters = parameters.hyperparameters(files.id, files.shape)
-    note = settings_note(files.id, files.shape, hyperparameters)
+    note = parameters.settings_note(files.id, files.shape)
     table.add_row("settings", Text(note or summary(hyperparameters)))
     if parameters.statistics.source == "sampled":
         tokens = wanted_tokens(parameters.statistics.tokens, files.inner_width)
@@ -107,6 +69,20 @@ def _add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) 
     table.add_row("time for targets and edit", f"about {duration} on this machine")
     table.add_row("memory", f"about {decimal(estimate.memory)}")
     table.add_row("disk", f"about {decimal(estimate.disk)} in {project_root()}")
+
+
+def _reference(section: ModelSection) -> ModelReference:
+    """The model of the last run, or before the first one that of the section."""
+    if MODEL_FILE.exists():
+        return open_model(**section.placement())
+    place, name, version = locate_model(section.source, section.path, section.package)
+    return ModelReference(
+        directory=str(place.parent if place.is_file() else place),
+        model=describe_model(section.source, name, version, place),
+        dtype=section.dtype,
+        device=section.device,
+        threads=section.threads,
+    )
 
 
 def mean_lengths(rows: Sequence[TokenRow]) -> Lengths:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib.metadata import PackageNotFoundError, metadata
+from importlib.metadata import metadata
 from pathlib import Path
+
+from huggingface_hub import ModelCard
 
 from flows.command.parameters import ModelSection
 from memit.adapter import make_adapter
@@ -13,9 +15,9 @@ from memit.errors import ResourceError
 from memit.files.atomic import temporary
 from memit.files.digests import file_sha256
 from memit.language_model import DTYPES, LanguageModel
-from memit.weight_delta import WeightDelta, check_rounded
+from memit.weight_delta import WeightDelta, check_rounded, check_weights
 from tasks.engine.results import DELTA_FILE, METRICS_FILE
-from tasks.reporting.card import Kind, base_license, make_card
+from tasks.reporting.card import Kind, make_card
 from tasks.reporting.formats import read_json
 
 
@@ -49,12 +51,15 @@ def export_edit(
         elif kind == "merged":
             _save_merged(lm, delta, partial, dtype)
         else:
+            check_weights(delta, [(n, lm.parameter(n)) for n in delta.changes], lm.name)
             adapter = make_adapter(lm, delta)
             adapter.save(partial, lm.name, lm.revision)
             note = f"Rank {adapter.rank}, relative error of the factors {adapter.error:.1e}."
             said += f". {note}"
         metrics = read_json(METRICS_FILE) if is_of_last_run(delta_file) else None
         make_card(kind, delta.provenance, license_, metrics, note).save(partial / "README.md")
+        for file in partial.glob("*.safetensors"):  # which safetensors lets nobody else read
+            file.chmod((partial / "README.md").stat().st_mode)
         os.replace(partial, directory)  # replaces an empty directory, but no other
     return said
 
@@ -81,12 +86,10 @@ def is_of_last_run(delta_file: Path) -> bool:
     return present and file_sha256(delta_file) == file_sha256(DELTA_FILE)
 
 
-def license_of(section: ModelSection | None, place: Path | None) -> str | None:
-    """The licence of the base model, as its directory or package names it; None: not known."""
+def license_of(place: Path | None, section: ModelSection | None) -> str | None:
+    """The licence of the model in a directory, or of that of params.yaml, as the card there
+    or the package says; None: not known."""
     if section is not None and section.source == "package":
-        try:
-            return metadata(str(section.package))["License"].lower()
-        except (PackageNotFoundError, KeyError, AttributeError):
-            return None
-    local = place or Path(section.path if section is not None and section.path else "")
-    return base_license(local) if local.is_dir() else None
+        return str(metadata(str(section.package)).json.get("license", "")).lower() or None
+    card = Path(place or (section and section.path) or "") / "README.md"
+    return ModelCard.load(card).data.to_dict().get("license") if card.is_file() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from memit.errors import LimitError
 from tasks.engine.results import DELTA_FILE, FACTS_FILE, METRICS_FILE
 from tasks.reporting.formats import read_json
 
-LEAST = ("score", "efficacy", "paraphrase", "neighborhood")
+LEAST = ("score", "efficacy", "paraphrase", "neighborhood", "kept_accuracy")
 """Limits that are the smallest values allowed; all others are the largest."""
 NAMED = 3
 """Facts that a sentence names."""
@@ -36,9 +36,8 @@ def check_limits(limits: LimitsSection, delta_file: Path = DELTA_FILE) -> None:
 
 def beyond_limits(limits: LimitsSection) -> list[str]:
     """A phrase for each limit that the last run is beyond, also if it did not measure that."""
-    given = limits.model_dump(exclude_none=True)
     found, phrases = _values(read_json(METRICS_FILE)), []
-    for name, limit in given.items():
+    for name, limit in limits.model_dump(exclude_none=True).items():
         value, is_least = found.get(name), name in LEAST
         if value is None:
             phrases.append(f"{name} was not measured")
@@ -58,13 +57,10 @@ def _values(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _worst_facts() -> str:
     """The facts that did not take and those that hurt most neighbours, as sentences."""
     facts = read_csv(FACTS_FILE).to_pylist()
-    failed = [fact["prompt"] for fact in facts if not fact["took"]]
     hurting = sorted((fact for fact in facts if fact["hurt"]), key=lambda fact: -fact["hurt"])
-    said = f"{len(failed)} facts did not take: {_named(failed)}. " if failed else ""
-    worst = _named([fact["prompt"] for fact in hurting])
-    return said + (f"{len(hurting)} hurt neighbours, most of all: {worst}." if hurting else "")
-
-
-def _named(prompts: Sequence[str]) -> str:
-    more = f" and {len(prompts) - NAMED} more" if len(prompts) > NAMED else ""
-    return ", ".join(map(repr, prompts[:NAMED])) + more
+    named = {"did not take": [fact for fact in facts if not fact["took"]], "hurt others": hurting}
+    return " ".join(
+        f"{len(of)} facts {what}, such as {', '.join(repr(fact['prompt']) for fact in of[:NAMED])}."
+        for what, of in named.items()
+        if of
+    )

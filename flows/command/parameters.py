@@ -34,7 +34,13 @@ from ruamel.yaml.events import AliasEvent
 from memit.editors.settings import MendSettings, SeracSettings, mend_preset, serac_preset
 from memit.errors import InputError
 from memit.files.reading import read_text
-from memit.hyperparameters import Hyperparameters, preset
+from memit.hyperparameters import (
+    Hyperparameters,
+    joint_settings,
+    preset,
+    read_preset,
+    settings_note,
+)
 from memit.model_shape import ModelShape
 from memit.redaction import holds_secret
 from memit.world.settings import TrainingParameters, WorldParameters
@@ -66,6 +72,13 @@ NEEDED = {
     ("statistics", "dataset"): ("dataset", "revision", "documents"),
 }
 """The keys that a section needs with this `source`."""
+
+FILE_SOURCES = {
+    "model": ("local",),
+    "requests": ("counterfact", "facts"),
+    "statistics": ("file", "published"),
+}
+"""The sources of each section that read its `path`."""
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -204,6 +217,11 @@ class RequestsSection(Section):
         return self.source == "embedded" if self.known is None else self.known
 
     @property
+    def origin(self) -> str:
+        """The file or address of the facts, or what else they are."""
+        return self.path or self.url or self.source
+
+    @property
     def wanted(self) -> int | None:
         """The number of facts to edit; None: all of them."""
         if self.count == "auto":
@@ -231,7 +249,9 @@ class StatisticsSection(Section):
     tokens: Count | Literal["auto"] = Field(default="auto", description="sampled: at least so many")
     seed: Seed = Field(default=0, description="sampled: of the texts")
     held_out: UsersFile = Field(default=None, description="a text for the perplexity only")
-    held_out_documents: Count = Field(default=300, description="for the perplexity only")
+    held_out_documents: int = Field(
+        default=300, ge=0, le=10**9, description="for the perplexity only; 0: none"
+    )
     token_budget: TokenBudget = "auto"
 
 
@@ -245,6 +265,7 @@ class TargetsSection(settings_section(ANY_MODEL, TARGETS, optional=True)):
 class EditSection(settings_section(ANY_MODEL, EDIT, optional=True)):
     """Which layers are edited and how (Algorithm 1)."""
 
+    preset: UsersFile = Field(default=None, description="a preset of your own, from memit tune")
     on_failure: Literal["stop", "drop"] = Field(default="stop", description="of single edits")
     token_budget: TokenBudget = "auto"
 
@@ -255,6 +276,11 @@ class EvaluationSection(Section):
     dtype: Precision | None = Field(default=None, description="null: that of the model")
     prompts_per_piece: Count = 256
     generation_records: Written = 8
+    free_generation: Written = Field(default=0, description="records answered in full; null: all")
+    survival: tuple[Literal["bfloat16", "float16", "int8"], ...] = Field(
+        default=(), description="also measured after rounding to these"
+    )
+    metrics: UsersFile = Field(default=None, description="a Python file with more metrics")
     snippets: UsersFile = Field(default=None, description="CounterFact's attribute snippets")
     seed: Seed = Field(default=0, description="of the generated texts")
     token_budget: TokenBudget = "auto"
@@ -267,6 +293,7 @@ class LimitsSection(Section):
     efficacy: Percent = None
     paraphrase: Percent = None
     neighborhood: Percent = None
+    kept_accuracy: Percent = None
     perplexity_ratio: Ratio = Field(default=None, description="at most, after / before")
     update_ratio: Ratio = Field(default=None, description="at most, of an update to its weights")
 
@@ -306,13 +333,17 @@ class CompareSection(Section):
     """Which methods are compared, and on which records."""
 
     methods: tuple[MethodName, ...] = Field(
-        default=("unedited", "ft_w", "rome", "memit"), min_length=1
+        default=("unedited", "ft", "ft_w", "ft_bf", "rome", "memit", "alphaedit", "encore"),
+        min_length=1,
     )
     editors: UsersFile = Field(
         default=None, description="a Python file or folder with more methods"
     )
     settings: dict[MethodName, dict[str, Setting]] = Field(default={}, description="over presets")
     count: Count | None = Field(default=48, description="null: all of them")
+    at_most: dict[MethodName, Count] = Field(
+        default={"rome": 16}, description="edits of slow methods"
+    )
     seed: Seed = 0
     training_records: int = Field(default=100, ge=0, description="set aside for training editors")
     generation_records: Written = 8
@@ -322,7 +353,7 @@ class CompareSection(Section):
 class ScalingSection(Section):
     """With how many edits the methods of `compare` are tried."""
 
-    counts: tuple[Count | None, ...] = Field(default=(1, 10, 32), min_length=1)
+    counts: tuple[Count | None, ...] = Field(default=(1, 10, 32, 100), min_length=1)
     seed: Seed = Field(default=0, description="of the first sample; later samples count up")
     samples: Count = Field(default=1, description="per size, for error bars")
     least_records: Count = Field(default=10, description="small sizes are repeated up to this")
@@ -336,6 +367,15 @@ class TracingSection(Section):
     mapped: int = Field(default=10, ge=0, description="of these, at every token, too")
     seed: Seed = 0
     token_budget: TokenBudget = "auto"
+
+
+class TuneSection(Section):
+    """How `memit tune` looks for settings."""
+
+    minutes: int = Field(default=30, ge=1, le=10_000, description="for the search")
+    facts: str | None = Field(default=None, description="a file; null: facts set aside for this")
+    count: int = Field(default=24, ge=8, le=10_000, description="of the search; as many check it")
+    seed: Seed = 0
 
 
 class Parameters(Section):
@@ -356,6 +396,7 @@ class Parameters(Section):
     compare: CompareSection = CompareSection()
     scaling: ScalingSection = ScalingSection()
     tracing: TracingSection = TracingSection()
+    tune: TuneSection = TuneSection()
 
     def hyperparameters(self, model: str, shape: ModelShape) -> Hyperparameters:
         """The preset of a model, with the overrides of `targets` and `edit`.
@@ -363,7 +404,10 @@ class Parameters(Section):
         Raises:
             InputError: the model has no such layer.
         """
-        chosen = preset(model, shape)
+        own = self.edit.preset
+        chosen = preset(model, shape) if own is None else read_preset(Path(own)).settings
+        if self.targets.site == "down_projections":
+            chosen = joint_settings(chosen)
         if self.targets.learning_rate is not None:  # a rate without its unit is absolute
             chosen = replace(chosen, rate_unit="absolute")
         merged = with_overrides(with_overrides(chosen, self.targets), self.edit)
@@ -373,6 +417,12 @@ class Parameters(Section):
                 f"{shape.depth} blocks: the layers are 0 to {shape.depth - 1}."
             )
         return merged
+
+    def settings_note(self, model: str, shape: ModelShape) -> str | None:
+        """Which settings nobody has checked, in one line; None with a checked preset."""
+        if self.edit.preset is not None:
+            return None
+        return settings_note(model, shape, self.hyperparameters(model, shape))
 
     def mend_settings(self, model: str) -> MendSettings:
         """The preset of a model, with the overrides of `mend`."""
@@ -484,6 +534,16 @@ def _parse_yaml(text: str, path: Path) -> object:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         line = f"line {mark.line + 1}, " if mark else ""
         raise InputError(f"{path} is not YAML: {line}{problem}.") from None
+
+
+def check_files(parameters: Parameters) -> None:
+    """Raise `InputError` if a file that is used is not there: known before slow imports."""
+    for section, sources in FILE_SOURCES.items():
+        values = getattr(parameters, section)
+        if values.source in sources and values.path and not Path(values.path).exists():
+            raise InputError(
+                f"{values.path} does not exist: correct {section}.path in params.yaml."
+            )
 
 
 def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:

@@ -17,7 +17,7 @@ from typing import NoReturn, TypeVar
 
 from rich.console import Console
 
-from flows.command.parameters import Parameters, read_parameters
+from flows.command.parameters import Parameters, check_files, read_parameters
 from flows.service.run_lock import alone
 from memit.errors import LimitError, MemitError, ResourceError, UnreachableError
 from memit.redaction import redacted
@@ -41,6 +41,9 @@ NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 Result = TypeVar("Result")
 
 console = Console(stderr=True)
+"""For progress and notes."""
+output = Console()
+"""For what was asked for."""
 
 
 @cache
@@ -54,6 +57,13 @@ def given_parameters() -> Parameters:
     sys.excepthook = _without_trace
     resend_swallowed()
     return reporting(lambda: read_parameters(Path(os.environ.get(PARAMETERS) or "params.yaml")))
+
+
+def ready_parameters() -> Parameters:
+    """`given_parameters` for a run, after a look for the files that they name."""
+    parameters = given_parameters()
+    reporting(lambda: check_files(parameters))
+    return parameters
 
 
 def _without_trace(

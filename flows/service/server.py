@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def _started(wanted: int) -> Iterator[str]:
     if kind.startswith("sqlite"):
         migrations = Path(prefect.__file__).parent / "server/database/_migrations/versions/sqlite"
         check_database(Path(database), "Prefect", migrations)
-    port, log = _free_port(wanted), Path(os.environ["PREFECT_HOME"]) / "server.log"
+    port, log = free_port(wanted), Path(os.environ["PREFECT_HOME"]) / "server.log"
     options = [*server_options(port), "--log-level", "ERROR", "--ui" if wanted else "--no-ui"]
     address = f"http://127.0.0.1:{port}/api"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -79,18 +80,27 @@ def _started(wanted: int) -> Iterator[str]:
         open(log, "ab") as file,
         running("prefect", *options, stdout=file, stderr=file, start_new_session=True) as process,
     ):
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(address):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise UnreachableError(f"Prefect's server did not start: see the end of {log}.")
-            time.sleep(0.2)
+        wait_for(f"{address}/health", process, "Prefect's server", log)
         yield address
+
+
+def wait_for(address: str, process: subprocess.Popen[bytes], what: str, log: Path) -> None:
+    """Wait until the server of a process answers.
+
+    Raises:
+        UnreachableError: it has ended, or does not answer within `START_SECONDS`.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while not _answers(address):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise UnreachableError(f"{what} did not start: see the end of {log}.")
+        time.sleep(0.2)
 
 
 def _answers(address: str) -> bool:
     """Whether there is any response; an error status is one, since a server may be busy."""
     try:
-        urlopen(f"{address}/health", timeout=5).close()
+        urlopen(address, timeout=5).close()
     except (HTTPError, HTTPException):
         return True
     except OSError:
@@ -108,7 +118,7 @@ def exit_without_server(address: str) -> None:
         missed = 0
         while missed < PINGS:
             time.sleep(PING_SECONDS)
-            missed = 0 if _answers(address) else missed + 1
+            missed = 0 if _answers(f"{address}/health") else missed + 1
         exit_now(2, f"error: Prefect's server at {address} does not answer any more: {GO_ON}")
 
     threading.Thread(target=watch, daemon=True).start()
@@ -119,7 +129,8 @@ def server_options(port: int) -> list[str]:
     return ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
 
 
-def _free_port(wanted: int) -> int:
+def free_port(wanted: int) -> int:
+    """The wanted port of this machine, or another one if it is taken."""
     try:
         probe = socket.create_server(("127.0.0.1", wanted))
     except OSError:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -215,4 +216,9 @@ def _flow(
 ) -> Flow[[Parameters], None]:
     for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(body, attribute, getattr(work, attribute))
-    return flow(name=name, validate_parameters=False, task_runner=thread_runner())(body)
+    return flow(
+        name=name,
+        flow_run_name=lambda: f"{name} {datetime.now():%d %b %H:%M}",
+        validate_parameters=False,
+        task_runner=thread_runner(),
+    )(body)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from memit.editors.base import Resources, register
 from memit.editors.memit_sequence import MemitSequence
 from memit.errors import InputError
+from memit.hyperparameters import Hyperparameters
 from memit.quadratic import Quadratic
 from memit.ranges import Range, check_settings
 
@@ -31,6 +32,11 @@ class AlphaEdit(MemitSequence):
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @property
+    def target_hyperparameters(self) -> Hyperparameters:
+        """MEMIT's, without a λ by rule: it uses none."""
+        return replace(self.hyperparameters, covariance_weight=1.0)
 
     def quadratic(self, layer: int, resources: Resources) -> Quadratic:
         """No price on C, a basis instead, and the earlier keys."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from memit.errors import InputError
@@ -93,6 +94,10 @@ class Editor(ABC):
         """
         return None
 
+    def check(self, lm: LanguageModel) -> None:
+        """Raise `InputError` for a model that it cannot edit, which may have no weights yet."""
+        return
+
     @abstractmethod
     def edit(
         self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
@@ -125,16 +130,26 @@ def load_editors(path: Path) -> None:
     Raises `InputError` for a file that cannot be imported, or has the name of another module.
     """
     for file in map(Path.resolve, sorted(path.glob("*.py")) if path.is_dir() else [path]):
-        if str(file.parent) not in sys.path:
-            sys.path.append(str(file.parent))
-        try:
-            found = import_module(file.stem)
-        except Exception as error:  # it is anybody's code
-            raise InputError(
-                f"{file} cannot be imported ({type(error).__name__}: {error}): correct it."
-            ) from error
-        if found.__file__ is None or not file.samefile(found.__file__):
-            raise InputError(f"{file} has the name of another module ({file.stem}): rename it.")
+        import_file(file)
+
+
+def import_file(file: Path) -> ModuleType:
+    """The module in a user's own file, which may import others beside it.
+
+    Raises:
+        InputError: it cannot be imported, or has the name of another module.
+    """
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    try:
+        found = import_module(file.stem)
+    except Exception as error:  # it is anybody's code
+        raise InputError(
+            f"{file} cannot be imported ({type(error).__name__}: {error}): correct it."
+        ) from error
+    if found.__file__ is None or not file.samefile(found.__file__):
+        raise InputError(f"{file} has the name of another module ({file.stem}): rename it.")
+    return found
 
 
 def provenance(editor: Editor, lm: LanguageModel, requests: Sequence[EditRequest]) -> dict:

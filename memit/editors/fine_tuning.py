@@ -156,6 +156,12 @@ def fine_tuning_with_decay(layer: int, weight_decay: float = 5e-4) -> FineTuning
     return FineTuning(layer, weight_decay=weight_decay)
 
 
+def breadth_first_fine_tuning(layer: int) -> FineTuning:
+    """LocFT-BF (arXiv 2509.22072): the down-projection of one late block, in small batches that go
+    through all requests before any comes again."""
+    return FineTuning(layer, parameters="down_projection", batch_size=8)
+
+
 def constrained_fine_tuning(bound: float = 5e-5) -> FineTuning:
     """FT+L: the down-projection of block 0, each weight within `bound` of its base value."""
     return FineTuning(0, parameters="down_projection", bound=bound)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from memit.covariance_weight import Choice, choose_covariance_weight, drift
+from memit.covariance_weight import MARGIN, Choice, choose_covariance_weight, drift
 from memit.editors.base import Editor, Resources, provenance, register
+from memit.errors import InputError
 from memit.hyperparameters import AUTO, Hyperparameters
 from memit.language_model import LanguageModel
 from memit.quadratic import Quadratic
 from memit.requests import EditRequest
-from memit.spread import Spread, spread
-from memit.targets import check_targets, compute_targets
+from memit.spread import Goal, Spread, spread
+from memit.targets import Targets, check_targets, compute_targets
 from memit.weight_delta import WeightDelta
 
 
@@ -24,6 +25,8 @@ class Memit(Editor):
 
     hyperparameters: Hyperparameters
     """Layers, λ and the settings of the optimisation."""
+    margin: ClassVar[float] = MARGIN
+    """See `choose_covariance_weight`."""
 
     @property
     def moment_layers(self) -> tuple[int, ...]:
@@ -35,10 +38,23 @@ class Memit(Editor):
         """Its own."""
         return self.hyperparameters
 
+    def check(self, lm: LanguageModel) -> None:
+        """Raise `InputError` for a model that does not add its MLPs' outputs as they are."""
+        if lm.has_output_norm:
+            raise InputError(
+                f"{lm.name} passes its MLPs' outputs through a norm, behind which {self.name} "
+                "cannot write: use joint, that is targets.site: down_projections, and in "
+                "compare.methods joint in place of it."
+            )
+
     def quadratic(self, layer: int, resources: Resources) -> Quadratic:
         """The closed form of a layer: λC."""
         weight = float(self.hyperparameters.covariance_weight)  # `edit` has chosen it by then
         return Quadratic(resources.moments[layer], weight)
+
+    def goal(self, lm: LanguageModel, targets: Targets) -> Goal:
+        """What the updates should reach: z at the output of block L (n × d)."""
+        return targets.z
 
     def edit(
         self, lm: LanguageModel, requests: Sequence[EditRequest], resources: Resources
@@ -93,6 +109,7 @@ class Memit(Editor):
             lm.inner_width,
             lambda weight: self._weighing(weight)._spread(lm, requests, silent),
             lambda made: drift(lm, made, resources.moments),
+            self.margin,
         )
         if progress is not None:
             progress(len(requests))
@@ -109,7 +126,7 @@ class Memit(Editor):
             lm,
             requests,
             resources.prefixes,
-            resources.targets.z,
+            self.goal(lm, resources.targets),
             lambda layer: self.quadratic(layer, resources),
             hyperparameters,
             token_budget=resources.token_budget,

@@ -11,7 +11,7 @@ from torch import Tensor
 from memit.batches import run_in_batches
 from memit.errors import InputError
 from memit.evaluation.continuations import head_cost
-from memit.forward.passes import logits_at, pad
+from memit.forward.passes import Padded, logits_at, pad
 from memit.language_model import LanguageModel
 from memit.placement import solving_device
 from memit.positions import open_ids
@@ -43,39 +43,63 @@ def document_losses(
     token_budget: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of −log p (float64, documents) and number of predicted tokens (documents).
+    """Sum of −log p (float64, documents) and number of predicted tokens (documents); see
+    `document_sums`."""
+
+    def losses(padded: Padded, rows: Tensor, columns: Tensor, wanted: Tensor) -> Tensor:
+        logits = logits_at(lm, padded, rows, columns)
+        wanted = wanted.to(logits.device)
+        return logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0]
+
+    return document_sums(lm, documents, losses, token_budget=token_budget, progress=progress)
+
+
+def document_sums(
+    lm: LanguageModel,
+    documents: Sequence[str],
+    measure: Callable[[Padded, Tensor, Tensor, Tensor], Tensor],
+    *,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum over each document's tokens of what is measured (float64, documents), and number of
+    these tokens (documents).
 
     Each document is a sequence of its own, truncated to the model's context; its first token is
-    not predicted. `progress` is called with the number of newly predicted tokens.
+    not predicted. `measure` gets rows, the positions that predict a token, by row and column, and
+    these tokens (k each), and gives k numbers. `progress` is called with the number of newly
+    predicted tokens.
     """
     ids = [row[: lm.context_length] for row in open_ids(lm.tokenizer, documents)]
-    nll = torch.zeros(len(ids), dtype=torch.float64)
+    sums = torch.zeros(len(ids), dtype=torch.float64)
     tokens = torch.tensor([max(len(row) - 1, 0) for row in ids])
     order = sorted((i for i, row in enumerate(ids) if len(row) > 1), key=lambda i: len(ids[i]))
     cost = max(1.0, head_cost(lm, token_budget))
-    for indices, losses in run_in_batches(
+    for indices, found in run_in_batches(
         order,
         lambda index: (1, ceil(len(ids[index]) * cost)),
         token_budget,
-        lambda indices: _losses(lm, [ids[index] for index in indices]),
+        lambda indices: _sums(lm, [ids[index] for index in indices], measure),
     ):
-        nll[torch.tensor(indices)] = losses
+        sums[torch.tensor(indices)] = found
         if progress is not None:
             progress(int(tokens[torch.tensor(indices)].sum()))
-    return nll, tokens
+    return sums, tokens
 
 
-def _losses(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Sum of −log p of each row's tokens after the first (rows, float64)."""
+def _sums(
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    measure: Callable[[Padded, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Each row's sum over its tokens after the first (rows, float64)."""
     # Every position that is not padding predicts the token after it.
     padded = pad([row[:-1] for row in rows], lm.device)
     owner, column = padded.mask.nonzero(as_tuple=True)
     wanted = torch.tensor([token for row in rows for token in row[1:]], device=lm.device)
-    logits = logits_at(lm, padded, owner, column)
-    wanted = wanted.to(logits.device)
-    nll = logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0]
-    nll = nll.to(solving_device(nll.device))
+    found = measure(padded, owner, column, wanted)
+    found = found.to(solving_device(found.device))
     # Back into rows × tokens, so that each row's sum has one order whatever the batch.
-    table = nll.new_zeros(padded.ids.shape, dtype=torch.float64)
-    table[owner.to(nll.device), column.to(nll.device)] = nll.double()
+    table = found.new_zeros(padded.ids.shape, dtype=torch.float64)
+    table[owner.to(found.device), column.to(found.device)] = found.double()
     return table.sum(1).cpu()

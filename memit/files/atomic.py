@@ -61,7 +61,12 @@ def write_whole(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode  # that of the umask
+            partial.unlink()
             write(partial)
+            if partial.is_file():  # safetensors would let nobody else read it
+                partial.chmod(mode)
             _flush(partial)
             os.replace(partial, path.with_name(name(partial)) if name else path)
         _flush(path.parent)

@@ -39,9 +39,9 @@ def code_of(function: Callable[..., Any]) -> dict[str, str]:
     return _digests(modules_behind(function.__module__)) | library_versions()
 
 
-def code_of_class(kind: type) -> dict[str, str]:
-    """SHA-256 of each source file behind a class of the method, or of a user's own file, whose
-    imports are also looked for beside it."""
+def code_of_own(kind: type | Callable[..., Any]) -> dict[str, str]:
+    """SHA-256 of each source file behind a class or function of the method, or of a user's own
+    file, whose imports are also looked for beside it."""
     if kind.__module__.partition(".")[0] != METHOD:
         USERS_FOLDERS.add(Path(inspect.getfile(kind)).resolve().parent)
     return _digests(modules_behind(kind.__module__))

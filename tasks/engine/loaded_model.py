@@ -20,6 +20,7 @@ from memit.errors import IntegrityError, ResourceError
 from memit.files.digests import file_sha256
 from memit.language_model import DTYPES, LanguageModel, load_model
 from memit.model_shape import ModelShape
+from memit.rounding import round_to_int8
 from memit.weight_delta import check_rounded
 from tasks.engine.artifacts import Value, cache_directory, describe, fetch_stored
 from tasks.engine.store import shared_store
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 """Size of a number."""
+INT8 = "int8"
+"""Weights in eight bits, computed with in the model's dtype."""
 
 
 class ModelFiles(Value):
@@ -51,6 +54,8 @@ class ModelFiles(Value):
     inner_width: int
     """Input size f of the down-projection."""
     parameters: int
+    output_norm: bool = False
+    """Whether a norm follows the down-projections."""
     recall: float | None = None
     """Of a model trained here: share of its facts, in percent, that it answers (argmax)."""
 
@@ -58,7 +63,8 @@ class ModelFiles(Value):
     def shape(self) -> ModelShape:
         """The kind and the dimensions that costs and presets depend on."""
         widths = self.width, self.inner_width
-        return ModelShape(self.layers, *widths, self.parameters, self.architecture)
+        kind = self.architecture, self.output_norm
+        return ModelShape(self.layers, *widths, self.parameters, *kind)
 
     def within(self, directory: Path) -> Path:
         """What to load from the directory that holds the files: itself, or its GGUF file."""
@@ -79,7 +85,8 @@ class ModelReference(Value):
     device: str
     threads: int
     served_in: str | None = None
-    """A dtype to round the weights to after an edit was applied in `dtype`; None leaves them."""
+    """A dtype, or `int8`, to round the weights to after an edit was applied in `dtype`; None leaves
+    them."""
 
     @property
     def cache_key(self) -> dict[str, object]:
@@ -290,6 +297,9 @@ def _round_weights(lm: LanguageModel, reference: ModelReference) -> None:
             f"{lm.name} does not fit on its devices, and only weights there are rounded to "
             "evaluation.dtype: leave it null, or set model.dtype."
         )
+    if reference.served_in == INT8:
+        round_to_int8(lm)
+        return
     dtype = DTYPES[str(reference.served_in)]
     for name, parameter in lm.model.named_parameters():
         check_rounded(parameter, dtype, name)

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from prefect.context import FlowRunContext
 from pydantic import Field, ValidationError
 
 from memit.errors import IntegrityError
@@ -51,7 +50,9 @@ ANSWERS_FILE = EVALUATION / "answers.csv"
 PROMPTS_FILE = EVALUATION / "prompts.parquet"
 GENERATIONS_FILE = EVALUATION / "generations.parquet"
 KEPT_FILE = EVALUATION / "kept.csv"
+GENERATED_FILE = EVALUATION / "generated.csv"
 FACTS_FILE = EVALUATION / "facts.csv"
+DETAILS_FILE = EVALUATION / "intervals.json"
 METRICS_FILE = Path("metrics.json")
 TIMINGS_FILE = Path("timings.json")
 REPORT = Path("report")
@@ -67,6 +68,7 @@ STEP_FILES = {
     "serac": SERAC / "step.json",
     "compare": Path("comparison/step.json"),
     "scaling": Path("scaling/step.json"),
+    "tune": Path("tuning/step.json"),
     "tracing": Path("tracing/step.json"),
 }
 """Files of steps outside of the experiment; those of its own steps are in `artifacts/steps/`, on
@@ -118,6 +120,9 @@ def finish_step(
     )
     _remove_stale(manifest)
     write_json(_step_file(step), manifest.model_dump())
+    # Commands that only read results need no Prefect, whose import takes a second.
+    from prefect.context import FlowRunContext
+
     context = FlowRunContext.get()
     if context is not None and context.flow_run is not None:
         write_text(_flow_run_note(manifest), str(context.flow_run.id))
@@ -165,15 +170,18 @@ def upstream(*steps: str) -> dict[str, Manifest]:
 class PastRun(Value):
     """The facts of a finished run, and its delta."""
 
+    origin: str
+    """Where the facts come from."""
     records: Artifact
     delta: Artifact
 
 
-def remember_run(given: Mapping[str, Manifest]) -> None:
+def remember_run(given: Mapping[str, Manifest], origin: str) -> None:
     """Note the pieces that hold a finished run's facts and delta, and keep the note of the run
     before it, so that the two can be compared."""
-    records, delta = given["requests"].file(REQUESTS_FILE), given["edit"].file(DELTA_FILE)
-    run = PastRun(records=as_piece(records, "requests"), delta=as_piece(delta, "edit"))
+    records = as_piece(given["requests"].file(REQUESTS_FILE), "requests")
+    delta = as_piece(given["edit"].file(DELTA_FILE), "edit")
+    run = PastRun(origin=origin, records=records, delta=delta)
     runs = [known for known in last_runs() if known != run]
     write_json(_past_runs(), [known.model_dump() for known in [*runs[-1:], run]])
 
@@ -181,9 +189,10 @@ def remember_run(given: Mapping[str, Manifest]) -> None:
 def last_runs() -> list[PastRun]:
     """The last two finished runs that differ, or fewer, the older one first."""
     try:
-        return [PastRun.model_validate(run) for run in json.loads(_past_runs().read_bytes())]
+        runs = [PastRun.model_validate(run) for run in json.loads(_past_runs().read_bytes())]
     except (OSError, ValueError):
         return []
+    return [run for run in runs if run.records.intact()]
 
 
 def _past_runs() -> Path:

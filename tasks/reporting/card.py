@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,10 @@ def make_card(
         tags=["memit", "model-editing"],
     )
     facts, settings = provenance.get("facts", []), provenance.get("settings", {})
-    named = [{key: _plain(fact[key]) for key in ("prompt", "target")} for fact in facts[:SHOWN]]
+    named = [
+        [escape(one_line(fact[key]), quote=False) for key in ("prompt", "target")]
+        for fact in facts[:SHOWN]
+    ]
     return ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("card.md")),
@@ -47,16 +51,6 @@ def make_card(
         settings=settings.get("hyperparameters", settings),
         note=note,
     )
-
-
-def base_license(directory: Path) -> str | None:
-    """The licence that the card in a model directory names, if there is one."""
-    path = directory / "README.md"
-    return ModelCard.load(path).data.to_dict().get("license") if path.is_file() else None
-
-
-def _plain(text: str) -> str:
-    return one_line(text).replace("<", "&lt;")
 
 
 def _measured(metrics: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

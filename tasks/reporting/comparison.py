@@ -49,6 +49,8 @@ class Comparison:
 
     model: str
     records: int
+    edits: Mapping[str, int]
+    """How many of the records each method edited."""
     methods: Mapping[str, Mapping[str, float]]
     """Metrics of each method by its name; those that the data set does not support are absent."""
     exact_entropy: bool
@@ -107,7 +109,7 @@ def _rows(
     """A row per method, with the columns that are required or that at least one method has."""
     present = set(REQUIRED).union(*comparison.methods.values())
     return [
-        {"method": label(name)}
+        {"method": _row_label(comparison, name)}
         | {title: cell(metrics, key) for key, title in columns.items() if key in present}
         for name, metrics in comparison.methods.items()
     ]
@@ -116,7 +118,9 @@ def _rows(
 def _published_rows(comparison: Comparison) -> list[dict[str, str]]:
     """Our result, the paper's and the difference, for the methods and metrics of the paper."""
     rows = []
-    for name in [name for name in comparison.methods if name in comparison.published]:
+    for name in comparison.methods:
+        if name not in comparison.published or comparison.edits[name] < comparison.records:
+            continue
         row = {"method": label(name)}
         for key, title in SUCCESS.items():
             ours = comparison.methods[name].get(key)
@@ -126,6 +130,12 @@ def _published_rows(comparison: Comparison) -> list[dict[str, str]]:
                 row[title] = f"{_number(ours)} / {theirs:.1f} / {difference}"
         rows.append(row)
     return rows
+
+
+def _row_label(comparison: Comparison, name: str) -> str:
+    """A method's name, and how many edits it made where these are fewer than the others'."""
+    edits = comparison.edits[name]
+    return label(name) + (f" ({edits} edits)" if edits < comparison.records else "")
 
 
 def _with_interval(metrics: Mapping[str, float], key: str) -> str:

@@ -18,11 +18,18 @@ ROWS = (
     ("neighborhood", "Neighborhood NS", "true object, other subjects"),
     ("kept", "Kept", "unedited answers, your neighbors"),
     ("kept_divergence", "Kept, KL", "of the next token, nats"),
+    ("generated_efficacy_contains", "Efficacy, generated", "new object in its own text"),
+    ("generated_efficacy_exact", "Efficacy, generated exactly", "nothing else in its own text"),
+    ("generated_paraphrase_contains", "Paraphrase, generated", "the same, other wordings"),
+    ("generated_neighborhood", "Neighborhood, generated", "the same text as before"),
     ("entropy", "Fluency GE", "entropy of generated texts"),
     ("reference", "Consistency RS", "similarity to texts about the new object"),
     ("perplexity", "Perplexity", "of held-out text"),
+    ("drift", "Drift", "KL of next tokens there, nats"),
 )
 """The metrics of the report and of MLflow: each one's key, its name in tables, its meaning."""
+OWN = "own_"
+"""What the key of a metric from the user's own file begins with."""
 STRICT = "_accuracy"
 """What the key of a metric ends in where the model must say the object, not only prefer it."""
 STRICT_LEGEND = (

@@ -44,6 +44,10 @@ from tasks.reporting.formats import ROWS, STRICT, read_json
 DIGEST_TAG = "memit.experiment"
 WRITER_TAG = "memit.writer"
 LIMITS_TAG = "memit.limits"
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Lets MLflow's pages begin with the runs, not with traces of chat models."""
+LARGEST_DELTA = 100 << 20
+"""Bytes of an edit that is logged as a file; a larger one stays with DVC."""
 LONGEST = 6_000
 """MLflow's limit on the characters of a parameter, and less than that of a note."""
 LOGGED_FILES = (
@@ -54,6 +58,7 @@ LOGGED_FILES = (
     results.FACTS_FILE,
     results.KEPT_FILE,
     results.METRICS_FILE,
+    results.DETAILS_FILE,
     results.TIMINGS_FILE,
     results.EDIT_FILE,
     results.PREFIXES_FILE,
@@ -101,6 +106,8 @@ class Experiment:
         client.log_batch(run_id, _metrics(points), _parameters(self.parameters))
         for path in LOGGED_FILES:
             client.log_artifact(run_id, str(path), path.parent.name)
+        if results.DELTA_FILE.stat().st_size <= LARGEST_DELTA:
+            client.log_artifact(run_id, str(results.DELTA_FILE), results.DELTA_FILE.parent.name)
         files = {**self.manifests["requests"].files, **self.manifests["edit"].files}
         edited = mlflow.create_external_model(  # the weights stay with DVC
             name=f"edited-{self.digest[:6]}",
@@ -250,7 +257,8 @@ def store_errors_as_unreachable(uri: str, step: str) -> Iterator[None]:
 def _experiment_id(client: MlflowClient, name: str) -> str:
     known = client.get_experiment_by_name(name)
     if known is None:
-        return client.create_experiment(name, artifact_location=_artifact_directory(name).as_uri())
+        place = _artifact_directory(name).as_uri()
+        return client.create_experiment(name, artifact_location=place, tags=KIND)
     if known.lifecycle_stage == "deleted":
         client.restore_experiment(known.experiment_id)
     return known.experiment_id

@@ -33,11 +33,17 @@ TINY: dict[str, dict[str, Any]] = {
     "requests": {"count": 8},
     "statistics": {"documents": 200, "documents_per_shard": 20},
     "targets": {"requests_per_piece": 1},
-    "evaluation": {"prompts_per_piece": 16, "generation_records": 2},
+    "evaluation": {"prompts_per_piece": 16, "generation_records": 2, "free_generation": 2}
+    | {"survival": ["bfloat16", "int8"]},
     "mend": {"steps": 4, "edits_at_once": 4, "rank": 4},
     "serac": {"width": 16, "layers": 1, "classifier_steps": 4, "counterfactual_steps": 4}
     | {"batch_size": 4},
-    "compare": {"count": 8, "training_records": 24, "generation_records": 2},
+    "compare": {
+        "count": 8,
+        "at_most": {"rome": 5},
+        "training_records": 24,
+        "generation_records": 2,
+    },
     "scaling": {"counts": [1, 6], "least_records": 2, "generation_records": 1},
 }
 
@@ -158,8 +164,8 @@ def _untracked(folder: str, names: list[str]) -> set[str]:
 
 def _update(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
     for name, value in values.items():
-        if isinstance(value, dict):
+        assert name in tree
+        if isinstance(value, dict) and tree[name]:
             _update(tree[name], value)
         else:
-            assert name in tree
             tree[name] = value

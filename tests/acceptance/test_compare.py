@@ -21,7 +21,7 @@ from tests.acceptance.project import Project
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
 
 METHODS = ("unedited", "ft_w", "mend", "rome", "memit", "serac")
-LABELS = ("unedited", "FT-W", "MEND", "ROME", "MEMIT", "SERAC")
+LABELS = ("unedited", "FT-W", "MEND", "ROME (5 edits)", "MEMIT", "SERAC")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,6 @@ def test_deployments_give_the_same_and_scaling_goes_on_where_it_was_killed(
         rows = list(csv.DictReader(file))
     assert {(row["method"], row["edits"]) for row in rows} == {
         (method, count) for method in METHODS for count in ("1", "6")
-    }
+    } - {("rome", "6")}
     assert all(float(row["efficacy"]) >= 0 for row in rows)
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,6 +19,7 @@ from huggingface_hub import ModelCard
 
 from flows.command import cli, estimate
 from flows.command import script as command
+from flows.command.answers import Questions
 from flows.command.changes import check_losses
 from flows.command.costs import Lengths
 from flows.command.parameters import RequestsSection
@@ -32,7 +39,7 @@ from tasks.engine.results import (
     finish_step,
     remember_run,
 )
-from tasks.model import describe_model
+from tests import ROOT
 from tests.families import families
 from tests.integration.test_model_directory import content, make_delta
 
@@ -74,15 +81,75 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert len(said(capsys)) > 150
 
 
-def test_ask_shows_both_models(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert memit("ask", "[b]Paris", "--model", "model", "--delta", "delta.safetensors") == 0
-    text = said(capsys)
-    for part in ("[b]Paris", "unedited", "edited", "%"):
-        assert part in text
-    assert memit("ask", " ", "--model", "model", "--delta", "delta.safetensors") == 2
-    long = "Paris " * 500
-    assert memit("ask", long, "--model", "model", "--delta", "delta.safetensors") == 2
-    assert "model" in said(capsys)
+def test_ask_shows_both_models_where_it_can_be_kept(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--model", "model", "--delta", "delta.safetensors")
+    (place / "more.txt").write_text("Rome\n\nOslo\n")
+    assert memit("ask", "[b]Paris", "Lima", "--file", "more.txt", *words) == 0
+    kept = capsys.readouterr().out
+    for part in ("[b]Paris", "Lima", "Rome", "Oslo", "unedited", "edited", "%"):
+        assert part in kept
+    monkeypatch.setattr("sys.stdin", io.StringIO("Bern\n"))
+    assert memit("ask", *words) == 0
+    assert "Bern" in capsys.readouterr().out
+    assert memit("ask", " ", *words) == 2
+    assert memit("ask", "Paris " * 500, *words) == 2
+    assert memit("ask", "Paris", "--chat", *words) == 2
+    assert "--chat" in said(capsys)
+
+
+def test_ask_marks_the_objects_of_edited_facts_and_writes_whole_words(place: Path) -> None:
+    lm = load_model("model", device="cpu")
+    fact = EditRequest("Paris", "{} is", "Rome", "Oslo")
+    asked = Questions(lm, None, [fact], top=4, tokens=3, is_chat=False)
+    (table,) = asked.tables(["Paris is"])
+    assert str(table.title) == "Paris is\nOslo → Rome"
+    cells = [str(cell) for cell in table.columns[0].cells]
+    assert len(cells) == 5
+    assert all(re.match(r" *[\d.]+%  \S", cell) for cell in cells[:4])
+    lm.tokenizer.chat_template = "<user>{{ messages[0].content }}<model>"
+    asked = Questions(lm, None, [], top=1, tokens=1, is_chat=True)
+    (chat,) = asked.tables(["Paris"])
+    asked = Questions(lm, None, [], top=1, tokens=1, is_chat=False)
+    (plain,) = asked.tables(["<user>Paris<model>"])
+    assert list(chat.columns[0].cells) == list(plain.columns[0].cells)
+
+
+def test_a_model_that_the_edit_was_not_made_for_is_asked_as_it_is(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "artifacts" / "edit").mkdir(parents=True)
+    shutil.copy(place / "delta.safetensors", place / "artifacts" / "edit")
+    assert memit("apply", "model", "--delta", "delta.safetensors") == 0
+    capsys.readouterr()
+    assert memit("ask", "Paris", "--model", "model") == 0
+    captured = capsys.readouterr()
+    assert "as it is" in captured.err
+    assert "unedited" not in captured.out
+    assert memit("ask", "Paris", "--model", "model", "--delta", "delta.safetensors") == 2
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert memit("--version") == 0
+    assert said(capsys) == version("memit")
+
+
+@pytest.mark.parametrize("words", [("check", "f.jsonl"), ("revert", "model")])
+def test_what_needs_no_model_imports_none(place: Path, words: tuple[str, ...]) -> None:
+    """A mistake in a file of facts, and an edit to undo, are found without the slow libraries."""
+    (place / "f.jsonl").write_text("{}")
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "flows.command.cli", *words],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert not imported & {"prefect", "mlflow", "transformers", "sklearn"}
 
 
 def test_apply_and_revert(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +200,8 @@ def finished(records: list[Record], delta: Path) -> None:
     write_file(REQUESTS_FILE, lambda path: write_records(records, path))
     copy_file(delta, DELTA_FILE)
     made = {"requests": REQUESTS_FILE, "edit": DELTA_FILE}
-    remember_run({step: finish_step(step, [path], {}, []) for step, path in made.items()})
+    manifests = {step: finish_step(step, [path], {}, []) for step, path in made.items()}
+    remember_run(manifests, "facts.jsonl")
     for step, path in made.items():
         store_piece(step, path.suffix, partial(shutil.copyfile, path))
 
@@ -178,6 +246,8 @@ def test_a_list_that_lost_many_facts_is_not_run(place: Path) -> None:
     listed(*names[:7])
     with pytest.raises(InputError, match=r"lost 3 facts .* --yes"):
         check_losses(section)
+    (place / "facts.jsonl").rename(place / "others.jsonl")
+    check_losses(RequestsSection(source="facts", path="others.jsonl"))
 
 
 def test_export_writes_a_model_that_anything_loads(
@@ -192,6 +262,7 @@ def test_export_writes_a_model_that_anything_loads(
     for name, tensor in exported.items():
         assert torch.equal(tensor, edited[name].to(torch.bfloat16))
     before = content(place / "out" / "here")
+    assert {path.stat().st_mode & 0o044 for path in (place / "out" / "here").iterdir()} == {0o044}
     capsys.readouterr()
     assert memit("export", "out/here", *words) == 2
     assert "out/here" in said(capsys)
@@ -216,7 +287,12 @@ def test_an_adapter_or_a_delta_is_exported_with_a_card(
         card = ModelCard.load(place / folder / "README.md")
         assert card.data.to_dict()["license"] == "mit"
         assert card.data.to_dict()["base_model"] == "model"
-        for said_of in ("Ada lives in → Rome", "&lt;b> lives in", "## Limits", "Without the edit"):
+        for said_of in (
+            "Ada lives in → Rome",
+            "&lt;b&gt; lives in",
+            "## Limits",
+            "Without the edit",
+        ):
             assert said_of in card.text or folder == "bare"
     assert memit("export", "other", "--as", "gguf", *words) != 0
 
@@ -235,7 +311,7 @@ def test_an_edit_beyond_the_limits_is_taken_by_force_only(
         assert memit(*words) == 3
         text = said(capsys)
         assert "score is 82.5, below 85; perplexity_ratio is 1.2, above 1.1" in text
-        assert "1 facts did not take: 'Ada lives in'. 1 hurt neighbours" in text
+        assert "1 facts did not take, such as 'Ada lives in'. 1 facts hurt others" in text
     assert applied_edits(place / "model") == []
     assert memit("apply", "model", "--force") == 0
     (place / "params.yaml").write_text("limits: {score: 82.5}")
@@ -246,7 +322,7 @@ def test_an_edit_beyond_the_limits_is_taken_by_force_only(
 def test_check_reads_counts_and_runs_nothing(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (place / "params.yaml").write_text("edit:\n  layers: [1]\n")
+    (place / "params.yaml").write_text("model:\n  source: synthetic\n")
     fact = {"subject": "Ada", "prompt": "{} lives in", "target": "Rome"}
     facts = place / "facts.jsonl"
     facts.write_text(json.dumps(fact))
@@ -269,30 +345,23 @@ def test_check_says_that_a_sample_is_edited(
     lines = [f'{{"subject": "{n}", "prompt": "{{}} lives in", "target": "Rome"}}' for n in "abc"]
     (place / "facts.jsonl").write_text("\n".join(lines))
     for count, status, words in ((2, 0, "edited │ 2, a sample"), (4, 2, "the count is 4, but 3")):
-        (place / "params.yaml").write_text(f"requests:\n  count: {count}\n")
+        (place / "params.yaml").write_text(
+            f"model:\n  source: synthetic\nrequests:\n  count: {count}\n"
+        )
         command.given_parameters.cache_clear()
         assert memit("check", "facts.jsonl") == status
         assert words in said(capsys)
 
 
-def test_check_counts_edits_that_will_be_weak(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_check_estimates_before_the_first_run(
+    place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sampled = "statistics:\n  source: sampled\n"
-    (place / "params.yaml").write_text(f"{sampled}edit:\n  layers: [1]\n")
+    model = "model:\n  source: local\n  path: model\n"
+    (place / "params.yaml").write_text(f"{model}edit:\n  layers: [1]\n")
     (place / "facts.jsonl").write_text(
         '{"subject": "a", "prompt": "{} lives in", "target": "Rome"}\n'
         '{"subject": "Ada", "prompt": "The home of {} is", "target": "Rome"}\n'
     )
-    monkeypatch.setattr("flows.command.estimate.MODEL_FILE", place / "model" / "config.json")
-    reference = ModelReference(
-        directory="model",
-        model=describe_model("local", "small", None, Path("model")),
-        dtype="float32",
-        device="cpu",
-        threads=1,
-    )
-    monkeypatch.setattr("flows.command.estimate.open_model", lambda **_: reference)
     assert memit("check", "facts.jsonl") == 0
     text = said(capsys)
     assert "1 of 2 prompts" in text

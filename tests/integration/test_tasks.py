@@ -40,6 +40,7 @@ from tasks.evaluation import (
     metrics_of,
     read_table,
     score_piece,
+    without_details,
 )
 from tasks.model import describe_model
 from tasks.prefixes import draw_prefixes
@@ -520,3 +521,10 @@ def test_facts_that_the_model_does_not_answer_are_not_traced(
     file = write_file(tmp_path / "facts.json", lambda path: write_records(RECORDS, path))
     with pytest.raises(InputError, match="requests"):
         choose_traced.fn("counterfact", file, 4, 0, reference)
+
+
+def test_intervals_and_magnitudes_are_apart() -> None:
+    measured = {"score": 1.0, "score_low": 0.5, "efficacy_accuracy": 3.0, "efficacy_magnitude": 2.0}
+    plain, details = without_details({"after": measured})
+    assert plain == {"after": {"score": 1.0, "efficacy_accuracy": 3.0}}
+    assert details == {"after": {"score_low": 0.5, "efficacy_magnitude": 2.0}}

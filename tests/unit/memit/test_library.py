@@ -36,6 +36,15 @@ def test_five_lines(tmp_path: Path) -> None:
     delta.save(tmp_path / "facts.safetensors")
 
     assert before != after
+    said = sum(
+        str(lm.tokenizer.decode(lm.tokenizer(f" {CITIES[0]}")["input_ids"][:1])) == words[0].text
+        for words in (memit.ask(lm, record.request.text, top=1) for record in records)
+    )
+    assert 0 <= delta.provenance["outcome"]["said"] <= said <= len(records)
+    assert delta.provenance["outcome"]["facts"] == len(records)
+    for one, words in ((delta, "facts in 2 matrices"), (lm, "4 blocks"), (after[0], "%")):
+        assert words in repr(one)
+        assert len(repr(one).splitlines()) == 1
     assert [a.probability for a in after] == sorted((a.probability for a in after), reverse=True)
     delta.revert(lm)
     assert memit.ask(lm, prompt) == before
@@ -62,7 +71,7 @@ def test_what_cannot_work_is_refused_before_the_long_work(monkeypatch: pytest.Mo
         records = [memit.Record(0, memit.EditRequest(SUBJECTS[0], prompt, CITIES[0]))]
         memit.edit(lm, records, corpus=corpus, hyperparameters=HYPERPARAMETERS)
 
-    monkeypatch.setattr("memit.editing.Memit", None)
+    monkeypatch.setattr("memit.editing.Resources", None)
     with pytest.raises(InputError, match="128 dimensions"):
         edit("{} was born in", ["Paris."])
     monkeypatch.setattr("memit.editing.collect_second_moments", None)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memit import reference as oracle
 from memit.errors import NumericsError
-from memit.quadratic import Quadratic, directions, directions_by_weight, solve
+from memit.quadratic import Quadratic, directions, solve
 from memit.second_moment import SecondMoment
 from memit.weight_delta import Dense, LowRank
 from tests.reference import HYPERPARAMETERS, relative
@@ -97,19 +97,10 @@ def test_every_combination_of_parts_solves_the_equation(d, f, n, parts, covarian
     change = solve(K, R, form, "layer 3")
     low_rank = "forgotten" not in parts and n * (d + f) < d * f
     assert isinstance(change, LowRank if low_rank else Dense)
-    assert relative(change.dense(), literal(K, R, form)) < 5e-6
-
-
-@pytest.mark.parametrize("n", [5, 60])
-@pytest.mark.parametrize("parts", [(), ("ridge",), ("past",), ("past", "basis")], ids=str)
-def test_many_weights_of_one_problem(n, parts):
-    K, R, moment = _problem(32, 48, n)
-    form = _with_parts(32, 48, Quadratic(moment, 1.0), parts)
-    by_weight = directions_by_weight(K, form, "layer 3")
-    for weight in (0.5, 20.0, 15_000.0):
-        now = replace(form, covariance_weight=weight)
-        assert relative(R @ by_weight(weight).T, literal(K, R, now)) < 1e-8
-        assert relative(directions(K, now, "layer 3"), by_weight(weight)) < 1e-8
+    expected = literal(K, R, form)
+    assert relative(change.dense(), expected) < 5e-6
+    if "forgotten" not in parts:
+        assert relative(R @ directions(K, form, "layer 3").T, expected) < 1e-7
 
 
 def _with_parts(d: int, f: int, form: Quadratic, parts) -> Quadratic:

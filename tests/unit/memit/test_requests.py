@@ -396,6 +396,49 @@ class TestOtherFiles:
         for name in ("'target'", "'target_true'", "'paraphrases'", "'neighbors'"):
             assert f"(here {name})" in str(caught.value)
 
+    def test_records_of_easyedit_and_qaedit_are_facts(self, tmp_path: Path):
+        easy = {
+            "case_id": 7,
+            "prompt": "The mother tongue of Ann Lee is",
+            "subject": "Ann Lee",
+            "target_new": "English",
+            "ground_truth": "French",
+            "rephrase_prompt": "Ann Lee speaks",
+            "portability": {"Reasoning": {"prompt": "Ann Lee's neighbours speak"}},
+        }
+        nested = {
+            "Relation": [{"prompt": "Bo is", "ground_truth": [["a"]]}],
+            "b": {"prompt": ["Cy"]},
+        }
+        qaedit = {
+            "id": 3,
+            "prompt": "Which game did Ann Lee, that Ann Lee, win?",
+            "subject": "Ann Lee",
+            "target": "chess",
+            "rephrase": "What did Ann Lee win?",
+            "locality": [
+                {"loc": "who is Bo", "loc_ans": "x"},
+                {"loc": "where is Cy", "loc_ans": "y"},
+            ],
+        }
+        rows = [
+            easy | {"locality_prompt": "Bo speaks", "locality_ground_truth": "French"},
+            easy | {"locality": nested, "ground_truth": ["English"], "subject": "mother tongue"},
+            qaedit,
+        ]
+        one, two, three = read_records(saved(tmp_path, rows))
+        assert one.request.prompt == "The mother tongue of {} is"
+        assert (one.request.target_new, one.request.target_true) == ("English", "French")
+        assert one.paraphrase_prompts == ("Ann Lee speaks",)
+        assert one.kept_prompts == ("Bo speaks",)
+        assert (two.kept_prompts, two.request.target_true) == (("Bo is", "Cy"), None)
+        assert three.request.text == qaedit["prompt"]
+        assert three.request.target_new == "chess"
+        assert three.kept_prompts == ("who is Bo", "where is Cy")
+        for wrong in ({"subject": "Di"}, {"prompt": None}, {"locality": [{"loc": 3}]}):
+            with pytest.raises(InputError, match="record 1"):
+                read_records(saved(tmp_path, [qaedit | wrong]))
+
     def test_each_reader_names_the_other(self, tmp_path: Path):
         fact = {"subject": "Ann", "prompt": "{} is", "target": "x"}
         with pytest.raises(InputError, match="to facts for your own"):

@@ -163,6 +163,22 @@ def test_delta_made_in_bfloat16_fits_the_same_model_in_float32():
     assert _same_bits(_state(lm), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_delta_made_in_float32_fits_the_rounded_weights_of_the_same_model(dtype):
+    delta = _delta(build("llama"))
+    model, tokenizer = families()["llama"]()
+    rounded = LanguageModel(model.to(dtype), tokenizer, name="llama")
+    before = _state(rounded)
+    delta.apply(rounded)
+    for name, change in delta.changes.items():
+        expected = (before[name].float() + change.dense()).to(dtype)
+        assert torch.equal(rounded.parameter(name), expected)
+    delta.revert(rounded)
+    rounded.parameter(next(iter(delta.changes))).data[0, 0] += 1
+    with pytest.raises(IntegrityError, match="other weights"):
+        delta.apply(rounded)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_delta_that_is_not_finite_changes_nothing(value):
     lm = build("llama")

@@ -73,9 +73,10 @@ def test_which_results_come_from_which_module() -> None:
         for module in ("memit.layer_walk", "memit.editors.serac", "memit.world.people")
     }
     assert keyed_on["memit.layer_walk"] == set()  # it edits through the task of all methods:
-    assert "memit.layer_walk" in code.code_of_class(known_editors()["memit"])
-    assert "memit.layer_walk" not in code.code_of_class(known_editors()["mend"])
-    measuring = {"answers", "evaluation", "generation", "perplexity", "references", "zsre"}
+    assert "memit.layer_walk" in code.code_of_own(known_editors()["memit"])
+    assert "memit.layer_walk" not in code.code_of_own(known_editors()["mend"])
+    measuring = {"answers", "drift", "evaluation", "free_generation", "generation", "kept"}
+    measuring |= {"own_metric", "perplexity", "references", "zsre"}
     assert keyed_on["memit.editors.serac"] == {"serac", *measuring}
     assert keyed_on["memit.world.people"] == {"model", "recall"}
     assert all("memit.language_model" in modules_of(name) for name in FUNCTIONS)
@@ -165,13 +166,13 @@ def test_a_users_own_editor_counts_with_what_it_imports(
     write(tmp_path, an_editor_of_mine=EDITOR, help_of_mine="strength = 1\n")
     (made,) = make_methods(["mine"], {}, Hyperparameters((1,), 1.0), "m", 4, str(tmp_path))
     assert isinstance(made.editor, known_editors()["mine"])
-    found = code.code_of_class(type(made.editor))
+    found = code.code_of_own(type(made.editor))
     assert {"an_editor_of_mine", "help_of_mine", "memit.editors.base"} < found.keys()
     assert "memit.editing" in found  # since `memit` imports its modules on demand
     assert "memit.editors.rome" not in found
     code._AT_START.clear()
     write(tmp_path, help_of_mine="strength = 2\n")
-    changed = code.code_of_class(known_editors()["mine"])
+    changed = code.code_of_own(known_editors()["mine"])
     assert {name for name in found if found[name] != changed[name]} == {"help_of_mine"}
 
 

@@ -19,6 +19,7 @@ from tasks.reporting.scaling import Point, curve
 COMPARISON = Comparison(
     model="gpt-j-6b",
     records=10_000,
+    edits={"unedited": 10_000, "memit": 10_000},
     methods={
         "unedited": {"score": 22.0, "efficacy": 15.0, "seconds": 0.0},
         "memit": {"score": 85.0, "score_low": 84.5, "score_high": 85.5, "seconds": 20.0},
@@ -38,6 +39,13 @@ def test_absent_metrics_are_marked_and_never_zero() -> None:
     row = {"method": "MEMIT", "S": "85.0", **shown, "seconds": "20.0"}
     assert comparison.table_rows(COMPARISON)[1] == row
     assert "seconds" not in comparison.plain(COMPARISON)["memit"]
+
+
+def test_fewer_edits_of_a_method_are_said_and_not_compared_with_the_papers() -> None:
+    page = comparison.markdown(replace(COMPARISON, edits={"unedited": 10_000, "memit": 16}))
+    assert "| MEMIT (16 edits) | 85.0 [84.5, 85.5] |" in page
+    assert "| unedited | 22.0 |" in page
+    assert "85.8" not in page
 
 
 def test_the_papers_results_are_shown_only_for_its_models_and_number_of_edits() -> None:

@@ -1,0 +1,57 @@
+"""The search of `memit tune`: which trials it makes, and when it ends."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+from flows.tune import search_settings
+from memit.hyperparameters import AUTO, Hyperparameters
+from tasks.tune import Trial
+
+START = Hyperparameters((4, 5, 6), AUTO)
+BEFORE = {"neighborhood": 90.0}
+MOMENTS: dict[int, Any] = dict.fromkeys(range(21))
+
+
+def _facts(tried: list[Hyperparameters]) -> Any:
+    """Facts that are edited best in layers 9 to 11, with a clamp of 1.125."""
+
+    def trial(settings: Hyperparameters, _moments: object) -> Trial:
+        tried.append(settings)
+        score = 90 - abs(settings.layers[-1] - 11) - abs(len(settings.layers) - 3)
+        score -= 10 * abs(settings.clamp_factor - 1.125)
+        weight = 490.0 if settings.covariance_weight == AUTO else settings.covariance_weight
+        return Trial(settings, float(weight), {"score": score, "neighborhood": 88.0})
+
+    return SimpleNamespace(
+        run=SimpleNamespace(model=SimpleNamespace(model=SimpleNamespace(layers=30))), trial=trial
+    )
+
+
+def _search(minutes: float, moments: dict[int, Any] = MOMENTS) -> list[Trial]:
+    tried: list[Hyperparameters] = []
+    deadline = time.monotonic() + 60 * minutes
+    trials = list(search_settings(_facts(tried), START, moments, BEFORE, deadline))
+    assert [trial.settings for trial in trials] == tried
+    assert len(set(tried)) == len(tried)
+    return trials
+
+
+def test_each_stage_starts_from_the_best_trial_so_far() -> None:
+    trials = _search(minutes=10)
+    best = max(trials, key=lambda trial: trial.rank(BEFORE))
+    assert best.settings.layers == (9, 10, 11)
+    assert best.settings.clamp_factor == 1.125
+    given = [t.settings.covariance_weight for t in trials if t.settings.covariance_weight != AUTO]
+    assert given == [160, 1_500]
+
+
+def test_one_trial_is_made_in_any_case_and_none_after_the_time() -> None:
+    assert len(_search(minutes=-1)) == 1
+
+
+def test_layers_without_second_moments_are_not_tried() -> None:
+    for trial in _search(10, dict.fromkeys(range(10))):
+        assert trial.settings.layers[-1] < 10
