@@ -74,7 +74,7 @@ def reference(family: str) -> Reference:
 
 
 def memit_form(
-    moments: Mapping[int, SecondMoment], weight: float = HYPERPARAMETERS.covariance_weight
+    moments: Mapping[int, SecondMoment], weight: float = float(HYPERPARAMETERS.covariance_weight)
 ) -> Callable[[int], Quadratic]:
     """MEMIT's closed form of each layer."""
     return lambda layer: Quadratic(moments[layer], weight)

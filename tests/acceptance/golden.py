@@ -122,7 +122,7 @@ def _edit_errors(golden: Golden, lm: LanguageModel) -> dict[str, float]:
         requests,
         golden.prefixes,
         targets.z,
-        lambda la: Quadratic(SecondMoment(golden.covariance[la], 1), hp.covariance_weight),
+        lambda la: Quadratic(SecondMoment(golden.covariance[la], 1), float(hp.covariance_weight)),
         hp,
         token_budget=TOKEN_BUDGET,
         observe=lambda layer, K, R: keys.update({layer: K.T}),

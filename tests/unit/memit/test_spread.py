@@ -190,7 +190,7 @@ def test_settings(family, change, prefixes):
     z = reference(family).z
     updates = oracle.spread(lm.model, lm.tokenizer, REQUESTS, prefixes, z, covariances, hp)
     moments = {layer: SecondMoment(covariance * 10, 10) for layer in hp.layers}
-    form = memit_form(moments, hp.covariance_weight)
+    form = memit_form(moments, float(hp.covariance_weight))
     result = spread(lm, REQUESTS, prefixes, z, form, hp, token_budget=LARGE)
     _agrees(lm, result, updates)
 
