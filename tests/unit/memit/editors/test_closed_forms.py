@@ -23,7 +23,7 @@ from tests.families import LAYERS, PREFIXES
 from tests.reference import HYPERPARAMETERS, REQUESTS, build, reference, relative
 
 BATCHES = (REQUESTS[:1], REQUESTS[1:])
-WEIGHT = HYPERPARAMETERS.covariance_weight
+WEIGHT = float(HYPERPARAMETERS.covariance_weight)
 THRESHOLD = 0.1
 
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
