@@ -62,11 +62,11 @@ def generate_texts(
     """Continue each prompt, by `new_tokens` or until it has `total_tokens`, prompt included.
 
     Texts have no special tokens, and begin with their prompts if `whole`; an end-of-text token does
-    not end one. With `stops`, single characters, a text without its prompt ends before the first of
-    them or before a special token. The checkpoint's own generation settings are ignored.
-    `repetitions` numbers the texts of one prompt; by default they are counted in the order of the
-    call. `token_budget` bounds texts × tokens at a time; `progress` is called with the number of
-    newly written texts.
+    not end one. With `stops`, single characters, a text without its prompt begins with a visible
+    character and ends before the first of them or before a special token. The checkpoint's own
+    generation settings are ignored. `repetitions` numbers the texts of one prompt; by default they
+    are counted in the order of the call. `token_budget` bounds texts × tokens at a time; `progress`
+    is called with the number of newly written texts.
 
     Raises:
         InputError: not exactly one of the lengths is given, or one exceeds the model's context.
@@ -137,7 +137,7 @@ def _write_all(
                 prompt = "" if whole else _decode(lm, text.ids)
                 answer = _decode(lm, ids).removeprefix(prompt)
                 for stop in stops:
-                    answer = answer.partition(stop)[0]
+                    answer = answer.lstrip().partition(stop)[0]
                 written[text.index] = answer
             if progress is not None:
                 progress(len(batch))
@@ -200,19 +200,25 @@ class _TopKSampler(LogitsProcessor):
 
 
 class _AllStopped(StoppingCriteria):
-    """Ends a batch once each of its rows has written a stop or a special token."""
+    """Ends a batch once each of its rows has written a stop, behind more than white space, or a
+    special token."""
 
     def __init__(self, lm: LanguageModel, stops: Sequence[str]):
-        self.stopped: Tensor | None = None
-        self.special = set(lm.tokenizer.all_special_ids)
-        self.is_stop = cache(lambda token: any(stop in _decode(lm, [token]) for stop in stops))
+        self.special, self.stops = set(lm.tokenizer.all_special_ids), stops
+        self.text = cache(lambda token: _decode(lm, [token]))
+        self.begun: set[int] = set()
+        self.stopped: set[int] = set()
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        last = input_ids[:, -1].tolist()
-        now = [token in self.special or self.is_stop(token) for token in last]
-        stopped = torch.tensor(now, device=input_ids.device)
-        self.stopped = stopped if self.stopped is None else self.stopped | stopped
-        return self.stopped
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            text = self.text(token)
+            if text.strip():
+                self.begun.add(row)
+            is_stop = row in self.begun and any(stop in text for stop in self.stops)
+            if is_stop or token in self.special:
+                self.stopped.add(row)
+        stopped = [row in self.stopped for row in range(len(input_ids))]
+        return torch.tensor(stopped, device=input_ids.device)
 
 
 def _decode(lm: LanguageModel, ids: list[int]) -> str:

@@ -57,12 +57,14 @@ def draw_tracing(traces: pyarrow.Table, path: Path) -> None:
     last = _last(traces)
     _draw_layers(panels[0], last)
     for axes, kind in zip(panels[1:], maps, strict=True):
-        set_style(axes, f"Restored: {TITLES[kind]}")
+        set_style(axes, TITLES[kind].capitalize())
         table = _map(mapped, kind)
         shown = axes.imshow(table, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
         axes.set_yticks(range(len(PARTS)), PARTS if axes is panels[1] else [""] * len(PARTS))
-        axes.set_xlabel("layer")
         figure.colorbar(shown, ax=axes)
+    for axes in panels:
+        axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, path)
 
 
@@ -74,7 +76,6 @@ def _draw_layers(axes: Axes, last: pyarrow.Table) -> None:
         layers = np.arange(len(mean))
         axes.fill_between(layers, mean - half, mean + half, color=COLORS[kind], alpha=0.2)
         axes.plot(layers, mean, color=COLORS[kind], label=TITLES[kind])
-    axes.set_xlabel("layer")
     axes.set_ylabel("effect on the answer's probability")
     axes.legend(frameon=False, fontsize=8)
 

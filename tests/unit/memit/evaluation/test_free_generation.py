@@ -48,10 +48,10 @@ def literal(lm: LanguageModel, prompt: str) -> str:
         lm.tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for part in (ids[:start], ids)
     )
-    return re.split(r"[.\n]", str(whole).removeprefix(str(before)))[0].strip()
+    return re.split(r"[.\n]", str(whole).removeprefix(str(before)).lstrip())[0].strip()
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama", "phi"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_answers_are_those_of_a_loop(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network, tokenizer = families()[family]()
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
