@@ -33,8 +33,7 @@ TINY: dict[str, dict[str, Any]] = {
     "requests": {"count": 8},
     "statistics": {"documents": 200, "documents_per_shard": 20},
     "targets": {"requests_per_piece": 1},
-    "evaluation": {"prompts_per_piece": 16, "generation_records": 2, "free_generation": 2}
-    | {"survival": ["bfloat16", "int8"]},
+    "evaluation": {"prompts_per_piece": 16, "generation_records": 2},
     "mend": {"steps": 4, "edits_at_once": 4, "rank": 4},
     "serac": {"width": 16, "layers": 1, "classifier_steps": 4, "counterfactual_steps": 4}
     | {"batch_size": 4},

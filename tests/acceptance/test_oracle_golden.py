@@ -61,6 +61,7 @@ def golden() -> SimpleNamespace:
             covariance_weight=hparams["covariance_weight"],
             evaluations=hparams["steps"],
             learning_rate=hparams["learning_rate"],
+            rate_unit="absolute",
             clamp_factor=hparams["clamp_factor"],
             weight_decay=hparams["weight_decay"],
             kl_factor=hparams["kl_factor"],

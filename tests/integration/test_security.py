@@ -51,7 +51,7 @@ def test_no_parameter_can_switch_on_code_of_a_model() -> None:
 
 def test_servers_stay_on_loopback() -> None:
     assert server_options(1)[2:4] == ["--host", "127.0.0.1"]
-    assert "mlflow ui --host 127.0.0.1" in (ROOT / "Makefile").read_text()
+    assert "--host 127.0.0.1" in (ROOT / "flows/service/pages.py").read_text()
 
 
 NAMES = [
@@ -91,7 +91,7 @@ def test_an_experiment_named_like_a_path_is_none(monkeypatch: pytest.MonkeyPatch
         def get_experiment_by_name(self, name: str) -> None:
             return None
 
-        def create_experiment(self, name: str, artifact_location: str) -> str:
+        def create_experiment(self, name: str, artifact_location: str, tags: object) -> str:
             asked.update(name=name, place=artifact_location)
             return "1"
 

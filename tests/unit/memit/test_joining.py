@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,9 +175,9 @@ def test_every_prompt_of_a_record_is_continued_by_its_own_end(tmp_path: Path):
             "prompt": CHAT,
             "target_true": "Oslo",
             "paraphrases": ['{} said: "I live in', 'The home of {} is "'],
-            "neighbors": ["Ann:\n", "Ann lives in"],
         },
     )
+    record = replace(record, neighborhood_prompts=("Ann:\n", "Ann lives in"))
     text = record.request.text
     (example,) = examples_from_records([record])
     assert example.edit == (text, "Rome")
