@@ -174,7 +174,8 @@ def step(
     """
 
     def decorate(work: Callable[[Run], None]) -> Flow[[Parameters], None]:
-        def body(parameters: Parameters) -> None:
+        # Not typed: a step is never deployed, and Prefect would build its form in every process.
+        def body(parameters: Any) -> None:
             with ExitStack() as resources:
                 run = Run(name, parameters, resources)
                 run.read(*reads)

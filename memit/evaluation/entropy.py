@@ -7,9 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from math import log2
 
-import nltk
-from nltk.tokenize import NLTKWordTokenizer
-
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 """Weight of the entropy of word n-grams, by n. The mean of the two weighted entropies is taken;
 the paper's formula shows their sum, the published numbers come from the mean."""
@@ -21,6 +18,9 @@ def word_tokenizer() -> tuple[Callable[[str], list[str]], bool]:
     Without it: its word tokenizer on the whole text and False, which leaves the full stop on the
     last word of inner sentences, so that numbers are approximate.
     """
+    import nltk  # here, since it takes seconds and most processes compute no entropy
+    from nltk.tokenize import NLTKWordTokenizer
+
     try:
         nltk.data.find("tokenizers/punkt_tab/english/")
     except LookupError:

@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from sklearn.feature_extraction.text import TfidfVectorizer
-
 from memit.errors import InputError
 from memit.files.reading import parse_json, read_text
 from memit.requests import Record
@@ -77,6 +75,8 @@ def reference_scores(
     scored = [i for i, texts in enumerate(own) if texts and generated[i]]
     if not scored:
         return scores
+    from sklearn.feature_extraction.text import TfidfVectorizer  # it takes a second
+
     vectorizer = TfidfVectorizer().fit(text for texts in references.values() for text in texts)
     written = vectorizer.transform([" ".join(generated[i]) for i in scored])
     wanted = vectorizer.transform([" ".join(own[i]) for i in scored])

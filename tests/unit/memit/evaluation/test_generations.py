@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from memit.errors import InputError
-from memit.evaluation import entropy, generations
+from memit.evaluation import generations
 from memit.evaluation.entropy import record_entropies, text_entropy, word_tokenizer
 from memit.evaluation.generations import (
     generation_record_means,
@@ -71,11 +71,11 @@ class TestEntropy:
         def missing(name: str) -> None:
             raise LookupError(name)
 
-        monkeypatch.setattr(entropy.nltk.data, "find", missing)
+        monkeypatch.setattr(nltk.data, "find", missing)
         words, exact = word_tokenizer()
         assert not exact
         assert words("I like Rome. I go.") == ["I", "like", "Rome.", "I", "go", "."]
-        monkeypatch.setattr(entropy.nltk.data, "find", lambda name: name)
+        monkeypatch.setattr(nltk.data, "find", lambda name: name)
         assert word_tokenizer() == (nltk.word_tokenize, True)
 
 
