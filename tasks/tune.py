@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from math import isfinite
+from dataclasses import asdict, dataclass, field, replace
+from math import inf
+
+import tomlkit
 
 from memit.hyperparameters import AUTO, Hyperparameters, short_name
 from memit.model_shape import ModelShape
@@ -144,22 +146,13 @@ def preset_text(
     model: str, shape: ModelShape, best: Trial, before: Mapping[str, float], facts: int
 ) -> str:
     """A preset file with the best settings and the figures that chose them."""
-    settings = best.settings
-    chosen = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    lines = [
-        f'models = ["{short_name(model)}"]',
-        f'architecture = "{shape.architecture}"',
-        f"size = [{shape.depth}, {shape.width}, {shape.inner_width}]",
-        'source = "memit tune: trials.md beside this file"',
-        f'checked = "{facts} facts that the search has not seen: {best.figures(before)}"',
-        "",
-        "[settings]",
-    ]
-    for name, value in chosen.items():
-        if isinstance(value, tuple):
-            lines.append(f"{name} = {list(value)}")
-        elif isinstance(value, str):
-            lines.append(f'{name} = "{value}"')
-        elif isfinite(value):
-            lines.append(f"{name} = {value}")
-    return "\n".join(lines) + "\n"
+    values = {name: value for name, value in asdict(best.settings).items() if value != inf}
+    preset = {
+        "models": [short_name(model)],
+        "architecture": shape.architecture,
+        "size": [shape.depth, shape.width, shape.inner_width],
+        "source": "memit tune: trials.md beside this file",
+        "checked": f"{facts} facts that the search has not seen: {best.figures(before)}",
+        "settings": values,
+    }
+    return tomlkit.dumps(preset)

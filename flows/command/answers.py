@@ -12,7 +12,8 @@ from rich.text import Text
 
 from flows.command.script import console
 from memit.editing import ask
-from memit.errors import InputError, IntegrityError
+from memit.errors import IntegrityError
+from memit.evaluation.free_generation import as_message
 from memit.generation import generate_texts
 from memit.language_model import LanguageModel
 from memit.requests import EditRequest
@@ -45,7 +46,7 @@ class Questions:
         Raises:
             InputError: the model has no chat template, or no room for a prompt.
         """
-        texts = [_in_chat(self.lm, prompt) for prompt in prompts] if self.is_chat else prompts
+        texts = [as_message(self.lm, prompt) for prompt in prompts] if self.is_chat else prompts
         columns = {"unedited" if self.delta else self.lm.name: list(map(self._answers, texts))}
         if self.delta is not None:
             self.delta.apply(self.lm)
@@ -100,15 +101,6 @@ def _marked(text: Text, facts: Sequence[EditRequest]) -> Text:
         text.highlight_words([fact.target_true or fact.target_new], "red")
         text.highlight_words([fact.target_new], "bold green")
     return text
-
-
-def _in_chat(lm: LanguageModel, prompt: str) -> str:
-    """A prompt as the user's message in the model's chat template, up to the answer."""
-    if not lm.tokenizer.chat_template:
-        raise InputError(f"{lm.name} has no chat template: ask it without --chat.")
-    message = [{"role": "user", "content": prompt}]
-    text = lm.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return str(text).removeprefix(str(lm.tokenizer.bos_token or ""))  # the tokenizer adds it again
 
 
 def fitting_delta(lm: LanguageModel, file: Path, *, is_given: bool) -> WeightDelta | None:

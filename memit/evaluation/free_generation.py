@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
+from memit.errors import InputError
 from memit.evaluation.counterfact import means_by_record
 from memit.evaluation.generations import ANSWERS
 from memit.generation import generate_texts
@@ -64,12 +65,19 @@ def asked_of(lm: LanguageModel, record: Record) -> Iterator[tuple[str, str]]:
     yield "rewrite", prompt
     yield "question", QUESTION.replace("{}", prompt)
     if lm.tokenizer.chat_template:
-        yield "chat", _as_message(lm, prompt)
+        yield "chat", as_message(lm, prompt)
     yield from (("paraphrase", text) for text in record.paraphrase_prompts)
     yield from (("neighborhood", t) for t in (*record.neighborhood_prompts, *record.kept_prompts))
 
 
-def _as_message(lm: LanguageModel, prompt: str) -> str:
+def as_message(lm: LanguageModel, prompt: str) -> str:
+    """A prompt as a user's message in the model's chat template, up to the answer.
+
+    Raises:
+        InputError: the model has no chat template.
+    """
+    if not lm.tokenizer.chat_template:
+        raise InputError(f"{lm.name} has no chat template: ask it without --chat.")
     messages = [{"role": "user", "content": prompt}]
     text = str(
         lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
