@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from flows.command.parameters import Parameters, RequestsSection
+from flows.command.script import output
 from memit.batches import auto_token_budget
 from memit.changes import Changes, changes_between
 from memit.errors import InputError
@@ -43,20 +43,20 @@ def show_changes(parameters: Parameters, open_model: Callable[[], LanguageModel]
         InputError: nothing was run yet.
         ConflictError: facts of the list contradict each other.
     """
-    runs, console = last_runs(), Console()
+    runs = last_runs()
     pending = pending_changes(parameters.requests, runs)
     if pending:
-        console.print(f"The list against the last run: {pending.summary}.")
-        console.print(_described(pending), soft_wrap=True)
-        console.print("`memit run` makes the model say so.")
+        output.print(f"The list against the last run: {pending.summary}.")
+        output.print(_described(pending), soft_wrap=True)
+        output.print("`memit run` makes the model say so.")
         return
     if not runs:
         raise InputError("there is no finished run to compare: use `memit run` first.")
     done = changes_between(_records_of(runs[:-1]), _records_of(runs[-1:]))
-    console.print(f"The last run against the one before: {done.summary}.")
-    console.print(_described(done), soft_wrap=True)
+    output.print(f"The last run against the one before: {done.summary}.")
+    output.print(_described(done), soft_wrap=True)
     if done:
-        console.print(_answers(open_model(), done, runs))
+        output.print(_answers(open_model(), done, runs))
 
 
 def pending_changes(section: RequestsSection, runs: Sequence[PastRun]) -> Changes | None:
@@ -163,7 +163,7 @@ def _ask(
 def show_status(directory: Path) -> None:
     """Print which facts are in a model directory, of which list and commit."""
     edits = [_status(*edit) for edit in edit_status(directory)]
-    Console().print(Text("\n".join(edits) or f"{directory} carries no edit."), soft_wrap=True)
+    output.print(Text("\n".join(edits) or f"{directory} carries no edit."), soft_wrap=True)
 
 
 def _status(
