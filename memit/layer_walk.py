@@ -120,15 +120,15 @@ class Walk:
         for index, rows in enumerate(self.batches):
             at_subject, output = self._read_batch(index, before)
             keys = _averaged(at_subject, len(rows.edits), key_average)
-            found = (rows.edits, keys, self._hidden(rows, output, before))
+            hidden = self._hidden(rows, output, before)
             if whole:
-                held.append(found)
+                held.append((rows.edits, keys, hidden))
             else:
-                yield rows.edits, *map(self._columns, found[1:])
+                yield rows.edits, self._columns(keys), self._columns(hidden)
         if whole:
-            edits, *parts = (torch.cat(part) for part in zip(*held, strict=True))
+            edits, keys, hidden = (torch.cat(part) for part in zip(*held, strict=True))
             order = edits.argsort()
-            yield edits[order], *(self._columns(part[order.to(part.device)]) for part in parts)
+            yield edits.sort().values, self._columns(keys[order]), self._columns(hidden[order])
 
     def _read_batch(self, index: int, before: KeyValues | None) -> tuple[Tensor, Tensor]:
         """Keys of a batch at the subjects' last tokens (rows × f), and the current block's output,

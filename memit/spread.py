@@ -154,22 +154,14 @@ def _walk_layers(
     ratios: dict[int, float] = {}
     ranks: dict[int, int] = {}
     changes: dict[str, LowRank | Dense] = {}
-    sizes = torch.empty(len(requests), dtype=torch.float64)
-
-    def checked(columns: Iterable[_Columns]) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in columns:
-            sizes[part.edits] = part.lacking.norm(dim=0).cpu()
-            _check_columns(part, requests, walk.block)
-            if observe is not None:
-                observe(walk.block, part.K, part.R)
-            yield part.K, part.R
-
+    count = len(requests)
     for layer in hyperparameters.layers:
         # K at this layer and h at L, with the updates of all lower layers in the weights.
         walk.advance(layer)
         read = partial(_columns, walk, z, hyperparameters, whole)
         held = list(read()) if whole else None  # else each look reads them again
-        columns = checked(held or read())
+        lacking = torch.empty(count, dtype=torch.float64)
+        columns = _checked(held or read(), requests, layer, lacking, observe)
         quadratic = form(layer)
         if quadratic.basis is not None:
             ranks[layer] = quadratic.basis.shape[1]
@@ -177,36 +169,60 @@ def _walk_layers(
             change = solve(*next(columns), quadratic, f"layer {layer}")
         else:
             change = solve_in_parts(columns, quadratic, f"layer {layer}")
-        residuals[layer] = float(sizes.mean())
+        residuals[layer] = float(lacking.mean())
         changes[lm.weight_name(layer)] = change.transposed() if lm.is_transposed(layer) else change
         # W + Δ in float32, rounded once to the model's dtype.
         master = lm.weight(layer).float()
-        delta = change.dense().to(master.device)
+        dense = change.dense().to(master.device)
         size = float(master.norm())
-        ratios[layer] = float(delta.norm()) / size
+        ratios[layer] = float(dense.norm()) / size
         if not ratios[layer] <= hyperparameters.largest_update:  # true for NaN, too
             limit = hyperparameters.largest_update
             raise _too_large(held, quadratic, requests, layer, ratios[layer], size, limit)
         if not isinstance(z, Tensor):
-            for part in held or read():
-                missed = part.R - delta.to(part.K.device).double() @ part.K
-                sizes[part.edits] = missed.norm(dim=0).cpu()
-            left[layer] = float(sizes.mean())
-        check_rounded(master + delta, lm.dtype, f"layer {layer}")
-        lm.set_weight(layer, master + delta)
+            missed = (
+                (part.edits, part.R - dense.to(part.K.device).double() @ part.K)
+                for part in held or read()
+            )
+            left[layer] = _mean_size(missed, count)
+        check_rounded(master + dense, lm.dtype, f"layer {layer}")
+        lm.set_weight(layer, master + dense)
         if progress is not None:
             progress(1)
     before = residuals[hyperparameters.layers[0]]
     if isinstance(z, Tensor):
-        for edits, hidden in walk.read_hidden():
-            distances = (z[edits].to(hidden.device).T.double() - hidden).norm(dim=0)
-            sizes[edits] = distances.cpu()
-        after = float(sizes.mean())
+        reached = walk.read_hidden()
+        missed = ((edits, z[edits].to(h.device).T.double() - h) for edits, h in reached)
+        after = _mean_size(missed, count)
     else:  # a layer's keys depend on lower layers alone, so that what is left there stays
         before, after = fmean(residuals.values()), fmean(left.values())
     _check_fallen(before, after)
-    whole, share = WeightDelta(changes, {"base": digests}), after / max(before, 1e-12)
-    return Spread(whole, residuals, ratios, after, share, ranks)
+    delta, share = WeightDelta(changes, {"base": digests}), after / max(before, 1e-12)
+    return Spread(delta, residuals, ratios, after, share, ranks)
+
+
+def _checked(
+    columns: Iterable[_Columns],
+    requests: Sequence[EditRequest],
+    layer: int,
+    lacking: Tensor,
+    observe: Callable[[int, Tensor, Tensor], None] | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """K and R of columns that are finite; writes how much each edit lacks (n)."""
+    for part in columns:
+        lacking[part.edits] = part.lacking.norm(dim=0).cpu()
+        _check_columns(part, requests, layer)
+        if observe is not None:
+            observe(layer, part.K, part.R)
+        yield part.K, part.R
+
+
+def _mean_size(columns: Iterable[tuple[Tensor, Tensor]], count: int) -> float:
+    """Mean norm of the columns of `count` edits, given with the indices of their edits."""
+    sizes = torch.empty(count, dtype=torch.float64)
+    for edits, part in columns:
+        sizes[edits] = part.norm(dim=0).cpu()
+    return float(sizes.mean())
 
 
 def _check_columns(part: _Columns, requests: Sequence[EditRequest], layer: int) -> None:
