@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from memit.applied_edit import AppliedEdit
 from memit.errors import (
     InputError,
     IntegrityError,
@@ -36,6 +35,8 @@ from memit.placement import device_map, device_of, offloading_hook, read_weight,
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from memit.weight_delta import AppliedEdit
 
 DTYPES = {
     "float32": torch.float32,
