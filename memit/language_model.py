@@ -36,8 +36,6 @@ from memit.placement import device_map, device_of, offloading_hook, read_weight,
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from memit.weight_delta import AppliedEdit
-
 DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -92,8 +90,8 @@ class LanguageModel:
         """The commit of the hub repository, if it came from there."""
         self.blocks = _find_blocks(model)
         """The decoder blocks, in order."""
-        self.applied: list[AppliedEdit] = []
-        """Edits that are in the weights now, oldest first."""
+        self.applied: list[Any] = []
+        """Edits that are in the weights now, oldest first (`memit.weight_delta.AppliedEdit`)."""
         self.router: Router | None = None
         """Routes some prompts to another model, if an edit set it."""
         head = model.get_output_embeddings()

@@ -64,6 +64,16 @@ class Dense:
         return Dense(self.delta.T.contiguous())
 
 
+def _sum(one: LowRank | Dense, other: LowRank | Dense) -> LowRank | Dense:
+    """The sum of two changes: factors side by side where these are smaller than Δ."""
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        both = LowRank.concatenated([one, other])
+        (d, n), f = both.left.shape, len(both.right)
+        if n * (d + f) < d * f:
+            return both
+    return Dense(one.dense() + other.dense())
+
+
 @dataclass(frozen=True)
 class WeightDelta:
     """What an edit adds to a model's weights, and its provenance."""
@@ -91,6 +101,17 @@ class WeightDelta:
             for r in records
         ]
         return WeightDelta(self.changes, {**self.provenance, "facts": facts})
+
+    def upon(self, earlier: WeightDelta) -> WeightDelta:
+        """This change and the earlier one that it was made upon, as one change of the weights that
+        the earlier one was made for."""
+        told = {**self.provenance, "base": earlier.provenance["base"]}
+        told["count"] = told["count"] + earlier.provenance["count"]
+        facts = [*earlier.provenance.get("facts", ()), *told.pop("facts", ())]
+        if told["count"] <= MOST_NAMED:
+            told["facts"] = facts
+        pairs = {name: (earlier.changes[name], change) for name, change in self.changes.items()}
+        return WeightDelta({name: _sum(*pair) for name, pair in pairs.items()}, told)
 
     @torch.no_grad()
     def apply(self, lm: LanguageModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,8 +13,11 @@ from safetensors.torch import save_file
 
 from memit.editors.base import Edit, Editor, Resources
 from memit.errors import EditError, IntegrityError
-from memit.requests import read_counterfact
-from memit.second_moment import SecondMoment, read_moment
+from memit.hyperparameters import Hyperparameters
+from memit.quadratic import Past
+from memit.requests import EditRequest, read_counterfact
+from memit.second_moment import SecondMoment, read_moment, write_moment
+from memit.sequence import key_sums
 from memit.targets import Targets
 from memit.weight_delta import WeightDelta
 from tasks.engine.artifacts import Artifact, Value, store_piece
@@ -93,12 +97,15 @@ def edit_with(
     training: Artifact | None = None,
     trained: Artifact | None = None,
     seed: int = 0,
+    earlier: Artifact | None = None,
+    sums: Mapping[int, Artifact] | None = None,
 ) -> MethodEdit:
     """Let a method edit all records.
 
     `targets` are those of the records, of an editor that spreads some; `training` are records to
     learn from, and `trained` is the file of an editor that has learnt. An editor that resumes after
-    a kill keeps its unfinished work in `work_directory`.
+    a kill keeps its unfinished work in `work_directory`. With the delta of `earlier` edits and the
+    `sums` of their keys, these are kept, and are part of the delta.
 
     Raises:
         EditError: edits cannot be written, and `on_failure` is not to drop them.
@@ -111,7 +118,8 @@ def edit_with(
     editor = method.editor
     if trained is not None:
         editor = replace(editor, trained=trained.checked())  # type: ignore[type-var]
-    with loaded(model) as lm, Meter() as meter:
+    past = Past(StoredMoments(sums or {}, model.model.digest))
+    with loaded(model, earlier) as lm, Meter() as meter:
 
         def write(kept: Sequence[int]) -> Edit:
             with progress_bar(method.name, len(kept), "edits") as bar:
@@ -119,6 +127,7 @@ def edit_with(
                     token_budget=token_budget,
                     prefixes=prefixes,
                     moments=StoredMoments(moments, model.model.digest),
+                    past=past,
                     targets=goals and goals.chosen(kept),
                     training=read_counterfact(training.checked()) if training else (),
                     seed=seed,
@@ -132,6 +141,8 @@ def edit_with(
     if isinstance(edit, WeightDelta):
         written = [record for index, record in enumerate(asked) if index not in dropped | left_out]
         edit = edit.naming(written)
+        if earlier is not None:
+            edit = edit.upon(WeightDelta.load(earlier.checked()))
     return MethodEdit(
         edit=store_piece("edit", ".safetensors", edit.save),
         dropped=left_out | dropped,
@@ -158,6 +169,40 @@ def write_what_can_be(
                 raise
             logger.warning("%s %d edits are dropped.", error, len(error.edits))
             dropped |= {kept[index]: str(error) for index in error.edits}
+
+
+class KeySums(Value):
+    """C_p of each layer after an edit (Parquet)."""
+
+    files: dict[int, Artifact]
+    cost: Cost
+
+
+@cached_task("key_sums")
+def sum_keys(
+    requests: Sequence[EditRequest],
+    model: ModelReference,
+    edit: Artifact,
+    *,
+    prefixes: Sequence[str],
+    settings: Hyperparameters,
+    sums: Mapping[int, Artifact],
+    token_budget: int,
+) -> KeySums:
+    """Add the keys of some requests, whose edit is in the model, to the `sums` of earlier ones."""
+    digest = model.model.digest
+    with loaded(model, edit) as lm, Meter() as meter:
+        resources = Resources(token_budget, prefixes, past=Past(StoredMoments(sums, digest)))
+        found = key_sums(lm, requests, settings.layers, settings.key_average, resources)
+    files = {
+        layer: store_piece(
+            "edit",
+            ".parquet",
+            partial(write_moment, moment, provenance={"model": digest, "layer": layer}),
+        )
+        for layer, moment in found.items()
+    }
+    return KeySums(files=files, cost=meter.cost)
 
 
 @cached_task("changed_weights")
