@@ -9,8 +9,8 @@ from pathlib import Path
 from flows.command.script import console
 from flows.service.step import Run, step
 from memit.history import keep_state
-from tasks.edit import sum_keys
 from tasks.engine.results import DELTA_FILE, EDIT_FILE
+from tasks.history import sum_keys
 from tasks.reporting.formats import read_json
 
 

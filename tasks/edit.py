@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,11 +12,9 @@ from safetensors.torch import save_file
 
 from memit.editors.base import Edit, Editor, Resources
 from memit.errors import EditError, IntegrityError
-from memit.hyperparameters import Hyperparameters
 from memit.quadratic import Past
-from memit.requests import EditRequest, read_counterfact
-from memit.second_moment import SecondMoment, read_moment, write_moment
-from memit.sequence import key_sums
+from memit.requests import read_counterfact
+from memit.second_moment import SecondMoment, read_moment
 from memit.targets import Targets
 from memit.weight_delta import WeightDelta
 from tasks.engine.artifacts import Artifact, Value, store_piece
@@ -169,40 +166,6 @@ def write_what_can_be(
                 raise
             logger.warning("%s %d edits are dropped.", error, len(error.edits))
             dropped |= {kept[index]: str(error) for index in error.edits}
-
-
-class KeySums(Value):
-    """C_p of each layer after an edit (Parquet)."""
-
-    files: dict[int, Artifact]
-    cost: Cost
-
-
-@cached_task("key_sums")
-def sum_keys(
-    requests: Sequence[EditRequest],
-    model: ModelReference,
-    edit: Artifact,
-    *,
-    prefixes: Sequence[str],
-    settings: Hyperparameters,
-    sums: Mapping[int, Artifact],
-    token_budget: int,
-) -> KeySums:
-    """Add the keys of some requests, whose edit is in the model, to the `sums` of earlier ones."""
-    digest = model.model.digest
-    with loaded(model, edit) as lm, Meter() as meter:
-        resources = Resources(token_budget, prefixes, past=Past(StoredMoments(sums, digest)))
-        found = key_sums(lm, requests, settings.layers, settings.key_average, resources)
-    files = {
-        layer: store_piece(
-            "edit",
-            ".parquet",
-            partial(write_moment, moment, provenance={"model": digest, "layer": layer}),
-        )
-        for layer, moment in found.items()
-    }
-    return KeySums(files=files, cost=meter.cost)
 
 
 @cached_task("changed_weights")
