@@ -80,11 +80,6 @@ class Bench:
             self.shape.layers, self.shape.covariance_weight, evaluations=25, loss_threshold=0.0
         )
 
-    @property
-    def element(self) -> int:
-        """Bytes of one number in the model's dtype."""
-        return torch.finfo(self.lm.dtype).bits // 8
-
 
 def _row(bench: Bench, time: Timing, work: Work, peak: PeakMemory, **more: Any) -> dict:
     floor, seconds = work.seconds(bench.machine), time.seconds
@@ -136,7 +131,7 @@ def targets(bench: Bench, count: int, repeats: int = 3) -> dict:
         row_tokens=(BEFORE, AFTER),
         prefix_tokens=PREFIX_TOKENS,
         rows=ROWS,
-        element=bench.element,
+        element=bench.lm.dtype.itemsize,
         batches=-(-count // max(1, per_batch)),
     )
     each = time.seconds / count
@@ -306,7 +301,7 @@ def generation(bench: Bench, texts: int, steps: int, repeats: int = 3) -> dict:
         time = median_time(
             run, bench.device, repeats, first=lambda: sample_ids(bench.lm, draws[:1])
         )
-    work = generation_work(bench.shape, written, steps, bench.element)
+    work = generation_work(bench.shape, written, steps, bench.lm.dtype.itemsize)
     rate = written / time.seconds
     return _row(bench, time, work, peak, tokens=written, tokens_per_second=rate)
 
