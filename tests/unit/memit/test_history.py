@@ -75,7 +75,7 @@ def test_the_last_batch_is_taken_back_by_deleting_its_folder(tmp_path: Path) -> 
     state = state_before(directory, "m", (1, 2), "c")
     assert state is not None
     assert state.batches == ("a", "b")
-    with pytest.raises(InputError, match="batch 2 of 2.*not kept"):
+    with pytest.raises(InputError, match=r"batch 2 of 2.*not kept"):
         state_before(directory, "m", (1, 2), "b")
 
 
