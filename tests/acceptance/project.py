@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from flows.command.parameters import read_parameters
+from flows.experiment import experiment
 from flows.service.server import prefect_server
 from tasks.engine.artifacts import PARTIAL
 from tests import ROOT
@@ -104,17 +106,22 @@ class Project:
         """`memit run`."""
         return self.do(sys.executable, "-m", "flows", "experiment")
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        """Start a module as a command, `memit run` by default."""
-        return subprocess.Popen(
-            [sys.executable, "-m", *(words or ("flows", "experiment"))],
-            cwd=self.path,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=hear_interrupts,
-        )
+    def run_here(self, chain: Callable[[dict[str, Any]], object] = experiment) -> None:
+        """A chain of steps in this process, as a deployment runs it: nothing has to be imported.
+
+        The code is that of `ROOT`, which must be the project's.
+        """
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.path)
+            patch.setenv("DVC_ROOT", str(self.path))
+            for name in NOT_INHERITED[1:]:
+                patch.delenv(name, raising=False)
+            chain({})
+
+    def outdated(self) -> set[str]:
+        """The stages that DVC would run again."""
+        with Repo(str(self.path)) as repo:
+            return set(repo.status())
 
     def results(self) -> dict[str, bytes]:
         """The files that a repetition must reproduce to the byte."""

@@ -27,7 +27,7 @@ from memit.language_model import LanguageModel, load_model
 from memit.requests import Record
 from memit.second_moment import SecondMoment, collect_second_moments
 from memit.weight_delta import WeightDelta
-from tests.families import DOCUMENTS, PREFIXES, families, tokenizers
+from tests.families import DOCUMENTS, PREFIXES, save_model, tokenizers
 from tests.reference import REQUESTS
 
 HYPERPARAMETERS = Hyperparameters(layers=(0, 1, 2), covariance_weight=5.0, evaluations=5)
@@ -46,10 +46,8 @@ def pair(
 
 def loaded_in_part(family: str, place: Path, share: float) -> LanguageModel:
     """A model of a family, kept in `place`, with room for a share of its weights."""
-    model, tokenizer = families()[family]()
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    size = sum(parameter.nbytes for parameter in model.parameters())
+    save_model(family, place)
+    size = (place / "model.safetensors").stat().st_size
     return load_model(place, device="sharded", room={"cpu": int(share * size)})
 
 
