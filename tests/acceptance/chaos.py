@@ -390,7 +390,7 @@ class Chaos:
         return f"one sentence and exit status 2, {count} times; then the same bytes"
 
     def share_store(self, one: Project | None = None) -> str:
-        """Two runs in two directories that share a cache, which the first may have begun to fill."""
+        """Two runs in two directories that share a cache; the first may have begun to fill it."""
         one, two = one or self.project("one", finished=False), self.project("two", finished=False)
         attempts = [Attempt(project, DVC_ROOT=str(one.path)) for project in (one, two)]
         seen: dict[str, set[tuple[int, int]]] = {}

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class Project:
 
     def outdated(self) -> set[str]:
         """The stages that DVC would run again."""
-        with Repo(str(self.path)) as repo:
+        with chdir(self.path), Repo() as repo:
             return set(repo.status())
 
     def results(self) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from memit.errors import InputError, IntegrityError
 from memit.second_moment import read_moment
 from tasks.engine.loaded_model import ModelReference
 from tasks.statistics import import_moment
+from tests.integration.small_model import small_model
 
 FAMILIES = {"gpt2": "transformer.h.{}.mlp.c_proj", "gptj": "transformer.h.{}.mlp.fc_out"}
 
