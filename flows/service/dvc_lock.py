@@ -101,7 +101,7 @@ def _commit(stages: Sequence[str]) -> str:
         with Repo() as repo, lock_repo(repo):
             _delete_damaged_copies(Path(repo.cache.local.path))
             # As `dvc commit --force` does for one stage; both files are read and written once.
-            named = {stage.name: stage for stage in repo.stage.load_file()}
+            named = {stage.addressing: stage for stage in repo.stage.load_file()}
             changed = [named[name] for name in stages if named[name].changed()]
             for stage in changed:
                 stage.save()

@@ -106,7 +106,7 @@ class Project:
         """`memit run`."""
         return self.do(sys.executable, "-m", "flows", "experiment")
 
-    def run_here(self, chain: Callable[[dict[str, Any]], object] = experiment) -> None:
+    def run_here(self, chain: Callable[[Any], object] = experiment) -> None:
         """A chain of steps in this process, as a deployment runs it: nothing has to be imported.
 
         The code is that of `ROOT`, which must be the project's.
