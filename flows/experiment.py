@@ -24,6 +24,7 @@ from flows.command.script import console, output
 from flows.compare import compare, learning_steps
 from flows.edit import edit
 from flows.evaluation import evaluation
+from flows.history import history
 from flows.mend import mend
 from flows.model import model
 from flows.prefixes import prefixes
@@ -63,6 +64,8 @@ def experiment(parameters: Parameters) -> None:
     create_table_artifact(key="results", table=rows(read_json(METRICS_FILE)))
     show_results(time.monotonic() - started)
     check_limits(parameters.limits)
+    if parameters.edit.history is not None:
+        history(parameters)
 
 
 @chain("comparison", check_comparison)

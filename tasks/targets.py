@@ -48,10 +48,11 @@ def optimise_targets(
     prefixes: Sequence[str],
     hyperparameters: Hyperparameters,
     token_budget: int,
+    earlier: Artifact | None = None,
 ) -> TargetsPiece:
-    """Optimise the targets of some requests (Eqn. 16)."""
+    """Optimise the targets of some requests (Eqn. 16), in the model with `earlier` edits if any."""
     with (
-        loaded(model, shared=True) as lm,
+        loaded(model, earlier, shared=True) as lm,
         Meter() as meter,
         piece_progress("targets") as progress,
     ):
