@@ -20,6 +20,7 @@ from flows.command.script import (
     ready_parameters,
     reporting,
     run_flow,
+    slow_imports,
 )
 from memit.errors import InputError
 from memit.files.reading import read_text
@@ -62,8 +63,9 @@ def run(*, yes: bool = False) -> None:
         Withdraw facts even if the list has lost many of them since the last run.
     """
     ready_parameters()
-    from flows.command.checks import check_inputs, check_list
-    from flows.experiment import experiment
+    with slow_imports():
+        from flows.command.checks import check_inputs, check_list
+        from flows.experiment import experiment
 
     run_flow(experiment, check_inputs if yes else check_list)
 
