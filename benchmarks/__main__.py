@@ -28,6 +28,7 @@ from benchmarks.workload import (
     SMALL,
     SMOLLM2,
     Shape,
+    make_documents,
     make_model,
     make_tokenizer,
 )
@@ -104,8 +105,8 @@ def cpu_rows(quick: bool) -> Iterator[Row]:
 
 
 def real_rows(quick: bool) -> Iterator[Row]:
-    """Every step at SmolLM2-135M's shape; the oracle does two edits, records or texts, or an eighth
-    of the tokens, and its times are scaled."""
+    """Every step at SmolLM2-135M's shape; the oracle does two edits, records or texts, or part of
+    the tokens, and its times are scaled."""
     shape = LLAMA_TINY if quick else SMOLLM2
     bench = _bench(shape, "cpu", torch.float32)
     edits = steps.with_budget(bench, trained=True)
@@ -113,8 +114,9 @@ def real_rows(quick: bool) -> Iterator[Row]:
     yield _beside(steps.targets(edits, 8, repeats=1), f"targets, {shape.name}", literal)
     literal = steps.oracle_spread(edits, 2, repeats=1).times(8)
     yield _beside(steps.spread_step(edits, 16, repeats=1), f"spread, {shape.name}", literal)
-    literal = steps.oracle_covariance(bench, 1_000, shape.layers).times(8)
     ours = steps.covariance(bench, 8_000, shape.layers, repeats=1)
+    part = ours["tokens"] / steps.tokens_in(make_documents(shape, 1_000))
+    literal = steps.oracle_covariance(bench, 1_000, shape.layers).times(part)
     yield _beside(ours, f"covariance, {shape.name}", literal)
     literal = steps.oracle_evaluation(bench, 2, steps.evaluate_singly).times(4)
     yield _beside(steps.evaluation(bench, 8, repeats=1), f"evaluation, {shape.name}", literal)

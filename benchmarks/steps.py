@@ -207,7 +207,7 @@ def solve_step(bench: Bench, count: int) -> float:
 def covariance(bench: Bench, tokens: int, layers: Sequence[int], repeats: int = 3) -> dict:
     """Tokens a second of one pass for several layers."""
     documents = make_documents(bench.shape, tokens)
-    real = sum(len(document.split()) for document in documents)
+    real = tokens_in(documents)
 
     def run() -> None:
         collect_second_moments(bench.lm, documents, layers, token_budget=bench.token_budget)
@@ -217,6 +217,11 @@ def covariance(bench: Bench, tokens: int, layers: Sequence[int], repeats: int = 
     work = covariance_work(bench.shape, real, len(layers), max(layers), real / len(documents))
     rate = real / time.seconds
     return _row(bench, time, work, peak, tokens=real, tokens_per_second=rate)
+
+
+def tokens_in(documents: Sequence[str]) -> int:
+    """Every word is a token."""
+    return sum(len(document.split()) for document in documents)
 
 
 def oracle_covariance(bench: Bench, tokens: int, layers: Sequence[int]) -> Timing:

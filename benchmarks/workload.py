@@ -67,7 +67,7 @@ _GPTJ_LAYERS = (3, 4, 5, 6, 7, 8)
 GPTJ = Shape("gpt-j-6b", "gptj", 28, 4096, 16_384, 16, 16, 50_400, 2048, _GPTJ_LAYERS, 15_000.0)
 GPTJ_TINY = Shape("gpt-j-tiny", "gptj", 12, 64, 256, 4, 4, 1024, 256, _GPTJ_LAYERS, 20.0)
 """GPT-J's kind at a size that tries the script on a CPU."""
-SMOLLM2 = Shape("smollm2-135m", "llama", 30, 576, 1536, 9, 3, 49_152, 2048, (1, 2, 3, 4, 5), 500.0)
+SMOLLM2 = Shape("smollm2-135m", "llama", 30, 576, 1536, 9, 3, 49_152, 128, (1, 2, 3, 4, 5), 500.0)
 LLAMA3 = Shape(
     "llama-3-8b", "llama", 32, 4096, 14_336, 32, 8, 128_256, 2048, (4, 5, 6, 7, 8), 15_000.0
 )
