@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet as parquet
 from prefect.artifacts import create_table_artifact
 from rich.box import SIMPLE
 from rich.table import Table
@@ -38,7 +37,7 @@ from tasks.engine.artifacts import Artifact, describe
 from tasks.engine.checkpoints import forget_work
 from tasks.engine.cost import Cost, total_cost
 from tasks.engine.results import MEND_NETWORK_FILE, SERAC_MODELS_FILE, STATISTICS
-from tasks.evaluation import answer_piece, having_prompts, score_piece
+from tasks.evaluation import having_prompts
 from tasks.reporting.comparison import LEGEND, Comparison, csv_text, markdown, plain, table_rows
 from tasks.reporting.labels import label
 from tasks.reporting.published import published
@@ -259,15 +258,24 @@ def try_method(
     edited fact, too (CounterFact+).
     """
     edit = edit_sample(setup, method, sample, targets, seed)
-    asked: list[Any]
+    asked: list[Any] = []
     if setup.questions is not None:
-        score, asked = answer_piece, [setup.questions[r.case_id] for r in sample.records]
+        asked += [setup.questions[record.case_id] for record in sample.records]
     else:
-        score, asked = score_piece, prompts_of(sample.records)
+        asked += prompts_of(sample.records)
         asked += plus_prompts_of(sample.records) if thorough else []
     held_out = held_out_text(setup.run) if thorough else None
     texts = having_prompts(sample.records, texts_of)
-    measured = measure(setup.run, edit.edit, score, asked, texts, sample.records, held_out, seed)
+    measured = measure(
+        setup.run,
+        edit.edit,
+        asked,
+        texts,
+        sample.records,
+        held_out,
+        seed,
+        questions=setup.questions is not None,
+    )
     return edit, measured
 
 
@@ -358,7 +366,7 @@ def _write(run: Run, comparison: Comparison, tried: Mapping[str, Tried]) -> None
         ]
         table = pyarrow.concat_tables(named)
         path = COMPARISON / ("generations.parquet" if part == "texts" else "prompts.parquet")
-        run.write(path, lambda partial, table=table: parquet.write_table(table, partial))
+        run.write_table(path, table)
     for name, text in (("table.md", markdown(comparison)), ("table.csv", csv_text(comparison))):
         run.write_text(COMPARISON / name, text)
     run.write_json(COMPARISON / "metrics.json", plain(comparison))

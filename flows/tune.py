@@ -29,7 +29,6 @@ from memit.requests import Record, read_counterfact
 from memit.weight_delta import WeightDelta
 from tasks.edit import Method, edit_with
 from tasks.engine.artifacts import Artifact, describe
-from tasks.evaluation import score_piece
 from tasks.requests import choose_requests, keep_records, split_by_subject, write_embedded
 from tasks.targets import select_targets
 from tasks.tune import LOWEST_SCORE, STAGES, Trial, neighbors, positions, preset_text, trials_table
@@ -59,7 +58,7 @@ class Facts:
         """Of the model with an edit, or without one."""
         asked, seed = prompts_of(self.records), self.run.parameters.evaluation.seed
         run, records = self.run, self.records
-        measured = measure(run, edit, score_piece, asked, (), records, self.held_out, seed)
+        measured = measure(run, edit, asked, (), records, self.held_out, seed)
         return measured.metrics(records, {})
 
     def trial(self, settings: Hyperparameters, moments: Mapping[int, Artifact]) -> Trial:

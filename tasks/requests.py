@@ -170,9 +170,8 @@ def choose_requests(
         requests = [record.request for record in chosen]
         weak = weak_keys(requests, plain_rows(lm, requests))
         check_records(lm, chosen)
-    piece = store_piece("requests", ".json", lambda path: write_records(chosen, path))
     return ChosenRequests(
-        records=piece,
+        records=keep_records(chosen),
         count=len(chosen),
         available=len(records),
         dropped=dropped,
@@ -231,13 +230,9 @@ def split_records(
     edited, learnt = split_by_subject(records, training, seed)
     purged = without_prompts(edited, learnt)
     before, after = (sum(len(r.neighborhood_prompts) for r in part) for part in (edited, purged))
-
-    def keep(part: Sequence[Record]) -> Artifact:
-        return store_piece("split", ".json", lambda path: write_records(part, path))
-
     return Split(
-        edited=keep(purged),
-        training=keep(learnt),
+        edited=keep_records(purged),
+        training=keep_records(learnt),
         count=len(purged),
         training_count=len(learnt),
         dropped=dropped,
@@ -289,6 +284,4 @@ def sample_questions(edited: Artifact, count: int | None, seed: int) -> Artifact
     Raises:
         InputError: there are fewer.
     """
-    records = read_counterfact(edited.checked())
-    chosen = records if count is None else sample_records(records, count, seed)
-    return store_piece("questions", ".json", lambda path: write_records(chosen, path))
+    return keep_records(sample(read_counterfact(edited.checked()), count, seed))

@@ -36,6 +36,7 @@ from tasks.engine.cost import Cost, Meter, total_cost
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import piece_progress
 from tasks.engine.retry import retry_unreachable
+from tasks.engine.tables import read_tables, store_table
 
 
 class CorpusSource(Value):
@@ -131,15 +132,15 @@ def write_texts(number: int, model: ModelReference, seed: int) -> SampledTexts:
     with loaded(model, shared=True) as lm, Meter() as meter:
         rows = sample_batch(lm, number, seed)
         table = texts_table(lm, rows)
-    piece = store_piece("sampling", ".parquet", lambda path: parquet.write_table(table, path))
-    return SampledTexts(texts=piece, tokens=sum(map(len, rows)), cost=meter.cost)
+    texts = store_table("sampling", table)
+    return SampledTexts(texts=texts, tokens=sum(map(len, rows)), cost=meter.cost)
 
 
 def sampled_corpus(
     batches: Sequence[SampledTexts], texts_per_shard: int, held_out: Sequence[str]
 ) -> Corpus:
     """The texts of all batches, in ranges as those of another corpus."""
-    texts = pyarrow.concat_tables([parquet.read_table(b.texts.checked()) for b in batches])
+    texts = read_tables(batch.texts for batch in batches)
     starts = range(0, len(texts), texts_per_shard)
     return Corpus(
         ranges=tuple(_keep_table(texts.slice(start, texts_per_shard)) for start in starts),
@@ -169,8 +170,7 @@ def _keep(texts: list[str]) -> Range:
 
 
 def _keep_table(table: pyarrow.Table) -> Range:
-    piece = store_piece("corpus", ".parquet", lambda path: parquet.write_table(table, path))
-    return Range(texts=piece, count=len(table))
+    return Range(texts=store_table("corpus", table), count=len(table))
 
 
 class Shard(Value):

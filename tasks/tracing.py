@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet as parquet
 
 from memit.errors import InputError
 from memit.facts.records import embedded_records
 from memit.known_facts import known_facts
 from memit.language_model import LanguageModel
-from memit.requests import Record, drawn_order, write_records
+from memit.requests import Record, drawn_order
 from memit.tracing import (
     KINDS,
     Kind,
@@ -24,12 +23,13 @@ from memit.tracing import (
     traced_prompts,
 )
 from memit.true_objects import with_true_objects
-from tasks.engine.artifacts import Artifact, Value, store_piece
+from tasks.engine.artifacts import Artifact, Value
 from tasks.engine.cache import cached_task
 from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import piece_progress
-from tasks.requests import TOKEN_BUDGET, Source, read_source
+from tasks.engine.tables import store_table
+from tasks.requests import TOKEN_BUDGET, Source, keep_records, read_source
 
 MAPPED: tuple[Kind, ...] = ("state", "mlp")
 """What is restored at every token."""
@@ -74,8 +74,9 @@ def choose_traced(
             f"{model.model.id} gives the true object of none of {len(records)} facts, so none can "
             "be traced: name facts that it knows in requests."
         )
-    piece = store_piece("tracing", ".json", lambda path: write_records(known, path))
-    return TracedFacts(records=piece, count=len(known), deviation=deviation, cost=meter.cost)
+    return TracedFacts(
+        records=keep_records(known), count=len(known), deviation=deviation, cost=meter.cost
+    )
 
 
 @cached_task("tracing")
@@ -108,8 +109,7 @@ def trace_piece(
             progress=None if mapped else progress,
         )
         table = pyarrow.Table.from_pylist(list(_rows(lm, traced, found, mapped)))
-    piece = store_piece("tracing", ".parquet", lambda path: parquet.write_table(table, path))
-    return TracesPiece(table=piece, cost=meter.cost)
+    return TracesPiece(table=store_table("tracing", table), cost=meter.cost)
 
 
 def _rows(

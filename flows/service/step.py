@@ -13,8 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow
 from prefect import Flow, Task, flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from pyarrow import csv, parquet
 
 from flows.command.parameters import Parameters, complete_parameters
 from flows.service.gpu_slot import gpu_slot
@@ -142,6 +144,14 @@ class Run:
         """Let `write` fill a result."""
         write_file(path, write)
         self.files.append(path)
+
+    def write_table(self, path: Path, table: pyarrow.Table) -> None:
+        """Write a result as Parquet."""
+        self.write(path, lambda partial: parquet.write_table(table, partial))
+
+    def write_csv(self, path: Path, table: pyarrow.Table) -> None:
+        """Write a result as CSV."""
+        self.write(path, lambda partial: csv.write_csv(table, partial))
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a result as text."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from memit.editors.memit import Memit
 from memit.errors import EditError, InputError, IntegrityError
-from memit.evaluation.counterfact import prompts_of
+from memit.evaluation.counterfact import ScoredPrompt, prompts_of
 from memit.evaluation.generations import SCHEMA
 from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.generation import generate_texts
@@ -33,13 +33,13 @@ from tasks.edit import Method, MethodEdit, changed_weights, describe_edit, edit_
 from tasks.engine.artifacts import Artifact, describe, write_file
 from tasks.engine.edited_model import with_edit
 from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.tables import read_tables
 from tasks.evaluation import (
     described_edit,
     examples,
-    measure_perplexity,
+    measure_piece,
+    measure_text,
     metrics_of,
-    read_table,
-    score_piece,
     without_details,
 )
 from tasks.model import describe_model
@@ -215,7 +215,7 @@ def test_held_out_text_without_anything_to_predict_has_no_perplexity(
     file = write_file(tmp_path / "corpus.txt", lambda path: path.write_text("q\nq\nq\n"))
     held_out = collect_corpus.fn(CorpusSource(file=file), 1, 1, 2).held_out
     assert held_out.count == 2
-    assert measure_perplexity.fn(held_out.texts, reference, None, BUDGET).perplexity is None
+    assert measure_text.fn(held_out.texts, "perplexity", reference, None, BUDGET).value is None
 
 
 def test_targets_agree_across_pieces(inputs: Inputs, reference: ModelReference) -> None:
@@ -358,6 +358,12 @@ def test_statistics_of_another_model_or_layer_are_refused(
         replace(inputs, moments={2: inputs.moments[1]}).edited(wrong)
 
 
+def scores(
+    prompts: Sequence[ScoredPrompt], model: ModelReference, edit: Artifact | None
+) -> Artifact:
+    return measure_piece.fn(prompts, "prompts", model, edit, BUDGET).table
+
+
 def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
     reference: ModelReference, edit: Artifact
 ) -> None:
@@ -365,9 +371,8 @@ def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
 
     def scored(size: int, edit: Artifact | None):
         cuts = range(0, len(prompts), size)
-        return read_table(
-            [score_piece.fn(prompts[i : i + size], reference, edit, BUDGET) for i in cuts]
-        )
+        pieces = [prompts[start : start + size] for start in cuts]
+        return read_tables(scores(piece, reference, edit) for piece in pieces)
 
     before, after, back = scored(99, None), scored(99, edit), scored(99, None)
     assert before.equals(back)
@@ -389,8 +394,7 @@ def test_a_model_is_measured_as_it_will_be_served(
     prompts = prompts_of(RECORDS)
     given = ((reference, edit), (served, edit), (served, None))
     exact, rounded, unedited = (
-        read_table([score_piece.fn(prompts, model, delta, BUDGET)])["nll_new"].to_numpy()
-        for model, delta in given
+        read_tables([scores(prompts, model, delta)])["nll_new"].to_numpy() for model, delta in given
     )
     assert 0 < abs(exact - rounded).max() < 0.3
     assert abs(unedited - rounded).max() > abs(exact - rounded).max()
@@ -436,8 +440,10 @@ def test_perplexity_and_prefixes_are_the_models_own(
     project: Path, reference: ModelReference
 ) -> None:
     held_out = corpus_of(project, 18).held_out.texts
-    first, again = (measure_perplexity.fn(held_out, reference, None, BUDGET) for _ in range(2))
-    assert first.perplexity == again.perplexity > 1
+    first, again = (
+        measure_text.fn(held_out, "perplexity", reference, None, BUDGET) for _ in range(2)
+    )
+    assert first.value == again.value > 1
     prefixes = draw_prefixes.fn(reference, 3).prefixes
     assert len(prefixes) == 5
     assert prefixes == draw_prefixes.fn(reference, 3).prefixes
@@ -474,8 +480,7 @@ def test_requests_are_sampled_checked_and_completed(
 
 
 def test_pieces_are_parquet_that_anything_reads(reference: ModelReference) -> None:
-    piece = score_piece.fn(prompts_of(RECORDS[:1]), reference, None, BUDGET)
-    table = parquet.read_table(piece.table.checked())
+    table = parquet.read_table(scores(prompts_of(RECORDS[:1]), reference, None).checked())
     assert table["case_id"].to_pylist() == [0] * 4
     assert table["kind"].to_pylist() == ["rewrite", "paraphrase", *["neighborhood"] * 2]
 
