@@ -6,7 +6,7 @@ and `metrics.json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ from memit.editors.mend import Mend
 from memit.editors.serac import Serac
 from memit.evaluation.counterfact import plus_prompts_of, prompts_of
 from memit.evaluation.entropy import word_tokenizer
+from memit.evaluation.reference import References
 from memit.evaluation.zsre import ZsreRecord, read_zsre
 from memit.requests import Record, read_counterfact
 from tasks.compare import make_methods
 from tasks.edit import Method, MethodEdit, edit_with
 from tasks.engine.artifacts import Artifact, describe
 from tasks.engine.checkpoints import forget_work
-from tasks.engine.cost import Cost, total_cost
+from tasks.engine.cost import total_cost
 from tasks.engine.results import MEND_NETWORK_FILE, SERAC_MODELS_FILE, STATISTICS
 from tasks.evaluation import having_prompts
 from tasks.reporting.comparison import LEGEND, Comparison, csv_text, markdown, plain, table_rows
@@ -43,7 +44,7 @@ from tasks.reporting.labels import label
 from tasks.reporting.published import published
 from tasks.reporting.tracking import ParentRun
 from tasks.requests import Split, choose_requests, sample_questions
-from tasks.targets import TargetsPiece, select_targets
+from tasks.targets import select_targets
 
 COMPARISON = Path("comparison")
 LEARNT = {"mend": MEND_NETWORK_FILE, "serac": SERAC_MODELS_FILE}
@@ -56,10 +57,6 @@ class Sample:
 
     file: Artifact
     records: tuple[Record, ...]
-
-    def cases(self, indices: Iterable[int]) -> list[int]:
-        """The cases of some of the records."""
-        return [self.records[index].case_id for index in indices]
 
 
 @dataclass(frozen=True)
@@ -101,16 +98,13 @@ class SharedTargets:
 
     rows: Mapping[int, int]
     """The row of each case."""
-    pieces: Sequence[TargetsPiece]
+    pieces: Sequence[Artifact]
+    seconds: float
 
-    def of(self, sample: Sample) -> TargetsPiece:
-        """The targets of a sample, with its share of the cost."""
+    def of(self, sample: Sample) -> tuple[Artifact, float]:
+        """The targets of a sample, and its share of the seconds."""
         rows = [self.rows[record.case_id] for record in sample.records]
-        seconds = total_cost([piece.cost for piece in self.pieces]).seconds
-        return TargetsPiece(
-            targets=select_targets([piece.targets for piece in self.pieces], rows),
-            cost=Cost(seconds=seconds * len(rows) / len(self.rows)),
-        )
+        return select_targets(self.pieces, rows), self.seconds * len(rows) / len(self.rows)
 
 
 @step("compare", reads=("model", "prefixes", "statistics"))
@@ -123,11 +117,11 @@ def compare(run: Run) -> None:
         count = min(setup.most(method), section.count or setup.split.count)
         sample = setup.draw(count, section.seed)
         targets = shared_targets(setup, method, sample.records)
-        edit, measured = try_method(
+        one = try_method(
             setup, method, sample, targets, section.generation_records, section.seed, thorough=True
         )
-        tried[method.name] = sample, edit, measured
-        console.print(f"[green]✓[/] {label(method.name):<10} {edit.cost.seconds:9.1f} s of editing")
+        tried[method.name] = one
+        console.print(f"[green]✓[/] {label(method.name):<10} {one.seconds:9.1f} s of editing")
     comparison = _compare(setup, tried)
     _write(run, comparison, tried)
     logged = {
@@ -197,8 +191,22 @@ def _moments(run: Run, methods: Sequence[Method], folder: Path) -> dict[int, Art
 
 # --- editing and measuring ----------------------------------------------------------------------
 
-Tried = tuple[Sample, MethodEdit, Measured]
-"""A sample, what a method made of it, and what that did."""
+
+@dataclass(frozen=True)
+class Tried:
+    """What a method made of a sample, and what that did."""
+
+    sample: Sample
+    edit: MethodEdit
+    seconds: float
+    """Of editing, with the sample's share of the targets."""
+    measured: Measured
+
+    def metrics(self, references: References) -> dict[str, float]:
+        """All metrics; edits that could not be written count as failures."""
+        cases = [self.sample.records[index].case_id for index in self.edit.dropped]
+        found = self.measured.metrics(self.sample.records, references, cases)
+        return found | {"seconds": self.seconds}
 
 
 def shared_targets(setup: Setup, method: Method, records: Sequence[Record]) -> SharedTargets | None:
@@ -208,17 +216,18 @@ def shared_targets(setup: Setup, method: Method, records: Sequence[Record]) -> S
         return None
     requests = [record.request for record in records]
     size = setup.run.parameters.targets.requests_per_piece
+    known = len(setup.run.costs)
     pieces = optimise(setup.run, chunks(requests, size), hyperparameters)
     rows = {record.case_id: row for row, record in enumerate(records)}
-    return SharedTargets(rows, pieces)
+    return SharedTargets(rows, pieces, total_cost(setup.run.costs[known:]).seconds)
 
 
 def edit_sample(
     setup: Setup, method: Method, sample: Sample, targets: SharedTargets | None, seed: int
-) -> MethodEdit:
-    """A method's edit of a sample; its cost includes the share of the targets."""
+) -> tuple[MethodEdit, float]:
+    """A method's edit of a sample, and its seconds with the share of the targets'."""
     run, parameters, trained = setup.run, setup.run.parameters, LEARNT.get(method.name)
-    ready = targets and targets.of(sample)
+    ready, seconds = targets.of(sample) if targets else (None, 0.0)
     if ready:
         budget = run.token_budget(parameters.edit.token_budget, trained_blocks=0)
     else:  # it may train any block
@@ -231,7 +240,7 @@ def edit_sample(
         sample.file,
         prefixes=run.prefixes,
         moments={layer: setup.moments[layer] for layer in method.editor.moment_layers},
-        targets=ready and ready.targets,
+        targets=ready,
         token_budget=budget,
         on_failure=parameters.edit.on_failure,
         training=setup.split.training,
@@ -239,7 +248,7 @@ def edit_sample(
         seed=seed,
     )
     forget_work("edit", method, run.model, sample.file, seed)
-    return made.model_copy(update={"cost": total_cost([ready.cost, made.cost])}) if ready else made
+    return made, round(seconds + run.costs[-1].seconds, 3)
 
 
 def try_method(
@@ -251,13 +260,13 @@ def try_method(
     seed: int,
     *,
     thorough: bool,
-) -> tuple[MethodEdit, Measured]:
+) -> Tried:
     """Edit, score the sample's prompts, and let the model write about `texts_of` of its records.
 
     A thorough measurement takes the perplexity, and asks the neighborhood prompts behind the
     edited fact, too (CounterFact+).
     """
-    edit = edit_sample(setup, method, sample, targets, seed)
+    edit, seconds = edit_sample(setup, method, sample, targets, seed)
     asked: list[Any] = []
     if setup.questions is not None:
         asked += [setup.questions[record.case_id] for record in sample.records]
@@ -276,7 +285,7 @@ def try_method(
         seed,
         questions=setup.questions is not None,
     )
-    return edit, measured
+    return Tried(sample, edit, seconds, measured)
 
 
 # --- results ------------------------------------------------------------------------------------
@@ -318,18 +327,13 @@ def show_results(comparison: Comparison) -> None:
 def _compare(setup: Setup, tried: Mapping[str, Tried]) -> Comparison:
     parameters, model = setup.run.parameters, setup.run.model.model
     references = references_of(parameters) if setup.questions is None else {}
-    methods = {
-        name: measured.metrics(sample.records, references, sample.cases(edit.dropped))
-        | {"seconds": edit.cost.seconds}
-        for name, (sample, edit, measured) in tried.items()
-    }
-    edits = {name: len(sample.records) for name, (sample, _, _) in tried.items()}
+    edits = {name: len(one.sample.records) for name, one in tried.items()}
     data_set = parameters.requests.source if setup.questions is None else "zsre"
     return Comparison(
         model=model.id,
         records=max(edits.values()),
         edits=edits,
-        methods=methods,
+        methods={name: one.metrics(references) for name, one in tried.items()},
         exact_entropy=word_tokenizer()[1],
         published=published(data_set, model.id, max(edits.values())),
         notes=tuple(_notes(setup, tried)),
@@ -338,7 +342,7 @@ def _compare(setup: Setup, tried: Mapping[str, Tried]) -> Comparison:
 
 def _notes(setup: Setup, tried: Mapping[str, Tried]) -> Iterator[str]:
     split, section = setup.split, setup.run.parameters.compare
-    sample = max((sample for sample, _, _ in tried.values()), key=lambda each: len(each.records))
+    sample = max((one.sample for one in tried.values()), key=lambda each: len(each.records))
     yield (
         f"{len(sample.records)} of {split.count} records that can be edited; {split.dropped} were "
         f"left out because they contradict others, {split.training_count} were set aside for "
@@ -353,17 +357,14 @@ def _notes(setup: Setup, tried: Mapping[str, Tried]) -> Iterator[str]:
         yield f"GE and RS are of the texts of {written} records."
     for method in setup.methods:
         yield f"{label(method.name)}: {method.editor}"
-    for name, (_, edit, _) in tried.items():
-        if edit.dropped:
-            count = len(edit.dropped)
+    for name, one in tried.items():
+        if count := len(one.edit.dropped):
             yield f"{label(name)}: {count} requests could not be written and count as failures."
 
 
 def _write(run: Run, comparison: Comparison, tried: Mapping[str, Tried]) -> None:
     for part in ("prompts", "texts"):
-        named = [
-            _with_method(name, getattr(measured, part)) for name, (_, _, measured) in tried.items()
-        ]
+        named = [_with_method(name, getattr(one.measured, part)) for name, one in tried.items()]
         table = pyarrow.concat_tables(named)
         path = COMPARISON / ("generations.parquet" if part == "texts" else "prompts.parquet")
         run.write_table(path, table)

@@ -18,7 +18,7 @@ import pyarrow
 from flows.command.parameters import Parameters
 from flows.requests import records_source
 from flows.service.step import Run, chunks, steady_chunks, step
-from flows.statistics import corpus_of
+from flows.statistics import corpus_inputs
 from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
 from memit.evaluation.free_generation import free_record_means
 from memit.evaluation.generations import ANSWERS, SCHEMA
@@ -59,6 +59,7 @@ from tasks.evaluation import (
 )
 from tasks.reporting.formats import OWN
 from tasks.reporting.labels import DECIMALS
+from tasks.statistics import collect_corpus
 
 EXAMPLES = 5
 """Facts whose answers are shown as text."""
@@ -152,7 +153,8 @@ def references_of(parameters: Parameters) -> References:
         return read_snippets(snippets)
     if parameters.statistics.source in ("published", "sampled"):
         return {}
-    return read_references(collect_references(*records_source(parameters), corpus_of(parameters)))
+    corpus = collect_corpus(*corpus_inputs(parameters))
+    return read_references(collect_references(*records_source(parameters), corpus))
 
 
 def held_out_text(run: Run) -> Artifact | None:
@@ -179,11 +181,11 @@ class Subject:
             more["measure"] = measure
         task = compare_kept if measure == "kept" else measure_piece
         found = self.run.map(name, task, pieces, COUNTS.get(name, len), **self._model(), **more)
-        return read_tables((piece.table for piece in found), SCHEMAS.get(name))
+        return read_tables(found, SCHEMAS.get(name))
 
     def text(self, measure: Literal["perplexity", "drift"], held_out: Artifact) -> float | None:
         """A measure of held-out text; None where it has nothing to predict."""
-        return self.run.compute(measure_text, held_out, measure, **self._model()).value
+        return self.run.compute(measure_text, held_out, measure, **self._model())
 
     def _model(self) -> dict[str, Any]:
         budget = self.run.parameters.evaluation.token_budget

@@ -8,13 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prefect import Task
-
 from flows.command.parameters import Parameters
 from flows.requests import split_source
 from flows.service.step import Run, step
 from flows.statistics import corpus_source
 from tasks.engine.artifacts import Artifact
+from tasks.engine.cache import CachedTask
 from tasks.engine.checkpoints import forget_work
 from tasks.engine.results import MEND_NETWORK_FILE
 from tasks.mend import Continuations, train_mend_network
@@ -29,7 +28,7 @@ def mend(run: Run) -> None:
     train(run, MEND_NETWORK_FILE, train_mend_network, run.model, examples, settings)
 
 
-def train(run: Run, path: Path, task: Task[..., Any], *inputs: Any) -> None:
+def train(run: Run, path: Path, task: CachedTask, *inputs: Any) -> None:
     """Train what an editor needs, or find what was trained on these inputs."""
     trained = run.compute(task, *inputs)
     forget_work(run.step, *inputs)

@@ -52,7 +52,7 @@ def _train(run: Run) -> ModelFiles:
     )
     records = describe(WORLD / "records.json")
     recall = run.compute(measure_recall, reference, records, RECALL_TOKEN_BUDGET)
-    return described.model_copy(update={"recall": recall.percent})
+    return described.model_copy(update={"recall": recall})
 
 
 def _describe(section: ModelSection) -> ModelFiles:

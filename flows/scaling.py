@@ -73,15 +73,14 @@ def _points(setup: Setup, samples: list[tuple[int, Sample]]) -> Iterator[Point]:
             if len(sample.records) > setup.most(method):
                 continue
             ready = targets[method.name]
-            edit, measured = try_method(
+            tried = try_method(
                 setup, method, sample, ready, section.generation_records, seed, thorough=False
             )
-            metrics = measured.metrics(sample.records, {}, sample.cases(edit.dropped))
-            metrics |= {"seconds": edit.cost.seconds, "dropped": len(edit.dropped)}
+            metrics = tried.metrics({}) | {"dropped": len(tried.edit.dropped)}
             yield Point(method.name, len(sample.records), seed, metrics)
             console.print(
                 f"[green]✓[/] {len(sample.records):>6} edits  {label(method.name):<10} "
-                f"S {metrics.get('score', float('nan')):5.1f}  {edit.cost.seconds:9.1f} s"
+                f"S {metrics.get('score', float('nan')):5.1f}  {tried.seconds:9.1f} s"
             )
 
 

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from flows.service.step import Run, step
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest
-from tasks.engine.artifacts import write_file
+from tasks.engine.artifacts import Artifact, write_file
 from tasks.engine.checkpoints import forget_work, work_directory
 from tasks.engine.results import STORED_TARGETS_FILE, TARGETS_FILE, read_timings
 from tasks.targets import (
     StoredTargets,
-    TargetsPiece,
     optimise_targets,
     plan_pieces,
     target_settings,
@@ -36,7 +35,7 @@ def targets(run: Run) -> None:
     size = run.parameters.targets.requests_per_piece
     plan = plan_pieces(stored.missing(requests), size, folder / "plan.json")
     pieces = optimise(run, plan, run.hyperparameters) if plan else []
-    stored = stored.with_pieces(plan, [piece.targets for piece in pieces])
+    stored = stored.with_pieces(plan, pieces)
     # No result of the step, whose results must not tell which facts were withdrawn.
     write_file(STORED_TARGETS_FILE, stored.save)
     run.write(TARGETS_FILE, stored.of(requests).save)
@@ -45,7 +44,7 @@ def targets(run: Run) -> None:
 
 def optimise(
     run: Run, pieces: Sequence[Sequence[EditRequest]], hyperparameters: Hyperparameters
-) -> list[TargetsPiece]:
+) -> list[Artifact]:
     """The targets of each piece."""
     section = run.parameters.targets
     blocks = hyperparameters.trained_blocks(run.model.model.layers)

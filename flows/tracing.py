@@ -60,4 +60,4 @@ def _trace(run: Run, records: Sequence[Record], deviation: float, mapped: bool) 
         token_budget=run.token_budget(budget, trained_blocks=run.model.model.layers),
         mapped=mapped,
     )
-    return read_tables(piece.table for piece in pieces)
+    return read_tables(pieces)

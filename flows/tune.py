@@ -79,7 +79,7 @@ class Facts:
                 self.file,
                 prefixes=run.prefixes,
                 moments={layer: moments[layer] for layer in settings.layers},
-                targets=select_targets([piece.targets for piece in pieces], list(range(count))),
+                targets=select_targets(pieces, list(range(count))),
                 token_budget=run.token_budget("auto", trained_blocks=0),
                 on_failure="stop",
             )

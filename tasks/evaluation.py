@@ -40,13 +40,12 @@ from memit.evaluation.zsre import score_zsre, zsre_record_means
 from memit.language_model import LanguageModel
 from memit.positions import open_ids
 from memit.requests import Record
-from tasks.engine.artifacts import Artifact, Value, store_piece
+from tasks.engine.artifacts import Artifact, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.code import code_of_own
-from tasks.engine.cost import Cost, Meter
 from tasks.engine.edited_model import with_edit
 from tasks.engine.loaded_model import ModelReference
-from tasks.engine.progress import piece_progress, progress_bar
+from tasks.engine.progress import advance, progress_bar
 from tasks.engine.tables import store_table
 from tasks.reporting.labels import DECIMALS
 from tasks.requests import Source, read_source
@@ -56,20 +55,6 @@ DETAILS = ("_low", "_high", "_magnitude")
 """What the keys of intervals and magnitudes end in."""
 RECORDS_PER_PIECE = 16
 """Records whose texts are generated in a piece: a text takes a hundred steps."""
-
-
-class TablePiece(Value):
-    """What was found of consecutive prompts or records (Parquet)."""
-
-    table: Artifact
-    cost: Cost
-
-
-class MeasuredText(Value):
-    """What was measured on held-out text; None where no document has two tokens."""
-
-    value: float | None
-    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -121,15 +106,10 @@ def measure_piece(
     edit: Artifact | None,
     token_budget: int,
     seed: int = 0,
-) -> TablePiece:
-    """Measure some prompts or records, on the unedited model or with an edit in it."""
-    with (
-        with_edit(model, edit, shared=measure in ("prompts", "questions")) as lm,
-        Meter() as meter,
-        piece_progress("evaluation") as progress,
-    ):
-        table = _measured(lm, measure, items, seed, token_budget, progress)
-    return TablePiece(table=store_table("evaluation", table), cost=meter.cost)
+) -> Artifact:
+    """What is found of some prompts or records, on the unedited model or with an edit in it."""
+    with with_edit(model, edit, shared=measure in ("prompts", "questions")) as lm:
+        return store_table("evaluation", _measured(lm, measure, items, seed, token_budget))
 
 
 def _measured(
@@ -138,7 +118,6 @@ def _measured(
     items: Sequence[Any],
     seed: int,
     token_budget: int,
-    progress: Callable[[int], None],
 ) -> pyarrow.Table:
     if isinstance(measure, OwnMetric):
         return measure.table(lm, items, token_budget)
@@ -150,21 +129,19 @@ def _measured(
         "answers": answer_freely,
         "texts": partial(write_about, seed=seed, total_tokens=min(TOTAL_TOKENS, lm.context_length)),
     }
-    return measures[measure](lm, items, token_budget=token_budget, progress=progress)
+    return measures[measure](lm, items, token_budget=token_budget, progress=advance)
 
 
 @cached_task("kept")
 def compare_kept(
     records: Sequence[Record], model: ModelReference, edit: Artifact | None, token_budget: int
-) -> TablePiece:
+) -> Artifact:
     """What an edit does to the kept prompts of some records."""
-    with piece_progress("kept") as progress, Meter() as meter:
-        with with_edit(model, None) as lm:
-            before = answers_to(lm, records, token_budget=token_budget)
-        with with_edit(model, edit) as lm:
-            after = answers_to(lm, records, token_budget=token_budget, progress=progress)
-    table = kept_table(records, before, after)
-    return TablePiece(table=store_table("evaluation", table), cost=meter.cost)
+    with with_edit(model, None) as lm:
+        before = answers_to(lm, records, token_budget=token_budget)
+    with with_edit(model, edit) as lm:
+        after = answers_to(lm, records, token_budget=token_budget, progress=advance)
+    return store_table("evaluation", kept_table(records, before, after))
 
 
 @cached_task("held_out")
@@ -174,20 +151,20 @@ def measure_text(
     model: ModelReference,
     edit: Artifact | None,
     token_budget: int,
-) -> MeasuredText:
+) -> float | None:
     """On text that nothing has seen: the perplexity of the unedited model, or with an edit in it;
-    or how far the edit moves next-token distributions (KL from the unedited model, in nats)."""
-    documents, value = read_texts(held_out.checked()), None
+    or how far the edit moves next-token distributions (KL from the unedited model, in nats). None
+    where no document has two tokens."""
+    documents = read_texts(held_out.checked())
     moving = load_edit(edit.checked()) if edit is not None and measure == "drift" else None
     with (
         with_edit(model, None if moving else edit) as lm,
-        Meter() as meter,
         suppress(InputError),
-        _token_bar(measure, lm, documents) as advance,
+        _token_bar(measure, lm, documents) as count,
     ):
         how = partial(drift, lm, moving) if moving else partial(perplexity, lm)
-        value = how(documents, token_budget=token_budget, progress=advance)
-    return MeasuredText(value=value, cost=meter.cost)
+        return how(documents, token_budget=token_budget, progress=count)
+    return None
 
 
 @contextmanager

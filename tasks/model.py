@@ -24,7 +24,6 @@ from memit.world.small_model import TrainingParameters, train
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
-from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelFiles, ModelReference, loaded
 from tasks.engine.progress import progress_bar
 
@@ -41,14 +40,6 @@ class SmallModel(Value):
     """The files of its directory."""
     world: dict[str, Artifact]
     """`records.json`, `corpus.txt` and `held_out.txt`."""
-    cost: Cost
-
-
-class Recall(Value):
-    """How many of its facts a model knows."""
-
-    percent: float
-    cost: Cost
 
 
 @cached_task("model")
@@ -63,7 +54,7 @@ def train_small_model(
     torch.set_num_threads(threads)
     made = make_world(WorldParameters(**world))
     parameters = TrainingParameters(**training)
-    with Meter() as meter, progress_bar("model", parameters.steps, "training steps") as bar:
+    with progress_bar("model", parameters.steps, "training steps") as bar:
         directory = train(
             made,
             parameters,
@@ -77,22 +68,18 @@ def train_small_model(
             "corpus.txt": _keep_lines(made.documents),
             "held_out.txt": _keep_lines(made.held_out),
         },
-        cost=meter.cost,
     )
 
 
 @cached_task("recall")
-def measure_recall(model: ModelReference, records: Artifact, token_budget: int) -> Recall:
-    """Ask a model trained here for every one of its facts (argmax of the true object's tokens)."""
+def measure_recall(model: ModelReference, records: Artifact, token_budget: int) -> float:
+    """The percentage of its facts that a model trained here knows (argmax of the true object's
+    tokens)."""
     prompts = [p for p in prompts_of(read_counterfact(records.checked())) if p.kind == "rewrite"]
-    with (
-        loaded(model) as lm,
-        Meter() as meter,
-        progress_bar("recall", len(prompts), "facts") as bar,
-    ):
+    with loaded(model) as lm, progress_bar("recall", len(prompts), "facts") as bar:
         table = score_prompts(lm, prompts, token_budget=token_budget, progress=bar.advance)
     hits = table["hit_true"].to_pylist()
-    return Recall(percent=round(100 * sum(hits) / len(hits), 4), cost=meter.cost)
+    return round(100 * sum(hits) / len(hits), 4)
 
 
 def _keep(path: Path) -> Artifact:

@@ -37,7 +37,6 @@ from memit.targets import plain_rows, weak_keys
 from memit.true_objects import with_true_objects
 from tasks.engine.artifacts import Artifact, Value, cache_directory, store_piece
 from tasks.engine.cache import cached_task
-from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import progress_bar
 from tasks.engine.retry import retry_unreachable
@@ -67,7 +66,6 @@ class ChosenRequests(Value):
     """Percent of the records asked that the unedited model knows; None if it was not asked."""
     neighbors_dropped: int
     """Neighbourhood prompts of embedded records left out because they are edited themselves."""
-    cost: Cost
 
 
 def locate_records(path: str | None, url: str | None, sha256: str | None) -> Path:
@@ -161,7 +159,7 @@ def choose_requests(
     """
     records, dropped = read_source(source, file.checked())
     chosen, share, edited = sample(records, None if known else count, seed), None, 0
-    with loaded(model) as lm, Meter() as meter:
+    with loaded(model) as lm:
         chosen = with_true_objects(lm, chosen, token_budget=TOKEN_BUDGET)
         if known:
             chosen, share = sample_known(lm, chosen, count, seed)
@@ -178,7 +176,6 @@ def choose_requests(
         weak=weak,
         known_share=share,
         neighbors_dropped=edited,
-        cost=meter.cost,
     )
 
 

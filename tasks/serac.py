@@ -7,7 +7,6 @@ from memit.requests import read_counterfact
 from tasks.engine.artifacts import Artifact
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
-from tasks.engine.cost import Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import progress_bar
 from tasks.mend import Trained, finished
@@ -19,11 +18,7 @@ def train_serac_models(
 ) -> Trained:
     """Train both models on records, going on from the last checkpoint."""
     steps = settings.classifier_steps + settings.counterfactual_steps
-    with (
-        loaded(model) as lm,
-        Meter() as meter,
-        progress_bar("serac", steps, "training steps") as bar,
-    ):
+    with loaded(model) as lm, progress_bar("serac", steps, "training steps") as bar:
         models, losses = train_serac(
             lm,
             read_counterfact(records.checked()),
@@ -31,4 +26,4 @@ def train_serac_models(
             directory=work_directory("serac", model, records, settings),
             progress=bar.advance,
         )
-    return finished("serac", models.save, losses, meter.cost)
+    return finished("serac", models.save, losses)

@@ -32,9 +32,8 @@ from memit.second_moment import (
 )
 from tasks.engine.artifacts import Artifact, Value, store_piece, write_file
 from tasks.engine.cache import cached_task
-from tasks.engine.cost import Cost, Meter, total_cost
 from tasks.engine.loaded_model import ModelReference, loaded
-from tasks.engine.progress import piece_progress
+from tasks.engine.progress import advance
 from tasks.engine.retry import retry_unreachable
 from tasks.engine.tables import read_tables, store_table
 
@@ -82,7 +81,6 @@ class Corpus(Value):
 
     ranges: tuple[Range, ...]
     held_out: Range
-    cost: Cost
 
     @property
     def digest(self) -> str:
@@ -98,11 +96,10 @@ def collect_corpus(
     held_out_documents: int,
 ) -> Corpus:
     """Write down the first documents of a source, and as held-out text those that follow."""
-    with Meter() as meter:
-        ranges, held_out = _write_down(source, documents, documents_per_shard, held_out_documents)
+    ranges, held_out = _write_down(source, documents, documents_per_shard, held_out_documents)
     if not ranges:
         raise InputError(f"{source.name} holds no documents: give statistics another corpus.")
-    return Corpus(ranges=tuple(ranges), held_out=held_out, cost=meter.cost)
+    return Corpus(ranges=tuple(ranges), held_out=held_out)
 
 
 @retry_unreachable
@@ -123,17 +120,16 @@ class SampledTexts(Value):
 
     texts: Artifact
     tokens: int
-    cost: Cost
 
 
 @cached_task("sampling")
 def write_texts(number: int, model: ModelReference, seed: int) -> SampledTexts:
     """Let the unedited model write batch `number` of its texts."""
-    with loaded(model, shared=True) as lm, Meter() as meter:
+    with loaded(model, shared=True) as lm:
         rows = sample_batch(lm, number, seed)
         table = texts_table(lm, rows)
     texts = store_table("sampling", table)
-    return SampledTexts(texts=texts, tokens=sum(map(len, rows)), cost=meter.cost)
+    return SampledTexts(texts=texts, tokens=sum(map(len, rows)))
 
 
 def sampled_corpus(
@@ -145,7 +141,6 @@ def sampled_corpus(
     return Corpus(
         ranges=tuple(_keep_table(texts.slice(start, texts_per_shard)) for start in starts),
         held_out=_keep(list(held_out)),
-        cost=total_cost(batch.cost for batch in batches),
     )
 
 
@@ -178,7 +173,6 @@ class Shard(Value):
 
     moments: dict[int, Artifact]
     """The file of each layer (Parquet)."""
-    cost: Cost
 
 
 @cached_task("statistics")
@@ -188,13 +182,9 @@ def collect_shard(
     """Sum k kᵀ over the documents of one range, for all layers in one pass."""
     table = parquet.read_table(texts.checked())
     documents = table["ids" if "ids" in table.column_names else "text"].to_pylist()
-    with (
-        loaded(model, shared=True) as lm,
-        Meter() as meter,
-        piece_progress("statistics") as progress,
-    ):
+    with loaded(model, shared=True) as lm:
         moments = collect_second_moments(
-            lm, documents, layers, token_budget=token_budget, progress=progress
+            lm, documents, layers, token_budget=token_budget, progress=advance
         )
     files = {}
     for layer, moment in moments.items():
@@ -202,7 +192,7 @@ def collect_shard(
         files[layer] = store_piece(
             "statistics", ".parquet", lambda path, m=moment, p=provenance: write_moment(m, path, p)
         )
-    return Shard(moments=files, cost=meter.cost)
+    return Shard(moments=files)
 
 
 @cached_task("import")
@@ -213,12 +203,11 @@ def import_moment(file: Artifact, provenance: Mapping[str, Any], width: int) -> 
         IntegrityError: the file does not hold such sums.
         NumericsError: they are not positive definite.
     """
-    with Meter() as meter:
-        moment = import_published(file.checked(), width)
-        piece = store_piece(
-            "statistics", ".parquet", lambda path: write_moment(moment, path, provenance)
-        )
-    return Shard(moments={provenance["layer"]: piece}, cost=meter.cost)
+    moment = import_published(file.checked(), width)
+    piece = store_piece(
+        "statistics", ".parquet", lambda path: write_moment(moment, path, provenance)
+    )
+    return Shard(moments={provenance["layer"]: piece})
 
 
 def find_published(directory: Path, lm: LanguageModel, layers: Sequence[int]) -> dict[int, Path]:

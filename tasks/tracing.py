@@ -25,9 +25,8 @@ from memit.tracing import (
 from memit.true_objects import with_true_objects
 from tasks.engine.artifacts import Artifact, Value
 from tasks.engine.cache import cached_task
-from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
-from tasks.engine.progress import piece_progress
+from tasks.engine.progress import advance
 from tasks.engine.tables import store_table
 from tasks.requests import TOKEN_BUDGET, Source, keep_records, read_source
 
@@ -42,14 +41,6 @@ class TracedFacts(Value):
     count: int
     deviation: float
     """Standard deviation of the embeddings of all subjects of the source."""
-    cost: Cost
-
-
-class TracesPiece(Value):
-    """Probabilities of some facts' answers, by token, kind and layer (Parquet)."""
-
-    table: Artifact
-    cost: Cost
 
 
 @cached_task("traced_facts")
@@ -65,7 +56,7 @@ def choose_traced(
     embedded = source == "embedded"
     records = embedded_records("choosing") if embedded else read_source(source, file.checked())[0]
     drawn = [records[index] for index in drawn_order(records, seed)]
-    with loaded(model) as lm, Meter() as meter:
+    with loaded(model) as lm:
         drawn = with_true_objects(lm, drawn, token_budget=TOKEN_BUDGET)
         known, _ = known_facts(lm, drawn, count, token_budget=TOKEN_BUDGET, answered=True)
         deviation = embedding_deviation(lm, [record.request.subject for record in records])
@@ -74,9 +65,7 @@ def choose_traced(
             f"{model.model.id} gives the true object of none of {len(records)} facts, so none can "
             "be traced: name facts that it knows in requests."
         )
-    return TracedFacts(
-        records=keep_records(known), count=len(known), deviation=deviation, cost=meter.cost
-    )
+    return TracedFacts(records=keep_records(known), count=len(known), deviation=deviation)
 
 
 @cached_task("tracing")
@@ -86,14 +75,11 @@ def trace_piece(
     deviation: float,
     token_budget: int,
     mapped: bool,
-) -> TracesPiece:
+) -> Artifact:
     """Trace some facts at their subjects' last tokens, in all kinds; or, to map them, at every
-    token from the subject's first one on."""
-    with (
-        loaded(model, shared=True) as lm,
-        Meter() as meter,
-        piece_progress("tracing") as progress,
-    ):
+    token from the subject's first one on. Gives probabilities of their answers, by token, kind and
+    layer (Parquet)."""
+    with loaded(model, shared=True) as lm:
         prompts = traced_prompts(lm, [record.request for record in records])
         traced = [
             (record.case_id, each)
@@ -106,10 +92,10 @@ def trace_piece(
             deviation,
             MAPPED if mapped else KINDS,
             token_budget=token_budget,
-            progress=None if mapped else progress,
+            progress=None if mapped else advance,
         )
         table = pyarrow.Table.from_pylist(list(_rows(lm, traced, found, mapped)))
-    return TracesPiece(table=store_table("tracing", table), cost=meter.cost)
+    return store_table("tracing", table)
 
 
 def _rows(
