@@ -7,7 +7,7 @@ and `metrics.json`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from prefect.artifacts import create_table_artifact
 from rich.box import SIMPLE
 from rich.table import Table
 
+from flows.command.checks import compared_methods
 from flows.command.parameters import Parameters
 from flows.command.script import console, output
 from flows.evaluation import Measured, held_out_text, measure, references_of
@@ -25,14 +26,11 @@ from flows.service.dvc_lock import origin
 from flows.service.step import Run, chunks, step
 from flows.statistics import collect_layers
 from flows.targets import optimise
-from memit.editors.mend import Mend
-from memit.editors.serac import Serac
 from memit.evaluation.counterfact import plus_prompts_of, prompts_of
 from memit.evaluation.entropy import word_tokenizer
 from memit.evaluation.reference import References
 from memit.evaluation.zsre import ZsreRecord, read_zsre
 from memit.requests import Record, read_counterfact
-from tasks.compare import make_methods
 from tasks.edit import Method, MethodEdit, edit_with
 from tasks.engine.artifacts import Artifact, describe
 from tasks.engine.checkpoints import forget_work
@@ -64,7 +62,7 @@ class Setup:
     """Everything that the methods of one comparison have in common."""
 
     run: Run
-    methods: tuple[Method, ...]
+    methods: Sequence[Method]
     split: Split
     moments: Mapping[int, Artifact]
     """Second moments of every layer that a method needs."""
@@ -116,7 +114,7 @@ def compare(run: Run) -> None:
     for method in setup.methods:
         count = min(setup.most(method), section.count or setup.split.count)
         sample = setup.draw(count, section.seed)
-        targets = shared_targets(setup, method, sample.records)
+        targets = shared_targets(run, method, sample.records)
         one = try_method(
             setup, method, sample, targets, section.generation_records, section.seed, thorough=True
         )
@@ -140,17 +138,8 @@ def prepare(run: Run, folder: Path) -> Setup:
     `statistics` left out.
     """
     run.read(*learning_steps(run.parameters))
-    section, model = run.parameters.compare, run.model.model
-    methods = make_methods(
-        section.methods,
-        section.settings,
-        run.hyperparameters,
-        model.id,
-        model.layers,
-        section.editors,
-    )
-    methods = tuple(_with_section(method, run.parameters, model.id) for method in methods)
-    zsre = section.zsre
+    model, zsre = run.model.model, run.parameters.compare.zsre
+    methods = compared_methods(run.parameters, model.id, model.shape)
     return Setup(
         run=run,
         methods=methods,
@@ -163,15 +152,6 @@ def prepare(run: Run, folder: Path) -> Setup:
 def learning_steps(parameters: Parameters) -> list[str]:
     """The steps in which methods of the comparison learn."""
     return [name for name in LEARNT if name in parameters.compare.methods]
-
-
-def _with_section(method: Method, parameters: Parameters, model: str) -> Method:
-    """A method that learns, with the settings of its section."""
-    if method.name == "mend":
-        return replace(method, editor=Mend(parameters.mend_settings(model)))
-    if method.name == "serac":
-        return replace(method, editor=Serac(parameters.serac_settings(model)))
-    return method
 
 
 def _moments(run: Run, methods: Sequence[Method], folder: Path) -> dict[int, Artifact]:
@@ -209,24 +189,29 @@ class Tried:
         return found | {"seconds": self.seconds}
 
 
-def shared_targets(setup: Setup, method: Method, records: Sequence[Record]) -> SharedTargets | None:
+def shared_targets(run: Run, method: Method, records: Sequence[Record]) -> SharedTargets | None:
     """The targets of all records that a method's samples draw from; None if it needs none."""
     hyperparameters = method.editor.target_hyperparameters
     if hyperparameters is None:
         return None
-    requests = [record.request for record in records]
-    size = setup.run.parameters.targets.requests_per_piece
-    known = len(setup.run.costs)
-    pieces = optimise(setup.run, chunks(requests, size), hyperparameters)
+    requests, known = [record.request for record in records], len(run.costs)
+    size = run.parameters.targets.requests_per_piece
+    pieces = optimise(run, chunks(requests, size), hyperparameters)
     rows = {record.case_id: row for row, record in enumerate(records)}
-    return SharedTargets(rows, pieces, total_cost(setup.run.costs[known:]).seconds)
+    return SharedTargets(rows, pieces, total_cost(run.costs[known:]).seconds)
 
 
 def edit_sample(
-    setup: Setup, method: Method, sample: Sample, targets: SharedTargets | None, seed: int
+    run: Run,
+    method: Method,
+    sample: Sample,
+    targets: SharedTargets | None,
+    moments: Mapping[int, Artifact],
+    seed: int = 0,
+    training: Artifact | None = None,
 ) -> tuple[MethodEdit, float]:
     """A method's edit of a sample, and its seconds with the share of the targets'."""
-    run, parameters, trained = setup.run, setup.run.parameters, LEARNT.get(method.name)
+    parameters, trained = run.parameters, LEARNT.get(method.name)
     ready, seconds = targets.of(sample) if targets else (None, 0.0)
     if ready:
         budget = run.token_budget(parameters.edit.token_budget, trained_blocks=0)
@@ -239,11 +224,11 @@ def edit_sample(
         run.model,
         sample.file,
         prefixes=run.prefixes,
-        moments={layer: setup.moments[layer] for layer in method.editor.moment_layers},
+        moments={layer: moments[layer] for layer in method.editor.moment_layers},
         targets=ready,
         token_budget=budget,
         on_failure=parameters.edit.on_failure,
-        training=setup.split.training,
+        training=training,
         trained=trained and run.input(method.name, trained),
         seed=seed,
     )
@@ -266,7 +251,8 @@ def try_method(
     A thorough measurement takes the perplexity, and asks the neighborhood prompts behind the
     edited fact, too (CounterFact+).
     """
-    edit, seconds = edit_sample(setup, method, sample, targets, seed)
+    training = setup.split.training
+    edit, seconds = edit_sample(setup.run, method, sample, targets, setup.moments, seed, training)
     asked: list[Any] = []
     if setup.questions is not None:
         asked += [setup.questions[record.case_id] for record in sample.records]

@@ -26,21 +26,8 @@ from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.evaluation.own_metrics import own_metrics
 from memit.evaluation.reference import References, read_snippets
 from memit.requests import Record
+from tasks.engine import results
 from tasks.engine.artifacts import Artifact
-from tasks.engine.results import (
-    ANSWERS_FILE,
-    DELTA_FILE,
-    DETAILS_FILE,
-    EDIT_FILE,
-    FACTS_FILE,
-    GENERATED_FILE,
-    GENERATIONS_FILE,
-    HELD_OUT_FILE,
-    KEPT_FILE,
-    METRICS_FILE,
-    PROMPTS_FILE,
-    STATISTICS_FILE,
-)
 from tasks.engine.tables import read_tables
 from tasks.evaluation import (
     RECORDS_PER_PIECE,
@@ -122,12 +109,12 @@ def evaluation(run: Run) -> None:
             held_out_text(run),
             section.seed,
         )
-        for edit in (None, run.input("edit", DELTA_FILE))
+        for edit in (None, run.input("edit", results.DELTA_FILE))
     )
     references = references_of(run.parameters) if len(before.texts) else {}
     _write_tables(run, before, after)
     _write_answers(run)
-    edit = json.loads(EDIT_FILE.read_text(encoding="utf-8"))
+    edit = json.loads(results.EDIT_FILE.read_text(encoding="utf-8"))
     failed = [one["case_id"] for one in edit["dropped"]]
     metrics, details = without_details(
         {
@@ -140,8 +127,8 @@ def evaluation(run: Run) -> None:
         metrics["survival"] = {bits: _survived(run, bits, failed) for bits in section.survival}
     if notes := run.given["requests"].notes:
         metrics["requests"] = notes
-    run.write_json(METRICS_FILE, metrics)
-    run.write_json(DETAILS_FILE, details)
+    run.write_json(results.METRICS_FILE, metrics)
+    run.write_json(results.DETAILS_FILE, details)
 
 
 def references_of(parameters: Parameters) -> References:
@@ -159,8 +146,10 @@ def references_of(parameters: Parameters) -> References:
 
 def held_out_text(run: Run) -> Artifact | None:
     """The documents that the step `statistics` has set aside for the perplexity."""
-    described = json.loads(STATISTICS_FILE.read_text(encoding="utf-8"))
-    return run.input("statistics", HELD_OUT_FILE) if described["held_out_documents"] else None
+    described = json.loads(results.STATISTICS_FILE.read_text(encoding="utf-8"))
+    return (
+        run.input("statistics", results.HELD_OUT_FILE) if described["held_out_documents"] else None
+    )
 
 
 @dataclass(frozen=True)
@@ -244,7 +233,7 @@ def _pieces(records: Sequence[Record]) -> list[Sequence[Record]]:
 
 def _survived(run: Run, bits: str, failed: Collection[int]) -> dict[str, float]:
     """Metrics of prompts and perplexity after the edited weights were rounded."""
-    edit, prompts = run.input("edit", DELTA_FILE), prompts_of(run.records)
+    edit, prompts = run.input("edit", results.DELTA_FILE), prompts_of(run.records)
     rounded = measure(run, edit, prompts, (), (), held_out_text(run), 0, served_in=bits)
     return replace(rounded, drift=None).metrics(run.records, {}, failed)
 
@@ -254,9 +243,9 @@ def _write_answers(run: Run) -> None:
     shown, dtype = [examples(run.records, EXAMPLES)], run.parameters.evaluation.dtype
     before, after = (
         Subject(run, edit, dtype).table("examples", shown)
-        for edit in (None, run.input("edit", DELTA_FILE))
+        for edit in (None, run.input("edit", results.DELTA_FILE))
     )
-    run.write_csv(ANSWERS_FILE, before_and_after(before, after))
+    run.write_csv(results.ANSWERS_FILE, before_and_after(before, after))
 
 
 def _write_tables(run: Run, before: Measured, after: Measured) -> None:
@@ -264,8 +253,8 @@ def _write_tables(run: Run, before: Measured, after: Measured) -> None:
     origins = {record.case_id: record.origin.given for record in run.records}
     facts = facts_table(before.prompts, after.prompts, after.kept.to_pylist(), origins)
     texts = before_and_after(before.texts, after.texts)
-    run.write_table(PROMPTS_FILE, prompts)
-    run.write_table(GENERATIONS_FILE, texts)
-    run.write_csv(FACTS_FILE, facts)
-    run.write_csv(KEPT_FILE, after.kept)
-    run.write_csv(GENERATED_FILE, after.said)
+    run.write_table(results.PROMPTS_FILE, prompts)
+    run.write_table(results.GENERATIONS_FILE, texts)
+    run.write_csv(results.FACTS_FILE, facts)
+    run.write_csv(results.KEPT_FILE, after.kept)
+    run.write_csv(results.GENERATED_FILE, after.said)

@@ -67,7 +67,7 @@ def _samples(setup: Setup, count: int) -> int:
 
 def _points(setup: Setup, samples: list[tuple[int, Sample]]) -> Iterator[Point]:
     section, records = setup.run.parameters.scaling, _union(samples)
-    targets = {method.name: shared_targets(setup, method, records) for method in setup.methods}
+    targets = {method.name: shared_targets(setup.run, method, records) for method in setup.methods}
     for seed, sample in samples:
         for method in setup.methods:
             if len(sample.records) > setup.most(method):

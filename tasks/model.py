@@ -24,6 +24,7 @@ from memit.world.small_model import TrainingParameters, train
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
+from tasks.engine.hub import fetch_description, fetch_model, locate_model, resolve_commit
 from tasks.engine.loaded_model import ModelFiles, ModelReference, loaded
 from tasks.engine.progress import progress_bar
 
@@ -128,6 +129,33 @@ def describe_model(source: str, name: str, revision: str | None, place: Path) ->
         parameters=sum(parameter.numel() for parameter in lm.model.parameters()),
         output_norm=lm.has_output_norm,
     )
+
+
+def find_model(
+    source: str,
+    id: str | None,
+    revision: str | None,
+    path: str | None,
+    package: str | None,
+    *,
+    fetched: bool = False,
+) -> tuple[ModelFiles, Path]:
+    """A model that is not trained here, and its directory or GGUF file. The weights of one from the
+    hub are `fetched`, or left there.
+
+    Raises:
+        InputError: there is no such model.
+        IntegrityError: its weights are damaged.
+        ModelStructureError: the method does not fit it.
+        ResourceError, UnreachableError: it cannot be fetched.
+    """
+    if source == "hub":
+        name, version = str(id), resolve_commit(str(id), str(revision))
+        place = (fetch_model if fetched else fetch_description)(name, version)
+    else:
+        place, name, version = locate_model(source, path, package)
+        check_weights(place)
+    return describe_model(source, name, version, place), place
 
 
 def check_weights(directory: Path) -> None:

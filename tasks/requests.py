@@ -48,7 +48,7 @@ BUSY = (408, 425, 429)
 TOKEN_BUDGET = 2_048
 """Tokens in a batch while the model is asked for true objects."""
 
-Source = Literal["synthetic", "embedded", "counterfact", "facts"]
+Source = Literal["synthetic", "embedded", "counterfact", "facts", "zsre"]
 
 
 class ChosenRequests(Value):
@@ -123,6 +123,8 @@ def read_source(source: Source, path: Path) -> tuple[list[Record], int]:
     """
     if source == "facts":
         return in_content_order(read_facts(path)), 0
+    if source == "zsre":
+        return drop_conflicts(as_records(read_zsre(path)))
     return drop_conflicts(read_counterfact(path))
 
 
@@ -219,11 +221,9 @@ class Split(Value):
 
 
 @cached_task("split")
-def split_records(
-    source: Source | Literal["zsre"], file: Artifact, training: int, seed: int
-) -> Split:
+def split_records(source: Source, file: Artifact, training: int, seed: int) -> Split:
     """Set aside `training` records, at most half of all, whole subjects at a time."""
-    records, dropped = _read(source, file.checked())
+    records, dropped = read_source(source, file.checked())
     edited, learnt = split_by_subject(records, training, seed)
     purged = without_prompts(edited, learnt)
     before, after = (sum(len(r.neighborhood_prompts) for r in part) for part in (edited, purged))
@@ -235,12 +235,6 @@ def split_records(
         dropped=dropped,
         prompts_dropped=before - after,
     )
-
-
-def _read(source: Source | Literal["zsre"], path: Path) -> tuple[list[Record], int]:
-    if source != "zsre":
-        return read_source(source, path)
-    return drop_conflicts(as_records(read_zsre(path)))
 
 
 def split_by_subject(

@@ -19,6 +19,8 @@ from flows.command.script import console
 from flows.service.workers import workers_of
 from memit.corpus import read_documents
 from memit.editors.joint import editor_for
+from memit.editors.mend import Mend
+from memit.editors.serac import Serac
 from memit.errors import InputError, ResourceError
 from memit.evaluation.own_metrics import own_metrics
 from memit.evaluation.reference import read_snippets
@@ -35,10 +37,10 @@ from memit.world.people import make_world
 from tasks.compare import make_methods
 from tasks.edit import Method
 from tasks.engine.artifacts import project_root
-from tasks.engine.hub import fetch_description, locate_model, resolve_commit
+from tasks.engine.hub import resolve_commit
 from tasks.engine.loaded_model import BYTES, ModelFiles
 from tasks.engine.workers import check_workers
-from tasks.model import check_weights, describe_model, model_without_weights
+from tasks.model import find_model, model_without_weights
 from tasks.requests import locate_records, read_source, sample, split_by_subject
 from tasks.statistics import find_published, held_out_file
 
@@ -115,10 +117,10 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
         if parameters.statistics.source == "sampled":
             wanted_tokens(parameters.statistics.tokens, 4 * parameters.model.training.width)
         return records, None
-    described, directory = _describe_model(parameters.model)
+    described, place = find_model(**parameters.model.identity())
     _check_disk(parameters, described)
     _check_memory(parameters.model, described)
-    lm = model_without_weights(described.id, described.revision, directory)
+    lm = model_without_weights(described.id, described.revision, place)
     _check_layers(parameters, lm, ())
     check_records(lm, chosen, written=parameters.evaluation.generation_records)
     edit_rows(lm, [record.request for record in chosen], ())
@@ -131,9 +133,9 @@ def _check_compared(parameters: Parameters) -> int:
     questions = () if section.zsre is None else read_zsre(section.zsre)
     records, lm = _check(parameters)
     if lm is None:
-        _methods(parameters, "synthetic", parameters.model.synthetic_shape)
+        compared_methods(parameters, "synthetic", parameters.model.synthetic_shape)
     else:
-        _check_layers(parameters, lm, _methods(parameters, lm.name, lm.shape))
+        _check_layers(parameters, lm, compared_methods(parameters, lm.name, lm.shape))
         asked = () if questions else records
         check_records(lm, asked, questions, plus=True, written=section.generation_records)
     if questions:
@@ -196,28 +198,24 @@ def _check_documents(path: Path, section: StatisticsSection, documents: int) -> 
         raise InputError(f"{path} contains no text: name a file with text in statistics.")
 
 
-def _describe_model(section: ModelSection) -> tuple[ModelFiles, Path]:
-    """The structure of a model that is not trained here, and where its description is."""
-    if section.source == "hub":
-        name = str(section.id)
-        commit = resolve_commit(name, str(section.revision))
-        directory = fetch_description(name, commit)
-        return describe_model("hub", name, commit, directory), directory
-    place, name, version = locate_model(section.source, section.path, section.package)
-    described = describe_model(section.source, name, version, place)
-    check_weights(place)
-    return described, place
+def compared_methods(parameters: Parameters, model: str, shape: ModelShape) -> list[Method]:
+    """The methods of `compare.methods` with the settings that params.yaml gives them.
 
-
-def _methods(parameters: Parameters, model: str, shape: ModelShape) -> list[Method]:
+    Raises:
+        InputError: there is no such method, setting or layer.
+    """
     section, depth = parameters.compare, shape.depth
-    blocks = parameters.mend_settings(model).blocks
-    if "mend" in section.methods and blocks > depth:
-        raise InputError(f"mend.blocks is {blocks}, but {model} has {depth} blocks: use fewer.")
+    mend = parameters.mend_settings(model)
+    if "mend" in section.methods and mend.blocks > depth:
+        raise InputError(
+            f"mend.blocks is {mend.blocks}, but {model} has {depth} blocks: use fewer."
+        )
     hyperparameters = parameters.hyperparameters(model, shape)
-    return make_methods(
+    methods = make_methods(
         section.methods, section.settings, hyperparameters, model, depth, section.editors
     )
+    learning = {"mend": Mend(mend), "serac": Serac(parameters.serac_settings(model))}
+    return [Method(one.name, learning.get(one.name, one.editor)) for one in methods]
 
 
 def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[Method]) -> None:

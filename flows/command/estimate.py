@@ -24,10 +24,10 @@ from memit.requests import Record
 from memit.sampled_corpus import wanted_tokens
 from memit.targets import plain_rows, weak_keys
 from tasks.engine.artifacts import project_root
-from tasks.engine.hub import locate_model, open_model
+from tasks.engine.hub import open_model
 from tasks.engine.loaded_model import BYTES, ModelFiles, ModelReference
 from tasks.engine.results import MODEL_FILE
-from tasks.model import describe_model, model_without_weights
+from tasks.model import find_model, model_without_weights
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def _reference(section: ModelSection) -> ModelReference:
     """The model of the last run, or before the first one that of the section."""
     if MODEL_FILE.exists():
         return open_model(**section.placement())
-    place, name, version = locate_model(section.source, section.path, section.package)
+    described, place = find_model(**section.identity())
     return ModelReference(
         directory=str(place.parent if place.is_file() else place),
-        model=describe_model(section.source, name, version, place),
+        model=described,
         dtype=section.dtype,
         device=section.device,
         threads=section.threads,

@@ -185,6 +185,10 @@ class ModelSection(Section):
         """How the model computes, and where one on this machine is."""
         return self.model_dump(include={"dtype", "device", "threads", "path", "package"})
 
+    def identity(self) -> dict[str, Any]:
+        """Which model it is."""
+        return self.model_dump(include={"source", "id", "revision", "path", "package"})
+
     @property
     def synthetic_shape(self) -> ModelShape:
         """The dimensions of the model that is trained here, parameters not counted."""
