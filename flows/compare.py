@@ -17,14 +17,13 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from flows.command.checks import compared_methods
-from flows.command.parameters import Parameters
 from flows.command.script import console, output
 from flows.evaluation import Measured, held_out_text, measure, references_of
 from flows.report import log
 from flows.requests import split_source
 from flows.service.dvc_lock import origin
 from flows.service.step import Run, chunks, step
-from flows.statistics import collect_layers
+from flows.statistics import collect_layers, corpus_source
 from flows.targets import optimise
 from memit.evaluation.counterfact import plus_prompts_of, prompts_of
 from memit.evaluation.entropy import word_tokenizer
@@ -35,18 +34,19 @@ from tasks.edit import Method, MethodEdit, edit_with
 from tasks.engine.artifacts import Artifact, describe
 from tasks.engine.checkpoints import forget_work
 from tasks.engine.cost import total_cost
-from tasks.engine.results import MEND_NETWORK_FILE, SERAC_MODELS_FILE, STATISTICS
+from tasks.engine.results import STATISTICS
 from tasks.evaluation import having_prompts
+from tasks.mend import Continuations, train_mend_network
 from tasks.reporting.comparison import LEGEND, Comparison, csv_text, markdown, plain, table_rows
 from tasks.reporting.labels import label
 from tasks.reporting.published import published
 from tasks.reporting.tracking import ParentRun
 from tasks.requests import Split, choose_requests, sample_questions
+from tasks.serac import pinned, train_serac_models
+from tasks.statistics import collect_corpus
 from tasks.targets import select_targets
 
 COMPARISON = Path("comparison")
-LEARNT = {"mend": MEND_NETWORK_FILE, "serac": SERAC_MODELS_FILE}
-"""Methods that learn before they edit, in a step of their own, and the result of that step."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Setup:
     split: Split
     moments: Mapping[int, Artifact]
     """Second moments of every layer that a method needs."""
+    learnt: Mapping[str, Artifact]
+    """What methods have learnt before they edit."""
     questions: Mapping[int, ZsreRecord] | None
     """zsRE's questions by case; None for records of CounterFact's kind."""
 
@@ -137,21 +139,17 @@ def prepare(run: Run, folder: Path) -> Setup:
     The results will be in `folder`, and below it the second moments of layers that the step
     `statistics` left out.
     """
-    run.read(*learning_steps(run.parameters))
     model, zsre = run.model.model, run.parameters.compare.zsre
     methods = compared_methods(run.parameters, model.id, model.shape)
+    split = split_source(run.parameters)
     return Setup(
         run=run,
         methods=methods,
-        split=split_source(run.parameters),
+        split=split,
         moments=_moments(run, methods, folder / "statistics"),
+        learnt=_learn(run, split, folder),
         questions=None if zsre is None else {one.case_id: one for one in read_zsre(zsre)},
     )
-
-
-def learning_steps(parameters: Parameters) -> list[str]:
-    """The steps in which methods of the comparison learn."""
-    return [name for name in LEARNT if name in parameters.compare.methods]
 
 
 def _moments(run: Run, methods: Sequence[Method], folder: Path) -> dict[int, Artifact]:
@@ -167,6 +165,38 @@ def _moments(run: Run, methods: Sequence[Method], folder: Path) -> dict[int, Art
         run.files += written.values()
         found |= {layer: describe(path) for layer, path in written.items()}
     return found
+
+
+def _learn(run: Run, split: Split, folder: Path) -> dict[str, Artifact]:
+    """Train what compared methods need, on records that are not edited, or find what was trained on
+    these inputs; the losses of each training are left in `folder`."""
+    parameters, model = run.parameters, run.model.model.id
+    found: dict[str, Artifact] = {}
+    for name in parameters.compare.methods:
+        inputs: tuple[Any, ...]
+        if name == "mend":
+            task = train_mend_network
+            inputs = run.model, _mend_examples(run, split), parameters.mend_settings(model)
+        elif name == "serac":
+            task = train_serac_models
+            inputs = run.model, split.training, pinned(parameters.serac_settings(model))
+        else:
+            continue
+        trained = run.compute(task, *inputs)
+        forget_work(name, *inputs)
+        run.copy(trained.losses, folder / f"{name}-losses.json")
+        found[name] = trained.file
+    return found
+
+
+def _mend_examples(run: Run, split: Split) -> Artifact | Continuations:
+    parameters, section = run.parameters, run.parameters.mend
+    if section.learn_from == "records":
+        return split.training
+    held_out = parameters.statistics.held_out_documents
+    corpus = collect_corpus(corpus_source(parameters), section.texts, section.texts, held_out)
+    texts = corpus.ranges[0].texts
+    return Continuations(texts, section.texts, section.continuation_tokens, section.seed)
 
 
 # --- editing and measuring ----------------------------------------------------------------------
@@ -208,10 +238,11 @@ def edit_sample(
     targets: SharedTargets | None,
     moments: Mapping[int, Artifact],
     seed: int = 0,
-    training: Artifact | None = None,
+    **learning: Artifact | None,
 ) -> tuple[MethodEdit, float]:
-    """A method's edit of a sample, and its seconds with the share of the targets'."""
-    parameters, trained = run.parameters, LEARNT.get(method.name)
+    """A method's edit of a sample, and its seconds with the share of the targets'; `learning` are
+    the records that it learns from, and what it has learnt."""
+    parameters = run.parameters
     ready, seconds = targets.of(sample) if targets else (None, 0.0)
     if ready:
         budget = run.token_budget(parameters.edit.token_budget, trained_blocks=0)
@@ -228,9 +259,8 @@ def edit_sample(
         targets=ready,
         token_budget=budget,
         on_failure=parameters.edit.on_failure,
-        training=training,
-        trained=trained and run.input(method.name, trained),
         seed=seed,
+        **learning,
     )
     forget_work("edit", method, run.model, sample.file, seed)
     return made, round(seconds + run.costs[-1].seconds, 3)
@@ -251,23 +281,29 @@ def try_method(
     A thorough measurement takes the perplexity, and asks the neighborhood prompts behind the
     edited fact, too (CounterFact+).
     """
-    training = setup.split.training
-    edit, seconds = edit_sample(setup.run, method, sample, targets, setup.moments, seed, training)
+    edit, seconds = edit_sample(
+        setup.run,
+        method,
+        sample,
+        targets,
+        setup.moments,
+        seed,
+        training=setup.split.training,
+        trained=setup.learnt.get(method.name),
+    )
     asked: list[Any] = []
     if setup.questions is not None:
         asked += [setup.questions[record.case_id] for record in sample.records]
     else:
         asked += prompts_of(sample.records)
         asked += plus_prompts_of(sample.records) if thorough else []
-    held_out = held_out_text(setup.run) if thorough else None
-    texts = having_prompts(sample.records, texts_of)
     measured = measure(
         setup.run,
         edit.edit,
         asked,
-        texts,
+        having_prompts(sample.records, texts_of),
         sample.records,
-        held_out,
+        held_out_text(setup.run) if thorough else None,
         seed,
         questions=setup.questions is not None,
     )

@@ -21,16 +21,14 @@ from flows.command.checks import check_comparison, check_inputs, check_list, che
 from flows.command.limits import check_limits
 from flows.command.parameters import Parameters
 from flows.command.script import console, output
-from flows.compare import compare, learning_steps
+from flows.compare import compare
 from flows.edit import edit
 from flows.evaluation import evaluation
-from flows.mend import mend
 from flows.model import model
 from flows.prefixes import prefixes
 from flows.report import report
 from flows.requests import requests
 from flows.scaling import scaling
-from flows.serac import serac
 from flows.service.dvc_lock import commit_stages
 from flows.service.step import chain
 from flows.statistics import statistics
@@ -45,8 +43,6 @@ from tasks.reporting.verdict import DAMAGE, verdict
 
 Step = Flow[[Parameters], None]
 KINDS = {"rewrite": "edited", "paraphrase": "in other words", "neighborhood": "stays"}
-LEARNING: dict[str, Step] = {"mend": mend, "serac": serac}
-"""The steps in which methods learn before they edit."""
 
 
 @chain("experiment", check_list)
@@ -68,25 +64,19 @@ def experiment(parameters: Parameters) -> None:
 @chain("comparison", check_comparison)
 def comparison(parameters: Parameters) -> None:
     """All methods on the same model and the same records: the table in `comparison/`."""
-    _run_up_to(compare, parameters)
+    run_steps((model, prefixes, statistics, compare), parameters, of=4)
 
 
 @chain("scaling-run", check_scaling)
 def scaling_run(parameters: Parameters) -> None:
     """All methods on more and more edits: table and figure in `scaling/`."""
-    _run_up_to(scaling, parameters)
+    run_steps((model, prefixes, statistics, scaling), parameters, of=4)
 
 
 @chain("tuning", check_inputs)
 def tuning(parameters: Parameters) -> None:
     """Settings for the model: the trials and the preset in `tuning/`."""
     run_steps((model, prefixes, tune), parameters, of=3)
-
-
-def _run_up_to(last: Step, parameters: Parameters) -> None:
-    learning = [LEARNING[name] for name in learning_steps(parameters)]
-    steps = (model, prefixes, statistics, *learning, last)
-    run_steps(steps, parameters, of=len(steps))
 
 
 def run_steps(steps: Sequence[Step], parameters: Parameters, *, of: int, first: int = 1) -> None:

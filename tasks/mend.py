@@ -1,4 +1,4 @@
-"""The task of the step `mend`: train the network that turns gradients into edits."""
+"""The task that trains MEND before it edits: a network that turns gradients into updates."""
 
 from __future__ import annotations
 
