@@ -24,6 +24,9 @@ CPU_TOKENS = 1024
 """More tokens at a time make a CPU slower, since they leave its caches."""
 CPU_TOKENS_OF_EDITS = 4096
 """The same for targets and their spread, whose rows are short."""
+CPU_BYTES_OF_EDITS = 1 << 30
+"""Memory that these may take on a CPU, unless the weights take more. Larger batches are no faster
+where an edit's rows alone fill matrix products, and have more padding."""
 GPU_TOKENS = 131_072
 """More tokens at a time do not make a GPU faster."""
 MEMORY_SHARE = 0.6
@@ -35,20 +38,25 @@ def auto_token_budget(
     model: ModelShape, size: int, device: str, *, trained_blocks: int | None = None
 ) -> int:
     """Padded tokens at a time, a power of two: on a GPU what its free memory holds, on a CPU what
-    was measured to be fastest. It is the same before and after the model is loaded.
+    was measured to be fastest, or less for edits of large models, whose activations are kept for
+    the backward pass. It is the same before and after the model is loaded.
 
     `size` is the bytes of a number, `device` what `load_model` takes, and `trained_blocks` how many
     blocks keep activations for a backward pass of an edit; None where nothing is edited.
     """
     cards = _cards(device)
-    if not cards:
-        return CPU_TOKENS if trained_blocks is None else CPU_TOKENS_OF_EDITS
+    if not cards and trained_blocks is None:
+        return CPU_TOKENS
+    weights = size * model.parameters
+    if cards:
+        most, room = GPU_TOKENS, min(_measured_room(card) for card in cards)
+        # Weights that are sharded leave the rest of the room free.
+        room = MEMORY_SHARE * (room - min(weights, int(WEIGHT_SHARE * room)))
+    else:
+        most, room = CPU_TOKENS_OF_EDITS, max(CPU_BYTES_OF_EDITS, weights)
     wide = 6 * model.width + 2 * model.inner_width
     per_token = size * (4 * wide + (2 * wide + 10 * model.width) * (trained_blocks or 0))
-    room = min(_measured_room(card) for card in cards)
-    # Weights that are sharded leave the rest of the room free.
-    room -= min(size * model.parameters, int(WEIGHT_SHARE * room))
-    tokens = max(256, min(GPU_TOKENS, int(MEMORY_SHARE * room / per_token)))
+    tokens = max(256, min(most, int(room / per_token)))
     return 1 << (tokens.bit_length() - 1)
 
 

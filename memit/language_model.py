@@ -81,6 +81,7 @@ class LanguageModel:
         """
         model.eval().requires_grad_(False)
         _fuse_activations(model)
+        _share_keys_and_values(model)
         self.model = model
         """The Hugging Face model, in evaluation mode, without gradients for its parameters."""
         self.tokenizer = tokenizer
@@ -471,6 +472,13 @@ class _TanhGELU(nn.Module):
             return nn.functional.gelu(x, approximate="tanh")
         gate = torch.addcmul(x.new_tensor(self.slope), x, x, value=0.044715 * self.slope)
         return gate.mul_(x).sigmoid_().mul_(x)
+
+
+def _share_keys_and_values(model: PreTrainedModel) -> None:
+    """Let the query heads of a group attend to the same keys and values, of which transformers
+    makes a copy for each head where there is a mask: only some GPU kernels need that."""
+    if model.device.type == "cpu" and not torch.cuda.is_available():
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
 
 
 def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:

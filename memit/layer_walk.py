@@ -9,7 +9,7 @@ prefixes, a beginning-of-sequence token) are run once for all of them.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq
@@ -110,16 +110,25 @@ class Walk:
         self.block = block
 
     @torch.no_grad()
-    def read(self, key_average: str) -> tuple[Tensor, Tensor]:
-        """K, one averaged key an edit, of the current block (f × n), and h_i at block L (d × n);
-        both float64."""
+    def read(
+        self, key_average: str, *, whole: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Indices of some edits at a time (b), K of the current block, one averaged key an edit
+        (f × b), and h_i at block L (d × b), in float64; of all edits in their order if `whole`."""
         _, before = self._run_shared(self.top)
-        keys, hidden = [], []
+        held = []
         for index, rows in enumerate(self.batches):
             at_subject, output = self._read_batch(index, before)
-            keys.append(_averaged(at_subject, len(rows.edits), key_average))
-            hidden.append(self._hidden(rows, output, before))
-        return self._in_order(keys), self._in_order(hidden)
+            keys = _averaged(at_subject, len(rows.edits), key_average)
+            hidden = self._hidden(rows, output, before)
+            if whole:
+                held.append((rows.edits, keys, hidden))
+            else:
+                yield rows.edits, self._columns(keys), self._columns(hidden)
+        if whole:
+            edits, keys, hidden = (torch.cat(part) for part in zip(*held, strict=True))
+            order = edits.argsort()
+            yield edits.sort().values, self._columns(keys[order]), self._columns(hidden[order])
 
     def _read_batch(self, index: int, before: KeyValues | None) -> tuple[Tensor, Tensor]:
         """Keys of a batch at the subjects' last tokens (rows × f), and the current block's output,
@@ -145,14 +154,12 @@ class Walk:
         return keys[at_subject.to(keys.device)], output
 
     @torch.no_grad()
-    def read_hidden(self) -> Tensor:
-        """h_i at block L (d × n, float64)."""
+    def read_hidden(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Indices of some edits at a time (b), and their h at block L (d × b, float64)."""
         _, before = self._run_shared(self.top)
-        hidden = [
-            self._hidden(rows, self._run(index, self.block, before, len(rows.edits)), before)
-            for index, rows in enumerate(self.batches)
-        ]
-        return self._in_order(hidden)
+        for index, rows in enumerate(self.batches):
+            output = self._run(index, self.block, before, len(rows.edits))
+            yield rows.edits, self._columns(self._hidden(rows, output, before))
 
     def _run_shared(self, stop: int) -> tuple[Tensor | None, KeyValues | None]:
         """The shared beginnings' output of block `stop`, and their keys and values up to there."""
@@ -192,12 +199,9 @@ class Walk:
             top = block_output(self.lm, padded, self.top, start=start, hidden=top, before=kept)
         return top[torch.arange(len(last), device=top.device), last.to(top.device)]
 
-    def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        """Columns in the order of the requests (width × n, float64)."""
-        edits = torch.cat([rows.edits for rows in self.batches])
-        whole = torch.cat([part.to(self.lm.device) for part in parts])
-        whole = whole.to(solving_device(whole.device)).double()
-        return whole[edits.argsort().to(whole.device)].T
+    def _columns(self, rows: Tensor) -> Tensor:
+        """Rows as columns in float64, where systems are solved."""
+        return rows.to(solving_device(self.lm.device)).double().T
 
 
 def layer_keys(
@@ -219,7 +223,7 @@ def layer_keys(
         walk = Walk(lm, edits, layers[-1], token_budget, held)
         for layer in layers:
             walk.advance(layer)
-            keys[layer], _ = walk.read(key_average)
+            ((_, keys[layer], _),) = walk.read(key_average)
     return keys
 
 

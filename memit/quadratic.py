@@ -10,7 +10,7 @@ With C and λ alone it is MEMIT's Eqn. 14. `docs/methods.md` says what the other
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -107,8 +107,29 @@ def solve(K: Tensor, R: Tensor, quadratic: Quadratic, where: str) -> LowRank | D
     L = cholesky(quadratic.preserved(K.device).addmm_(inner, inner.T), where)
     if pull is None and n <= d:  # Δ = R (N⁻¹ K)ᵀ
         return Dense((R @ quadratic.outside(torch.cholesky_solve(inner, L)).T).float().cpu())
-    # Δᵀ = N⁻¹ (K Rᵀ + Bᵀ)
-    wanted = inner @ R.T if pull is None else inner @ R.T + quadratic.inside(pull)
+    return _from_factor(L, inner @ R.T, quadratic, pull)
+
+
+def solve_in_parts(
+    parts: Iterable[tuple[Tensor, Tensor]], quadratic: Quadratic, where: str
+) -> Dense:
+    """`solve` for K (f × b) and R (d × b) of some edits at a time, of which only K Kᵀ (f × f) and
+    K Rᵀ (f × d) are kept."""
+    total = wanted = torch.empty(0)
+    for K, R in parts:
+        inner, R = quadratic.inside(K.double()), R.double().to(K.device)
+        if not len(total):
+            total = quadratic.preserved(K.device)
+            wanted = inner.new_zeros(len(inner), len(R))
+        total.addmm_(inner, inner.T)
+        wanted.addmm_(inner, R.T)
+    return _from_factor(cholesky(total, where), wanted, quadratic, quadratic.pull(total.device))
+
+
+def _from_factor(L: Tensor, wanted: Tensor, quadratic: Quadratic, pull: Tensor | None) -> Dense:
+    """Δᵀ = N⁻¹ (K Rᵀ + Bᵀ), from the factor of N and K Rᵀ."""
+    if pull is not None:
+        wanted = wanted + quadratic.inside(pull)
     delta = quadratic.outside(torch.cholesky_solve(wanted, L)).T
     return Dense(delta.float().contiguous().cpu())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -18,14 +19,15 @@ from memit.forward.probes import output_factor
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
 from memit.layer_walk import HELD_IN_MEMORY, HeldStates, Walk
-from memit.placement import solving_device
-from memit.quadratic import Quadratic, directions, solve
+from memit.quadratic import Quadratic, directions, solve, solve_in_parts
 from memit.requests import EditRequest
 from memit.targets import edit_rows
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_rounded
 
 logger = logging.getLogger(__name__)
 
+COLUMNS_IN_MEMORY = 1 << 32
+"""Bytes of keys and residuals of all edits, beyond which only their products are kept."""
 Goal = Tensor | Mapping[int, Tensor]
 """Targets of block L's output (n × d), or the changes of each down-projection's output (n × d)."""
 MIN_TOKENS = 64
@@ -60,6 +62,7 @@ def spread(
     *,
     token_budget: int,
     held_bytes: int = HELD_IN_MEMORY,
+    column_bytes: int = COLUMNS_IN_MEMORY,
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Spread:
@@ -67,8 +70,8 @@ def spread(
     that each down-projection's output changes as a z of its own says.
 
     `form` gives a layer's closed form when it is needed. Hidden states beyond `held_bytes` go to
-    disk; `observe` is called with each layer, its K (f × n) and its R (d × n). The model keeps its
-    own weights.
+    disk; `observe` is called with each layer, its K (f × n) and its R (d × n), which are read batch
+    by batch where they and z take more than `column_bytes`. The model keeps its own weights.
 
     Raises:
         EditError: keys or residuals of some edits are not finite, or their share alone makes an
@@ -78,13 +81,17 @@ def spread(
         ResourceError: the device's memory does not hold one edit.
     """
     edits = edit_rows(lm, requests, prefixes)
+    # K is f × n, and z, h and R are d × n, in float64.
+    whole = 8 * len(edits) * (lm.inner_width + 3 * lm.width) <= column_bytes
     base = {layer: lm.weight(layer).clone() for layer in hyperparameters.layers}
     while True:
         try:
             with tempfile.TemporaryDirectory() as directory:
                 held = HeldStates(held_bytes, Path(directory))
                 walk = Walk(lm, edits, hyperparameters.layers[-1], token_budget, held)
-                return _walk_layers(walk, requests, z, form, hyperparameters, observe, progress)
+                return _walk_layers(
+                    walk, requests, z, form, hyperparameters, whole, observe, progress
+                )
         except torch.OutOfMemoryError as error:
             if token_budget < MIN_TOKENS:
                 raise ResourceError(
@@ -98,72 +105,130 @@ def spread(
                 lm.set_weight(layer, weight)
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Keys and residuals of some edits at a layer, in float64."""
+
+    edits: Tensor
+    """Indices of the edits (b)."""
+    K: Tensor
+    """Averaged keys (f × b)."""
+    lacking: Tensor
+    """z_i − h_i, or the changes of the layer's own output that are wanted (d × b)."""
+    R: Tensor
+    """The part of it that is this layer's (d × b)."""
+
+
+def _columns(
+    walk: Walk, z: Goal, hyperparameters: Hyperparameters, whole: bool
+) -> Iterator[_Columns]:
+    """Keys and residuals at the walk's block: of all edits at once, or batch by batch."""
+    layer, layers = walk.block, hyperparameters.layers
+    factor = output_factor(walk.lm, layer) or 1.0
+    for edits, K, hidden in walk.read(hyperparameters.key_average, whole=whole):
+        if isinstance(z, Tensor):
+            # r_i = (z_i − h_i) / (number of edited layers from this one on)    (Eqn. 20)
+            lacking = z[edits].to(K.device).T.double() - hidden
+            R = lacking / (len(layers) - layers.index(layer))
+            R /= factor  # the block multiplies what W_out gives
+        else:
+            R = lacking = z[layer][edits].T.to(K.device).double()
+        yield _Columns(edits, K, lacking, R)
+
+
 def _walk_layers(
     walk: Walk,
     requests: Sequence[EditRequest],
     z: Goal,
     form: Callable[[int], Quadratic],
     hyperparameters: Hyperparameters,
+    whole: bool,
     observe: Callable[[int, Tensor, Tensor], None] | None,
     progress: Callable[[int], None] | None,
 ) -> Spread:
     """Algorithm 1, lines 5-15; leaves the updates in the model's weights."""
     lm = walk.lm
     digests = base_digests(lm, map(lm.weight_name, hyperparameters.layers))
-    if isinstance(z, Tensor):
-        z = z.to(solving_device(lm.device)).T.double()
     residuals: dict[int, float] = {}
     left: dict[int, float] = {}
     ratios: dict[int, float] = {}
     ranks: dict[int, int] = {}
     changes: dict[str, LowRank | Dense] = {}
-    for done, layer in enumerate(hyperparameters.layers):
+    count = len(requests)
+    for layer in hyperparameters.layers:
         # K at this layer and h at L, with the updates of all lower layers in the weights.
         walk.advance(layer)
-        K, hidden = walk.read(hyperparameters.key_average)
-        if isinstance(z, Tensor):
-            # r_i = (z_i − h_i) / (number of edited layers from this one on)    (Eqn. 20)
-            lacking = z - hidden
-            R = lacking / (len(hyperparameters.layers) - done)
-            R /= output_factor(lm, layer) or 1.0  # the block multiplies what W_out gives
-        else:
-            R = lacking = z[layer].T.to(K.device).double()
-        residuals[layer] = float(lacking.norm(dim=0).mean())
-        _check_columns(K, R, requests, layer)
-        if observe is not None:
-            observe(layer, K, R)
+        read = partial(_columns, walk, z, hyperparameters, whole)
+        held = list(read()) if whole else None  # else each look reads them again
+        lacking = torch.empty(count, dtype=torch.float64)
+        columns = _checked(held or read(), requests, layer, lacking, observe)
         quadratic = form(layer)
         if quadratic.basis is not None:
             ranks[layer] = quadratic.basis.shape[1]
-        change = solve(K, R, quadratic, f"layer {layer}")
+        if whole:
+            change = solve(*next(columns), quadratic, f"layer {layer}")
+        else:
+            change = solve_in_parts(columns, quadratic, f"layer {layer}")
+        residuals[layer] = float(lacking.mean())
         changes[lm.weight_name(layer)] = change.transposed() if lm.is_transposed(layer) else change
         # W + Δ in float32, rounded once to the model's dtype.
         master = lm.weight(layer).float()
-        delta = change.dense().to(master.device)
+        dense = change.dense().to(master.device)
         size = float(master.norm())
-        ratios[layer] = float(delta.norm()) / size
+        ratios[layer] = float(dense.norm()) / size
         if not ratios[layer] <= hyperparameters.largest_update:  # true for NaN, too
             limit = hyperparameters.largest_update
-            raise _too_large(K, R, quadratic, requests, layer, ratios[layer], size, limit)
+            raise _too_large(held, quadratic, requests, layer, ratios[layer], size, limit)
         if not isinstance(z, Tensor):
-            left[layer] = float((R - delta.to(K.device).double() @ K).norm(dim=0).mean())
-        check_rounded(master + delta, lm.dtype, f"layer {layer}")
-        lm.set_weight(layer, master + delta)
+            missed = (
+                (part.edits, part.R - dense.to(part.K.device).double() @ part.K)
+                for part in held or read()
+            )
+            left[layer] = _mean_size(missed, count)
+        check_rounded(master + dense, lm.dtype, f"layer {layer}")
+        lm.set_weight(layer, master + dense)
         if progress is not None:
             progress(1)
     before = residuals[hyperparameters.layers[0]]
     if isinstance(z, Tensor):
-        after = float((z - walk.read_hidden()).norm(dim=0).mean())
+        reached = walk.read_hidden()
+        missed = ((edits, z[edits].to(h.device).T.double() - h) for edits, h in reached)
+        after = _mean_size(missed, count)
     else:  # a layer's keys depend on lower layers alone, so that what is left there stays
         before, after = fmean(residuals.values()), fmean(left.values())
     _check_fallen(before, after)
-    whole, share = WeightDelta(changes, {"base": digests}), after / max(before, 1e-12)
-    return Spread(whole, residuals, ratios, after, share, ranks)
+    delta, share = WeightDelta(changes, {"base": digests}), after / max(before, 1e-12)
+    return Spread(delta, residuals, ratios, after, share, ranks)
 
 
-def _check_columns(K: Tensor, R: Tensor, requests: Sequence[EditRequest], layer: int) -> None:
+def _checked(
+    columns: Iterable[_Columns],
+    requests: Sequence[EditRequest],
+    layer: int,
+    lacking: Tensor,
+    observe: Callable[[int, Tensor, Tensor], None] | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """K and R of columns that are finite; writes how much each edit lacks (n)."""
+    for part in columns:
+        lacking[part.edits] = part.lacking.norm(dim=0).cpu()
+        _check_columns(part, requests, layer)
+        if observe is not None:
+            observe(layer, part.K, part.R)
+        yield part.K, part.R
+
+
+def _mean_size(columns: Iterable[tuple[Tensor, Tensor]], count: int) -> float:
+    """Mean norm of the columns of `count` edits, given with the indices of their edits."""
+    sizes = torch.empty(count, dtype=torch.float64)
+    for edits, part in columns:
+        sizes[edits] = part.norm(dim=0).cpu()
+    return float(sizes.mean())
+
+
+def _check_columns(part: _Columns, requests: Sequence[EditRequest], layer: int) -> None:
     """Raise `EditError` for edits whose key or residual is not finite."""
-    broken = torch.nonzero(~(K.isfinite().all(0).cpu() & R.isfinite().all(0).cpu()))[:, 0].tolist()
+    finite = part.K.isfinite().all(0).cpu() & part.R.isfinite().all(0).cpu()
+    broken = part.edits[~finite].tolist()
     if broken:
         raise EditError(
             f"key or residual of {_named(requests, broken)} at layer {layer} is not finite: run "
@@ -183,8 +248,7 @@ def _check_fallen(before: float, left: float) -> None:
 
 
 def _too_large(
-    K: Tensor,
-    R: Tensor,
+    held: Sequence[_Columns] | None,
     quadratic: Quadratic,
     requests: Sequence[EditRequest],
     layer: int,
@@ -193,15 +257,19 @@ def _too_large(
     limit: float,
 ) -> NumericsError:
     """The error for an update above the limit. It names the edits whose own terms exceed the limit,
-    or else the edit with the largest term."""
+    or else the edit with the largest term, if their keys and residuals are held."""
     way_out = (
         f"raise edit.covariance_weight ({quadratic.covariance_weight:g}), collect statistics over "
         f"more text, or raise edit.largest_update ({limit:g})."
     )
     if not math.isfinite(ratio):
         return NumericsError(f"the update of layer {layer} is not finite: {way_out}")
+    if not held:
+        return NumericsError(
+            f"the update of layer {layer} is {ratio:.3g} times as large as its weights: {way_out}"
+        )
     # Δ = Σ r_i a_iᵀ (where B is 0), and edit i's term has the norm ‖r_i‖ ‖a_i‖.
-    K, R = K.double(), R.double().to(K.device)
+    K, R = held[0].K, held[0].R
     A = directions(K, quadratic, f"layer {layer}")
     parts = R.norm(dim=0) * A.norm(dim=0) / size
     alone = torch.nonzero(parts > limit)[:, 0].tolist()

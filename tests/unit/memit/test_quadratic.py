@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memit import reference as oracle
 from memit.errors import NumericsError
-from memit.quadratic import Quadratic, directions, solve
+from memit.quadratic import Quadratic, directions, solve, solve_in_parts
 from memit.second_moment import SecondMoment
 from memit.weight_delta import Dense, LowRank
 from tests.reference import HYPERPARAMETERS, relative
@@ -99,6 +99,8 @@ def test_every_combination_of_parts_solves_the_equation(d, f, n, parts, covarian
     assert isinstance(change, LowRank if low_rank else Dense)
     expected = literal(K, R, form)
     assert relative(change.dense(), expected) < 5e-6
+    batches = zip(K.split(30, 1), R.split(30, 1), strict=True)
+    assert relative(solve_in_parts(batches, form, "layer 3").dense(), expected) < 5e-6
     if "forgotten" not in parts:
         assert relative(R @ directions(K, form, "layer 3").T, expected) < 1e-7
 

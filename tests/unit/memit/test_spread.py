@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -114,6 +115,19 @@ def test_budgets_do_not_matter(family, token_budget):
     result = _spread(lm, family, token_budget=token_budget, progress=told.append)
     _agrees(lm, result, reference(family).updates)
     assert sum(told) == len(LAYERS)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral"])
+def test_products_alone_give_the_same_where_memory_does_not_hold_all_keys(family):
+    lm, batches = build(family), Counter()
+    result = _spread(
+        lm, family, token_budget=1, column_bytes=0, observe=lambda n, K, R: batches.update([n])
+    )
+    assert batches == dict.fromkeys(LAYERS, len(REQUESTS))
+    _agrees(lm, result, reference(family).updates)
+    whole = _spread(lm, family)
+    assert result.residuals == pytest.approx(whole.residuals, rel=1e-5)
+    assert result.residual_left == pytest.approx(whole.residual_left, rel=1e-4)
 
 
 def test_states_that_wait_on_disk_give_the_same():

@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from memit import layer_walk as walk
-from memit import spread as spread_module
 from memit.editors import rome
 from memit.editors.base import Resources
 from memit.editors.rome import Rome
@@ -61,7 +60,7 @@ def is_moved(tensor: Tensor) -> bool:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> WithoutFloat64:
-    for module in (walk, spread_module, perplexity, rome):
+    for module in (walk, perplexity, rome):
         monkeypatch.setattr(module, "solving_device", lambda _: ELSEWHERE)
     return WithoutFloat64()
 
