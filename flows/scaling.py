@@ -53,16 +53,8 @@ def _draw(setup: Setup) -> list[tuple[int, Sample]]:
     return [
         (seed, setup.draw(count, seed))
         for count in sorted(size for size in sizes if size <= available)
-        for seed in range(section.seed, section.seed + _samples(setup, count))
+        for seed in range(section.seed, section.seed + section.repeated(count, available))
     ]
-
-
-def _samples(setup: Setup, count: int) -> int:
-    """How many samples of a size are drawn: all records only once, few edits more often."""
-    section = setup.run.parameters.scaling
-    if count == setup.split.count:
-        return 1
-    return max(section.samples, -(-section.least_records // count))
 
 
 def _points(setup: Setup, samples: list[tuple[int, Sample]]) -> Iterator[Point]:

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from flows.command.costs import Lengths
-from flows.command.estimate import estimate_edit
+from flows.command.estimate import LENGTHS, estimate_edit
 from flows.command.script import console
 from flows.compare import Sample, edit_sample, shared_targets
 from flows.evaluation import measure
@@ -35,8 +34,6 @@ from tasks.tune import LOWEST_SCORE, STAGES, Trial, neighbors, positions, preset
 TUNING = Path("tuning")
 FEWEST = 16
 """Facts that the model must know."""
-LENGTHS = Lengths(8, 3)
-"""Tokens of a prompt and of an object, for a first estimate of a trial's time."""
 
 
 @dataclass

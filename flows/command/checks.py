@@ -13,6 +13,7 @@ import torch
 from rich.text import Text
 
 from flows.command.changes import check_losses
+from flows.command.comparison_time import comparison_time
 from flows.command.costs import delta_bytes, moment_bytes, solve_bytes
 from flows.command.parameters import ModelSection, Parameters, StatisticsSection
 from flows.command.script import console
@@ -39,6 +40,7 @@ from tasks.edit import Method
 from tasks.engine.artifacts import project_root
 from tasks.engine.hub import resolve_commit
 from tasks.engine.loaded_model import BYTES, ModelFiles
+from tasks.engine.results import MODEL_FILE
 from tasks.engine.workers import check_workers
 from tasks.model import find_model, model_without_weights
 from tasks.requests import locate_records, read_source, sample, split_by_subject
@@ -73,12 +75,20 @@ def check_comparison(parameters: Parameters) -> None:
     Raises:
         MemitError: the first thing that would stop the comparison later.
     """
-    available, count = _check_compared(parameters), parameters.compare.count
+    (available, methods), section = _check_compared(parameters), parameters.compare
+    count = section.count
     if count is not None and count > available:
         raise InputError(
             f"compare.count is {count}, but only {available} records can be edited besides those "
             "of compare.training_records: ask for fewer."
         )
+    sizes = [[min(count or available, section.at_most.get(m.name, available))] for m in methods]
+    held_out = parameters.statistics
+    documents = held_out.held_out_documents
+    if held_out.source == "sampled" or held_out.held_out:
+        file = held_out_file(held_out.held_out)
+        documents = sum(1 for _ in read_documents(file, stop=documents, column=held_out.column))
+    _say_time(parameters, methods, sizes, section.generation_records, documents)
 
 
 def check_scaling(parameters: Parameters) -> None:
@@ -87,12 +97,30 @@ def check_scaling(parameters: Parameters) -> None:
     Raises:
         MemitError: the first thing that would stop it later.
     """
-    available, counts = _check_compared(parameters), parameters.scaling.counts
+    (available, methods), section = _check_compared(parameters), parameters.scaling
+    counts, at_most = section.counts, parameters.compare.at_most
     if all(count is not None and count > available for count in counts):
         raise InputError(
             f"scaling.counts is {list(counts)}, but only {available} records can be edited besides "
             "those of compare.training_records: add a smaller size."
         )
+    present = {size for count in counts if (size := count or available) <= available}
+    drawn = [size for size in present for _ in range(section.repeated(size, available))]
+    sizes = [[size for size in drawn if size <= at_most.get(m.name, size)] for m in methods]
+    _say_time(parameters, methods, sizes, section.generation_records, 0)
+
+
+def _say_time(
+    parameters: Parameters,
+    methods: Sequence[Method],
+    sizes: Sequence[Sequence[int]],
+    texts: int | None,
+    documents: int,
+) -> None:
+    """Print the estimated time, if there is a model already."""
+    if parameters.model.source != "synthetic" or MODEL_FILE.exists():
+        time = comparison_time(parameters, methods, sizes, texts, documents)
+        console.print(f"[bold]estimated:[/] {time}", soft_wrap=True)
 
 
 def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
@@ -127,15 +155,17 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
     return records, lm
 
 
-def _check_compared(parameters: Parameters) -> int:
-    """`check_inputs` and what a comparison needs besides; the number of records to edit."""
+def _check_compared(parameters: Parameters) -> tuple[int, list[Method]]:
+    """`check_inputs` and what a comparison needs besides; the number of records to edit, and the
+    methods."""
     section = parameters.compare
     questions = () if section.zsre is None else read_zsre(section.zsre)
     records, lm = _check(parameters)
     if lm is None:
-        compared_methods(parameters, "synthetic", parameters.model.synthetic_shape)
+        methods = compared_methods(parameters, "synthetic", parameters.model.synthetic_shape)
     else:
-        _check_layers(parameters, lm, compared_methods(parameters, lm.name, lm.shape))
+        methods = compared_methods(parameters, lm.name, lm.shape)
+        _check_layers(parameters, lm, methods)
         asked = () if questions else records
         check_records(lm, asked, questions, plus=True, written=section.generation_records)
     if questions:
@@ -151,7 +181,7 @@ def _check_compared(parameters: Parameters) -> int:
                 f"{section.training_records} of {len(records)}: set more aside, or remove it from "
                 "compare.methods."
             )
-    return len(edited)
+    return len(edited), methods
 
 
 def _check_surroundings() -> None:

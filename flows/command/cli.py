@@ -26,6 +26,7 @@ from memit.files.reading import read_text
 
 DELTA = Path("artifacts/edit/delta.safetensors")
 REQUESTS = Path("artifacts/requests.json")
+PAGE = Path("report/index.html")
 
 Delta = Annotated[ExistingFile | None, Parameter(help=f"The edit; by default {DELTA}.")]
 Model = Annotated[
@@ -89,10 +90,15 @@ def repro(
     """Run the DVC stages that are not up to date (`dvc repro`), with one Prefect server for all."""
     parameters = ready_parameters()
     from flows.command.checks import check_list
+    from flows.report import show_results
     from flows.service.reproduce import reproduce_here
 
     check_list(parameters)
-    sys.exit(reproduce_here(arguments))
+    before = _changed(PAGE)
+    status = reproduce_here(arguments)
+    if status == 0 and before is not None and _changed(PAGE) == before:  # else DVC showed them
+        show_results()
+    sys.exit(status)
 
 
 @app.command
@@ -226,7 +232,7 @@ def ui(*, port: int = 5000, prefect: bool = False) -> None:
     parameters = given_parameters()
     from flows.service.pages import serve_pages
 
-    serve_pages(parameters.report.tracking_uri, port, with_prefect=prefect)
+    serve_pages(parameters.report, port, with_prefect=prefect)
 
 
 @app.command
@@ -313,6 +319,11 @@ def export(
     license_ = license_of(model, None if model else given_parameters().model)
     lm = _open_model(model) if kind != "delta" else None
     console.print(export_edit(lm, file, directory, kind, dtype, license_), soft_wrap=True)
+
+
+def _changed(path: Path) -> float | None:
+    """When a file was written; None if there is none."""
+    return path.stat().st_mtime if path.is_file() else None
 
 
 def _typed() -> Iterator[list[str]]:

@@ -102,7 +102,12 @@ class Section(BaseModel):
     """Immutable settings; unknown keys and values of another type are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        str_min_length=1,
+        model_title_generator=lambda section: section.__name__.removesuffix("Section"),
     )
 
 
@@ -363,6 +368,10 @@ class ScalingSection(Section):
     least_records: Count = Field(default=10, description="small sizes are repeated up to this")
     generation_records: Written = 8
 
+    def repeated(self, size: int, available: int) -> int:
+        """How many samples of a size are drawn: all records only once, few edits more often."""
+        return 1 if size == available else max(self.samples, -(-self.least_records // size))
+
 
 class TracingSection(Section):
     """Which facts are traced; the model must give their true objects."""
@@ -542,12 +551,13 @@ def _parse_yaml(text: str, path: Path) -> object:
 
 def check_files(parameters: Parameters) -> None:
     """Raise `InputError` if a file that is used is not there: known before slow imports."""
-    for section, sources in FILE_SOURCES.items():
+    for key in USERS_FILES:
+        section, name = key.split(".")
         values = getattr(parameters, section)
-        if values.source in sources and values.path and not Path(values.path).exists():
-            raise InputError(
-                f"{values.path} does not exist: correct {section}.path in params.yaml."
-            )
+        is_used = name != "path" or values.source in FILE_SOURCES[section]
+        path = getattr(values, name)
+        if is_used and path is not None and not Path(path).exists():
+            raise InputError(f"{path} does not exist: correct {key} in params.yaml.")
 
 
 def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:
