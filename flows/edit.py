@@ -31,6 +31,8 @@ def edit(run: Run) -> None:
         targets=run.input("targets", results.TARGETS_FILE),
         token_budget=run.token_budget(section.token_budget, trained_blocks=0),
         on_failure=section.on_failure,
+        earlier=run.earlier,
+        sums=run.earlier_sums,
     )
     run.copy(made.edit, results.DELTA_FILE)
     run.copy(changed_weights(run.model, made.edit), results.EDITED_WEIGHTS_FILE)

@@ -18,6 +18,7 @@ from flows.command.script import console
 from flows.compare import compare
 from flows.edit import edit
 from flows.evaluation import evaluation
+from flows.history import history
 from flows.model import model
 from flows.prefixes import prefixes
 from flows.report import report, show_results
@@ -54,6 +55,8 @@ def experiment(parameters: Parameters) -> None:
         get_run_logger().info("%s", sentence)
     show_results(time.monotonic() - started)
     check_limits(parameters.limits)
+    if parameters.edit.history is not None:
+        history(parameters)
 
 
 @chain("comparison", check_comparison)

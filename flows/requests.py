@@ -40,6 +40,10 @@ def requests(run: Run) -> None:
     if source == "embedded":
         run.notes["neighbors_dropped"] = chosen.neighbors_dropped
     run.copy(chosen.records, REQUESTS_FILE)
+    if (earlier := run.history) is not None:  # one of another model is refused before long work
+        console.print(
+            f"  batch {len(earlier.batches) + 1} of {earlier.folder.parent}", soft_wrap=True
+        )
 
 
 def _sample_note(section: RequestsSection, chosen: ChosenRequests) -> str:

@@ -27,14 +27,16 @@ from tasks.targets import (
 def targets(run: Run) -> None:
     """Optimise the targets that are not stored, store them, and choose those of the requests."""
     requests = [record.request for record in run.records]
+    earlier = run.earlier if run.parameters.targets.upon == "edited" else None
     inputs = (run.model, run.prefixes, target_settings(run.hyperparameters))
+    inputs += (earlier,) if earlier else ()
     folder = work_directory("targets", *inputs)
     stored = StoredTargets.load(STORED_TARGETS_FILE, folder.name)
     if stored.rows:
         run.costs += read_timings([run.step]).values()
     size = run.parameters.targets.requests_per_piece
     plan = plan_pieces(stored.missing(requests), size, folder / "plan.json")
-    pieces = optimise(run, plan, run.hyperparameters) if plan else []
+    pieces = optimise(run, plan, run.hyperparameters, earlier) if plan else []
     stored = stored.with_pieces(plan, pieces)
     # No result of the step, whose results must not tell which facts were withdrawn.
     write_file(STORED_TARGETS_FILE, stored.save)
@@ -43,9 +45,12 @@ def targets(run: Run) -> None:
 
 
 def optimise(
-    run: Run, pieces: Sequence[Sequence[EditRequest]], hyperparameters: Hyperparameters
+    run: Run,
+    pieces: Sequence[Sequence[EditRequest]],
+    hyperparameters: Hyperparameters,
+    earlier: Artifact | None = None,
 ) -> list[Artifact]:
-    """The targets of each piece."""
+    """The targets of each piece, in the model with `earlier` edits if there are any."""
     section = run.parameters.targets
     blocks = hyperparameters.trained_blocks(run.model.model.layers)
     return run.map(
@@ -56,4 +61,5 @@ def optimise(
         prefixes=run.prefixes,
         hyperparameters=target_settings(hyperparameters),
         token_budget=run.token_budget(section.token_budget, trained_blocks=blocks),
+        earlier=earlier,
     )

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from memit.hyperparameters import Hyperparameters
     from memit.language_model import LanguageModel, load_model
     from memit.requests import EditRequest, Record, read_records
-    from memit.weight_delta import WeightDelta, apply, revert
+    from memit.weight_delta import WeightDelta
 
 _MODULES = {
     "editing": ("Answer", "ask", "edit"),
     "hyperparameters": ("Hyperparameters",),
     "language_model": ("LanguageModel", "load_model"),
     "requests": ("EditRequest", "Record", "read_records"),
-    "weight_delta": ("WeightDelta", "apply", "revert"),
+    "weight_delta": ("WeightDelta",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

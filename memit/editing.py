@@ -91,14 +91,10 @@ def edit(
             progress=progress or advance,
         )
         delta = editor.edit(lm, [record.request for record in records], resources)
-    delta.apply(lm)
-    said = _said(lm, records, budget())
-    delta.revert(lm)
-    outcome = {"facts": len(records), "said": said}
     delta = delta.naming(records)
-    delta = replace(delta, provenance={**delta.provenance, "outcome": outcome})
     delta.apply(lm)
-    return delta
+    outcome = {"facts": len(records), "said": _said(lm, records, budget())}
+    return replace(delta, provenance={**delta.provenance, "outcome": outcome})
 
 
 def _said(lm: LanguageModel, records: Sequence[Record], token_budget: int) -> int:

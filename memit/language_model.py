@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from memit.applied_edit import AppliedEdit
 from memit.errors import (
     InputError,
     IntegrityError,
@@ -92,8 +91,8 @@ class LanguageModel:
         """The commit of the hub repository, if it came from there."""
         self.blocks = _find_blocks(model)
         """The decoder blocks, in order."""
-        self.applied: list[AppliedEdit] = []
-        """Edits that are in the weights now, oldest first."""
+        self.applied: list[Any] = []
+        """Edits that are in the weights now, oldest first (`memit.weight_delta.AppliedEdit`)."""
         self.router: Router | None = None
         """Routes some prompts to another model, if an edit set it."""
         head = model.get_output_embeddings()

@@ -24,10 +24,15 @@ from memit.weight_delta import Dense, LowRank
 class Past:
     """What earlier edits, which are in the weights, leave for the next one, by layer."""
 
-    keys: Mapping[int, Tensor] = field(default_factory=dict)
-    """C_p = Σ K Kᵀ over the earlier edits' keys (f × f, float64)."""
+    keys: Mapping[int, SecondMoment] = field(default_factory=dict)
+    """C_p = Σ K Kᵀ over the earlier edits' keys (f × f); may read its values on demand."""
     change: Mapping[int, Tensor] = field(default_factory=dict)
     """Δ_tot, the sum of their updates (d × f, float64)."""
+
+    def sum_of(self, layer: int) -> Tensor | None:
+        """C_p of a layer (f × f, float64); None without earlier edits."""
+        keys = self.keys.get(layer)
+        return None if keys is None else keys.sum.double()
 
 
 NO_PAST = Past()

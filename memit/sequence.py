@@ -10,6 +10,7 @@ from memit.language_model import LanguageModel
 from memit.layer_walk import layer_keys
 from memit.quadratic import Past
 from memit.requests import EditRequest
+from memit.second_moment import SecondMoment
 from memit.targets import edit_rows
 from memit.weight_delta import WeightDelta
 
@@ -51,17 +52,28 @@ def after(
     """What the next edit needs to know, once `edit` of some requests is in the weights."""
     settings = editor.target_hyperparameters
     assert settings is not None
-    found = layer_keys(
-        lm,
-        edit_rows(lm, requests, resources.prefixes),
-        editor.past_layers,
-        settings.key_average,
-        token_budget=resources.token_budget,
-    )
-    keys, change = dict(resources.past.keys), dict(resources.past.change)
-    for layer, K in found.items():
-        delta = edit.changes[lm.weight_name(layer)].dense().to(K.device).double()
+    keys = key_sums(lm, requests, editor.past_layers, settings.key_average, resources)
+    change = dict(resources.past.change)
+    for layer in keys:
+        delta = edit.changes[lm.weight_name(layer)].dense().double()
         delta = delta.T if lm.is_transposed(layer) else delta
-        keys[layer] = keys.get(layer, 0) + K @ K.T
         change[layer] = change.get(layer, 0) + delta
     return Past(keys, change)
+
+
+def key_sums(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    layers: Sequence[int],
+    key_average: str,
+    resources: Resources,
+) -> dict[int, SecondMoment]:
+    """C_p of each layer once an edit of some requests is in the weights: the sum K Kᵀ of their keys
+    and that of earlier ones."""
+    rows = edit_rows(lm, requests, resources.prefixes)
+    found = layer_keys(lm, rows, layers, key_average, token_budget=resources.token_budget)
+    earlier, sums = resources.past.keys, {}
+    for layer, K in found.items():
+        own = SecondMoment((K @ K.T).cpu(), K.shape[1])
+        sums[layer] = own + earlier[layer] if layer in earlier else own
+    return sums

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memit.applied_edit import AppliedEdit
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.files.tensors import load_tensors, save_tensors, tensor_digest
 from memit.requests import Record
@@ -65,6 +64,16 @@ class Dense:
         return Dense(self.delta.T.contiguous())
 
 
+def _sum(one: LowRank | Dense, other: LowRank | Dense) -> LowRank | Dense:
+    """The sum of two changes: factors side by side where these are smaller than Δ."""
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        both = LowRank.concatenated([one, other])
+        (d, n), f = both.left.shape, len(both.right)
+        if n * (d + f) < d * f:
+            return both
+    return Dense(one.dense() + other.dense())
+
+
 @dataclass(frozen=True)
 class WeightDelta:
     """What an edit adds to a model's weights, and its provenance."""
@@ -93,19 +102,52 @@ class WeightDelta:
         ]
         return WeightDelta(self.changes, {**self.provenance, "facts": facts})
 
+    def upon(self, earlier: WeightDelta) -> WeightDelta:
+        """This change and the earlier one that it was made upon, as one change of the weights that
+        the earlier one was made for."""
+        told = {**self.provenance, "base": earlier.provenance["base"]}
+        told["count"] = told["count"] + earlier.provenance["count"]
+        facts = [*earlier.provenance.get("facts", ()), *told.pop("facts", ())]
+        if told["count"] <= MOST_NAMED:
+            told["facts"] = facts
+        pairs = {name: (earlier.changes[name], change) for name, change in self.changes.items()}
+        return WeightDelta({name: _sum(*pair) for name, pair in pairs.items()}, told)
+
+    @torch.no_grad()
     def apply(self, lm: LanguageModel) -> None:
-        """Add it to the weights; see `apply`."""
-        apply(lm, self)
+        """Add it to the weights: W + Δ in float32, rounded once to the model's dtype.
+
+        Raises:
+            IntegrityError: it was made for other weights; the model is unchanged.
+            NumericsError: it is not finite; the model is unchanged.
+        """
+        for name in self.changes.keys() - dict(lm.model.named_parameters()).keys():
+            raise IntegrityError(
+                f"the delta changes {name}, which {lm.name} does not have; "
+                f"it was made for {self.provenance.get('model')}."
+            )
+        weights = {name: lm.parameter(name) for name in self.changes}
+        check_weights(self, weights.items(), lm.name)
+        base = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+        changed = {name: added(weight, self, name) for name, weight in weights.items()}
+        for name in weights:
+            lm.set_parameter(name, changed[name])
+        lm.applied.append(AppliedEdit(self, base))
 
     def revert(self, lm: LanguageModel) -> None:
-        """Restore the weights before it.
+        """Restore the weights before it, to the bit.
 
         Raises:
             InputError: it is not the edit that was applied last.
         """
-        if lm.applied and lm.applied[-1].delta is not self:
+        if not lm.applied:
+            raise InputError(f"no edit is applied to {lm.name}; there is nothing to revert.")
+        last = lm.applied[-1]
+        if last.delta.changes is not self.changes:
             raise InputError("another edit was applied later; revert that one first.")
-        revert(lm)
+        for name, weight in last.base.items():
+            lm.set_parameter(name, weight)
+        lm.applied.pop()
 
     def save(self, path: Path) -> None:
         """Write factors and provenance as safetensors; equal deltas give equal bytes.
@@ -148,6 +190,15 @@ class WeightDelta:
             raise IntegrityError(
                 f"{path} does not hold a weight delta ({error}); make or fetch it again."
             ) from error
+
+
+@dataclass(frozen=True)
+class AppliedEdit:
+    """An edit that is in a model's weights, and the weights before it."""
+
+    delta: WeightDelta
+    base: Mapping[str, Tensor]
+    """The parameters before (in the model's dtype, on the CPU)."""
 
 
 def base_digests(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
@@ -194,29 +245,6 @@ def check_weights(delta: WeightDelta, weights: Iterable[tuple[str, Tensor]], whe
             )
 
 
-@torch.no_grad()
-def apply(lm: LanguageModel, delta: WeightDelta) -> None:
-    """Add a delta to the weights: W + Δ in float32, rounded once to the model's dtype.
-
-    Raises:
-        IntegrityError: it was made for other weights; the model is unchanged.
-        NumericsError: it is not finite; the model is unchanged.
-    """
-    for name in delta.changes.keys() - dict(lm.model.named_parameters()).keys():
-        raise IntegrityError(
-            f"the delta changes {name}, which {lm.name} does not have; "
-            f"it was made for {delta.provenance.get('model')}."
-        )
-    weights = {name: lm.parameter(name) for name in delta.changes}
-    check_weights(delta, weights.items(), lm.name)
-    base = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
-    changed = {name: added(weight, delta, name) for name, weight in weights.items()}
-    for name in weights:
-        lm.set_parameter(name, changed[name])
-    digests = {name: tensor_digest(weight) for name, weight in base.items()}
-    lm.applied.append(AppliedEdit(delta, base, digests))
-
-
 def added(weight: Tensor, delta: WeightDelta, name: str) -> Tensor:
     """W + Δ in float32.
 
@@ -241,23 +269,3 @@ def check_rounded(weight: Tensor, dtype: torch.dtype, where: str) -> None:
             f"the edited weights of {where} are larger than {_name(dtype)} "
             "holds: use bfloat16 or float32."
         )
-
-
-@torch.no_grad()
-def revert(lm: LanguageModel) -> WeightDelta:
-    """Restore the weights before the last applied delta, to the bit.
-
-    Raises:
-        InputError: no delta is applied.
-        IntegrityError: the stored weights are damaged.
-    """
-    if not lm.applied:
-        raise InputError(f"no edit is applied to {lm.name}; there is nothing to revert.")
-    last = lm.applied[-1]
-    for name, weight in last.base.items():
-        if tensor_digest(weight) != last.digests[name]:
-            raise IntegrityError(f"the stored weights of {name} are damaged; load the model again.")
-    for name, weight in last.base.items():
-        lm.set_parameter(name, weight)
-    lm.applied.pop()
-    return last.delta

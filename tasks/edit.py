@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from memit.editors.base import Edit, Editor, Resources
 from memit.errors import EditError, IntegrityError
+from memit.quadratic import Past
 from memit.requests import read_counterfact
 from memit.second_moment import SecondMoment, read_moment
 from memit.targets import Targets
@@ -91,12 +92,15 @@ def edit_with(
     training: Artifact | None = None,
     trained: Artifact | None = None,
     seed: int = 0,
+    earlier: Artifact | None = None,
+    sums: Mapping[int, Artifact] | None = None,
 ) -> MethodEdit:
     """Let a method edit all records.
 
     `targets` are those of the records, of an editor that spreads some; `training` are records to
     learn from, and `trained` is the file of an editor that has learnt. An editor that resumes after
-    a kill keeps its unfinished work in `work_directory`.
+    a kill keeps its unfinished work in `work_directory`. With the delta of `earlier` edits and the
+    `sums` of their keys, these are kept, and are part of the delta.
 
     Raises:
         EditError: edits cannot be written, and `on_failure` is not to drop them.
@@ -109,7 +113,8 @@ def edit_with(
     editor = method.editor
     if trained is not None:
         editor = replace(editor, trained=trained.checked())  # type: ignore[type-var]
-    with loaded(model) as lm:
+    past = Past(StoredMoments(sums or {}, model.model.digest))
+    with loaded(model, earlier) as lm:
 
         def write(kept: Sequence[int]) -> Edit:
             with progress_bar(method.name, len(kept), "edits") as bar:
@@ -117,6 +122,7 @@ def edit_with(
                     token_budget=token_budget,
                     prefixes=prefixes,
                     moments=StoredMoments(moments, model.model.digest),
+                    past=past,
                     targets=goals and goals.chosen(kept),
                     training=read_counterfact(training.checked()) if training else (),
                     seed=seed,
@@ -130,6 +136,8 @@ def edit_with(
     if isinstance(edit, WeightDelta):
         written = [record for index, record in enumerate(asked) if index not in dropped | left_out]
         edit = edit.naming(written)
+        if earlier is not None:
+            edit = edit.upon(WeightDelta.load(earlier.checked()))
     file = store_piece("edit", ".safetensors", edit.save)
     return MethodEdit(edit=file, dropped=left_out | dropped)
 

@@ -40,9 +40,10 @@ def optimise_targets(
     prefixes: Sequence[str],
     hyperparameters: Hyperparameters,
     token_budget: int,
+    earlier: Artifact | None = None,
 ) -> Artifact:
-    """Optimise the targets of some requests (Eqn. 16)."""
-    with loaded(model, shared=True) as lm:
+    """Optimise the targets of some requests (Eqn. 16), in the model with `earlier` edits if any."""
+    with loaded(model, earlier, shared=True) as lm:
         targets = compute_targets(
             lm, requests, prefixes, hyperparameters, token_budget=token_budget, progress=advance
         )

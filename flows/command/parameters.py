@@ -268,6 +268,9 @@ class TargetsSection(settings_section(ANY_MODEL, TARGETS, optional=True)):
     """How the hidden state that encodes a fact is optimised (Eqn. 16)."""
 
     requests_per_piece: Count = 16
+    upon: Literal["unedited", "edited"] = Field(
+        default="unedited", description="the model that targets are optimised on, with a history"
+    )
     token_budget: TokenBudget = "auto"
 
 
@@ -276,6 +279,7 @@ class EditSection(settings_section(ANY_MODEL, EDIT, optional=True)):
 
     preset: UsersFile = Field(default=None, description="a preset of your own, from memit tune")
     on_failure: Literal["stop", "drop"] = Field(default="stop", description="of single edits")
+    history: str | None = Field(default=None, description="a directory of what batches have left")
     token_budget: TokenBudget = "auto"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from tasks.engine.code import ROOT, modules_behind, source_file
+from tasks.engine.code import ROOT, modules_behind, source_files
 
 FILES = tuple(map(Path, ("dvc.yaml", "methods/stages.yaml")))
 LIBRARIES = "constraints.txt"
@@ -28,7 +28,7 @@ def with_code(text: str) -> str:
     form.width = 1_000
     tree = form.load(text)
     for name, stage in tree["stages"].items():
-        by_hand = [dep for dep in stage["deps"] if not dep.endswith(".py") and dep != LIBRARIES]
+        by_hand = [dep for dep in stage["deps"] if not dep.endswith((".py", ".toml", LIBRARIES))]
         libraries = [] if name in WITHOUT_LIBRARIES else [LIBRARIES]
         stage["deps"] = list(dict.fromkeys([*_code(name), *libraries, *by_hand]))
     out = io.StringIO()
@@ -38,7 +38,8 @@ def with_code(text: str) -> str:
 
 def _code(stage: str) -> list[str]:
     modules = modules_behind(f"flows.{stage}")
-    files = sorted(str(source_file(module).relative_to(ROOT)) for module in modules)
+    paths = [path for module in modules for path in source_files(module)]
+    files = sorted(str(path.relative_to(ROOT)) for path in paths)
     return files + [folder for module, folder in DATA.items() if module in modules]
 
 

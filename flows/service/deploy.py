@@ -76,7 +76,8 @@ def _read_deployments() -> list[RunnerDeployment]:
     for entry in entries:
         del entry["work_pool"]
         entry["schedules"] = [Schedule(**schedule) for schedule in entry.get("schedules", ())]
-        if "parameters" in entry:
+        given = entry.get("parameters", {}).get("parameters")
+        if isinstance(given, str):  # a place for those of the file; others are completed by the run
             entry["parameters"] = {"parameters": parameters}
     return [RunnerDeployment.from_entrypoint(**entry) for entry in entries]
 

@@ -22,9 +22,10 @@ from flows.command.parameters import Parameters, complete_parameters
 from flows.service.gpu_slot import gpu_slot
 from flows.service.run_lock import alone
 from flows.service.workers import workers_of
+from memit.history import State, state_before
 from memit.hyperparameters import Hyperparameters
-from memit.requests import Record, read_counterfact
-from tasks.engine.artifacts import Artifact, copy_file, write_file, write_json, write_text
+from memit.requests import Record, read_counterfact, requests_digest
+from tasks.engine.artifacts import Artifact, copy_file, describe, write_file, write_json, write_text
 from tasks.engine.cache import CachedTask
 from tasks.engine.cost import Cost
 from tasks.engine.hub import open_model
@@ -110,6 +111,35 @@ class Run:
     def prefixes(self) -> tuple[str, ...]:
         """The contexts that the step `prefixes` has sampled."""
         return tuple(json.loads(PREFIXES_FILE.read_text(encoding="utf-8"))["prefixes"])
+
+    @property
+    def batch(self) -> str:
+        """By what a history knows this batch of facts."""
+        return requests_digest(record.request for record in self.records)
+
+    @property
+    def history(self) -> State | None:
+        """What earlier batches have left in `edit.history`.
+
+        Raises:
+            InputError: it is the history of another model or other layers.
+        """
+        directory = self.parameters.edit.history
+        if directory is None:
+            return None
+        model, layers = self.model.model.digest, self.hyperparameters.layers
+        return state_before(Path(directory), model, layers, self.batch)
+
+    @property
+    def earlier(self) -> Artifact | None:
+        """The delta of earlier batches."""
+        return describe(found.delta) if (found := self.history) else None
+
+    @property
+    def earlier_sums(self) -> dict[int, Artifact]:
+        """The sums of earlier batches' keys."""
+        found = self.history
+        return {layer: describe(path) for layer, path in found.sums.items()} if found else {}
 
     def token_budget(self, setting: int | str, trained_blocks: int | None = None) -> int:
         """Padded tokens in a batch, see `tasks.engine.loaded_model.token_budget`."""

@@ -47,7 +47,7 @@ class AlphaEdit(MemitSequence):
                 f"the keys of layer {layer} use all directions, so that AlphaEdit may change none: "
                 "raise its threshold, or set its energy (a share of C's trace, such as 0.02)."
             )
-        past = resources.past.keys.get(layer)
+        past = resources.past.sum_of(layer)
         return Quadratic(moment, 0.0, past=past, basis=basis, basis_ridge=self.ridge)
 
 

@@ -48,9 +48,9 @@ class Memit(Editor):
             )
 
     def quadratic(self, layer: int, resources: Resources) -> Quadratic:
-        """The closed form of a layer: λC."""
+        """The closed form of a layer: λC, and C_p where earlier edits are to be kept."""
         weight = float(self.hyperparameters.covariance_weight)  # `edit` has chosen it by then
-        return Quadratic(resources.moments[layer], weight)
+        return Quadratic(resources.moments[layer], weight, past=resources.past.sum_of(layer))
 
     def goal(self, lm: LanguageModel, targets: Targets) -> Goal:
         """What the updates should reach: z at the output of block L (n × d)."""

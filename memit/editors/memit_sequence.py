@@ -7,11 +7,10 @@ update of all facts at once (recursive least squares; arXiv 2605.26670).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from memit.editors.base import Resources, register
+from memit.editors.base import register
 from memit.editors.memit import Memit
-from memit.quadratic import Quadratic
 
 
 @register("memit_sequence")
@@ -23,8 +22,3 @@ class MemitSequence(Memit):
     def past_layers(self) -> tuple[int, ...]:
         """All edited layers."""
         return self.hyperparameters.layers
-
-    def quadratic(self, layer: int, resources: Resources) -> Quadratic:
-        """MEMIT's, and the earlier keys."""
-        past = resources.past.keys.get(layer)
-        return replace(super().quadratic(layer, resources), past=past)

@@ -55,10 +55,11 @@ def _digests(modules: Set[str]) -> dict[str, str]:
     """
     found = {}
     for module in sorted(modules):
-        path = source_file(module)
-        found[module] = file_sha256(path)
-        if _AT_START.setdefault(path, found[module]) != found[module]:
-            raise IntegrityError(f"{path} was changed while it was used: start the run again.")
+        for path in source_files(module):
+            digest = file_sha256(path)
+            found[module + path.suffix.removesuffix(".py")] = digest
+            if _AT_START.setdefault(path, digest) != digest:
+                raise IntegrityError(f"{path} was changed while it was used: start the run again.")
     return found
 
 
@@ -123,6 +124,13 @@ def source_file(module: str) -> Path:
     return path
 
 
+def source_files(module: str) -> list[Path]:
+    """The source file of a module, and the tables in a `.toml` file of its name."""
+    source = source_file(module)
+    tables = source.with_suffix(".toml")
+    return [source, tables] if tables.is_file() else [source]
+
+
 @cache
 def _path(module: str) -> Path | None:
     """The source file of a module of this project; None for other modules."""
@@ -134,6 +142,9 @@ def _path(module: str) -> Path | None:
 
 
 _AT_START = {
-    path: file_sha256(path) for package in PACKAGES for path in (ROOT / package).rglob("*.py")
+    path: file_sha256(path)
+    for package in PACKAGES
+    for kind in ("*.py", "*.toml")
+    for path in (ROOT / package).rglob(kind)
 }
 """SHA-256 of each source file when this process started."""

@@ -21,8 +21,8 @@ from memit.files.digests import file_sha256
 from memit.language_model import DTYPES, LanguageModel, load_model
 from memit.model_shape import ModelShape
 from memit.rounding import round_to_int8
-from memit.weight_delta import check_rounded
-from tasks.engine.artifacts import Value, cache_directory, describe, fetch_stored
+from memit.weight_delta import WeightDelta, check_rounded
+from tasks.engine.artifacts import Artifact, Value, cache_directory, describe, fetch_stored
 from tasks.engine.cost import unmetered
 from tasks.engine.store import shared_store
 
@@ -216,14 +216,17 @@ LOADED = LoadedModel()
 
 
 def loaded(
-    reference: ModelReference, *, shared: bool = False
+    reference: ModelReference, delta: Artifact | None = None, *, shared: bool = False
 ) -> AbstractContextManager[LanguageModel]:
-    """The unedited model, for this thread alone or `shared` with other pieces.
+    """The model, unedited or with a change of its weights, for this thread alone or `shared` with
+    other pieces.
 
     Raises:
-        IntegrityError: a file of the model is not what it was.
+        IntegrityError: a file of the model or the change is not what it was.
     """
-    return LOADED.held(reference, None, None, shared)
+    if delta is None:
+        return LOADED.held(reference, None, None, shared)
+    return LOADED.held(reference, delta.sha256, lambda: WeightDelta.load(delta.checked()), shared)
 
 
 def _use_threads(count: int) -> None:

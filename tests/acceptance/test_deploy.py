@@ -21,7 +21,8 @@ from tests.acceptance.project import ROOT, Project, hear_interrupts
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
-DEPLOYED = {"experiment/local", "comparison/local", "scaling-run/local", "reproduce/local"}
+FULL = {"experiment/local", "comparison/local", "scaling-run/local"}
+DEPLOYED = FULL | {"experiment/stream", "reproduce/local"}
 HOLDER = """
 import sys, time
 from flows.service.gpu_slot import gpu_slot
@@ -156,7 +157,8 @@ def test_the_deployments_show_their_parameters(deployed: Deployment) -> None:
     assert "dvc exp run -S" in asked["settings"]["description"]
     schedules = found["experiment/local"]["schedules"]
     assert [(each["slug"], each["active"]) for each in schedules] == [("nightly", False)]
-    for name in DEPLOYED - {"reproduce/local"}:
+    assert found["experiment/stream"]["parameters"]["parameters"]["edit"]["history"] == "history"
+    for name in FULL:
         assert {"memit", "gpu"} <= set(found[name]["tags"])
         known = found[name]["parameter_openapi_schema"]["definitions"]
         assert set(known["Parameters"]["properties"]) == set(Parameters.model_fields)

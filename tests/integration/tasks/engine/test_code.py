@@ -13,13 +13,24 @@ from memit.editors import known_editors
 from memit.editors.base import load_editors
 from memit.errors import InputError, IntegrityError
 from memit.hyperparameters import Hyperparameters
-from tasks import edit, evaluation, mend, model, prefixes, requests, serac, statistics, targets
+from tasks import (
+    edit,
+    evaluation,
+    history,
+    mend,
+    model,
+    prefixes,
+    requests,
+    serac,
+    statistics,
+    targets,
+)
 from tasks.compare import make_methods
 from tasks.engine import code
 from tasks.engine.cache import FUNCTIONS, content_key
 from tests import ROOT
 
-TASKS = (edit, evaluation, mend, model, prefixes, requests, serac, statistics, targets)
+TASKS = (edit, evaluation, history, mend, model, prefixes, requests, serac, statistics, targets)
 """The modules of all cached tasks."""
 CACHED = (code._path, code._imports, code.modules_behind, code.library_versions)
 
@@ -55,7 +66,8 @@ def test_a_byte_in_a_module_changes_the_keys_of_the_tasks_that_import_it(
     closures = {name: modules_of(name) for name in FUNCTIONS}
     assert {task.__name__ for task in TASKS} <= set().union(*closures.values())
     before = keys()
-    for path in sorted(tmp_path.rglob("*.py")):
+    tables = tmp_path / "memit" / "world" / "relations.toml"
+    for path in [*sorted(tmp_path.rglob("*.py")), tables]:
         module = ".".join(path.relative_to(tmp_path).with_suffix("").parts)
         module = module.removesuffix(".__init__")
         content = path.read_bytes()
@@ -72,7 +84,8 @@ def test_which_results_come_from_which_module() -> None:
         module: {name for name in FUNCTIONS if module in modules_of(name)}
         for module in ("memit.layer_walk", "memit.editors.serac", "memit.world.people")
     }
-    assert keyed_on["memit.layer_walk"] == set()  # it edits through the task of all methods:
+    # It edits through the task of all methods.
+    assert keyed_on["memit.layer_walk"] == {"key_sums"}
     assert "memit.layer_walk" in code.code_of_own(known_editors()["memit"])
     assert "memit.layer_walk" not in code.code_of_own(known_editors()["mend"])
     measuring = {"evaluation", "held_out", "kept", "references"}
