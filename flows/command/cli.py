@@ -268,7 +268,7 @@ def status(directory: ExistingPath) -> None:
     directory
         A model directory that `memit apply` may have edited.
     """
-    from flows.command.changes import show_status
+    from flows.command.status import show_status
 
     show_status(directory)
 
