@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -45,15 +46,27 @@ class Work:
         return max(arithmetic, self.bytes / machine.bytes)
 
 
-def timed(run: Callable[[], object], device: str) -> float:
-    """Seconds of one run, device work included."""
+class Timing(NamedTuple):
+    """How long something took."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all threads of this process."""
+
+    def times(self, factor: float) -> Timing:
+        """That of so many times the work."""
+        return Timing(factor * self.seconds, factor * self.cpu_seconds)
+
+
+def timed(run: Callable[[], object], device: str) -> Timing:
+    """Times of one run, device work included."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return Timing(time.perf_counter() - start, time.process_time() - cpu)
 
 
 def median_time(
@@ -61,10 +74,10 @@ def median_time(
     device: str,
     repeats: int = 5,
     first: Callable[[], object] | None = None,
-) -> float:
-    """Median seconds of several runs after one that is not counted, or after `first`."""
+) -> Timing:
+    """The run of median seconds among several, after one that is not counted, or after `first`."""
     (first or run)()
-    return statistics.median(timed(run, device) for _ in range(repeats))
+    return statistics.median_low(timed(run, device) for _ in range(repeats))
 
 
 def measure_machine(device: str, dtype: torch.dtype) -> Machine:
@@ -75,16 +88,12 @@ def measure_machine(device: str, dtype: torch.dtype) -> Machine:
     def rate(kind: torch.dtype) -> float:
         side = size if kind != torch.float64 or device == "cpu" else size // 2
         a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
-        return 2 * side**3 / median_time(lambda: a @ b, device)
+        return 2 * side**3 / median_time(lambda: a @ b, device).seconds
 
     source = torch.randint(0, 255, (block,), device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    copy = 2 * block / median_time(lambda: target.copy_(source), device)
+    copy = 2 * block / median_time(lambda: target.copy_(source), device).seconds
     return Machine(flops=rate(dtype), flops64=rate(torch.float64), bytes=copy)
-
-
-def _block_parameters(shape: Shape) -> int:
-    return 12 * shape.width**2
 
 
 def _attention_flops(shape: Shape, queries: float, keys: float) -> float:
@@ -102,31 +111,33 @@ def targets_work(
     element: int,
     batches: int,
 ) -> Work:
-    """Blocks above L forward and backward at the positions from the subject's last token on, the
-    head at the scored positions, and once the blocks for everything before."""
+    """Once all blocks for every row, its prefix for all edits together; then blocks above L forward
+    and backward at the positions from the subject's last token on, of the last block only keys and
+    values at those that the loss does not read, and the head where it does."""
     before, after = row_tokens
     above = shape.depth - 1 - shape.layers[-1]
     scored = rows * 2 + 1
-    block = 2 * _block_parameters(shape)
-    once = rows * (before + after + prefix_tokens) * block * shape.depth
+    block, last = 2 * shape.block_parameters, 2 * shape.key_value_parameters
+    tokens = edits * rows * (before + after) + (rows - 1) * prefix_tokens
+    once = tokens * block * shape.depth
     positions = rows * after
-    body = above * (
-        positions * block + _attention_flops(shape, positions, before + after + prefix_tokens)
-    )
+    body = (above - 1) * positions * block + positions * last + scored * (block - last)
+    body += above * _attention_flops(shape, positions, before + after + prefix_tokens)
     head = 2 * scored * shape.width * shape.vocabulary
-    flops = edits * (once + evaluations * 2 * (body + head))
-    weights = above * _block_parameters(shape) + shape.width * shape.vocabulary
+    # The pass over all rows is the first evaluation, and the last one has no backward pass.
+    flops = once + edits * (head + 2 * (evaluations - 1) * (body + head))
+    weights = above * shape.block_parameters + shape.width * shape.vocabulary
     return Work(flops=flops, bytes=batches * evaluations * 2 * weights * element)
 
 
 def spread_work(shape: Shape, edits: int, row_tokens: int, rows: int) -> Work:
     """The blocks up to L once for every row, twice for the edited ones, the plain rows' way to L
     from each, and the solve."""
-    d, f, n = shape.width, 4 * shape.width, edits
+    d, f, n = shape.width, shape.inner, edits
     layers, top = len(shape.layers), shape.layers[-1]
     runs = (top + 1) + layers
     plain = sum(top - layer for layer in shape.layers)
-    block = 2 * _block_parameters(shape)
+    block = 2 * shape.block_parameters
     flops = n * row_tokens * block * (rows * runs + plain)
     if n * (d + f) < d * f:
         solve = f**3 / 3 + 2 * f * f * n + n * n * f + n**3 / 3
@@ -137,9 +148,9 @@ def spread_work(shape: Shape, edits: int, row_tokens: int, rows: int) -> Work:
 
 def covariance_work(shape: Shape, tokens: int, layers: int, last: int, mean_length: float) -> Work:
     """The blocks up to the last layer, and half a product for each layer."""
-    f = 4 * shape.width
+    f = shape.inner
     body = (last + 1) * (
-        tokens * 2 * _block_parameters(shape) + _attention_flops(shape, tokens, mean_length / 2)
+        tokens * 2 * shape.block_parameters + _attention_flops(shape, tokens, mean_length / 2)
     )
     return Work(flops=body + layers * tokens * f * f)
 
@@ -149,5 +160,11 @@ def evaluation_work(shape: Shape, prompts: int, tokens: int, object_tokens: int)
     where an object's token is scored."""
     run = prompts * (tokens + 2 * (object_tokens - 1))
     head = prompts * (2 * object_tokens - 1)
-    flops = run * 2 * _block_parameters(shape) * shape.depth
+    flops = run * 2 * shape.block_parameters * shape.depth
     return Work(flops=flops + head * 2 * shape.width * shape.vocabulary)
+
+
+def generation_work(shape: Shape, tokens: int, steps: int, element: int) -> Work:
+    """All blocks and the head for each token; the weights are read at each step."""
+    weights = shape.block_parameters * shape.depth + shape.width * shape.vocabulary
+    return Work(flops=2 * tokens * weights, bytes=steps * weights * element)

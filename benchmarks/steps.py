@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 
 from benchmarks.floor import (
     Machine,
+    Timing,
     Work,
     covariance_work,
     evaluation_work,
+    generation_work,
     median_time,
     spread_work,
     targets_work,
@@ -42,6 +44,7 @@ from memit.language_model import LanguageModel
 from memit.positions import continuation_rows
 from memit.quadratic import Quadratic, solve
 from memit.requests import EditRequest, Record
+from memit.sampled_corpus import sample_ids, start_token
 from memit.second_moment import SecondMoment, collect_second_moments
 from memit.spread import spread
 from memit.targets import compute_targets
@@ -83,11 +86,12 @@ class Bench:
         return torch.finfo(self.lm.dtype).bits // 8
 
 
-def _row(bench: Bench, seconds: float, work: Work, peak: PeakMemory, **more: Any) -> dict:
-    floor = work.seconds(bench.machine)
+def _row(bench: Bench, time: Timing, work: Work, peak: PeakMemory, **more: Any) -> dict:
+    floor, seconds = work.seconds(bench.machine), time.seconds
     return {
         **more,
         "seconds": seconds,
+        "cpu_seconds": time.cpu_seconds,
         "floor_seconds": floor,
         "share_of_floor": floor / seconds,
         "peak_bytes": peak.bytes,
@@ -118,11 +122,11 @@ def targets(bench: Bench, count: int, repeats: int = 3) -> dict:
     """Seconds an edit of the optimisation."""
     requests = make_requests(bench.shape, count)
     with PeakMemory(bench.device) as peak:
-        seconds = median_time(
+        time = median_time(
             lambda: run_targets(bench, requests),
             bench.device,
             repeats,
-            first=lambda: run_targets(bench, requests[:8]),
+            first=lambda: run_targets(bench, requests[:1]),
         )
     per_batch = bench.token_budget // (ROWS * (AFTER + BEFORE + PREFIX_TOKENS))
     work = targets_work(
@@ -135,11 +139,12 @@ def targets(bench: Bench, count: int, repeats: int = 3) -> dict:
         element=bench.element,
         batches=-(-count // max(1, per_batch)),
     )
-    return _row(bench, seconds, work, peak, count=count, seconds_per_edit=seconds / count)
+    each = time.seconds / count
+    return _row(bench, time, work, peak, count=count, seconds_per_edit=each)
 
 
-def oracle_targets(bench: Bench, count: int) -> float:
-    """Seconds an edit of the oracle."""
+def oracle_targets(bench: Bench, count: int) -> Timing:
+    """The oracle's times for `count` edits."""
     prefixes, hp = make_prefixes(bench.shape), bench.hyperparameters
     model, tokenizer = bench.literal, bench.lm.tokenizer
     requests = make_requests(bench.shape, count + 1)
@@ -149,7 +154,7 @@ def oracle_targets(bench: Bench, count: int) -> float:
         for request in requests[:count]:
             oracle.target(model, tokenizer, request, prefixes, hp)
 
-    return timed(run, bench.device) / count
+    return timed(run, bench.device)
 
 
 # --- spread ----------------------------------------------------------------------------------
@@ -174,13 +179,13 @@ def spread_step(bench: Bench, count: int, repeats: int = 3) -> dict:
         )
 
     with PeakMemory(bench.device) as peak:
-        seconds = median_time(run, bench.device, repeats)
+        time = median_time(run, bench.device, repeats)
     work = spread_work(bench.shape, count, SUBJECT_TOKENS, ROWS)  # the prefixes are shared
-    return _row(bench, seconds, work, peak, count=count)
+    return _row(bench, time, work, peak, count=count)
 
 
-def oracle_spread(bench: Bench, count: int) -> float:
-    """Seconds of the oracle's spread."""
+def oracle_spread(bench: Bench, count: int, repeats: int = 3) -> Timing:
+    """The oracle's times for the spread."""
     requests, prefixes = make_requests(bench.shape, count), make_prefixes(bench.shape)
     z = torch.randn(count, bench.lm.width, generator=torch.Generator().manual_seed(6))
     covariances = {layer: moment.mean for layer, moment in random_moments(bench).items()}
@@ -189,8 +194,7 @@ def oracle_spread(bench: Bench, count: int) -> float:
     def run() -> None:
         oracle.spread(model, tokenizer, requests, prefixes, z, covariances, hp)
 
-    run()
-    return median_time(run, bench.device, 3)
+    return median_time(run, bench.device, repeats)
 
 
 def solve_step(bench: Bench, count: int) -> float:
@@ -199,7 +203,7 @@ def solve_step(bench: Bench, count: int) -> float:
     K = torch.randn(bench.lm.inner_width, count, device=bench.device, dtype=torch.float64)
     R = torch.randn(bench.lm.width, count, device=bench.device, dtype=torch.float64)
     quadratic = Quadratic(moment, bench.shape.covariance_weight)
-    return timed(lambda: solve(K, R, quadratic, "x"), bench.device)
+    return timed(lambda: solve(K, R, quadratic, "x"), bench.device).seconds
 
 
 # --- covariance ------------------------------------------------------------------------------
@@ -214,14 +218,14 @@ def covariance(bench: Bench, tokens: int, layers: Sequence[int], repeats: int = 
         collect_second_moments(bench.lm, documents, layers, token_budget=bench.token_budget)
 
     with PeakMemory(bench.device) as peak:
-        seconds = median_time(run, bench.device, repeats)
+        time = median_time(run, bench.device, repeats)
     work = covariance_work(bench.shape, real, len(layers), max(layers), real / len(documents))
-    rate = real / seconds
-    return _row(bench, seconds, work, peak, tokens=real, tokens_per_second=rate)
+    rate = real / time.seconds
+    return _row(bench, time, work, peak, tokens=real, tokens_per_second=rate)
 
 
-def oracle_covariance(bench: Bench, tokens: int, layers: Sequence[int]) -> float:
-    """Seconds of one pass a layer with full products, in batches as large as ours."""
+def oracle_covariance(bench: Bench, tokens: int, layers: Sequence[int]) -> Timing:
+    """Times of one pass a layer with full products, in batches as large as ours."""
     documents = sorted(make_documents(bench.shape, tokens), key=len, reverse=True)
     batch = max(1, bench.token_budget // bench.shape.context)
     model, tokenizer = bench.literal, bench.lm.tokenizer
@@ -251,17 +255,18 @@ def evaluation(bench: Bench, count: int, repeats: int = 3) -> dict:
 
     with PeakMemory(bench.device) as peak:
         whole = median_time(run, bench.device, repeats)
-    seconds = whole - median_time(tokenise, "cpu", repeats)
+    aside = median_time(tokenise, "cpu", repeats)
+    time = Timing(whole.seconds - aside.seconds, whole.cpu_seconds - aside.cpu_seconds)
     tokens = SUBJECT_TOKENS + PROMPT_TOKENS
     work = evaluation_work(bench.shape, len(prompts), tokens, OBJECT_TOKENS)
     return _row(
         bench,
-        seconds,
+        time,
         work,
         peak,
         count=count,
-        records_per_second=count / whole,
-        seconds_with_tokenising=whole,
+        records_per_second=count / whole.seconds,
+        seconds_with_tokenising=whole.seconds,
     )
 
 
@@ -273,8 +278,8 @@ def evaluate_singly(model: PreTrainedModel, tokenizer: Any, record: Record) -> N
             oracle.scores(model, tokenizer, [(prompt, str(target))])
 
 
-def oracle_evaluation(bench: Bench, count: int, evaluate: Callable[..., Any]) -> float:
-    """Seconds of the oracle, with one forward a record or one a prompt and object."""
+def oracle_evaluation(bench: Bench, count: int, evaluate: Callable[..., Any]) -> Timing:
+    """The oracle's times, with one forward a record or one a prompt and object."""
     records = make_records(bench.shape, count)
     model, tokenizer = bench.literal, bench.lm.tokenizer
 
@@ -284,6 +289,47 @@ def oracle_evaluation(bench: Bench, count: int, evaluate: Callable[..., Any]) ->
 
     run()
     return timed(run, bench.device)
+
+
+# --- generation ------------------------------------------------------------------------------
+
+
+def generation(bench: Bench, texts: int, steps: int, repeats: int = 3) -> dict:
+    """Tokens a second of texts that the model writes side by side, as for statistics."""
+    draws, written = _draws(texts, steps), 0
+
+    def run() -> None:
+        nonlocal written
+        written = sum(map(len, sample_ids(bench.lm, draws)))
+
+    with PeakMemory(bench.device) as peak:
+        time = median_time(
+            run, bench.device, repeats, first=lambda: sample_ids(bench.lm, draws[:1])
+        )
+    work = generation_work(bench.shape, written, steps, bench.element)
+    rate = written / time.seconds
+    return _row(bench, time, work, peak, tokens=written, tokens_per_second=rate)
+
+
+@torch.no_grad()
+def oracle_generation(bench: Bench, texts: int, steps: int) -> Timing:
+    """Times of writing one text after the other, each token from all that are before it."""
+
+    def write(draws: Tensor) -> None:
+        ids = [start_token(bench.lm)]
+        for uniform in draws:
+            logits = bench.literal(torch.tensor([ids], device=bench.device)).logits[0, -1]
+            passed = logits.float().softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
+            ids.append(int(torch.searchsorted(passed, uniform * passed[-1], right=True)))
+
+    draws = _draws(texts, steps)
+    write(draws[0, :2])
+    return timed(lambda: [write(row) for row in draws], bench.device)
+
+
+def _draws(texts: int, steps: int) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.rand(texts, steps, generator=generator, dtype=torch.float64)
 
 
 def with_budget(bench: Bench, *, trained: bool) -> Bench:

@@ -25,6 +25,7 @@ from memit.files.tensors import load_tensors, save_tensors
 from memit.forward.key_values import KeyValues, Recorder
 from memit.forward.passes import (
     Padded,
+    attending_in_steps,
     block_output,
     changing_module,
     logits_at,
@@ -238,9 +239,11 @@ def compute_targets(
         return _optimise(lm, chosen, where, hyperparameters, progress)
 
     found = Targets.empty(len(edits), len(where.layers) * lm.width, hyperparameters.evaluations)
-    for indices, part in run_in_batches(order, lambda i: _shape(edits[i]), token_budget, optimise):
-        found.put(indices, part)
-        release_memory()
+    with attending_in_steps(lm):
+        batches = run_in_batches(order, lambda i: _shape(edits[i]), token_budget, optimise)
+        for indices, part in batches:
+            found.put(indices, part)
+            release_memory()
     return found
 
 

@@ -93,6 +93,21 @@ def recomputing(lm: LanguageModel, start: int) -> Iterator[None]:
 
 
 @contextmanager
+def attending_in_steps(lm: LanguageModel) -> Iterator[None]:
+    """Compute attention by matrix products and a softmax on CPUs in bf16, where the backward pass
+    of torch's one kernel takes nine times as long."""
+    before = lm.model.config._attn_implementation
+    if lm.device.type != "cpu" or lm.dtype != torch.bfloat16 or before != "sdpa":
+        yield
+        return
+    lm.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        lm.model.set_attn_implementation(before)
+
+
+@contextmanager
 def _with_forward(
     blocks: Iterable[nn.Module], forward: Callable[[nn.Module], Callable[..., Any]]
 ) -> Iterator[None]:

@@ -9,13 +9,22 @@ import torch
 
 from benchmarks import steps
 from benchmarks.__main__ import gpu_rows, markdown
+from benchmarks.edited import METRICS, edited_rows
 from benchmarks.floor import Machine, Work, covariance_work, spread_work
 from benchmarks.steps import Bench
-from benchmarks.workload import SMALL, make_model, make_tokenizer
+from benchmarks.workload import (
+    GPTJ_TINY,
+    LLAMA_TINY,
+    SMALL,
+    make_model,
+    make_tokenizer,
+)
 from memit import reference as oracle
 from memit.language_model import LanguageModel
+from memit.requests import Record
+from tests.reference import HYPERPARAMETERS, REQUESTS, build
 
-TINY = replace(SMALL, depth=3, width=32, vocabulary=64, layers=(0, 1))
+TINY = replace(GPTJ_TINY, depth=3, width=32, inner=128, vocabulary=64, layers=(0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +41,17 @@ def test_every_step_is_timed_beside_the_oracle(bench: Bench) -> None:
         steps.spread_step(bench, 2, repeats=1),
         steps.covariance(bench, 300, [0, 1], repeats=1),
         steps.evaluation(bench, 2, repeats=1),
+        steps.generation(bench, 3, 4, repeats=1),
     ):
         assert 0 < row["floor_seconds"] < row["seconds"]
-    assert steps.oracle_targets(bench, 1) > 0
-    assert steps.oracle_spread(bench, 2) > 0
-    assert steps.oracle_covariance(bench, 300, [0, 1]) > 0
-    assert steps.oracle_evaluation(bench, 1, oracle.evaluate) > 0
+    for literal in (
+        steps.oracle_targets(bench, 1),
+        steps.oracle_spread(bench, 2),
+        steps.oracle_covariance(bench, 300, [0, 1]),
+        steps.oracle_evaluation(bench, 1, oracle.evaluate),
+        steps.oracle_generation(bench, 1, 4),
+    ):
+        assert literal.seconds > 0
 
 
 def test_ours_and_the_oracle_do_the_same_work(bench: Bench) -> None:
@@ -51,15 +65,35 @@ def test_ours_and_the_oracle_do_the_same_work(bench: Bench) -> None:
 
 def test_the_rows_of_a_gpu_are_measured_and_projected() -> None:
     """At a shape so small that a CPU takes seconds."""
-    rows = gpu_rows(quick=True, device="cpu")
-    steps_measured = ["targets", "targets", "covariance, 6 layers", "spread", "evaluation"]
-    assert [row["step"] for row in rows[:5]] == steps_measured
+    rows = list(gpu_rows(LLAMA_TINY, quick=True, device="cpu"))
+    measured = ["targets", "targets", "covariance", "spread", "evaluation"]
+    assert [row["step"] for row in rows[:5]] == [f"{step}, {LLAMA_TINY.name}" for step in measured]
     whole, beside = rows[5:]
     assert whole["count"] == 10_000
     assert set(whole["parts"]) == {"targets", "covariance", "spread", "evaluation"}
     assert whole["parts"]["targets"] == pytest.approx(10_000 * rows[1]["seconds_per_edit"])
     assert beside["oracle_seconds"] == pytest.approx(beside["speedup"] * rows[1]["seconds"])
     assert len(markdown(rows).splitlines()) == 2 + len(rows)
+
+
+def test_a_model_with_facts_is_edited_and_the_edit_measured() -> None:
+    records = [
+        Record(case, replace(one, target_true=one.subject), (one.text,), (one.text,))
+        for case, one in enumerate(REQUESTS)
+    ]
+    rows = list(edited_rows(build("llama"), HYPERPARAMETERS, records, [1, 2]))
+    names = [row["step"].partition(",")[0] for row in rows]
+    assert names == ["texts", "covariance", *["targets", "edit", "evaluation"] * 2]
+    assert all(0 <= rows[place][name] <= 100 for place in (4, 7) for name in METRICS.values())
+
+
+def test_a_block_has_the_parameters_of_its_kind() -> None:
+    """Without biases and norms, which floors leave out."""
+    tokenizer = make_tokenizer(TINY.vocabulary)
+    for shape in (TINY, GPTJ_TINY, LLAMA_TINY):
+        lm = LanguageModel(make_model(shape, "cpu", torch.float32), tokenizer, name="x")
+        matrices = [p for p in lm.blocks[0].parameters() if p.ndim == 2]
+        assert sum(map(torch.numel, matrices)) == shape.block_parameters
 
 
 def test_floor_is_the_larger_of_arithmetic_and_traffic() -> None:

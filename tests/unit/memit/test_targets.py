@@ -224,7 +224,16 @@ def test_edit_whose_loss_is_not_finite_is_marked_and_leaves_the_others_alone():
 def test_bfloat16_optimises_in_float32():
     lm = build("llama")
     lm.model.bfloat16()
-    found = compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    kernels: list[str | None] = []
+
+    def note(_finished: int) -> None:
+        kernels.append(lm.model.config._attn_implementation)
+
+    found = compute_targets(
+        lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE, progress=note
+    )
+    assert {*kernels} == {"eager"}, "one kernel's backward pass is slow in bf16"
+    assert lm.model.config._attn_implementation == "sdpa"
     assert found.z.dtype == torch.float32
     assert (
         relative(found.hidden, torch.stack([t.hidden for t in reference("llama").targets])) < 0.05
