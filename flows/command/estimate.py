@@ -63,7 +63,8 @@ def add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) -
     table.add_row("settings", Text(note or summary(hyperparameters)))
     if seconds := statistics_seconds(parameters, model):
         duration = timedelta(seconds=max(1, round(seconds)))
-        table.add_row("time for statistics", f"about {duration}")
+        tokens = wanted_tokens(parameters.statistics.tokens, files.inner_width)
+        table.add_row("time for statistics", f"about {duration}, {tokens} sampled tokens")
     estimate = estimate_edit(files, hyperparameters, len(records), lengths, model)
     duration = timedelta(seconds=max(1, round(estimate.seconds)))
     table.add_row("time for targets and edit", f"about {duration} on this machine")
