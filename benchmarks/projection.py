@@ -26,8 +26,6 @@ DEVICES = 64
 """Of the worked plan."""
 SHARDS = 10
 """Of the text, in the worked plan."""
-MEMORY = 80e9
-"""Bytes of a device."""
 
 MODELS = {
     "gpt-j-6b": ModelShape(28, 4_096, 16_384, 6_050_882_784),
@@ -70,14 +68,13 @@ def times(n: float) -> Iterator[tuple[str, ...]]:
 
 
 def growing(n: float) -> Iterator[tuple[str, ...]]:
-    """What is held and written for n edits, and how many fit on a device of `MEMORY`."""
-    yield "", "keys and residuals", "fit up to n =", "held hidden states", "targets", "deltas"
+    """What n edits have, and what is written for them."""
+    yield "", "keys and residuals", "held hidden states", "targets", "deltas"
     for name, shape in MODELS.items():
         settings = _settings(name)
         yield (
             name,
             _size(costs.keys_bytes(shape, n)),
-            f"{_room(shape) / costs.keys_bytes(shape, 1):,.0f}",
             _size(costs.held_bytes(shape, n, LENGTHS, 2)),
             _size(costs.targets_bytes(shape, n, settings.evaluations)),
             _size(len(settings.layers) * costs.delta_bytes(shape, n)),
@@ -133,13 +130,6 @@ def _seconds(name: str, n: float) -> dict[str, float]:
     }
     seconds = {step: count / RATE for step, count in operations.items()}
     return seconds | {"solve": len(layers) * costs.solve_operations(shape, n) / RATE_FLOAT64}
-
-
-def _room(shape: ModelShape) -> float:
-    """Bytes left on the fullest device beside weights, shared by as few as can, and equations."""
-    needed = 2 * shape.parameters + costs.solve_bytes(shape)
-    devices = -(-needed // MEMORY)
-    return MEMORY - 2 * shape.parameters / devices - costs.solve_bytes(shape)
 
 
 def _size(count: float) -> str:

@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from flows.command.script import given_parameters, ready_parameters, run_flow
+from flows.command.script import given_parameters, ready_parameters, run_flow, slow_imports
 
 CHECKS = {
     "experiment": "check_list",
@@ -24,10 +24,10 @@ def main(name: str) -> None:
     """Run a flow."""
     check = CHECKS.get(name)
     ready_parameters() if check else given_parameters()
-    run_flow(
-        getattr(import_module(f"flows.{name}"), name),
-        getattr(import_module("flows.command.checks"), check) if check else None,
-    )
+    with slow_imports():
+        flow = getattr(import_module(f"flows.{name}"), name)
+        checks = import_module("flows.command.checks") if check else None
+    run_flow(flow, getattr(checks, check) if check else None)
 
 
 if __name__ == "__main__":

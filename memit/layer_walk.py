@@ -30,6 +30,8 @@ from memit.targets import EditRows
 
 HELD_IN_MEMORY = 1 << 32
 """Bytes of hidden states that are kept in memory between layers; the rest is written to disk."""
+COLUMNS_IN_MEMORY = 1 << 32
+"""Bytes of a layer's keys and residuals, beyond which only the sums of their products are kept."""
 
 
 class HeldStates:

@@ -18,7 +18,7 @@ from memit.errors import EditError, NumericsError, ResourceError
 from memit.forward.probes import output_factor
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
-from memit.layer_walk import HELD_IN_MEMORY, HeldStates, Walk
+from memit.layer_walk import COLUMNS_IN_MEMORY, HELD_IN_MEMORY, HeldStates, Walk
 from memit.quadratic import Quadratic, directions, solve, solve_in_parts
 from memit.requests import EditRequest
 from memit.targets import edit_rows
@@ -26,8 +26,6 @@ from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests, check_
 
 logger = logging.getLogger(__name__)
 
-COLUMNS_IN_MEMORY = 1 << 32
-"""Bytes of keys and residuals of all edits, beyond which only their products are kept."""
 Goal = Tensor | Mapping[int, Tensor]
 """Targets of block L's output (n × d), or the changes of each down-projection's output (n × d)."""
 MIN_TOKENS = 64

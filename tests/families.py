@@ -370,3 +370,11 @@ def _build(recipe: _Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def families() -> dict[str, Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]]:
     """Family name → builder of a fresh model (four blocks, width 32) and its shared tokenizer."""
     return {name: functools.partial(_build, recipe) for name, recipe in _RECIPES.items()}
+
+
+def save_model(family: str, directory: Path | str) -> Path:
+    """A model directory of a family; gives its path."""
+    model, tokenizer = families()[family]()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return Path(directory)

@@ -20,6 +20,7 @@ from flows.command.script import (
     ready_parameters,
     reporting,
     run_flow,
+    slow_imports,
 )
 from memit.errors import InputError
 from memit.files.reading import read_text
@@ -63,8 +64,9 @@ def run(*, yes: bool = False) -> None:
         Withdraw facts even if the list has lost many of them since the last run.
     """
     ready_parameters()
-    from flows.command.checks import check_inputs, check_list
-    from flows.experiment import experiment
+    with slow_imports():
+        from flows.command.checks import check_inputs, check_list
+        from flows.experiment import experiment
 
     run_flow(experiment, check_inputs if yes else check_list)
 
@@ -94,9 +96,9 @@ def repro(
     from flows.service.reproduce import reproduce_here
 
     check_list(parameters)
-    before = _changed(PAGE)
+    before = _changed(PAGE)  # where DVC runs the report, that shows the results
     status = reproduce_here(arguments)
-    if status == 0 and before is not None and _changed(PAGE) == before:  # else DVC showed them
+    if not (status or arguments) and before is not None and _changed(PAGE) == before:
         show_results()
     sys.exit(status)
 

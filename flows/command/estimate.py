@@ -19,7 +19,7 @@ from flows.command.costs import Lengths
 from flows.command.parameters import ModelSection, Parameters
 from memit.covariance_weight import TRIALS
 from memit.hyperparameters import AUTO, Hyperparameters, summary
-from memit.layer_walk import HELD_IN_MEMORY
+from memit.layer_walk import COLUMNS_IN_MEMORY, HELD_IN_MEMORY
 from memit.positions import TokenRow
 from memit.requests import Record
 from memit.sampled_corpus import wanted_tokens
@@ -119,7 +119,8 @@ def estimate_edit(
     held = costs.held_bytes(shape, count, lengths, size)
     weights = size * shape.inner_width * shape.width
     layer = 2 * costs.moment_bytes(shape) + costs.delta_bytes(shape, count) + weights
-    memory = costs.solve_bytes(shape) + costs.keys_bytes(shape, count) + min(held, HELD_IN_MEMORY)
+    keys = min(costs.keys_bytes(shape, count), COLUMNS_IN_MEMORY)
+    memory = costs.solve_bytes(shape) + keys + min(held, HELD_IN_MEMORY)
     targets = costs.targets_bytes(shape, count, hyperparameters.evaluations)
     return Estimate(
         seconds=passes / speed(model) + solves / speed(model, "float64"),

@@ -100,12 +100,14 @@ def _commit(stages: Sequence[str]) -> str:
     try:
         with Repo() as repo, lock_repo(repo):
             _delete_damaged_copies(Path(repo.cache.local.path))
-            # As `dvc commit --force` does for one stage; the lock file is written once for all.
-            committed = [repo.stage.load_one(name=name) for name in stages]
-            for stage in committed:
+            # As `dvc commit --force` does for one stage; both files are read and written once.
+            named = {stage.addressing: stage for stage in repo.stage.load_file()}
+            changed = [named[name] for name in stages if named[name].changed()]
+            for stage in changed:
                 stage.save()
                 stage.commit()
-            committed[0].dvcfile.dump_stages(committed, update_pipeline=False)
+            if changed:
+                changed[0].dvcfile.dump_stages(changed, update_pipeline=False)
     except Exception as error:  # whatever it is, the results are there
         return " ".join(str(error).split()) or type(error).__name__
     return ""

@@ -11,7 +11,7 @@ from flows.service.watched import running
 from memit.errors import InputError
 from memit.redaction import redacted
 from tasks.engine.artifacts import cache_directory
-from tasks.engine.workers import environment
+from tasks.engine.environment import environment
 from tasks.reporting.tracking import open_store, runs_page, tracking_uri
 
 

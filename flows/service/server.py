@@ -24,8 +24,8 @@ from prefect.settings import (
 from flows.service.watched import running
 from memit.errors import UnreachableError
 from tasks.engine.databases import check_database
+from tasks.engine.environment import environment
 from tasks.engine.signals import GO_ON, exit_now
-from tasks.engine.workers import environment
 
 PORT = 4_200
 """Preferred port of a server that other commands use, too."""

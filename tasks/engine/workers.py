@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from memit.errors import InputError, UnreachableError
 from tasks.engine.artifacts import Value, artifacts_in, project_root
+from tasks.engine.environment import environment
 from tasks.engine.loaded_model import ModelReference
 from tasks.engine.store import VARIABLE, shared_store
 
@@ -117,18 +118,6 @@ def worker_environment(workers: Workers) -> dict[str, str]:
     if workers.store is None:
         return {"DVC_ROOT": str(project_root())}
     return {VARIABLE: workers.store}
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables during the body, also for processes that it starts."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 _connected: list[TaskRunner[Any]] = []

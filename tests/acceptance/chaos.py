@@ -281,19 +281,24 @@ class Chaos:
             self._round(project, rounds, count)
 
     def _round(self, project: Project, number: int, count: int) -> None:
-        """Kill the run in every phase, until it has ended."""
-        before, steps = records(project), 0
-        for phase in self._plan(count - len(self.kills), first=number == 1):
+        """Kill the run in phases of a plan, and let it end."""
+        self.kill_in(self._plan(count - len(self.kills), first=number == 1), project)
+        kept, steps = records(project), trained_steps(project)
+        self.expect_success(Attempt(project), f"round {number}")
+        self._compare(project, kept, steps)
+        wrong = self.check(project, f"round {number}")
+        log(f"round {number}: {len(self.kills)} kills, {wrong or 'as the reference'}")
+
+    def kill_in(self, phases: Sequence[str], project: Project) -> None:
+        """Kill a run in each of these phases, one run after another."""
+        before, steps = records(project), trained_steps(project)
+        for phase in phases:
             attempt = Attempt(project)
             if attempt.wait_for(phase) and attempt.wait_seconds(self._delay(phase)):
                 self._kill(attempt)
             else:
-                self.expect_success(attempt, f"round {number}")
+                self.expect_success(attempt, f"a run to be killed in {phase}")
             before, steps = self._compare(project, before, steps)
-        self.expect_success(Attempt(project), f"round {number}")
-        self._compare(project, before, steps)
-        wrong = self.check(project, f"round {number}")
-        log(f"round {number}: {len(self.kills)} kills, {wrong or 'as the reference'}")
 
     def _plan(self, most: int, *, first: bool) -> list[str]:
         """Phases in which to kill, in their order; more often where the run is longer."""
@@ -384,9 +389,9 @@ class Chaos:
                 self.faults.append(f"{error} after {calls} left {partial_files}")
         return f"one sentence and exit status 2, {count} times; then the same bytes"
 
-    def share_store(self) -> str:
-        """Two runs in two directories that share a cache."""
-        one, two = (self.project(name, finished=False) for name in ("one", "two"))
+    def share_store(self, one: Project | None = None) -> str:
+        """Two runs in two directories that share a cache; the first may have begun to fill it."""
+        one, two = one or self.project("one", finished=False), self.project("two", finished=False)
         attempts = [Attempt(project, DVC_ROOT=str(one.path)) for project in (one, two)]
         seen: dict[str, set[tuple[int, int]]] = {}
         while any(attempt.runs for attempt in attempts):

@@ -1,21 +1,13 @@
-"""One Prefect server a process and one finished experiment for all acceptance tests."""
+"""One finished experiment for all acceptance tests."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 from filelock import FileLock
 
-from tests.acceptance.project import Project, server
-
-
-@pytest.fixture(scope="session")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Prefect server."""
-    with server(tmp_path_factory.mktemp("prefect")) as address:
-        yield address
+from tests.acceptance.project import Project
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,18 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir, contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from flows.command.parameters import read_parameters
+from flows.experiment import experiment
 from flows.service.server import prefect_server
 from tasks.engine.artifacts import PARTIAL
 from tests import ROOT
@@ -48,6 +50,9 @@ TINY: dict[str, dict[str, Any]] = {
 
 WORLD = ROOT / "params" / "world.yaml"
 """The parameters of the synthetic world, of which `TINY` is a smaller one."""
+
+MADE_WITH_THE_STORE = {"alembic_version", "workspaces"}
+"""Tables of an MLflow store that are not empty from the start; making a store takes seconds."""
 
 NOT_INHERITED = ("DVC_ROOT", "MLFLOW_TRACKING_URI")
 """Variables that other tests of the same process may have set."""
@@ -85,9 +90,12 @@ class Project:
         self.do("git", "commit", "-q", "-m", "start")
 
     def copy(self, path: Path) -> Project:
-        """A copy in another directory, without the runs that MLflow knows."""
+        """A copy in another directory, whose MLflow store knows no runs."""
         shutil.copytree(self.path, path, symlinks=True)
-        (path / "mlflow.db").unlink()
+        with sqlite3.connect(path / "mlflow.db") as store:
+            tables = store.execute("select name from sqlite_master where type = 'table'").fetchall()
+            for name in {name for (name,) in tables} - MADE_WITH_THE_STORE:
+                store.execute(f"delete from {name}")
         other = copy(self)
         other.path = path
         return other
@@ -104,17 +112,22 @@ class Project:
         """`memit run`."""
         return self.do(sys.executable, "-m", "flows", "experiment")
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        """Start a module as a command, `memit run` by default."""
-        return subprocess.Popen(
-            [sys.executable, "-m", *(words or ("flows", "experiment"))],
-            cwd=self.path,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=hear_interrupts,
-        )
+    def run_here(self, chain: Callable[[Any], object] = experiment) -> None:
+        """A chain of steps in this process, as a deployment runs it: nothing has to be imported.
+
+        The code is that of `ROOT`, which must be the project's.
+        """
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.path)
+            patch.setenv("DVC_ROOT", str(self.path))
+            for name in NOT_INHERITED[1:]:
+                patch.delenv(name, raising=False)
+            chain({})
+
+    def outdated(self) -> set[str]:
+        """The stages that DVC would run again."""
+        with chdir(self.path), Repo() as repo:
+            return set(repo.status())
 
     def results(self) -> dict[str, bytes]:
         """The files that a repetition must reproduce to the byte."""

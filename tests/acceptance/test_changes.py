@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from flows.command.parameters import NO_FILE, USERS_FILES, read_parameters
 from tasks.engine.results import STORED_TARGETS_FILE
+from tests.acceptance.chaos import records
 from tests.acceptance.project import ROOT, WORLD, Project
-from tests.families import DOCUMENTS, families
+from tests.families import DOCUMENTS, save_model
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -26,23 +28,26 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def write_facts(project: Project, target: str) -> None:
-    fact = {"subject": "Paul Smith", "prompt": "{} lives in the city of", "target": target}
-    (project.path / "facts.jsonl").write_text(json.dumps(fact | {"target_true": "Paris"}) + "\n")
+NAMES = ("Paul Smith", "Mary Miller", "Ada Jones")
+
+
+def write_facts(project: Project, *numbers: int, target: str = "Rome") -> None:
+    """A list of the facts with these numbers."""
+    fact = {"prompt": "{} lives in the city of", "target": target, "target_true": "Paris"}
+    lines = [json.dumps({"subject": NAMES[number], **fact}) for number in numbers]
+    (project.path / "facts.jsonl").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, api: str) -> Project:
     """An experiment on files of the user's own that has been run."""
     made = Project(tmp_path_factory.mktemp("changes") / "project", api, changes=OWN)
-    model, tokenizer = families()["gpt2"]()
-    model.save_pretrained(made.path / "small")
-    tokenizer.save_pretrained(made.path / "small")
+    save_model("gpt2", made.path / "small")
     (made.path / "corpus.txt").write_text("\n".join(DOCUMENTS * 5))
-    write_facts(made, "Rome")
+    write_facts(made, 0, 1)
     # As where the cache lies on another disk: results are symbolic links into it.
     made.do("dvc", "config", "--local", "cache.type", "symlink")
-    made.run()
+    made.run_here()
     assert (made.path / "artifacts" / "requests.json").is_symlink()
     return made
 
@@ -55,18 +60,9 @@ def damaged(project: Project) -> list[str]:
     return [p.name for p in stored if digests[p] != p.parent.name + p.name.removesuffix(".dir")]
 
 
-def tasks_run(project: Project, known: set[str]) -> set[str]:
-    """The tasks whose pieces were computed since these records were there."""
-    return {name.rpartition("-")[0] for name in records(project) - known}
-
-
-def records(project: Project) -> set[str]:
-    return {path.name for path in (project.path / ".cache" / "records").iterdir()}
-
-
-def outdated(project: Project) -> set[str]:
-    """The stages with a changed dependency."""
-    return set(json.loads(project.do("dvc", "status", "--json")))
+def tasks_run(project: Project, known: Collection[str]) -> list[str]:
+    """The task of each piece that was computed since these records were there."""
+    return [name.rpartition("-")[0] for name in records(project).keys() - known]
 
 
 def append(path: Path, text: str = "\n") -> None:
@@ -74,18 +70,39 @@ def append(path: Path, text: str = "\n") -> None:
         file.write(text)
 
 
+def test_facts_that_come_and_go_leave_no_trace(project: Project) -> None:
+    def run_with(*numbers: int) -> tuple[dict[str, bytes], int]:
+        """The results with some of the facts, and how many targets were optimised for them."""
+        write_facts(project, *numbers)
+        known = records(project)
+        project.run_here()
+        found = project.results()
+        del found[str(STORED_TARGETS_FILE)]
+        return found, tasks_run(project, known).count("targets")
+
+    before = project.results()
+    del before[str(STORED_TARGETS_FILE)]
+    with_one_more, optimised = run_with(2, 0, 1)
+    assert optimised == 1
+    assert with_one_more["metrics.json"] != before["metrics.json"]
+    assert run_with(1, 0) == (before, 0)
+    assert project.outdated() == set()
+
+
 def test_facts_and_code_that_change_are_seen_by_a_run(project: Project) -> None:
     known, lock, results = records(project), project.path / "dvc.lock", project.results()
     before = lock.read_bytes()
-    write_facts(project, "Bonn")
+    write_facts(project, 1, 0, target="Bonn")
     append(project.path / "memit" / "layer_walk.py")
-    assert outdated(project) == {"requests", "edit", "evaluation"}
+    assert project.outdated() == {"requests", "edit", "evaluation"}
     project.run()
     assert "Bonn" in (project.path / "artifacts" / "requests.json").read_text()
     assert "Bonn" in (project.path / "evaluation" / "facts.csv").read_text()
     edited = {"requests", "targets", "edit", "changed_weights"}
-    assert tasks_run(project, known) == edited | {"answers", "evaluation", "perplexity", "drift"}
-    assert outdated(project) == set()
+    assert set(tasks_run(project, known)) == (
+        edited | {"answers", "evaluation", "perplexity", "drift"}
+    )
+    assert project.outdated() == set()
     assert damaged(project) == []
     # The results of before come back as they were.
     after, found = lock.read_bytes(), project.results()
@@ -100,13 +117,13 @@ def test_facts_and_code_that_change_are_seen_by_a_run(project: Project) -> None:
 def test_the_module_that_walks_the_layers_recomputes_the_edit_alone(project: Project) -> None:
     known, results = records(project), project.results()
     append(project.path / "memit" / "layer_walk.py")
-    assert outdated(project) == {"edit"}
+    assert project.outdated() == {"edit"}
     output = project.do("dvc", "repro", "edit")
     for stage in ("model", "requests", "statistics", "targets"):
         assert f"Stage '{stage}' didn't change" in output
-    assert tasks_run(project, known) == {"edit"}
+    assert tasks_run(project, known) == ["edit"]
     assert project.results() == results
-    assert outdated(project) <= {"report"}  # which shows the seconds of the edit
+    assert project.outdated() <= {"report"}  # which shows the seconds of the edit
 
 
 @pytest.mark.parametrize(
@@ -129,7 +146,7 @@ def test_dvc_sees_what_each_stage_depends_on(
     content = path.read_bytes()
     append(path)
     try:
-        assert outdated(project) - {"report"} == stages
+        assert project.outdated() - {"report"} == stages
     finally:
         path.write_bytes(content)
 
@@ -142,27 +159,3 @@ def test_parameter_files_lead_dvc_to_a_file_everywhere(path: Path) -> None:
     for key in USERS_FILES:
         section, _, name = key.partition(".")
         assert dump[section][name] == NO_FILE
-
-
-def test_facts_that_come_and_go_leave_no_trace(project: Project) -> None:
-    facts = [
-        {"subject": name, "prompt": "{} lives in the city of", "target": "Rome"}
-        for name in ("Paul Smith", "Mary Miller", "Ada Jones")
-    ]
-
-    def run_with(*numbers: int) -> tuple[dict[str, bytes], int]:
-        """The results with some of the facts, and how many targets were optimised for them."""
-        lines = [json.dumps(facts[number] | {"target_true": "Paris"}) for number in numbers]
-        (project.path / "facts.jsonl").write_text("\n".join(lines))
-        known = records(project)
-        project.run()
-        found = project.results()
-        del found[str(STORED_TARGETS_FILE)]
-        return found, sum(name.startswith("targets-") for name in records(project) - known)
-
-    before, _ = run_with(0, 1)
-    with_one_more, optimised = run_with(2, 0, 1)
-    assert optimised == 1
-    assert with_one_more["metrics.json"] != before["metrics.json"]
-    assert run_with(1, 0) == (before, 0)
-    assert outdated(project) == set()

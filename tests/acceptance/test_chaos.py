@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from signal import SIGINT, SIGTERM
 
 import pytest
 
-from tests.acceptance.chaos import PHASES, Chaos
+from tests.acceptance.chaos import PHASES, Attempt, Chaos, empty
 from tests.acceptance.project import Project
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -18,22 +19,26 @@ def chaos(finished: Project, tmp_path: Path) -> Chaos:
     return Chaos(tmp_path, Random(0), finished, dict.fromkeys(PHASES, 2.0))
 
 
-def test_killed_at_random_it_ends_with_the_same_bytes(chaos: Chaos) -> None:
-    chaos.kill_until_done(2)
-    assert len(chaos.kills) == 2
+def test_stopped_and_killed_two_runs_go_on_together_to_the_same_bytes(chaos: Chaos) -> None:
+    """A full disk, Ctrl-C, SIGTERM and SIGKILL; then two runs that share the cache that is left."""
+    project = chaos.project("one", finished=False)
+    empty(project, keep_model=False)
+    chaos.fail_writing("ENOSPC", 1, project)
+    chaos.kill_in(["model"], project)
+    for phase, sent, status in (("statistics", SIGINT, 130), ("targets", SIGTERM, 143)):
+        stopped = Attempt(project)
+        assert stopped.wait_for(phase)
+        stopped.process.send_signal(sent)
+        assert stopped.end(60) == status
+        assert "run it again to go on" in stopped.output
+        assert "Traceback" not in stopped.output
+    chaos.kill_in(["evaluation"], project)
+    chaos.share_store(project)
+    chaos.check(project, "after all this")
     assert chaos.faults == []
-
-
-def test_a_full_disk_is_one_error_and_leaves_no_partial_files(chaos: Chaos) -> None:
-    chaos.fail_writing("ENOSPC", 1, chaos.project("full", finished=False))
-    assert chaos.faults == []
+    assert [kill.phase for kill in chaos.kills] == ["model", "evaluation"]
 
 
 def test_damaged_files_are_replaced(chaos: Chaos) -> None:
     chaos.damage(1, 20)
-    assert chaos.faults == []
-
-
-def test_two_runs_share_a_cache(chaos: Chaos) -> None:
-    chaos.share_store()
     assert chaos.faults == []

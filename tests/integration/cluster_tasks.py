@@ -1,9 +1,8 @@
-"""Tasks for the workers of a cluster, which import this module and nothing of the tests."""
+"""A task for the workers of a cluster, which import this module and nothing of the tests."""
 
 from __future__ import annotations
 
 import os
-import signal
 import time
 
 from prefect import task
@@ -18,9 +17,3 @@ def mark(number: int, reference: ModelReference) -> tuple[int, int]:
     with loaded(reference) as lm:
         lm.__dict__.setdefault("mark", number)
         return os.getpid(), lm.__dict__["mark"]
-
-
-@task
-def die(number: int) -> None:
-    """Kill the process that computes this, whichever it is."""
-    os.kill(os.getpid(), signal.SIGKILL)

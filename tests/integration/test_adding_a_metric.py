@@ -16,11 +16,10 @@ from flows.command.parameters import Parameters
 from memit.errors import InputError
 from memit.evaluation.own_metrics import own_metrics
 from memit.requests import read_counterfact
-from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.loaded_model import loaded
 from tasks.evaluation import OwnMetric, measure_piece
-from tasks.model import describe_model
 from tests import ROOT
-from tests.families import families
+from tests.integration.small_model import small_model
 
 PAGE = (ROOT / "docs" / "adding-metrics-and-data.md").read_text(encoding="utf-8")
 METRIC, DATA = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -48,16 +47,7 @@ def test_the_examples_are_one_file_each(place: Path) -> None:
     parameters = Parameters.model_validate_json(json.dumps(settings))
     records = read_counterfact(str(parameters.requests.path))
     assert [record.request.target_true for record in records] == ["Paris", "Rome", "Oslo"]
-    model, tokenizer = families()["gpt2"]()
-    model.save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
-    reference = ModelReference(
-        directory=str(place / "model"),
-        model=describe_model("local", "small", None, place / "model"),
-        dtype="float32",
-        device="cpu",
-        threads=1,
-    )
+    reference = small_model(place / "model")
     path = str(parameters.evaluation.metrics)
     (name,) = own_metrics(path)
     metric = OwnMetric(path, name)

@@ -16,7 +16,7 @@ import yaml
 from flows.command.checks import check_comparison
 from flows.command.parameters import read_parameters
 from tests import ROOT
-from tests.families import families
+from tests.families import save_model
 from tests.integration.bad_input import FACT, GOOD, KINDS, Kind, check, digests, only_a_pickle
 
 
@@ -24,9 +24,7 @@ from tests.integration.bad_input import FACT, GOOD, KINDS, Kind, check, digests,
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a good experiment in it."""
     place = tmp_path_factory.mktemp("good")
-    model, tokenizer = families()["gpt2"]()
-    model.save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
+    save_model("gpt2", place / "model")
     (place / "empty").mkdir()
     (place / "corpus.txt").write_text("Some text.\n" * 9)
     (place / "facts.jsonl").write_text(json.dumps(FACT) + "\n")

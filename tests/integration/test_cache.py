@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from prefect import flow, unmapped
-from prefect.testing.utilities import prefect_test_harness
 
 import tasks.statistics
 from tasks.engine.artifacts import write_text
 from tasks.engine.workers import thread_runner
 from tasks.statistics import Corpus, CorpusSource, collect_corpus
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("api"),
+]
 
 
 @flow(task_runner=thread_runner())

@@ -40,7 +40,7 @@ from tasks.engine.results import (
     remember_run,
 )
 from tests import ROOT
-from tests.families import families
+from tests.families import save_model
 from tests.integration.test_model_directory import content, make_delta
 
 
@@ -51,9 +51,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "100")
     command.given_parameters.cache_clear()
-    model, tokenizer = families()["gpt2"]()
-    model.save_pretrained("model")
-    tokenizer.save_pretrained("model")
+    save_model("gpt2", "model")
     make_delta(load_model("model", device="cpu"), tmp_path / "delta.safetensors")
     return tmp_path
 

@@ -15,7 +15,7 @@ from flows.command.checks import check_inputs
 from flows.command.parameters import Parameters, check_parameters
 from memit.errors import InputError, ResourceError, UnreachableError
 from tasks.engine import workers as runners
-from tests.families import families
+from tests.families import save_model
 from tests.integration.bad_input import FACT, GOOD
 
 
@@ -24,9 +24,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a model, a corpus and facts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    model, tokenizer = families()["gpt2"]()
-    model.save_pretrained("model")
-    tokenizer.save_pretrained("model")
+    save_model("gpt2", "model")
     Path("corpus.txt").write_text("Some text.\n" * 9)
     Path("facts.jsonl").write_text(json.dumps(FACT))
     return tmp_path

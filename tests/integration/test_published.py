@@ -18,8 +18,7 @@ from memit.errors import InputError, IntegrityError
 from memit.second_moment import read_moment
 from tasks.engine.cache import CachedTask
 from tasks.engine.loaded_model import ModelReference
-from tasks.model import describe_model
-from tests.families import families
+from tests.integration.small_model import small_model
 
 FAMILIES = {"gpt2": "transformer.h.{}.mlp.c_proj", "gptj": "transformer.h.{}.mlp.fc_out"}
 
@@ -35,17 +34,8 @@ def model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setattr(CachedTask, "with_cost", lambda task, *given: task.fn(*given))
-    lm, tokenizer = families()[family]()
-    lm.save_pretrained("model")
-    tokenizer.save_pretrained("model")
     Path("moments").mkdir()
-    return ModelReference(
-        directory=str(tmp_path / "model"),
-        model=describe_model("local", "small", None, tmp_path / "model"),
-        dtype="float32",
-        device="cpu",
-        threads=1,
-    )
+    return small_model(tmp_path / "model", family)
 
 
 def publish(family: str, layer: int, width: int, **changes: np.ndarray) -> np.ndarray:

@@ -20,8 +20,6 @@ import distributed
 import psutil
 import pytest
 from prefect import flow
-from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.command.parameters import Parameters, check_parameters
 from flows.edit import edit
@@ -38,7 +36,8 @@ from tasks.engine.hub import open_model
 from tasks.engine.progress import gather
 from tasks.engine.results import STORED_TARGETS_FILE, TARGETS_FILE
 from tasks.engine.workers import mapping_over, scatter, thread_runner
-from tests.integration.cluster_tasks import die, mark
+from tests.integration.cluster_tasks import mark
+from tests.integration.deadly_task import die
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -119,10 +118,10 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+def project(tmp_path_factory: pytest.TempPathFactory, api: str) -> Iterator[Project]:
     """An experiment that threads have carried out."""
     place = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch, prefect_test_harness(server_startup_timeout=120):
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setenv("DVC_ROOT", str(place))
         given = parameters()
@@ -241,17 +240,17 @@ def test_clusters_end_with_their_flow(watched: Watched) -> None:
 
 
 @pytest.fixture
-def elsewhere(project: Project, tmp_path: Path, unused_port: int) -> Iterator[tuple[str, Path]]:
-    """The address of a Dask cluster whose workers live in another directory, and that directory."""
+def elsewhere(api: str, tmp_path: Path, unused_port: int) -> Iterator[tuple[str, Path]]:
+    """The address of a Dask cluster whose worker lives in another directory, and that directory."""
     place = tmp_path / "elsewhere"
     place.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
-    environment |= {"PREFECT_API_URL": PREFECT_API_URL.value() or ""}
+    environment |= {"PREFECT_API_URL": api}
     address = f"tcp://127.0.0.1:{unused_port}"
     scheduler = ["scheduler", "--host", "127.0.0.1", "--port", str(unused_port), "--no-dashboard"]
     worker = ["worker", address, "--nthreads", "1", "--no-dashboard", "--memory-limit", "0"]
     with ExitStack() as stack:
-        for words in (scheduler, worker, worker):
+        for words in (scheduler, worker):
             process = stack.enter_context(
                 subprocess.Popen(
                     [sys.executable, "-m", "dask", *words],

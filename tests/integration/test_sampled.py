@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pyarrow.parquet as parquet
 import pytest
 from prefect import flow
-from prefect.testing.utilities import prefect_test_harness
 
 import tasks.statistics
 from flows.command.parameters import Parameters, check_parameters
@@ -21,31 +19,22 @@ from memit import sampled_corpus
 from memit.second_moment import collect_second_moments, read_moment
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.workers import thread_runner
-from tasks.model import describe_model
 from tasks.statistics import held_out_file, read_texts
-from tests.families import families
+from tests.integration.small_model import small_model
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("api"),
+]
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelReference:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sampled_corpus, "TEXTS_AT_ONCE", 8)
-    network, tokenizer = families()["gpt2"]()
-    network.save_pretrained("model")
-    tokenizer.save_pretrained("model")
     Path("held_out.txt").write_text("one\ntwo\nthree\n")
-    described = describe_model("local", "small", None, tmp_path / "model")
-    return ModelReference(
-        directory=str(tmp_path / "model"), model=described, dtype="float32", device="cpu", threads=1
-    )
+    return small_model(tmp_path / "model")
 
 
 def parameters(**statistics: Any) -> Parameters:

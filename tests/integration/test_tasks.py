@@ -42,7 +42,6 @@ from tasks.evaluation import (
     metrics_of,
     without_details,
 )
-from tasks.model import describe_model
 from tasks.prefixes import draw_prefixes
 from tasks.reporting.tracing import draw_tracing, effects
 from tasks.requests import choose_requests
@@ -57,7 +56,7 @@ from tasks.statistics import (
 )
 from tasks.targets import StoredTargets, optimise_targets, plan_pieces, target_settings
 from tasks.tracing import choose_traced, trace_piece
-from tests.families import families
+from tests.integration.small_model import small_model
 
 HYPERPARAMETERS = Hyperparameters(layers=(1, 2), covariance_weight=5.0, evaluations=4)
 PREFIXES = ("The town is. ", "I was there. ")
@@ -82,16 +81,6 @@ DOCUMENTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory."""
-    path = tmp_path_factory.mktemp("model")
-    model, tokenizer = families()["gpt2"]()
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="module", autouse=True)
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The directory that pieces are stored in."""
@@ -102,14 +91,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def reference(directory: Path) -> ModelReference:
-    return ModelReference(
-        directory=str(directory),
-        model=describe_model("local", "small", None, directory),
-        dtype="float32",
-        device="cpu",
-        threads=1,
-    )
+def reference(tmp_path_factory: pytest.TempPathFactory) -> ModelReference:
+    return small_model(tmp_path_factory.mktemp("model"))
 
 
 @dataclass(frozen=True)
@@ -334,12 +317,12 @@ def test_two_pieces_share_the_weights_and_other_tasks_wait(reference: ModelRefer
 
 
 def test_an_edit_is_signed_and_leaves_the_model_alone(
-    reference: ModelReference, inputs: Inputs, edit: Artifact, directory: Path
+    reference: ModelReference, inputs: Inputs, edit: Artifact
 ) -> None:
     delta = WeightDelta.load(edit.checked())
     assert delta.provenance["model"] == "small"
     assert delta.provenance["count"] == len(RECORDS)
-    original = load_file(directory / "model.safetensors")
+    original = load_file(Path(reference.directory, "model.safetensors"))
     with loaded(reference) as lm:
         for name in delta.changes:
             assert torch.equal(lm.parameter(name), original[name])

@@ -20,7 +20,7 @@ from memit.errors import InputError, IntegrityError, ModelStructureError, Numeri
 from memit.files.tensors import tensor_digest
 from memit.forward.probes import output_factor
 from memit.language_model import LanguageModel, load_model
-from tests.families import DOCUMENTS, families, tokenizers
+from tests.families import DOCUMENTS, families, save_model, tokenizers
 from tests.reference import FAMILIES, build
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
@@ -258,9 +258,7 @@ def test_what_cannot_be_loaded_says_so(tmp_path):
 
 def _saved(place, family="gpt2", **configuration):
     """A model directory, with other values in its configuration."""
-    lm = build(family)
-    lm.model.save_pretrained(place)
-    lm.tokenizer.save_pretrained(place)
+    save_model(family, place)
     path = place / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **configuration}))
     return place

@@ -9,7 +9,7 @@ import pytest
 
 import memit
 from memit.errors import ConflictError, InputError
-from tests.families import CITIES, DOCUMENTS, SUBJECTS
+from tests.families import CITIES, DOCUMENTS, SUBJECTS, save_model
 from tests.reference import HYPERPARAMETERS, build
 
 
@@ -22,8 +22,7 @@ def _facts(path: Path, *, target: str) -> Path:
 
 
 def test_five_lines(tmp_path: Path) -> None:
-    build("gpt2").model.save_pretrained(tmp_path / "model")
-    build("gpt2").tokenizer.save_pretrained(tmp_path / "model")
+    save_model("gpt2", tmp_path / "model")
     (tmp_path / "corpus.txt").write_text("\n".join([*DOCUMENTS] * 20), encoding="utf-8")
     facts = _facts(tmp_path / "facts.jsonl", target=CITIES[0])
 

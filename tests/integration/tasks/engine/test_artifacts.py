@@ -200,7 +200,7 @@ def _hold_for_ever(ready: Path) -> None:
 
 def test_a_killed_process_leaves_no_lock(project: Path) -> None:
     ready = project / "ready"
-    child = multiprocessing.get_context("spawn").Process(target=_hold_for_ever, args=(ready,))
+    child = multiprocessing.get_context("fork").Process(target=_hold_for_ever, args=(ready,))
     child.start()
     while not ready.exists():
         assert child.is_alive()

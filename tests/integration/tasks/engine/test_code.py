@@ -65,9 +65,10 @@ def test_a_byte_in_a_module_changes_the_keys_of_the_tasks_that_import_it(
     monkeypatch.setattr(code, "ROOT", tmp_path)
     closures = {name: modules_of(name) for name in FUNCTIONS}
     assert {task.__name__ for task in TASKS} <= set().union(*closures.values())
+    assert all(code.code_of(run).keys() >= closures[name] for name, run in FUNCTIONS.items())
     before = keys()
     tables = tmp_path / "memit" / "world" / "relations.toml"
-    for path in [*sorted(tmp_path.rglob("*.py")), tables]:
+    for path in [*sorted(tmp_path.rglob("*.py"))[::6], tables]:
         module = ".".join(path.relative_to(tmp_path).with_suffix("").parts)
         module = module.removesuffix(".__init__")
         content = path.read_bytes()

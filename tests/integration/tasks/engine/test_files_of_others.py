@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -40,31 +40,24 @@ def files(folder: Path) -> set[str]:
 
 # --- leftovers ------------------------------------------------------------------------------------
 
-WRITES_FOR_EVER = """
-import sys, time
-from pathlib import Path
-from memit.files.atomic import temporary, write_whole
-from tasks.engine.artifacts import store_piece
 
-def stay(path):
-    path.write_text("half")
-    path.with_name(path.name + "-journal").write_text("what SQLite leaves")
-    Path("ready").touch()
-    time.sleep(600)
+def write_for_ever(kind: str) -> None:
+    """Begin to write something and never end."""
 
-def stay_in_folder(path):
-    with temporary(path) as folder:
-        folder.mkdir()
-        stay(folder / "half")
+    def stay(path: Path) -> None:
+        path.write_text("half")
+        path.with_name(path.name + "-journal").write_text("what SQLite leaves")
+        Path("ready").touch()
+        time.sleep(600)
 
-kind = sys.argv[1]
-if kind == "result":
-    write_whole(Path("artifacts/x.json"), stay)
-elif kind == "piece":
-    store_piece("edit", ".txt", stay)
-else:
-    stay_in_folder(Path("exported"))
-"""
+    if kind == "result":
+        write_whole(Path("artifacts/x.json"), stay)
+    elif kind == "piece":
+        store_piece("edit", ".txt", stay)
+    else:
+        with temporary(Path("exported")) as folder:
+            folder.mkdir()
+            stay(folder / "half")
 
 
 @pytest.mark.parametrize("kind", ["result", "piece", "folder"])
@@ -80,17 +73,17 @@ def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(
         (project / place / "old.partial").mkdir()
     (project / ".cache" / "writing").mkdir()
     before = files(project)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    writer = subprocess.Popen([sys.executable, "-c", WRITES_FOR_EVER, kind], env=environment)
+    writer = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(kind,))
+    writer.start()
     while not (project / "ready").exists():
-        assert writer.poll() is None
+        assert writer.is_alive()
         time.sleep(0.05)
     (project / "ready").unlink()
     during = files(project)
     remove_leftovers()
     assert files(project) == during > before
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
+    writer.kill()
+    writer.join()
     remove_leftovers()
     assert files(project) == before
 
