@@ -65,7 +65,7 @@ def report(run: Run) -> None:
     )
     log(run.parameters, experiment)
     remember_run(run.given, run.parameters.requests.origin)
-    if "DVC_STAGE" in os.environ:
+    if "DVC_EXP_NAME" in os.environ:  # `dvc exp run` shows nothing by itself
         show_results()
 
 
