@@ -29,7 +29,6 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import AliasEvent
 
 from memit.editors.settings import MendSettings, SeracSettings, mend_preset, serac_preset
 from memit.errors import InputError
@@ -542,10 +541,7 @@ def read_parameters(path: Path = Path("params.yaml")) -> Parameters:
 def _parse_yaml(text: str, path: Path) -> object:
     try:
         # YAML 1.2, as DVC reads it: 1.5e4 is a number, and a duplicate key is an error.
-        reader = YAML(typ="safe", pure=True)
-        if any(isinstance(event, AliasEvent) for event in reader.parse(text)):
-            raise InputError(f"{path} has an alias (*name): write the value out.")
-        return reader.load(text)
+        return YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
