@@ -8,6 +8,7 @@ that the last batch can be run again, or taken back by deleting its folder.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from memit.errors import InputError, IntegrityError
-from memit.files.atomic import remove, write_whole
+from memit.files.atomic import temporary, write_whole
 from memit.files.digests import file_sha256
 
 STATE = "state.json"
@@ -32,8 +33,6 @@ class State:
     layers: tuple[int, ...]
     batches: tuple[str, ...]
     """Digests of the requests of each batch, see `memit.requests.requests_digest`."""
-    before: str | None
-    """Name of the folder without the last batch."""
 
     @property
     def delta(self) -> Path:
@@ -56,22 +55,25 @@ def state_before(directory: Path, model: str, layers: Sequence[int], batch: str)
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file: name a directory in edit.history.")
-    last = _last(directory)
-    if last is None:
+    states = _states(directory)
+    if not states:
         return None
+    last = states[-1]
     if (last.model, last.layers) != (model, tuple(layers)):
         raise InputError(
             f"{directory} is the history of another model or of other layers than "
             f"{', '.join(map(str, layers))}: name a directory of its own for each in edit.history."
         )
-    if batch == last.batches[-1]:
-        return None if last.before is None else _read(directory / last.before)
-    if batch in last.batches:
-        raise InputError(
-            f"these facts are batch {last.batches.index(batch) + 1} of {len(last.batches)} in "
-            f"{directory}: name the next batch in requests.path."
-        )
-    return last
+    if batch not in last.batches:
+        return last
+    earlier = last.batches[: last.batches.index(batch)]
+    kept = {state.batches: state for state in states}
+    if earlier == last.batches[:-1] and (not earlier or earlier in kept):
+        return kept.get(earlier)
+    raise InputError(
+        f"these facts are batch {len(earlier) + 1} of {len(last.batches)} in {directory}, and what "
+        "came before them is not kept any more: name the next batch in requests.path."
+    )
 
 
 def keep_state(
@@ -88,18 +90,14 @@ def keep_state(
     Raises:
         ResourceError: the disk is full.
     """
-    last = _last(directory)
+    states = _states(directory)
+    last = states[-1] if states else None
     batches = (*(before.batches if before else ()), batch)
     files = {DELTA: delta, **{_name(layer): path for layer, path in sums.items()}}
     if last and last.batches == batches and _holds(last.folder, files):
         return
     folder = directory / f"{int(last.folder.name) + 1 if last else 1:04}"
-    described = {
-        "model": model,
-        "layers": list(sums),
-        "batches": batches,
-        "before": before and before.folder.name,
-    }
+    described = {"model": model, "layers": list(sums), "batches": batches}
 
     def write(making: Path) -> None:
         making.mkdir()
@@ -109,9 +107,10 @@ def keep_state(
         write_whole(making / STATE, lambda path: path.write_text(text, encoding="utf-8"))
 
     write_whole(folder, write)
-    for other in _folders(directory):
-        if other != folder and (before is None or other != before.folder):
-            remove(other)
+    for state in states:
+        if state != before:  # with another name first, for a kill might leave a part of it
+            with temporary(state.folder) as removed:
+                os.replace(state.folder, removed)
 
 
 def _holds(folder: Path, files: Mapping[str, Path]) -> bool:
@@ -122,20 +121,14 @@ def _name(layer: int) -> str:
     return f"layer-{layer:02}.parquet"
 
 
-def _folders(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("*") if path.name.isdigit())
-
-
-def _last(directory: Path) -> State | None:
-    folders = _folders(directory)
-    return _read(folders[-1]) if folders else None
+def _states(directory: Path) -> list[State]:
+    return [_read(path) for path in sorted(directory.glob("*")) if path.name.isdigit()]
 
 
 def _read(folder: Path) -> State:
     try:
         told = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        layers, batches = tuple(told["layers"]), tuple(told["batches"])
-        return State(folder, told["model"], layers, batches, told["before"])
+        return State(folder, told["model"], tuple(told["layers"]), tuple(told["batches"]))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise IntegrityError(
             f"{folder} is no state of a history ({error}): restore it, or delete it to go back to "

@@ -41,6 +41,13 @@ class LowRank:
         """The same change of the transposed weight."""
         return LowRank(self.right, self.left)
 
+    def compact(self) -> LowRank | Dense:
+        """The same on the CPU: the factors in float32, or Δ itself where it is smaller."""
+        (d, n), f = self.left.shape, len(self.right)
+        if n * (d + f) < d * f:
+            return LowRank(self.left.float().cpu(), self.right.float().cpu())
+        return Dense(self.dense().cpu())
+
     @staticmethod
     def concatenated(parts: Sequence[LowRank]) -> LowRank:
         """The sum of several changes: their columns side by side."""
@@ -65,12 +72,8 @@ class Dense:
 
 
 def _sum(one: LowRank | Dense, other: LowRank | Dense) -> LowRank | Dense:
-    """The sum of two changes: factors side by side where these are smaller than Δ."""
     if isinstance(one, LowRank) and isinstance(other, LowRank):
-        both = LowRank.concatenated([one, other])
-        (d, n), f = both.left.shape, len(both.right)
-        if n * (d + f) < d * f:
-            return both
+        return LowRank.concatenated([one, other]).compact()
     return Dense(one.dense() + other.dense())
 
 

@@ -30,7 +30,7 @@ from memit.ranges import Range, check_settings
 from memit.requests import EditRequest
 from memit.second_moment import cholesky
 from memit.targets import Site, compute_targets, edit_rows
-from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
+from memit.weight_delta import LowRank, WeightDelta, base_digests
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Rome(Editor):
                 "bfloat16."
             )
         done.save()
-        change = joined(done.updates)
+        change = LowRank.concatenated(done.updates).compact()
         return WeightDelta(
             {name: change.transposed() if lm.is_transposed(self.layer) else change},
             {**origin, "left_out": done.left_out},
@@ -208,15 +208,6 @@ class _Done:
         if self.path is not None and self.updates:
             changes = {"updates": LowRank.concatenated(self.updates)}
             WeightDelta(changes, {"left_out": self.left_out}).save(self.path)
-
-
-def joined(updates: Sequence[LowRank]) -> LowRank | Dense:
-    """The sum of rank-one updates: their columns side by side, or Δ itself where it is smaller."""
-    whole = LowRank.concatenated(updates)
-    (d, n), f = whole.left.shape, len(whole.right)
-    if n * (d + f) < d * f:
-        return LowRank(whole.left.float().cpu(), whole.right.float().cpu())
-    return Dense((whole.left @ whole.right.T).float().cpu())
 
 
 @contextmanager

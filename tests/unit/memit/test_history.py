@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
@@ -62,8 +63,20 @@ def test_the_last_batch_can_be_run_again_and_be_replaced(tmp_path: Path) -> None
     assert state is not None
     assert (state.batches, state.delta.read_text()) == (("a", "b"), "with other settings")
     assert state_before(directory, "m", (1, 2), "b") == replace(
-        state, folder=directory / "0001", batches=("a",), before=None
+        state, folder=directory / "0001", batches=("a",)
     )
+
+
+def test_the_last_batch_is_taken_back_by_deleting_its_folder(tmp_path: Path) -> None:
+    directory = tmp_path / "history"
+    for batch in "abc":
+        keep(directory, batch)
+    rmtree(directory / "0003")
+    state = state_before(directory, "m", (1, 2), "c")
+    assert state is not None
+    assert state.batches == ("a", "b")
+    with pytest.raises(InputError, match=r"batch 2 of 2.*not kept"):
+        state_before(directory, "m", (1, 2), "b")
 
 
 @pytest.mark.parametrize(
