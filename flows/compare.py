@@ -6,49 +6,47 @@ and `metrics.json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet as parquet
 from prefect.artifacts import create_table_artifact
 from rich.box import SIMPLE
 from rich.table import Table
 
-from flows.command.parameters import Parameters
+from flows.command.checks import compared_methods
 from flows.command.script import console, output
 from flows.evaluation import Measured, held_out_text, measure, references_of
 from flows.report import log
 from flows.requests import split_source
 from flows.service.dvc_lock import origin
 from flows.service.step import Run, chunks, step
-from flows.statistics import collect_layers
+from flows.statistics import collect_layers, corpus_source
 from flows.targets import optimise
-from memit.editors.mend import Mend
-from memit.editors.serac import Serac
 from memit.evaluation.counterfact import plus_prompts_of, prompts_of
 from memit.evaluation.entropy import word_tokenizer
+from memit.evaluation.reference import References
 from memit.evaluation.zsre import ZsreRecord, read_zsre
 from memit.requests import Record, read_counterfact
-from tasks.compare import make_methods
 from tasks.edit import Method, MethodEdit, edit_with
 from tasks.engine.artifacts import Artifact, describe
 from tasks.engine.checkpoints import forget_work
-from tasks.engine.cost import Cost, total_cost
-from tasks.engine.results import MEND_NETWORK_FILE, SERAC_MODELS_FILE, STATISTICS
-from tasks.evaluation import answer_piece, having_prompts, score_piece
+from tasks.engine.cost import total_cost
+from tasks.engine.results import STATISTICS
+from tasks.evaluation import having_prompts
+from tasks.mend import Continuations, train_mend_network
 from tasks.reporting.comparison import LEGEND, Comparison, csv_text, markdown, plain, table_rows
 from tasks.reporting.labels import label
 from tasks.reporting.published import published
 from tasks.reporting.tracking import ParentRun
 from tasks.requests import Split, choose_requests, sample_questions
-from tasks.targets import TargetsPiece, select_targets
+from tasks.serac import pinned, train_serac_models
+from tasks.statistics import collect_corpus
+from tasks.targets import select_targets
 
 COMPARISON = Path("comparison")
-LEARNT = {"mend": MEND_NETWORK_FILE, "serac": SERAC_MODELS_FILE}
-"""Methods that learn before they edit, in a step of their own, and the result of that step."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +56,18 @@ class Sample:
     file: Artifact
     records: tuple[Record, ...]
 
-    def cases(self, indices: Iterable[int]) -> list[int]:
-        """The cases of some of the records."""
-        return [self.records[index].case_id for index in indices]
-
 
 @dataclass(frozen=True)
 class Setup:
     """Everything that the methods of one comparison have in common."""
 
     run: Run
-    methods: tuple[Method, ...]
+    methods: Sequence[Method]
     split: Split
     moments: Mapping[int, Artifact]
     """Second moments of every layer that a method needs."""
+    learnt: Mapping[str, Artifact]
+    """What methods have learnt before they edit."""
     questions: Mapping[int, ZsreRecord] | None
     """zsRE's questions by case; None for records of CounterFact's kind."""
 
@@ -102,16 +98,13 @@ class SharedTargets:
 
     rows: Mapping[int, int]
     """The row of each case."""
-    pieces: Sequence[TargetsPiece]
+    pieces: Sequence[Artifact]
+    seconds: float
 
-    def of(self, sample: Sample) -> TargetsPiece:
-        """The targets of a sample, with its share of the cost."""
+    def of(self, sample: Sample) -> tuple[Artifact, float]:
+        """The targets of a sample, and its share of the seconds."""
         rows = [self.rows[record.case_id] for record in sample.records]
-        seconds = total_cost([piece.cost for piece in self.pieces]).seconds
-        return TargetsPiece(
-            targets=select_targets([piece.targets for piece in self.pieces], rows),
-            cost=Cost(seconds=seconds * len(rows) / len(self.rows)),
-        )
+        return select_targets(self.pieces, rows), self.seconds * len(rows) / len(self.rows)
 
 
 @step("compare", reads=("model", "prefixes", "statistics"))
@@ -123,12 +116,12 @@ def compare(run: Run) -> None:
     for method in setup.methods:
         count = min(setup.most(method), section.count or setup.split.count)
         sample = setup.draw(count, section.seed)
-        targets = shared_targets(setup, method, sample.records)
-        edit, measured = try_method(
+        targets = shared_targets(run, method, sample.records)
+        one = try_method(
             setup, method, sample, targets, section.generation_records, section.seed, thorough=True
         )
-        tried[method.name] = sample, edit, measured
-        console.print(f"[green]✓[/] {label(method.name):<10} {edit.cost.seconds:9.1f} s of editing")
+        tried[method.name] = one
+        console.print(f"[green]✓[/] {label(method.name):<10} {one.seconds:9.1f} s of editing")
     comparison = _compare(setup, tried)
     _write(run, comparison, tried)
     logged = {
@@ -146,39 +139,17 @@ def prepare(run: Run, folder: Path) -> Setup:
     The results will be in `folder`, and below it the second moments of layers that the step
     `statistics` left out.
     """
-    run.read(*learning_steps(run.parameters))
-    section, model = run.parameters.compare, run.model.model
-    methods = make_methods(
-        section.methods,
-        section.settings,
-        run.hyperparameters,
-        model.id,
-        model.layers,
-        section.editors,
-    )
-    methods = tuple(_with_section(method, run.parameters, model.id) for method in methods)
-    zsre = section.zsre
+    model, zsre = run.model.model, run.parameters.compare.zsre
+    methods = compared_methods(run.parameters, model.id, model.shape)
+    split = split_source(run.parameters)
     return Setup(
         run=run,
         methods=methods,
-        split=split_source(run.parameters),
+        split=split,
         moments=_moments(run, methods, folder / "statistics"),
+        learnt=_learn(run, split, folder),
         questions=None if zsre is None else {one.case_id: one for one in read_zsre(zsre)},
     )
-
-
-def learning_steps(parameters: Parameters) -> list[str]:
-    """The steps in which methods of the comparison learn."""
-    return [name for name in LEARNT if name in parameters.compare.methods]
-
-
-def _with_section(method: Method, parameters: Parameters, model: str) -> Method:
-    """A method that learns, with the settings of its section."""
-    if method.name == "mend":
-        return replace(method, editor=Mend(parameters.mend_settings(model)))
-    if method.name == "serac":
-        return replace(method, editor=Serac(parameters.serac_settings(model)))
-    return method
 
 
 def _moments(run: Run, methods: Sequence[Method], folder: Path) -> dict[int, Artifact]:
@@ -196,30 +167,83 @@ def _moments(run: Run, methods: Sequence[Method], folder: Path) -> dict[int, Art
     return found
 
 
+def _learn(run: Run, split: Split, folder: Path) -> dict[str, Artifact]:
+    """Train what compared methods need, on records that are not edited, or find what was trained on
+    these inputs; the losses of each training are left in `folder`."""
+    parameters, model = run.parameters, run.model.model.id
+    found: dict[str, Artifact] = {}
+    for name in parameters.compare.methods:
+        inputs: tuple[Any, ...]
+        if name == "mend":
+            task = train_mend_network
+            inputs = run.model, _mend_examples(run, split), parameters.mend_settings(model)
+        elif name == "serac":
+            task = train_serac_models
+            inputs = run.model, split.training, pinned(parameters.serac_settings(model))
+        else:
+            continue
+        trained = run.compute(task, *inputs)
+        forget_work(name, *inputs)
+        run.copy(trained.losses, folder / f"{name}-losses.json")
+        found[name] = trained.file
+    return found
+
+
+def _mend_examples(run: Run, split: Split) -> Artifact | Continuations:
+    parameters, section = run.parameters, run.parameters.mend
+    if section.learn_from == "records":
+        return split.training
+    held_out = parameters.statistics.held_out_documents
+    corpus = collect_corpus(corpus_source(parameters), section.texts, section.texts, held_out)
+    texts = corpus.ranges[0].texts
+    return Continuations(texts, section.texts, section.continuation_tokens, section.seed)
+
+
 # --- editing and measuring ----------------------------------------------------------------------
 
-Tried = tuple[Sample, MethodEdit, Measured]
-"""A sample, what a method made of it, and what that did."""
+
+@dataclass(frozen=True)
+class Tried:
+    """What a method made of a sample, and what that did."""
+
+    sample: Sample
+    edit: MethodEdit
+    seconds: float
+    """Of editing, with the sample's share of the targets."""
+    measured: Measured
+
+    def metrics(self, references: References) -> dict[str, float]:
+        """All metrics; edits that could not be written count as failures."""
+        cases = [self.sample.records[index].case_id for index in self.edit.dropped]
+        found = self.measured.metrics(self.sample.records, references, cases)
+        return found | {"seconds": self.seconds}
 
 
-def shared_targets(setup: Setup, method: Method, records: Sequence[Record]) -> SharedTargets | None:
+def shared_targets(run: Run, method: Method, records: Sequence[Record]) -> SharedTargets | None:
     """The targets of all records that a method's samples draw from; None if it needs none."""
     hyperparameters = method.editor.target_hyperparameters
     if hyperparameters is None:
         return None
-    requests = [record.request for record in records]
-    size = setup.run.parameters.targets.requests_per_piece
-    pieces = optimise(setup.run, chunks(requests, size), hyperparameters)
+    requests, known = [record.request for record in records], len(run.costs)
+    size = run.parameters.targets.requests_per_piece
+    pieces = optimise(run, chunks(requests, size), hyperparameters)
     rows = {record.case_id: row for row, record in enumerate(records)}
-    return SharedTargets(rows, pieces)
+    return SharedTargets(rows, pieces, total_cost(run.costs[known:]).seconds)
 
 
 def edit_sample(
-    setup: Setup, method: Method, sample: Sample, targets: SharedTargets | None, seed: int
-) -> MethodEdit:
-    """A method's edit of a sample; its cost includes the share of the targets."""
-    run, parameters, trained = setup.run, setup.run.parameters, LEARNT.get(method.name)
-    ready = targets and targets.of(sample)
+    run: Run,
+    method: Method,
+    sample: Sample,
+    targets: SharedTargets | None,
+    moments: Mapping[int, Artifact],
+    seed: int = 0,
+    **learning: Artifact | None,
+) -> tuple[MethodEdit, float]:
+    """A method's edit of a sample, and its seconds with the share of the targets'; `learning` are
+    the records that it learns from, and what it has learnt."""
+    parameters = run.parameters
+    ready, seconds = targets.of(sample) if targets else (None, 0.0)
     if ready:
         budget = run.token_budget(parameters.edit.token_budget, trained_blocks=0)
     else:  # it may train any block
@@ -231,16 +255,15 @@ def edit_sample(
         run.model,
         sample.file,
         prefixes=run.prefixes,
-        moments={layer: setup.moments[layer] for layer in method.editor.moment_layers},
-        targets=ready and ready.targets,
+        moments={layer: moments[layer] for layer in method.editor.moment_layers},
+        targets=ready,
         token_budget=budget,
         on_failure=parameters.edit.on_failure,
-        training=setup.split.training,
-        trained=trained and run.input(method.name, trained),
         seed=seed,
+        **learning,
     )
     forget_work("edit", method, run.model, sample.file, seed)
-    return made.model_copy(update={"cost": total_cost([ready.cost, made.cost])}) if ready else made
+    return made, round(seconds + run.costs[-1].seconds, 3)
 
 
 def try_method(
@@ -252,23 +275,39 @@ def try_method(
     seed: int,
     *,
     thorough: bool,
-) -> tuple[MethodEdit, Measured]:
+) -> Tried:
     """Edit, score the sample's prompts, and let the model write about `texts_of` of its records.
 
     A thorough measurement takes the perplexity, and asks the neighborhood prompts behind the
     edited fact, too (CounterFact+).
     """
-    edit = edit_sample(setup, method, sample, targets, seed)
-    asked: list[Any]
+    edit, seconds = edit_sample(
+        setup.run,
+        method,
+        sample,
+        targets,
+        setup.moments,
+        seed,
+        training=setup.split.training,
+        trained=setup.learnt.get(method.name),
+    )
+    asked: list[Any] = []
     if setup.questions is not None:
-        score, asked = answer_piece, [setup.questions[r.case_id] for r in sample.records]
+        asked += [setup.questions[record.case_id] for record in sample.records]
     else:
-        score, asked = score_piece, prompts_of(sample.records)
+        asked += prompts_of(sample.records)
         asked += plus_prompts_of(sample.records) if thorough else []
-    held_out = held_out_text(setup.run) if thorough else None
-    texts = having_prompts(sample.records, texts_of)
-    measured = measure(setup.run, edit.edit, score, asked, texts, sample.records, held_out, seed)
-    return edit, measured
+    measured = measure(
+        setup.run,
+        edit.edit,
+        asked,
+        having_prompts(sample.records, texts_of),
+        sample.records,
+        held_out_text(setup.run) if thorough else None,
+        seed,
+        questions=setup.questions is not None,
+    )
+    return Tried(sample, edit, seconds, measured)
 
 
 # --- results ------------------------------------------------------------------------------------
@@ -310,18 +349,13 @@ def show_results(comparison: Comparison) -> None:
 def _compare(setup: Setup, tried: Mapping[str, Tried]) -> Comparison:
     parameters, model = setup.run.parameters, setup.run.model.model
     references = references_of(parameters) if setup.questions is None else {}
-    methods = {
-        name: measured.metrics(sample.records, references, sample.cases(edit.dropped))
-        | {"seconds": edit.cost.seconds}
-        for name, (sample, edit, measured) in tried.items()
-    }
-    edits = {name: len(sample.records) for name, (sample, _, _) in tried.items()}
+    edits = {name: len(one.sample.records) for name, one in tried.items()}
     data_set = parameters.requests.source if setup.questions is None else "zsre"
     return Comparison(
         model=model.id,
         records=max(edits.values()),
         edits=edits,
-        methods=methods,
+        methods={name: one.metrics(references) for name, one in tried.items()},
         exact_entropy=word_tokenizer()[1],
         published=published(data_set, model.id, max(edits.values())),
         notes=tuple(_notes(setup, tried)),
@@ -330,7 +364,7 @@ def _compare(setup: Setup, tried: Mapping[str, Tried]) -> Comparison:
 
 def _notes(setup: Setup, tried: Mapping[str, Tried]) -> Iterator[str]:
     split, section = setup.split, setup.run.parameters.compare
-    sample = max((sample for sample, _, _ in tried.values()), key=lambda each: len(each.records))
+    sample = max((one.sample for one in tried.values()), key=lambda each: len(each.records))
     yield (
         f"{len(sample.records)} of {split.count} records that can be edited; {split.dropped} were "
         f"left out because they contradict others, {split.training_count} were set aside for "
@@ -345,20 +379,17 @@ def _notes(setup: Setup, tried: Mapping[str, Tried]) -> Iterator[str]:
         yield f"GE and RS are of the texts of {written} records."
     for method in setup.methods:
         yield f"{label(method.name)}: {method.editor}"
-    for name, (_, edit, _) in tried.items():
-        if edit.dropped:
-            count = len(edit.dropped)
+    for name, one in tried.items():
+        if count := len(one.edit.dropped):
             yield f"{label(name)}: {count} requests could not be written and count as failures."
 
 
 def _write(run: Run, comparison: Comparison, tried: Mapping[str, Tried]) -> None:
     for part in ("prompts", "texts"):
-        named = [
-            _with_method(name, getattr(measured, part)) for name, (_, _, measured) in tried.items()
-        ]
+        named = [_with_method(name, getattr(one.measured, part)) for name, one in tried.items()]
         table = pyarrow.concat_tables(named)
         path = COMPARISON / ("generations.parquet" if part == "texts" else "prompts.parquet")
-        run.write(path, lambda partial, table=table: parquet.write_table(table, partial))
+        run.write_table(path, table)
     for name, text in (("table.md", markdown(comparison)), ("table.csv", csv_text(comparison))):
         run.write_text(COMPARISON / name, text)
     run.write_json(COMPARISON / "metrics.json", plain(comparison))

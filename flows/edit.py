@@ -9,14 +9,7 @@ from __future__ import annotations
 from flows.service.step import Run, step
 from memit.editors.joint import editor_for
 from tasks.edit import Method, changed_weights, describe_edit, edit_with
-from tasks.engine.results import (
-    DELTA_FILE,
-    EDIT_FILE,
-    EDITED_WEIGHTS_FILE,
-    REQUESTS_FILE,
-    STATISTICS,
-    TARGETS_FILE,
-)
+from tasks.engine import results
 
 
 @step("edit", reads=("model", "requests", "prefixes", "statistics", "targets"))
@@ -29,19 +22,21 @@ def edit(run: Run) -> None:
         edit_with,
         method,
         run.model,
-        run.input("requests", REQUESTS_FILE),
+        run.input("requests", results.REQUESTS_FILE),
         prefixes=run.prefixes,
         moments={
-            layer: run.input("statistics", STATISTICS / f"layer-{layer:02}.parquet")
+            layer: run.input("statistics", results.STATISTICS / f"layer-{layer:02}.parquet")
             for layer in method.editor.moment_layers
         },
-        targets=run.input("targets", TARGETS_FILE),
+        targets=run.input("targets", results.TARGETS_FILE),
         token_budget=run.token_budget(section.token_budget, trained_blocks=0),
         on_failure=section.on_failure,
         earlier=run.earlier,
         sums=run.earlier_sums,
     )
-    run.copy(made.edit, DELTA_FILE)
-    run.copy(changed_weights(run.model, made.edit), EDITED_WEIGHTS_FILE)
+    run.copy(made.edit, results.DELTA_FILE)
+    run.copy(changed_weights(run.model, made.edit), results.EDITED_WEIGHTS_FILE)
     note = run.parameters.settings_note(run.model.model.id, run.model.model.shape)
-    run.write_json(EDIT_FILE, describe_edit(made, TARGETS_FILE, REQUESTS_FILE, note))
+    run.write_json(
+        results.EDIT_FILE, describe_edit(made, results.TARGETS_FILE, results.REQUESTS_FILE, note)
+    )

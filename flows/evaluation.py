@@ -8,20 +8,17 @@ Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evalua
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow
-import pyarrow.csv
-import pyarrow.parquet
-from prefect import Task
 
 from flows.command.parameters import Parameters
 from flows.requests import records_source
 from flows.service.step import Run, chunks, steady_chunks, step
-from flows.statistics import corpus_of
+from flows.statistics import corpus_inputs
 from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
 from memit.evaluation.free_generation import free_record_means
 from memit.evaluation.generations import ANSWERS, SCHEMA
@@ -29,47 +26,37 @@ from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.evaluation.own_metrics import own_metrics
 from memit.evaluation.reference import References, read_snippets
 from memit.requests import Record
+from tasks.engine import results
 from tasks.engine.artifacts import Artifact
-from tasks.engine.results import (
-    ANSWERS_FILE,
-    DELTA_FILE,
-    DETAILS_FILE,
-    EDIT_FILE,
-    FACTS_FILE,
-    GENERATED_FILE,
-    GENERATIONS_FILE,
-    HELD_OUT_FILE,
-    KEPT_FILE,
-    METRICS_FILE,
-    PROMPTS_FILE,
-    STATISTICS_FILE,
-)
+from tasks.engine.tables import read_tables
 from tasks.evaluation import (
     RECORDS_PER_PIECE,
+    Measure,
     OwnMetric,
-    TablePiece,
-    answer_in_full,
-    answer_records,
     collect_references,
     compare_kept,
     described_edit,
     examples,
     having_prompts,
-    measure_drift,
-    measure_own,
-    measure_perplexity,
+    measure_piece,
+    measure_text,
     metrics_of,
     read_references,
-    read_table,
-    score_piece,
     without_details,
-    write_piece,
 )
 from tasks.reporting.formats import OWN
 from tasks.reporting.labels import DECIMALS
+from tasks.statistics import collect_corpus
 
 EXAMPLES = 5
 """Facts whose answers are shown as text."""
+SCHEMAS = {"texts": SCHEMA, "kept": KEPT_SCHEMA, "answers": ANSWERS}
+"""Columns of tables that may have no rows."""
+COUNTS: dict[str, Callable[[Sequence[Record]], int]] = {
+    "texts": lambda records: sum(len(record.generation_prompts) for record in records),
+    "kept": lambda records: sum(len(record.kept_prompts) for record in records),
+}
+"""What the progress bar counts, other than items."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +75,8 @@ class Measured:
     """None where there is no held-out text."""
     drift: float | None
     """KL from the unedited model; None where there is no held-out text."""
-    own: Mapping[str, Mapping[int, float]]
-    """Metrics of the user's own file, of each case."""
+    own: Mapping[str, pyarrow.Table]
+    """Metrics of the user's own file: cases and values."""
 
     def metrics(
         self, records: Sequence[Record], references: References, failed: Collection[int] = ()
@@ -98,8 +85,9 @@ class Measured:
         whose edits could not be written."""
         cases = sorted(record.case_id for record in records)
         more = free_record_means(self.said, records) if self.said else {}
-        for name, found in self.own.items():
-            more[OWN + name] = np.array([found.get(case, np.nan) for case in cases])
+        for name, table in self.own.items():
+            found = dict(zip(table["case_id"].to_pylist(), table["value"].to_numpy(), strict=True))
+            more[OWN + name] = np.array([found[case] for case in cases])
         tables = self.prompts, self.texts, self.kept
         metrics = metrics_of(*tables, records, references, failed, more)
         of_text = {"perplexity": self.perplexity, "drift": self.drift}
@@ -115,19 +103,18 @@ def evaluation(run: Run) -> None:
         measure(
             run,
             edit,
-            score_piece,
             prompts_of(records),
             having_prompts(records, section.generation_records),
             records,
             held_out_text(run),
             section.seed,
         )
-        for edit in (None, run.input("edit", DELTA_FILE))
+        for edit in (None, run.input("edit", results.DELTA_FILE))
     )
     references = references_of(run.parameters) if len(before.texts) else {}
     _write_tables(run, before, after)
     _write_answers(run)
-    edit = json.loads(EDIT_FILE.read_text(encoding="utf-8"))
+    edit = json.loads(results.EDIT_FILE.read_text(encoding="utf-8"))
     failed = [one["case_id"] for one in edit["dropped"]]
     metrics, details = without_details(
         {
@@ -140,8 +127,8 @@ def evaluation(run: Run) -> None:
         metrics["survival"] = {bits: _survived(run, bits, failed) for bits in section.survival}
     if notes := run.given["requests"].notes:
         metrics["requests"] = notes
-    run.write_json(METRICS_FILE, metrics)
-    run.write_json(DETAILS_FILE, details)
+    run.write_json(results.METRICS_FILE, metrics)
+    run.write_json(results.DETAILS_FILE, details)
 
 
 def references_of(parameters: Parameters) -> References:
@@ -153,124 +140,112 @@ def references_of(parameters: Parameters) -> References:
         return read_snippets(snippets)
     if parameters.statistics.source in ("published", "sampled"):
         return {}
-    return read_references(collect_references(*records_source(parameters), corpus_of(parameters)))
+    corpus = collect_corpus(*corpus_inputs(parameters))
+    return read_references(collect_references(*records_source(parameters), corpus))
 
 
 def held_out_text(run: Run) -> Artifact | None:
     """The documents that the step `statistics` has set aside for the perplexity."""
-    described = json.loads(STATISTICS_FILE.read_text(encoding="utf-8"))
-    return run.input("statistics", HELD_OUT_FILE) if described["held_out_documents"] else None
+    described = json.loads(results.STATISTICS_FILE.read_text(encoding="utf-8"))
+    return (
+        run.input("statistics", results.HELD_OUT_FILE) if described["held_out_documents"] else None
+    )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured: the unedited one, or one with an edit in its weights."""
+
+    run: Run
+    edit: Artifact | None
+    served_in: str | None
+    """What the weights are rounded to after the edit; None leaves them."""
+
+    def table(
+        self, measure: Measure, pieces: Sequence[Sequence[Any]], **more: Any
+    ) -> pyarrow.Table:
+        """What `measure` finds in the pieces, in order."""
+        name = "records" if isinstance(measure, OwnMetric) else measure
+        if measure != "kept":
+            more["measure"] = measure
+        task = compare_kept if measure == "kept" else measure_piece
+        found = self.run.map(name, task, pieces, COUNTS.get(name, len), **self._model(), **more)
+        return read_tables(found, SCHEMAS.get(name))
+
+    def text(self, measure: Literal["perplexity", "drift"], held_out: Artifact) -> float | None:
+        """A measure of held-out text; None where it has nothing to predict."""
+        return self.run.compute(measure_text, held_out, measure, **self._model())
+
+    def _model(self) -> dict[str, Any]:
+        budget = self.run.parameters.evaluation.token_budget
+        return {
+            "model": self.run.model.model_copy(update={"served_in": self.served_in}),
+            "edit": self.edit,
+            "token_budget": self.run.token_budget(budget),
+        }
 
 
 def measure(
     run: Run,
     edit: Artifact | None,
-    score: Task[..., TablePiece],
     asked: Sequence[Any],
     described: Sequence[Record],
     records: Sequence[Record],
     held_out: Artifact | None,
     seed: int,
     *,
+    questions: bool = False,
     served_in: str | None = None,
 ) -> Measured:
-    """Let `score` judge what the model, with the edit in it, is `asked`; let the model write about
-    the records that are to be `described`; compare its answers to the kept prompts of all
-    `records`, and its free answers, with the unedited model's; take its perplexity and its drift on
-    the held-out text. Weights are rounded to `served_in`, by default to `evaluation.dtype`."""
+    """Score the prompts, or zsRE's `questions`, that the model, with the edit in it, is `asked`;
+    let it write about the records that are to be `described`; compare its answers to the kept
+    prompts of all `records`, and its free answers, with the unedited model's; take its perplexity
+    and its drift on the held-out text. Weights are rounded to `served_in`, by default to
+    `evaluation.dtype`."""
     section = run.parameters.evaluation
-    shared: dict[str, Any] = {
-        "model": run.model.model_copy(update={"served_in": served_in or section.dtype}),
-        "edit": edit,
-        "token_budget": run.token_budget(section.token_budget),
-    }
-    scored = run.map("prompts", score, steady_chunks(asked, section.prompts_per_piece), **shared)
-    texts = run.map(
-        "texts",
-        write_piece,
-        chunks(described, RECORDS_PER_PIECE),
-        lambda piece: sum(len(record.generation_prompts) for record in piece),
-        seed=seed,
-        **shared,
-    )
-    kept = run.map(
-        "kept prompts",
-        compare_kept,
-        chunks([record for record in records if record.kept_prompts], RECORDS_PER_PIECE),
-        lambda piece: sum(len(record.kept_prompts) for record in piece),
-        **shared,
-    )
-    perplexity = moved = None
-    if held_out is not None:
-        perplexity = run.compute(measure_perplexity, held_out, **shared).perplexity
-        moved = 0.0 if edit is None else _drift(run, held_out, edit)
+    subject = Subject(run, edit, served_in or section.dtype)
+    unedited, exact = replace(subject, edit=None), replace(subject, served_in=None)
+    answered = _pieces(records[: section.free_generation])
+    own = own_metrics(section.metrics) if section.metrics and records else ()
     return Measured(
-        prompts=read_table(scored),
-        texts=read_table(texts, SCHEMA),
-        kept=read_table(kept, KEPT_SCHEMA),
-        said=_said(run, records[: section.free_generation], **shared),
-        perplexity=perplexity,
-        drift=moved,
-        own=_own(run, records, **shared),
+        prompts=subject.table(
+            "questions" if questions else "prompts",
+            steady_chunks(asked, section.prompts_per_piece),
+        ),
+        texts=subject.table("texts", _pieces(described), seed=seed),
+        kept=subject.table("kept", _pieces([r for r in records if r.kept_prompts])),
+        said=before_and_after(
+            unedited.table("answers", answered), subject.table("answers", answered)
+        ),
+        perplexity=held_out and subject.text("perplexity", held_out),
+        # Rounding would move the model by itself.
+        drift=held_out and (exact.text("drift", held_out) if edit else 0.0),
+        own={
+            name: subject.table(OwnMetric(str(section.metrics), name), _pieces(records))
+            for name in own
+        },
     )
 
 
-def _own(run: Run, records: Sequence[Record], **shared: Any) -> dict[str, dict[int, float]]:
-    """The metrics of the file in `evaluation.metrics`, of each case that has them."""
-    path = run.parameters.evaluation.metrics
-    found: dict[str, dict[int, float]] = {}
-    if path is None or not records:
-        return found
-    for name in own_metrics(path):
-        pieces = chunks(records, RECORDS_PER_PIECE)
-        values = run.map("records", measure_own, pieces, metric=OwnMetric(path, name), **shared)
-        numbers = [value for piece in values for value in piece.values]
-        pairs = zip(records, numbers, strict=True)
-        found[name] = {record.case_id: v for record, v in pairs if v is not None}
-    return found
-
-
-def _drift(run: Run, held_out: Artifact, edit: Artifact) -> float | None:
-    """Of weights that are not rounded, which would move the model by itself."""
-    budget = run.token_budget(run.parameters.evaluation.token_budget)
-    return run.compute(measure_drift, held_out, run.model, edit, budget).drift
-
-
-def _said(
-    run: Run, records: Sequence[Record], edit: Artifact | None, **shared: Any
-) -> pyarrow.Table:
-    """Free answers of the unedited model, which come from the cache after the first time, and of
-    the edited one."""
-    before, after = (
-        read_table(
-            run.map("records", answer_in_full, pieces, edit=each, **shared) if pieces else (),
-            ANSWERS,
-        )
-        for pieces in (chunks(records, RECORDS_PER_PIECE),)
-        for each in (None, edit)
-    )
-    return before_and_after(before, after)
+def _pieces(records: Sequence[Record]) -> list[Sequence[Record]]:
+    return chunks(records, RECORDS_PER_PIECE)
 
 
 def _survived(run: Run, bits: str, failed: Collection[int]) -> dict[str, float]:
     """Metrics of prompts and perplexity after the edited weights were rounded."""
-    edit, prompts = run.input("edit", DELTA_FILE), prompts_of(run.records)
-    rounded = measure(
-        run, edit, score_piece, prompts, (), (), held_out_text(run), 0, served_in=bits
-    )
+    edit, prompts = run.input("edit", results.DELTA_FILE), prompts_of(run.records)
+    rounded = measure(run, edit, prompts, (), (), held_out_text(run), 0, served_in=bits)
     return replace(rounded, drift=None).metrics(run.records, {}, failed)
 
 
 def _write_answers(run: Run) -> None:
     """Let both models say, in their own words, what becomes of some facts."""
-    section, shown = run.parameters.evaluation, examples(run.records, EXAMPLES)
-    model = run.model.model_copy(update={"served_in": section.dtype})
+    shown, dtype = [examples(run.records, EXAMPLES)], run.parameters.evaluation.dtype
     before, after = (
-        run.compute(answer_records, shown, model, edit, run.token_budget(section.token_budget))
-        for edit in (None, run.input("edit", DELTA_FILE))
+        Subject(run, edit, dtype).table("examples", shown)
+        for edit in (None, run.input("edit", results.DELTA_FILE))
     )
-    answers = before_and_after(read_table([before]), read_table([after]))
-    run.write(ANSWERS_FILE, lambda path: pyarrow.csv.write_csv(answers, path))
+    run.write_csv(results.ANSWERS_FILE, before_and_after(before, after))
 
 
 def _write_tables(run: Run, before: Measured, after: Measured) -> None:
@@ -278,8 +253,8 @@ def _write_tables(run: Run, before: Measured, after: Measured) -> None:
     origins = {record.case_id: record.origin.given for record in run.records}
     facts = facts_table(before.prompts, after.prompts, after.kept.to_pylist(), origins)
     texts = before_and_after(before.texts, after.texts)
-    run.write(PROMPTS_FILE, lambda path: pyarrow.parquet.write_table(prompts, path))
-    run.write(FACTS_FILE, lambda path: pyarrow.csv.write_csv(facts, path))
-    run.write(KEPT_FILE, lambda path: pyarrow.csv.write_csv(after.kept, path))
-    run.write(GENERATED_FILE, lambda path: pyarrow.csv.write_csv(after.said, path))
-    run.write(GENERATIONS_FILE, lambda path: pyarrow.parquet.write_table(texts, path))
+    run.write_table(results.PROMPTS_FILE, prompts)
+    run.write_table(results.GENERATIONS_FILE, texts)
+    run.write_csv(results.FACTS_FILE, facts)
+    run.write_csv(results.KEPT_FILE, after.kept)
+    run.write_csv(results.GENERATED_FILE, after.said)

@@ -5,14 +5,12 @@ Results: `artifacts/model/model.json` and, of a model made here, its weights and
 
 from __future__ import annotations
 
-from flows.command.parameters import ModelSection
 from flows.service.step import Run, step
 from tasks.engine.artifacts import describe
 from tasks.engine.checkpoints import forget_work
-from tasks.engine.hub import fetch_model, locate_model, resolve_commit
 from tasks.engine.loaded_model import ModelFiles, ModelReference
 from tasks.engine.results import MODEL_FILE, WEIGHTS, WORLD
-from tasks.model import check_weights, describe_model, measure_recall, train_small_model
+from tasks.model import describe_model, find_model, measure_recall, train_small_model
 
 RECALL_TOKEN_BUDGET = 4_096
 """Tokens in a batch while a model trained here is asked for its facts."""
@@ -24,7 +22,8 @@ def model(run: Run) -> None:
     for folder in (WEIGHTS, WORLD):  # DVC expects them
         folder.mkdir(parents=True, exist_ok=True)
     section = run.parameters.model
-    described = _train(run) if section.source == "synthetic" else _describe(section)
+    is_made = section.source == "synthetic"
+    described = _train(run) if is_made else find_model(**section.identity(), fetched=True)[0]
     run.write_json(MODEL_FILE, described.model_dump())
 
 
@@ -52,14 +51,4 @@ def _train(run: Run) -> ModelFiles:
     )
     records = describe(WORLD / "records.json")
     recall = run.compute(measure_recall, reference, records, RECALL_TOKEN_BUDGET)
-    return described.model_copy(update={"recall": recall.percent})
-
-
-def _describe(section: ModelSection) -> ModelFiles:
-    if section.source == "hub":
-        name = str(section.id)
-        commit = resolve_commit(name, str(section.revision))
-        return describe_model("hub", name, commit, fetch_model(name, commit))
-    place, name, version = locate_model(section.source, section.path, section.package)
-    check_weights(place)
-    return describe_model(section.source, name, version, place)
+    return described.model_copy(update={"recall": recall})

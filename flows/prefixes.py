@@ -14,4 +14,4 @@ from tasks.prefixes import draw_prefixes
 def prefixes(run: Run) -> None:
     """Sample the prefixes, or find those that were sampled with this model and seed."""
     sampled = run.compute(draw_prefixes, run.model, run.parameters.prefixes.seed)
-    run.write_json(PREFIXES_FILE, {"prefixes": list(sampled.prefixes)})
+    run.write_json(PREFIXES_FILE, {"prefixes": sampled})

@@ -5,20 +5,42 @@ Results: `report/` and `timings.json`. Of `report/`, `index.html` is the page to
 
 from __future__ import annotations
 
+import csv
+import os
 import platform
+import shlex
+import shutil
 
 from prefect.artifacts import create_link_artifact
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
 
 from flows.command.limits import beyond_limits
 from flows.command.parameters import Parameters
-from flows.command.script import console
+from flows.command.script import console, output
 from flows.service.dvc_lock import origin
 from flows.service.step import Run, step
 from memit.errors import UnreachableError
+from memit.redaction import one_line
 from tasks.engine.code import library_versions
-from tasks.engine.results import PAGE_FILE, STEPS, read_timings, remember_run
-from tasks.report import write_report
+from tasks.engine.results import (
+    ANSWERS_FILE,
+    EDIT_FILE,
+    METRICS_FILE,
+    PAGE_FILE,
+    STEPS,
+    read_timings,
+    remember_run,
+)
+from tasks.report import read_facts, rows, write_report
+from tasks.reporting.formats import STRICT_LEGEND, read_json
+from tasks.reporting.labels import editor_label
 from tasks.reporting.tracking import Experiment, ParentRun, code_commit, log_run, tracking_uri
+from tasks.reporting.verdict import DAMAGE, verdict
+
+KINDS = {"rewrite": "edited", "paraphrase": "in other words", "neighborhood": "stays"}
+"""Names of the kinds of prompts."""
 
 
 @step("report", reads=STEPS[:-1])
@@ -43,6 +65,8 @@ def report(run: Run) -> None:
     )
     log(run.parameters, experiment)
     remember_run(run.given, run.parameters.requests.origin)
+    if "DVC_EXP_NAME" in os.environ:  # `dvc exp run` shows nothing by itself
+        show_results()
 
 
 def log(parameters: Parameters, run: Experiment | ParentRun) -> None:
@@ -51,3 +75,61 @@ def log(parameters: Parameters, run: Experiment | ParentRun) -> None:
         log_run(run, tracking_uri(parameters.report.tracking_uri))
     except UnreachableError as error:
         console.print(f"[yellow]warning:[/] {error}")
+
+
+def show_results(seconds: float | None = None) -> None:
+    """Print the table of results, how long the run took, and where to look next."""
+    metrics, edit = read_json(METRICS_FILE), read_json(EDIT_FILE)
+    layers = ", ".join(map(str, edit["layers"]))
+    table = Table(
+        title=f"{edit['count']} edits by {editor_label(edit)} in layers {layers}",
+        title_justify="left",
+        caption=f"{metrics['after']['records']} records"
+        + (f", {seconds:.0f} s" if seconds else ""),
+        caption_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("", "before", "after", "strict\nbefore", "strict\nafter"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_column("")
+    for row in rows(metrics):
+        table.add_row(*row.values())
+    output.print()
+    output.print(table)
+    output.print(STRICT_LEGEND, style="dim")
+    output.print(answers_table())
+    output.print()
+    for sentence in verdict(read_facts(), edit, metrics):
+        style = "bold red" if sentence.startswith(DAMAGE) else ""
+        output.print(Text(f"• {one_line(sentence)}", style=style))
+    with open(ANSWERS_FILE, encoding="utf-8", newline="") as file:
+        prompt = next(csv.DictReader(file))["prompt"]
+    console.print("\nWhere to look next:")
+    for meaning, command in (
+        ("what became of each fact", f"{PAGE_FILE} in a browser"),
+        ("all experiments", _command("ui")),
+        ("how both models go on", _command("ask", prompt)),
+    ):
+        console.print(Text.assemble(f"  {meaning:<25}", (command, "bold")), soft_wrap=True)
+
+
+def _command(name: str, prompt: str = "") -> str:
+    """How a command is typed in this shell: `memit` itself is there in an active environment."""
+    if shutil.which("memit"):
+        return f"memit {name} {shlex.quote(prompt)}" if prompt else f"memit {name}"
+    in_make = shlex.quote(prompt.replace("$", "$$"))
+    return f"make {name} PROMPT={in_make}" if prompt else f"make {name}"
+
+
+def answers_table() -> Table:
+    """What both models say to prompts of some facts."""
+    table = Table(title="What the model says", title_justify="left")
+    for name in ("", "prompt", "before", "after"):
+        table.add_column(name, overflow="fold")
+    for row in csv.DictReader(ANSWERS_FILE.read_text(encoding="utf-8").splitlines(True)):
+        if row["kind"] == "rewrite" and table.row_count:
+            table.add_section()
+        answers = (row[f"answer_{state}"].strip() for state in ("before", "after"))
+        table.add_row(KINDS[row["kind"]], *map(Text, map(one_line, (row["prompt"], *answers))))
+    return table

@@ -53,35 +53,26 @@ def _draw(setup: Setup) -> list[tuple[int, Sample]]:
     return [
         (seed, setup.draw(count, seed))
         for count in sorted(size for size in sizes if size <= available)
-        for seed in range(section.seed, section.seed + _samples(setup, count))
+        for seed in range(section.seed, section.seed + section.repeated(count, available))
     ]
-
-
-def _samples(setup: Setup, count: int) -> int:
-    """How many samples of a size are drawn: all records only once, few edits more often."""
-    section = setup.run.parameters.scaling
-    if count == setup.split.count:
-        return 1
-    return max(section.samples, -(-section.least_records // count))
 
 
 def _points(setup: Setup, samples: list[tuple[int, Sample]]) -> Iterator[Point]:
     section, records = setup.run.parameters.scaling, _union(samples)
-    targets = {method.name: shared_targets(setup, method, records) for method in setup.methods}
+    targets = {method.name: shared_targets(setup.run, method, records) for method in setup.methods}
     for seed, sample in samples:
         for method in setup.methods:
             if len(sample.records) > setup.most(method):
                 continue
             ready = targets[method.name]
-            edit, measured = try_method(
+            tried = try_method(
                 setup, method, sample, ready, section.generation_records, seed, thorough=False
             )
-            metrics = measured.metrics(sample.records, {}, sample.cases(edit.dropped))
-            metrics |= {"seconds": edit.cost.seconds, "dropped": len(edit.dropped)}
+            metrics = tried.metrics({}) | {"dropped": len(tried.edit.dropped)}
             yield Point(method.name, len(sample.records), seed, metrics)
             console.print(
                 f"[green]✓[/] {len(sample.records):>6} edits  {label(method.name):<10} "
-                f"S {metrics.get('score', float('nan')):5.1f}  {edit.cost.seconds:9.1f} s"
+                f"S {metrics.get('score', float('nan')):5.1f}  {tried.seconds:9.1f} s"
             )
 
 

@@ -83,8 +83,7 @@ def collect_layers(run: Run, layers: Sequence[int]) -> Collected:
     if section.source == "sampled":
         corpus = _sample(run)
     else:
-        corpus = corpus_of(run.parameters)
-        run.costs.append(corpus.cost)
+        corpus = run.compute(collect_corpus, *corpus_inputs(run.parameters))
     counts = {part.texts.sha256: part.count for part in corpus.ranges}
     shards: list[Shard] = run.map(
         "documents",
@@ -153,15 +152,11 @@ def _import_layers(run: Run, directory: Path, layers: Sequence[int]) -> Collecte
     )
 
 
-def corpus_of(parameters: Parameters) -> Corpus:
-    """The documents that the section `statistics` names, written down once."""
+def corpus_inputs(parameters: Parameters) -> tuple[CorpusSource, int | None, int, int]:
+    """What `collect_corpus` needs for the documents that the section `statistics` names."""
     section = parameters.statistics
-    return collect_corpus(
-        corpus_source(parameters),
-        section.documents,
-        section.documents_per_shard,
-        section.held_out_documents,
-    )
+    counts = section.documents, section.documents_per_shard, section.held_out_documents
+    return corpus_source(parameters), *counts
 
 
 def corpus_source(parameters: Parameters) -> CorpusSource:

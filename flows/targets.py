@@ -17,7 +17,6 @@ from tasks.engine.checkpoints import forget_work, work_directory
 from tasks.engine.results import STORED_TARGETS_FILE, TARGETS_FILE, read_timings
 from tasks.targets import (
     StoredTargets,
-    TargetsPiece,
     optimise_targets,
     plan_pieces,
     target_settings,
@@ -38,7 +37,7 @@ def targets(run: Run) -> None:
     size = run.parameters.targets.requests_per_piece
     plan = plan_pieces(stored.missing(requests), size, folder / "plan.json")
     pieces = optimise(run, plan, run.hyperparameters, earlier) if plan else []
-    stored = stored.with_pieces(plan, [piece.targets for piece in pieces])
+    stored = stored.with_pieces(plan, pieces)
     # No result of the step, whose results must not tell which facts were withdrawn.
     write_file(STORED_TARGETS_FILE, stored.save)
     run.write(TARGETS_FILE, stored.of(requests).save)
@@ -50,7 +49,7 @@ def optimise(
     pieces: Sequence[Sequence[EditRequest]],
     hyperparameters: Hyperparameters,
     earlier: Artifact | None = None,
-) -> list[TargetsPiece]:
+) -> list[Artifact]:
     """The targets of each piece, in the model with `earlier` edits if there are any."""
     section = run.parameters.targets
     blocks = hyperparameters.trained_blocks(run.model.model.layers)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
-import pyarrow.parquet as parquet
 
 from flows.command.script import console
 from flows.requests import records_source
 from flows.service.step import Run, chunks, step
 from memit.requests import Record, read_counterfact
+from tasks.engine.tables import read_tables
 from tasks.reporting.tracing import draw_tracing, effects
 from tasks.tracing import choose_traced, trace_piece
 
@@ -37,7 +37,7 @@ def tracing(run: Run) -> None:
         more = _trace(run, records[: section.mapped], chosen.deviation, mapped=True)
         table = pyarrow.concat_tables([table, more])
     found = effects(table)
-    run.write(TRACING / "traces.parquet", lambda path: parquet.write_table(table, path))
+    run.write_table(TRACING / "traces.parquet", table)
     run.write_json(TRACING / "effects.json", found)
     run.write(TRACING / "tracing.png", lambda path: draw_tracing(table, path))
     console.print(
@@ -60,5 +60,4 @@ def _trace(run: Run, records: Sequence[Record], deviation: float, mapped: bool) 
         token_budget=run.token_budget(budget, trained_blocks=run.model.model.layers),
         mapped=mapped,
     )
-    tables = [parquet.read_table(piece.table.checked()) for piece in pieces]
-    return pyarrow.concat_tables(tables)
+    return read_tables(pieces)

@@ -6,20 +6,19 @@ Results: `tuning/` with the trials (`trials.md`) and a preset (`preset.toml`) fo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.text import Text
 
-from flows.command.costs import Lengths
-from flows.command.estimate import estimate_edit
+from flows.command.estimate import LENGTHS, estimate_edit
 from flows.command.script import console
+from flows.compare import Sample, edit_sample, shared_targets
 from flows.evaluation import measure
 from flows.requests import split_source
-from flows.service.step import Run, chunks, step
+from flows.service.step import Run, step
 from flows.statistics import collect_layers
-from flows.targets import optimise
 from memit.editors.joint import editor_for
 from memit.errors import InputError, NumericsError
 from memit.evaluation.counterfact import prompts_of
@@ -27,18 +26,14 @@ from memit.facts.neighbors import without_edited_neighbors
 from memit.hyperparameters import Hyperparameters, summary
 from memit.requests import Record, read_counterfact
 from memit.weight_delta import WeightDelta
-from tasks.edit import Method, edit_with
+from tasks.edit import Method
 from tasks.engine.artifacts import Artifact, describe
-from tasks.evaluation import score_piece
 from tasks.requests import choose_requests, keep_records, split_by_subject, write_embedded
-from tasks.targets import select_targets
 from tasks.tune import LOWEST_SCORE, STAGES, Trial, neighbors, positions, preset_text, trials_table
 
 TUNING = Path("tuning")
 FEWEST = 16
 """Facts that the model must know."""
-LENGTHS = Lengths(8, 3)
-"""Tokens of a prompt and of an object, for a first estimate of a trial's time."""
 
 
 @dataclass
@@ -46,44 +41,30 @@ class Facts:
     """Facts that are edited together."""
 
     run: Run
-    records: list[Record]
+    records: Sequence[Record]
     held_out: Artifact | None
     """A text for the perplexity, if it is measured."""
-    file: Artifact = field(init=False)
+    sample: Sample = field(init=False)
 
     def __post_init__(self) -> None:
-        self.records, _ = without_edited_neighbors(self.records)
-        self.file = keep_records(self.records)
+        records, _ = without_edited_neighbors(self.records)
+        self.sample = Sample(keep_records(records), tuple(records))
 
     def metrics(self, edit: Artifact | None) -> dict[str, float]:
         """Of the model with an edit, or without one."""
-        asked, seed = prompts_of(self.records), self.run.parameters.evaluation.seed
-        run, records = self.run, self.records
-        measured = measure(run, edit, score_piece, asked, (), records, self.held_out, seed)
+        run, records = self.run, self.sample.records
+        seed = run.parameters.evaluation.seed
+        measured = measure(run, edit, prompts_of(records), (), records, self.held_out, seed)
         return measured.metrics(records, {})
 
     def trial(self, settings: Hyperparameters, moments: Mapping[int, Artifact]) -> Trial:
         """Edit with some settings, and measure that. Every piece is cached, so that trials which
         differ below L or in λ share their targets, and a search that was stopped goes on."""
-        run, count = self.run, len(self.records)
-        requests, size = (
-            [r.request for r in self.records],
-            run.parameters.targets.requests_per_piece,
-        )
-        pieces = optimise(run, chunks(requests, size), settings)
         editor = editor_for(settings)
+        method = Method(editor.name, editor)
+        targets = shared_targets(self.run, method, self.sample.records)
         try:
-            made = run.compute(
-                edit_with,
-                Method(editor.name, editor),
-                run.model,
-                self.file,
-                prefixes=run.prefixes,
-                moments={layer: moments[layer] for layer in settings.layers},
-                targets=select_targets([piece.targets for piece in pieces], list(range(count))),
-                token_budget=run.token_budget("auto", trained_blocks=0),
-                on_failure="stop",
-            )
+            made, _ = edit_sample(self.run, method, self.sample, targets, moments)
         except NumericsError as error:
             return Trial(settings, failure=str(error))
         used = WeightDelta.load(made.edit.checked()).provenance["settings"]["hyperparameters"]

@@ -222,7 +222,8 @@ def compute_targets(
 
     `site` is where δ is added, by default what `hyperparameters` say.
     `token_budget` bounds the padded tokens on the device at a time. An edit whose loss is not
-    finite stops there and is marked in `Targets.finite`.
+    finite stops there and is marked in `Targets.finite`. `progress` is called with the number of
+    edits that have newly stopped.
     """
     edits = edit_rows(lm, requests, prefixes)
     where = site or _site(hyperparameters)
@@ -234,7 +235,8 @@ def compute_targets(
     order = sorted(range(len(edits)), key=lambda i: (_longest_tail(edits[i]), *_shape(edits[i])))
 
     def optimise(indices: Sequence[int]) -> Targets:
-        return _optimise(lm, [edits[index] for index in indices], where, hyperparameters)
+        chosen = [edits[index] for index in indices]
+        return _optimise(lm, chosen, where, hyperparameters, progress)
 
     found = Targets.empty(len(edits), len(where.layers) * lm.width, hyperparameters.evaluations)
     with attending_in_steps(lm):
@@ -242,8 +244,6 @@ def compute_targets(
         for indices, part in batches:
             found.put(indices, part)
             release_memory()
-            if progress is not None:
-                progress(len(indices))
     return found
 
 
@@ -312,7 +312,11 @@ class _Batch:
 
 
 def _optimise(
-    lm: LanguageModel, edits: Sequence[EditRows], site: Site, hyperparameters: Hyperparameters
+    lm: LanguageModel,
+    edits: Sequence[EditRows],
+    site: Site,
+    hyperparameters: Hyperparameters,
+    progress: Callable[[int], None] | None,
 ) -> Targets:
     """The targets of one batch."""
     batch, hidden = _prepare(lm, edits, site)
@@ -338,7 +342,10 @@ def _optimise(
         if hyperparameters.argmax_stop:
             chosen[active] += _is_argmax(batch, logits, len(active))
             going &= chosen[active] < hyperparameters.argmax_stop
-        if evaluation == hyperparameters.evaluations - 1 or not bool(going.any()):
+        is_last = evaluation == hyperparameters.evaluations - 1
+        if progress is not None:
+            progress(len(active) if is_last else len(active) - int(going.sum()))
+        if is_last or not bool(going.any()):
             break
         optimizer.zero_grad()
         losses[going].sum().backward()

@@ -21,7 +21,6 @@ from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
 from tasks.engine.code import code_of_own
-from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import progress_bar
 
@@ -53,7 +52,6 @@ class MethodEdit(Value):
     """What `Edit.save` wrote (safetensors)."""
     dropped: dict[int, str]
     """Index of each request that could not be written, with the reason."""
-    cost: Cost
 
 
 class StoredMoments(Mapping[int, SecondMoment]):
@@ -116,7 +114,7 @@ def edit_with(
     if trained is not None:
         editor = replace(editor, trained=trained.checked())  # type: ignore[type-var]
     past = Past(StoredMoments(sums or {}, model.model.digest))
-    with loaded(model, earlier) as lm, Meter() as meter:
+    with loaded(model, earlier) as lm:
 
         def write(kept: Sequence[int]) -> Edit:
             with progress_bar(method.name, len(kept), "edits") as bar:
@@ -140,11 +138,8 @@ def edit_with(
         edit = edit.naming(written)
         if earlier is not None:
             edit = edit.upon(WeightDelta.load(earlier.checked()))
-    return MethodEdit(
-        edit=store_piece("edit", ".safetensors", edit.save),
-        dropped=left_out | dropped,
-        cost=meter.cost,
-    )
+    file = store_piece("edit", ".safetensors", edit.save)
+    return MethodEdit(edit=file, dropped=left_out | dropped)
 
 
 def write_what_can_be(

@@ -7,18 +7,17 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count as counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet as parquet
 
 from memit.editors.saved_edit import load_edit
 from memit.errors import InputError
 from memit.evaluation.counterfact import (
     SCORE_OF,
-    ScoredPrompt,
     harmonic_mean,
     record_means,
     score_prompts,
@@ -37,17 +36,17 @@ from memit.evaluation.kept import answers_to, kept_record_means, kept_table
 from memit.evaluation.own_metrics import Metric, own_metrics
 from memit.evaluation.perplexity import perplexity
 from memit.evaluation.reference import References, references_from_corpus
-from memit.evaluation.zsre import ZsreRecord, score_zsre, zsre_record_means
+from memit.evaluation.zsre import score_zsre, zsre_record_means
 from memit.language_model import LanguageModel
 from memit.positions import open_ids
 from memit.requests import Record
-from tasks.engine.artifacts import Artifact, Value, store_piece
+from tasks.engine.artifacts import Artifact, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.code import code_of_own
-from tasks.engine.cost import Cost, Meter
 from tasks.engine.edited_model import with_edit
-from tasks.engine.loaded_model import ModelReference, loaded
-from tasks.engine.progress import piece_progress, progress_bar
+from tasks.engine.loaded_model import ModelReference
+from tasks.engine.progress import advance, progress_bar
+from tasks.engine.tables import store_table
 from tasks.reporting.labels import DECIMALS
 from tasks.requests import Source, read_source
 from tasks.statistics import Corpus, read_texts
@@ -56,20 +55,6 @@ DETAILS = ("_low", "_high", "_magnitude")
 """What the keys of intervals and magnitudes end in."""
 RECORDS_PER_PIECE = 16
 """Records whose texts are generated in a piece: a text takes a hundred steps."""
-
-
-class TablePiece(Value):
-    """What was found of consecutive prompts or records (Parquet)."""
-
-    table: Artifact
-    cost: Cost
-
-
-class MeasuredPerplexity(Value):
-    """Perplexity on held-out text; None where no document has two tokens."""
-
-    perplexity: float | None
-    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -89,159 +74,97 @@ class OwnMetric:
         """Its name, and the SHA-256 of each source file that it comes from."""
         return {"name": self.name, "code": code_of_own(self.measure)}
 
+    def table(
+        self, lm: LanguageModel, records: Sequence[Record], token_budget: int
+    ) -> pyarrow.Table:
+        """The value of each record, null where it has none.
 
-class OwnValues(Value):
-    """A metric of each record; None where it has none."""
+        Raises:
+            InputError: the metric gives another number of values.
+        """
+        found = [float(value) for value in self.measure(lm, records, token_budget)]
+        if len(found) != len(records):
+            raise InputError(
+                f"{self.name} in {self.path} gives {len(found)} values for {len(records)} records: "
+                "it must give one for each."
+            )
+        values = pyarrow.array(found, from_pandas=True)  # NaN becomes null
+        return pyarrow.table({"case_id": [r.case_id for r in records], "value": values})
 
-    values: tuple[float | None, ...]
-    cost: Cost
 
-
-class MeasuredDrift(Value):
-    """KL from the unedited model on held-out text, in nats; None where no document has two
-    tokens."""
-
-    drift: float | None
-    cost: Cost
+Measure = Literal["prompts", "questions", "texts", "kept", "answers", "examples"] | OwnMetric
+"""What a model is asked: to score prompts, to answer zsRE's questions, to write about records, to
+answer prompts that must stay, to answer records in full, or briefly as text for people; or a metric
+of the user's own."""
 
 
 @cached_task("evaluation")
-def score_piece(
-    prompts: Sequence[ScoredPrompt],
+def measure_piece(
+    items: Sequence[Any],
+    measure: Measure,
     model: ModelReference,
     edit: Artifact | None,
     token_budget: int,
-) -> TablePiece:
-    """Score some prompts against both objects, on the unedited model or with a delta in it."""
-    with (
-        with_edit(model, edit, shared=True) as lm,
-        Meter() as meter,
-        piece_progress("evaluation") as progress,
-    ):
-        table = score_prompts(lm, prompts, token_budget=token_budget, progress=progress)
-    return store_table("evaluation", table, meter.cost)
+    seed: int = 0,
+) -> Artifact:
+    """What is found of some prompts or records, on the unedited model or with an edit in it."""
+    with with_edit(model, edit, shared=measure in ("prompts", "questions")) as lm:
+        return store_table("evaluation", _measured(lm, measure, items, seed, token_budget))
 
 
-@cached_task("zsre")
-def answer_piece(
-    questions: Sequence[ZsreRecord],
-    model: ModelReference,
-    edit: Artifact | None,
-    token_budget: int,
-) -> TablePiece:
-    """Answer some of zsRE's questions under teacher forcing."""
-    with (
-        with_edit(model, edit, shared=True) as lm,
-        Meter() as meter,
-        piece_progress("zsre") as progress,
-    ):
-        table = score_zsre(lm, questions, token_budget=token_budget, progress=progress)
-    return store_table("evaluation", table, meter.cost)
-
-
-@cached_task("generation")
-def write_piece(
-    records: Sequence[Record],
-    model: ModelReference,
-    edit: Artifact | None,
+def _measured(
+    lm: LanguageModel,
+    measure: Measure,
+    items: Sequence[Any],
     seed: int,
     token_budget: int,
-) -> TablePiece:
-    """Continue the generation prompts of some records."""
-    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("generation") as progress:
-        table = write_about(
-            lm,
-            records,
-            seed=seed,
-            token_budget=token_budget,
-            total_tokens=min(TOTAL_TOKENS, lm.context_length),
-            progress=progress,
-        )
-    return store_table("generation", table, meter.cost)
-
-
-@cached_task("answers")
-def answer_records(
-    records: Sequence[Record], model: ModelReference, edit: Artifact | None, token_budget: int
-) -> TablePiece:
-    """What the model says to prompts of some records, as text for people."""
-    with with_edit(model, edit) as lm, Meter() as meter:
-        table = answer_briefly(lm, records, token_budget=token_budget)
-    return store_table("evaluation", table, meter.cost)
-
-
-@cached_task("free_generation")
-def answer_in_full(
-    records: Sequence[Record], model: ModelReference, edit: Artifact | None, token_budget: int
-) -> TablePiece:
-    """What the model says to the prompts of some records, until it stops by itself."""
-    with with_edit(model, edit) as lm, Meter() as meter, piece_progress("answers") as progress:
-        table = answer_freely(lm, records, token_budget=token_budget, progress=progress)
-    return store_table("evaluation", table, meter.cost)
+) -> pyarrow.Table:
+    if isinstance(measure, OwnMetric):
+        return measure.table(lm, items, token_budget)
+    if measure == "examples":
+        return answer_briefly(lm, items, token_budget=token_budget)
+    measures: dict[str, Callable[..., pyarrow.Table]] = {
+        "prompts": score_prompts,
+        "questions": score_zsre,
+        "answers": answer_freely,
+        "texts": partial(write_about, seed=seed, total_tokens=min(TOTAL_TOKENS, lm.context_length)),
+    }
+    return measures[measure](lm, items, token_budget=token_budget, progress=advance)
 
 
 @cached_task("kept")
 def compare_kept(
     records: Sequence[Record], model: ModelReference, edit: Artifact | None, token_budget: int
-) -> TablePiece:
+) -> Artifact:
     """What an edit does to the kept prompts of some records."""
-    with piece_progress("kept") as progress, Meter() as meter:
-        with with_edit(model, None) as lm:
-            before = answers_to(lm, records, token_budget=token_budget)
-        with with_edit(model, edit) as lm:
-            after = answers_to(lm, records, token_budget=token_budget, progress=progress)
-    return store_table("evaluation", kept_table(records, before, after), meter.cost)
+    with with_edit(model, None) as lm:
+        before = answers_to(lm, records, token_budget=token_budget)
+    with with_edit(model, edit) as lm:
+        after = answers_to(lm, records, token_budget=token_budget, progress=advance)
+    return store_table("evaluation", kept_table(records, before, after))
 
 
-@cached_task("perplexity")
-def measure_perplexity(
-    held_out: Artifact, model: ModelReference, edit: Artifact | None, token_budget: int
-) -> MeasuredPerplexity:
-    """Perplexity of the unedited model, or with a delta in it, on text that nothing has seen."""
-    documents = read_texts(held_out.checked())
-    with with_edit(model, edit) as lm, Meter() as meter:
-        value = None
-        with suppress(InputError), _token_bar("perplexity", lm, documents) as advance:
-            value = perplexity(lm, documents, token_budget=token_budget, progress=advance)
-    return MeasuredPerplexity(perplexity=value, cost=meter.cost)
-
-
-@cached_task("own_metric")
-def measure_own(
-    records: Sequence[Record],
-    metric: OwnMetric,
+@cached_task("held_out")
+def measure_text(
+    held_out: Artifact,
+    measure: Literal["perplexity", "drift"],
     model: ModelReference,
     edit: Artifact | None,
     token_budget: int,
-) -> OwnValues:
-    """A user's metric of some records.
-
-    Raises:
-        InputError: it gives another number of values.
-    """
-    with with_edit(model, edit) as lm, Meter() as meter:
-        found = [float(value) for value in metric.measure(lm, records, token_budget)]
-    if len(found) != len(records):
-        raise InputError(
-            f"{metric.name} in {metric.path} gives {len(found)} values for {len(records)} records: "
-            "it must give one for each."
-        )
-    known = tuple(None if np.isnan(value) else value for value in found)
-    return OwnValues(values=known, cost=meter.cost)
-
-
-@cached_task("drift")
-def measure_drift(
-    held_out: Artifact, model: ModelReference, edit: Artifact, token_budget: int
-) -> MeasuredDrift:
-    """How far the edit moves next-token distributions on text that nothing has seen."""
+) -> float | None:
+    """On text that nothing has seen: the perplexity of the unedited model, or with an edit in it;
+    or how far the edit moves next-token distributions (KL from the unedited model, in nats). None
+    where no document has two tokens."""
     documents = read_texts(held_out.checked())
-    with loaded(model) as lm, Meter() as meter:
-        value = None
-        with suppress(InputError), _token_bar("drift", lm, documents) as advance:
-            applied = load_edit(edit.checked())
-            value = drift(lm, applied, documents, token_budget=token_budget, progress=advance)
-    return MeasuredDrift(drift=value, cost=meter.cost)
+    moving = load_edit(edit.checked()) if edit is not None and measure == "drift" else None
+    with (
+        with_edit(model, None if moving else edit) as lm,
+        suppress(InputError),
+        _token_bar(measure, lm, documents) as count,
+    ):
+        how = partial(drift, lm, moving) if moving else partial(perplexity, lm)
+        return how(documents, token_budget=token_budget, progress=count)
+    return None
 
 
 @contextmanager
@@ -252,13 +175,6 @@ def _token_bar(
     lengths = [min(len(ids), lm.context_length) for ids in open_ids(lm.tokenizer, documents)]
     with progress_bar(name, sum(max(length - 1, 0) for length in lengths), "tokens") as bar:
         yield bar.advance
-
-
-def read_table(pieces: Sequence[TablePiece], schema: pyarrow.Schema | None = None) -> pyarrow.Table:
-    """The rows of all pieces, in order; without pieces an empty table of the schema."""
-    if not pieces and schema is not None:
-        return schema.empty_table()
-    return pyarrow.concat_tables([parquet.read_table(piece.table.checked()) for piece in pieces])
 
 
 def metrics_of(
@@ -343,9 +259,3 @@ def examples(records: Sequence[Record], count: int) -> list[Record]:
 def having_prompts(records: Sequence[Record], most: int | None) -> list[Record]:
     """The first `most` records that have generation prompts; None takes all of them."""
     return [record for record in records if record.generation_prompts][:most]
-
-
-def store_table(step: str, table: pyarrow.Table, cost: Cost) -> TablePiece:
-    """Put what a piece has found into the cache."""
-    piece = store_piece(step, ".parquet", lambda path: parquet.write_table(table, path))
-    return TablePiece(table=piece, cost=cost)

@@ -14,7 +14,6 @@ from memit.sequence import key_sums
 from tasks.edit import StoredMoments
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
-from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 
 
@@ -22,7 +21,6 @@ class KeySums(Value):
     """C_p of each layer after an edit (Parquet)."""
 
     files: dict[int, Artifact]
-    cost: Cost
 
 
 @cached_task("key_sums")
@@ -38,11 +36,11 @@ def sum_keys(
 ) -> KeySums:
     """Add the keys of some requests, whose edit is in the model, to the `sums` of earlier ones."""
     digest = model.model.digest
-    with loaded(model, edit) as lm, Meter() as meter:
+    with loaded(model, edit) as lm:
         resources = Resources(token_budget, prefixes, past=Past(StoredMoments(sums, digest)))
         found = key_sums(lm, requests, settings.layers, settings.key_average, resources)
     files = {}
     for layer, moment in found.items():
         write = partial(write_moment, moment, provenance={"model": digest, "layer": layer})
         files[layer] = store_piece("history", ".parquet", write)
-    return KeySums(files=files, cost=meter.cost)
+    return KeySums(files=files)

@@ -1,4 +1,4 @@
-"""The task of the step `mend`: train the network that turns gradients into edits."""
+"""The task that trains MEND before it edits: a network that turns gradients into updates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from memit.requests import read_counterfact
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
-from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import progress_bar
 from tasks.statistics import read_texts
@@ -38,7 +37,6 @@ class Trained(Value):
     """The trained weights (safetensors)."""
     losses: Artifact
     """The loss of each step (JSON)."""
-    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,7 @@ def train_mend_network(
 ) -> Trained:
     """Train a network on records, or on sampled continuations of texts, going on from the last
     checkpoint."""
-    with (
-        loaded(model) as lm,
-        Meter() as meter,
-        progress_bar("mend", settings.steps, "training steps") as bar,
-    ):
+    with loaded(model) as lm, progress_bar("mend", settings.steps, "training steps") as bar:
         network, losses = train_mend(
             lm,
             _examples(lm, learnt_from),
@@ -71,7 +65,7 @@ def train_mend_network(
             directory=work_directory("mend", model, learnt_from, settings),
             progress=bar.advance,
         )
-    return finished("mend", network.save, losses, meter.cost)
+    return finished("mend", network.save, losses)
 
 
 def _examples(lm: LanguageModel, learnt_from: Artifact | Continuations) -> list[EditExample]:
@@ -98,11 +92,10 @@ def beginnings_of(texts: Sequence[str]) -> list[str]:
     return [" ".join(each[: min(40, len(each) // 2)]) for each in words if len(each) > 1]
 
 
-def finished(step: str, save: Callable[[Path], None], losses: object, cost: Cost) -> Trained:
+def finished(step: str, save: Callable[[Path], None], losses: object) -> Trained:
     """Keep what was trained."""
     text = json.dumps({"losses": losses}) + "\n"
     return Trained(
         file=store_piece(step, ".safetensors", save),
         losses=store_piece(step, ".json", lambda path: path.write_text(text, encoding="utf-8")),
-        cost=cost,
     )

@@ -24,7 +24,7 @@ from memit.world.small_model import TrainingParameters, train
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
-from tasks.engine.cost import Cost, Meter
+from tasks.engine.hub import fetch_description, fetch_model, locate_model, resolve_commit
 from tasks.engine.loaded_model import ModelFiles, ModelReference, loaded
 from tasks.engine.progress import progress_bar
 
@@ -41,14 +41,6 @@ class SmallModel(Value):
     """The files of its directory."""
     world: dict[str, Artifact]
     """`records.json`, `corpus.txt` and `held_out.txt`."""
-    cost: Cost
-
-
-class Recall(Value):
-    """How many of its facts a model knows."""
-
-    percent: float
-    cost: Cost
 
 
 @cached_task("model")
@@ -63,7 +55,7 @@ def train_small_model(
     torch.set_num_threads(threads)
     made = make_world(WorldParameters(**world))
     parameters = TrainingParameters(**training)
-    with Meter() as meter, progress_bar("model", parameters.steps, "training steps") as bar:
+    with progress_bar("model", parameters.steps, "training steps") as bar:
         directory = train(
             made,
             parameters,
@@ -77,22 +69,18 @@ def train_small_model(
             "corpus.txt": _keep_lines(made.documents),
             "held_out.txt": _keep_lines(made.held_out),
         },
-        cost=meter.cost,
     )
 
 
 @cached_task("recall")
-def measure_recall(model: ModelReference, records: Artifact, token_budget: int) -> Recall:
-    """Ask a model trained here for every one of its facts (argmax of the true object's tokens)."""
+def measure_recall(model: ModelReference, records: Artifact, token_budget: int) -> float:
+    """The percentage of its facts that a model trained here knows (argmax of the true object's
+    tokens)."""
     prompts = [p for p in prompts_of(read_counterfact(records.checked())) if p.kind == "rewrite"]
-    with (
-        loaded(model) as lm,
-        Meter() as meter,
-        progress_bar("recall", len(prompts), "facts") as bar,
-    ):
+    with loaded(model) as lm, progress_bar("recall", len(prompts), "facts") as bar:
         table = score_prompts(lm, prompts, token_budget=token_budget, progress=bar.advance)
     hits = table["hit_true"].to_pylist()
-    return Recall(percent=round(100 * sum(hits) / len(hits), 4), cost=meter.cost)
+    return round(100 * sum(hits) / len(hits), 4)
 
 
 def _keep(path: Path) -> Artifact:
@@ -141,6 +129,33 @@ def describe_model(source: str, name: str, revision: str | None, place: Path) ->
         parameters=sum(parameter.numel() for parameter in lm.model.parameters()),
         output_norm=lm.has_output_norm,
     )
+
+
+def find_model(
+    source: str,
+    id: str | None,
+    revision: str | None,
+    path: str | None,
+    package: str | None,
+    *,
+    fetched: bool = False,
+) -> tuple[ModelFiles, Path]:
+    """A model that is not trained here, and its directory or GGUF file. The weights of one from the
+    hub are `fetched`, or left there.
+
+    Raises:
+        InputError: there is no such model.
+        IntegrityError: its weights are damaged.
+        ModelStructureError: the method does not fit it.
+        ResourceError, UnreachableError: it cannot be fetched.
+    """
+    if source == "hub":
+        name, version = str(id), resolve_commit(str(id), str(revision))
+        place = (fetch_model if fetched else fetch_description)(name, version)
+    else:
+        place, name, version = locate_model(source, path, package)
+        check_weights(place)
+    return describe_model(source, name, version, place), place
 
 
 def check_weights(directory: Path) -> None:

@@ -15,25 +15,10 @@ from safetensors.numpy import load_file
 from memit.evaluation.kept import SCHEMA as KEPT_COLUMNS
 from memit.redaction import one_line
 from memit.requests import read_counterfact
+from tasks.engine import results
 from tasks.engine.artifacts import write_json, write_text
 from tasks.engine.cost import Cost
 from tasks.engine.loaded_model import ModelFiles
-from tasks.engine.results import (
-    DETAILS_FILE,
-    EDIT_FILE,
-    FACTS_FILE,
-    FIGURES,
-    GENERATIONS_FILE,
-    KEPT_FILE,
-    METRICS_FILE,
-    MODEL_FILE,
-    PAGE_FILE,
-    PROMPTS_FILE,
-    REQUESTS_FILE,
-    TABLE_FILE,
-    TARGETS_FILE,
-    TIMINGS_FILE,
-)
 from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
 from tasks.reporting.formats import (
     ABSENT,
@@ -53,40 +38,40 @@ def write_report(
     timings: Mapping[str, Cost], parameters: Mapping[str, Any], provenance: Mapping[str, str]
 ) -> None:
     """Draw the figures, and write the table and the page, which shows the arguments."""
-    metrics, edit = read_json(METRICS_FILE), read_json(EDIT_FILE)
-    for state, values in read_json(DETAILS_FILE).items():
+    metrics, edit = read_json(results.METRICS_FILE), read_json(results.EDIT_FILE)
+    for state, values in read_json(results.DETAILS_FILE).items():
         metrics[state] |= values
-    prompts, facts = parquet.read_table(PROMPTS_FILE), read_facts()
+    prompts, facts = parquet.read_table(results.PROMPTS_FILE), read_facts()
     sentences = verdict(facts, edit, metrics)
     figures = {
         "margins": draw_margins(prompts),
-        "losses": draw_losses(load_file(TARGETS_FILE)["losses"]),
+        "losses": draw_losses(load_file(results.TARGETS_FILE)["losses"]),
         "updates": draw_updates(edit),
     }
-    results = Results(
+    shown = Results(
         metrics=metrics,
         edit=edit,
-        model=ModelFiles.model_validate(read_json(MODEL_FILE)),
-        records=read_counterfact(REQUESTS_FILE),
+        model=ModelFiles.model_validate(read_json(results.MODEL_FILE)),
+        records=read_counterfact(results.REQUESTS_FILE),
         prompts=prompts,
         facts=facts,
-        kept=read_csv(KEPT_FILE, convert_options=ConvertOptions(column_types=KEPT_COLUMNS)),
-        texts=parquet.read_table(GENERATIONS_FILE),
+        kept=read_csv(results.KEPT_FILE, convert_options=ConvertOptions(column_types=KEPT_COLUMNS)),
+        texts=parquet.read_table(results.GENERATIONS_FILE),
         parameters=parameters,
         provenance=provenance,
         figures=figures,
         verdict=sentences,
     )
-    for path in FIGURES:
+    for path in results.FIGURES:
         write_text(path, figures[path.stem])
-    write_text(PAGE_FILE, render(results))
-    write_text(TABLE_FILE, markdown(metrics, timings, sentences, edit["dropped"]))
-    write_json(TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
+    write_text(results.PAGE_FILE, render(shown))
+    write_text(results.TABLE_FILE, markdown(metrics, timings, sentences, edit["dropped"]))
+    write_json(results.TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
 
 
 def read_facts() -> pyarrow.Table:
     """The content of `facts.csv`."""
-    return read_csv(FACTS_FILE)
+    return read_csv(results.FACTS_FILE)
 
 
 def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -37,7 +37,6 @@ from memit.targets import plain_rows, weak_keys
 from memit.true_objects import with_true_objects
 from tasks.engine.artifacts import Artifact, Value, cache_directory, store_piece
 from tasks.engine.cache import cached_task
-from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.progress import progress_bar
 from tasks.engine.retry import retry_unreachable
@@ -49,7 +48,7 @@ BUSY = (408, 425, 429)
 TOKEN_BUDGET = 2_048
 """Tokens in a batch while the model is asked for true objects."""
 
-Source = Literal["synthetic", "embedded", "counterfact", "facts"]
+Source = Literal["synthetic", "embedded", "counterfact", "facts", "zsre"]
 
 
 class ChosenRequests(Value):
@@ -67,7 +66,6 @@ class ChosenRequests(Value):
     """Percent of the records asked that the unedited model knows; None if it was not asked."""
     neighbors_dropped: int
     """Neighbourhood prompts of embedded records left out because they are edited themselves."""
-    cost: Cost
 
 
 def locate_records(path: str | None, url: str | None, sha256: str | None) -> Path:
@@ -125,6 +123,8 @@ def read_source(source: Source, path: Path) -> tuple[list[Record], int]:
     """
     if source == "facts":
         return in_content_order(read_facts(path)), 0
+    if source == "zsre":
+        return drop_conflicts(as_records(read_zsre(path)))
     return drop_conflicts(read_counterfact(path))
 
 
@@ -161,7 +161,7 @@ def choose_requests(
     """
     records, dropped = read_source(source, file.checked())
     chosen, share, edited = sample(records, None if known else count, seed), None, 0
-    with loaded(model) as lm, Meter() as meter:
+    with loaded(model) as lm:
         chosen = with_true_objects(lm, chosen, token_budget=TOKEN_BUDGET)
         if known:
             chosen, share = sample_known(lm, chosen, count, seed)
@@ -170,16 +170,14 @@ def choose_requests(
         requests = [record.request for record in chosen]
         weak = weak_keys(requests, plain_rows(lm, requests))
         check_records(lm, chosen)
-    piece = store_piece("requests", ".json", lambda path: write_records(chosen, path))
     return ChosenRequests(
-        records=piece,
+        records=keep_records(chosen),
         count=len(chosen),
         available=len(records),
         dropped=dropped,
         weak=weak,
         known_share=share,
         neighbors_dropped=edited,
-        cost=meter.cost,
     )
 
 
@@ -223,32 +221,20 @@ class Split(Value):
 
 
 @cached_task("split")
-def split_records(
-    source: Source | Literal["zsre"], file: Artifact, training: int, seed: int
-) -> Split:
+def split_records(source: Source, file: Artifact, training: int, seed: int) -> Split:
     """Set aside `training` records, at most half of all, whole subjects at a time."""
-    records, dropped = _read(source, file.checked())
+    records, dropped = read_source(source, file.checked())
     edited, learnt = split_by_subject(records, training, seed)
     purged = without_prompts(edited, learnt)
     before, after = (sum(len(r.neighborhood_prompts) for r in part) for part in (edited, purged))
-
-    def keep(part: Sequence[Record]) -> Artifact:
-        return store_piece("split", ".json", lambda path: write_records(part, path))
-
     return Split(
-        edited=keep(purged),
-        training=keep(learnt),
+        edited=keep_records(purged),
+        training=keep_records(learnt),
         count=len(purged),
         training_count=len(learnt),
         dropped=dropped,
         prompts_dropped=before - after,
     )
-
-
-def _read(source: Source | Literal["zsre"], path: Path) -> tuple[list[Record], int]:
-    if source != "zsre":
-        return read_source(source, path)
-    return drop_conflicts(as_records(read_zsre(path)))
 
 
 def split_by_subject(
@@ -289,6 +275,4 @@ def sample_questions(edited: Artifact, count: int | None, seed: int) -> Artifact
     Raises:
         InputError: there are fewer.
     """
-    records = read_counterfact(edited.checked())
-    chosen = records if count is None else sample_records(records, count, seed)
-    return store_piece("questions", ".json", lambda path: write_records(chosen, path))
+    return keep_records(sample(read_counterfact(edited.checked()), count, seed))

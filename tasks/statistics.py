@@ -32,10 +32,10 @@ from memit.second_moment import (
 )
 from tasks.engine.artifacts import Artifact, Value, store_piece, write_file
 from tasks.engine.cache import cached_task
-from tasks.engine.cost import Cost, Meter, total_cost
 from tasks.engine.loaded_model import ModelReference, loaded
-from tasks.engine.progress import piece_progress
+from tasks.engine.progress import advance
 from tasks.engine.retry import retry_unreachable
+from tasks.engine.tables import read_tables, store_table
 
 
 class CorpusSource(Value):
@@ -81,7 +81,6 @@ class Corpus(Value):
 
     ranges: tuple[Range, ...]
     held_out: Range
-    cost: Cost
 
     @property
     def digest(self) -> str:
@@ -97,11 +96,10 @@ def collect_corpus(
     held_out_documents: int,
 ) -> Corpus:
     """Write down the first documents of a source, and as held-out text those that follow."""
-    with Meter() as meter:
-        ranges, held_out = _write_down(source, documents, documents_per_shard, held_out_documents)
+    ranges, held_out = _write_down(source, documents, documents_per_shard, held_out_documents)
     if not ranges:
         raise InputError(f"{source.name} holds no documents: give statistics another corpus.")
-    return Corpus(ranges=tuple(ranges), held_out=held_out, cost=meter.cost)
+    return Corpus(ranges=tuple(ranges), held_out=held_out)
 
 
 @retry_unreachable
@@ -122,29 +120,27 @@ class SampledTexts(Value):
 
     texts: Artifact
     tokens: int
-    cost: Cost
 
 
 @cached_task("sampling")
 def write_texts(number: int, model: ModelReference, seed: int) -> SampledTexts:
     """Let the unedited model write batch `number` of its texts."""
-    with loaded(model, shared=True) as lm, Meter() as meter:
+    with loaded(model, shared=True) as lm:
         rows = sample_batch(lm, number, seed)
         table = texts_table(lm, rows)
-    piece = store_piece("sampling", ".parquet", lambda path: parquet.write_table(table, path))
-    return SampledTexts(texts=piece, tokens=sum(map(len, rows)), cost=meter.cost)
+    texts = store_table("sampling", table)
+    return SampledTexts(texts=texts, tokens=sum(map(len, rows)))
 
 
 def sampled_corpus(
     batches: Sequence[SampledTexts], texts_per_shard: int, held_out: Sequence[str]
 ) -> Corpus:
     """The texts of all batches, in ranges as those of another corpus."""
-    texts = pyarrow.concat_tables([parquet.read_table(b.texts.checked()) for b in batches])
+    texts = read_tables(batch.texts for batch in batches)
     starts = range(0, len(texts), texts_per_shard)
     return Corpus(
         ranges=tuple(_keep_table(texts.slice(start, texts_per_shard)) for start in starts),
         held_out=_keep(list(held_out)),
-        cost=total_cost(batch.cost for batch in batches),
     )
 
 
@@ -169,8 +165,7 @@ def _keep(texts: list[str]) -> Range:
 
 
 def _keep_table(table: pyarrow.Table) -> Range:
-    piece = store_piece("corpus", ".parquet", lambda path: parquet.write_table(table, path))
-    return Range(texts=piece, count=len(table))
+    return Range(texts=store_table("corpus", table), count=len(table))
 
 
 class Shard(Value):
@@ -178,7 +173,6 @@ class Shard(Value):
 
     moments: dict[int, Artifact]
     """The file of each layer (Parquet)."""
-    cost: Cost
 
 
 @cached_task("statistics")
@@ -188,13 +182,9 @@ def collect_shard(
     """Sum k kᵀ over the documents of one range, for all layers in one pass."""
     table = parquet.read_table(texts.checked())
     documents = table["ids" if "ids" in table.column_names else "text"].to_pylist()
-    with (
-        loaded(model, shared=True) as lm,
-        Meter() as meter,
-        piece_progress("statistics") as progress,
-    ):
+    with loaded(model, shared=True) as lm:
         moments = collect_second_moments(
-            lm, documents, layers, token_budget=token_budget, progress=progress
+            lm, documents, layers, token_budget=token_budget, progress=advance
         )
     files = {}
     for layer, moment in moments.items():
@@ -202,7 +192,7 @@ def collect_shard(
         files[layer] = store_piece(
             "statistics", ".parquet", lambda path, m=moment, p=provenance: write_moment(m, path, p)
         )
-    return Shard(moments=files, cost=meter.cost)
+    return Shard(moments=files)
 
 
 @cached_task("import")
@@ -213,12 +203,11 @@ def import_moment(file: Artifact, provenance: Mapping[str, Any], width: int) -> 
         IntegrityError: the file does not hold such sums.
         NumericsError: they are not positive definite.
     """
-    with Meter() as meter:
-        moment = import_published(file.checked(), width)
-        piece = store_piece(
-            "statistics", ".parquet", lambda path: write_moment(moment, path, provenance)
-        )
-    return Shard(moments={provenance["layer"]: piece}, cost=meter.cost)
+    moment = import_published(file.checked(), width)
+    piece = store_piece(
+        "statistics", ".parquet", lambda path: write_moment(moment, path, provenance)
+    )
+    return Shard(moments={provenance["layer"]: piece})
 
 
 def find_published(directory: Path, lm: LanguageModel, layers: Sequence[int]) -> dict[int, Path]:

@@ -13,20 +13,12 @@ from memit.files.tensors import load_tensors, save_tensors
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest
 from memit.targets import Targets, compute_targets
-from tasks.engine.artifacts import Artifact, Value, store_piece, write_json
+from tasks.engine.artifacts import Artifact, store_piece, write_json
 from tasks.engine.cache import cached_task
-from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
-from tasks.engine.progress import piece_progress
+from tasks.engine.progress import advance
 
 logger = logging.getLogger(__name__)
-
-
-class TargetsPiece(Value):
-    """The targets of consecutive requests."""
-
-    targets: Artifact
-    cost: Cost
 
 
 def target_settings(hyperparameters: Hyperparameters) -> Hyperparameters:
@@ -49,19 +41,13 @@ def optimise_targets(
     hyperparameters: Hyperparameters,
     token_budget: int,
     earlier: Artifact | None = None,
-) -> TargetsPiece:
+) -> Artifact:
     """Optimise the targets of some requests (Eqn. 16), in the model with `earlier` edits if any."""
-    with (
-        loaded(model, earlier, shared=True) as lm,
-        Meter() as meter,
-        piece_progress("targets") as progress,
-    ):
+    with loaded(model, earlier, shared=True) as lm:
         targets = compute_targets(
-            lm, requests, prefixes, hyperparameters, token_budget=token_budget, progress=progress
+            lm, requests, prefixes, hyperparameters, token_budget=token_budget, progress=advance
         )
-    return TargetsPiece(
-        targets=store_piece("targets", ".safetensors", targets.save), cost=meter.cost
-    )
+    return store_piece("targets", ".safetensors", targets.save)
 
 
 def read_targets(pieces: Sequence[Artifact]) -> Targets:

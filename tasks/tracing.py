@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet as parquet
 
 from memit.errors import InputError
 from memit.facts.records import embedded_records
 from memit.known_facts import known_facts
 from memit.language_model import LanguageModel
-from memit.requests import Record, drawn_order, write_records
+from memit.requests import Record, drawn_order
 from memit.tracing import (
     KINDS,
     Kind,
@@ -24,12 +23,12 @@ from memit.tracing import (
     traced_prompts,
 )
 from memit.true_objects import with_true_objects
-from tasks.engine.artifacts import Artifact, Value, store_piece
+from tasks.engine.artifacts import Artifact, Value
 from tasks.engine.cache import cached_task
-from tasks.engine.cost import Cost, Meter
 from tasks.engine.loaded_model import ModelReference, loaded
-from tasks.engine.progress import piece_progress
-from tasks.requests import TOKEN_BUDGET, Source, read_source
+from tasks.engine.progress import advance
+from tasks.engine.tables import store_table
+from tasks.requests import TOKEN_BUDGET, Source, keep_records, read_source
 
 MAPPED: tuple[Kind, ...] = ("state", "mlp")
 """What is restored at every token."""
@@ -42,14 +41,6 @@ class TracedFacts(Value):
     count: int
     deviation: float
     """Standard deviation of the embeddings of all subjects of the source."""
-    cost: Cost
-
-
-class TracesPiece(Value):
-    """Probabilities of some facts' answers, by token, kind and layer (Parquet)."""
-
-    table: Artifact
-    cost: Cost
 
 
 @cached_task("traced_facts")
@@ -65,7 +56,7 @@ def choose_traced(
     embedded = source == "embedded"
     records = embedded_records("choosing") if embedded else read_source(source, file.checked())[0]
     drawn = [records[index] for index in drawn_order(records, seed)]
-    with loaded(model) as lm, Meter() as meter:
+    with loaded(model) as lm:
         drawn = with_true_objects(lm, drawn, token_budget=TOKEN_BUDGET)
         known, _ = known_facts(lm, drawn, count, token_budget=TOKEN_BUDGET, answered=True)
         deviation = embedding_deviation(lm, [record.request.subject for record in records])
@@ -74,8 +65,7 @@ def choose_traced(
             f"{model.model.id} gives the true object of none of {len(records)} facts, so none can "
             "be traced: name facts that it knows in requests."
         )
-    piece = store_piece("tracing", ".json", lambda path: write_records(known, path))
-    return TracedFacts(records=piece, count=len(known), deviation=deviation, cost=meter.cost)
+    return TracedFacts(records=keep_records(known), count=len(known), deviation=deviation)
 
 
 @cached_task("tracing")
@@ -85,14 +75,11 @@ def trace_piece(
     deviation: float,
     token_budget: int,
     mapped: bool,
-) -> TracesPiece:
+) -> Artifact:
     """Trace some facts at their subjects' last tokens, in all kinds; or, to map them, at every
-    token from the subject's first one on."""
-    with (
-        loaded(model, shared=True) as lm,
-        Meter() as meter,
-        piece_progress("tracing") as progress,
-    ):
+    token from the subject's first one on. Gives probabilities of their answers, by token, kind and
+    layer (Parquet)."""
+    with loaded(model, shared=True) as lm:
         prompts = traced_prompts(lm, [record.request for record in records])
         traced = [
             (record.case_id, each)
@@ -105,11 +92,10 @@ def trace_piece(
             deviation,
             MAPPED if mapped else KINDS,
             token_budget=token_budget,
-            progress=None if mapped else progress,
+            progress=None if mapped else advance,
         )
         table = pyarrow.Table.from_pylist(list(_rows(lm, traced, found, mapped)))
-    piece = store_piece("tracing", ".parquet", lambda path: parquet.write_table(table, path))
-    return TracesPiece(table=piece, cost=meter.cost)
+    return store_table("tracing", table)
 
 
 def _rows(

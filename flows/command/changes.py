@@ -1,11 +1,9 @@
-"""`memit diff` and `memit status`: what a list changes, and what a model directory holds."""
+"""`memit diff`: what a list of facts changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -13,6 +11,7 @@ from rich.text import Text
 
 from flows.command.parameters import Parameters, RequestsSection
 from flows.command.script import output
+from flows.command.status import fact_line
 from memit.batches import auto_token_budget
 from memit.changes import Changes, changes_between
 from memit.errors import InputError
@@ -20,7 +19,6 @@ from memit.evaluation.counterfact import ScoredPrompt, prompts_of, score_prompts
 from memit.evaluation.generations import ANSWER_TOKENS
 from memit.generation import generate_texts
 from memit.language_model import LanguageModel
-from memit.model_directory import edit_status
 from memit.redaction import one_line
 from memit.requests import Record, read_counterfact
 from memit.weight_delta import WeightDelta
@@ -105,13 +103,7 @@ def _described(changes: Changes) -> Text:
 
 def _named(record: Record) -> str:
     request = record.request
-    return _fact({"prompt": request.text, "target": request.target_new, **record.origin.given})
-
-
-def _fact(named: Mapping[str, str]) -> str:
-    """A fact and its origin on one line."""
-    origin = ", ".join(f"{k}: {v}" for k, v in named.items() if k not in ("prompt", "target"))
-    return one_line(f"{named['prompt']} → {named['target']}{f' ({origin})' if origin else ''}")
+    return fact_line({"prompt": request.text, "target": request.target_new, **record.origin.given})
 
 
 def _answers(lm: LanguageModel, changes: Changes, runs: Sequence[PastRun]) -> Table:
@@ -158,21 +150,3 @@ def _ask(
         delta.revert(lm)
     margins = [row["nll_new"] - (row["nll_true"] or 0.0) for row in scores]
     return dict(zip(prompts, zip(map(one_line, texts), margins, strict=True), strict=True))
-
-
-def show_status(directory: Path) -> None:
-    """Print which facts are in a model directory, of which list and commit."""
-    edits = [_status(*edit) for edit in edit_status(directory)]
-    output.print(Text("\n".join(edits) or f"{directory} carries no edit."), soft_wrap=True)
-
-
-def _status(
-    folder: Path, state: str, origin: Mapping[str, str], provenance: Mapping[str, Any]
-) -> str:
-    head = (
-        f"{folder.name}: {state}. {provenance.get('count', '?')} facts by "
-        f"{provenance.get('method', '?')}, made for {provenance.get('model', '?')}"
-    )
-    if origin:
-        head += f"; list {origin['list']}, commit {origin['commit'] or 'unknown'}"
-    return "\n  ".join([head, *map(_fact, provenance.get("facts", []))])

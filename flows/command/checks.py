@@ -13,12 +13,15 @@ import torch
 from rich.text import Text
 
 from flows.command.changes import check_losses
+from flows.command.comparison_time import comparison_time
 from flows.command.costs import delta_bytes, moment_bytes, solve_bytes
 from flows.command.parameters import ModelSection, Parameters, StatisticsSection
 from flows.command.script import console
 from flows.service.workers import workers_of
 from memit.corpus import read_documents
 from memit.editors.joint import editor_for
+from memit.editors.mend import Mend
+from memit.editors.serac import Serac
 from memit.errors import InputError, ResourceError
 from memit.evaluation.own_metrics import own_metrics
 from memit.evaluation.reference import read_snippets
@@ -35,10 +38,11 @@ from memit.world.people import make_world
 from tasks.compare import make_methods
 from tasks.edit import Method
 from tasks.engine.artifacts import project_root
-from tasks.engine.hub import fetch_description, locate_model, resolve_commit
+from tasks.engine.hub import resolve_commit
 from tasks.engine.loaded_model import BYTES, ModelFiles
+from tasks.engine.results import MODEL_FILE
 from tasks.engine.workers import check_workers
-from tasks.model import check_weights, describe_model, model_without_weights
+from tasks.model import find_model, model_without_weights
 from tasks.requests import locate_records, read_source, sample, split_by_subject
 from tasks.statistics import find_published, held_out_file
 
@@ -73,12 +77,20 @@ def check_comparison(parameters: Parameters) -> None:
     Raises:
         MemitError: the first thing that would stop the comparison later.
     """
-    available, count = _check_compared(parameters), parameters.compare.count
+    (available, methods), section = _check_compared(parameters), parameters.compare
+    count = section.count
     if count is not None and count > available:
         raise InputError(
             f"compare.count is {count}, but only {available} records can be edited besides those "
             "of compare.training_records: ask for fewer."
         )
+    sizes = [[min(count or available, section.at_most.get(m.name, available))] for m in methods]
+    held_out = parameters.statistics
+    documents = held_out.held_out_documents
+    if held_out.source == "sampled" or held_out.held_out:
+        file = held_out_file(held_out.held_out)
+        documents = sum(1 for _ in read_documents(file, stop=documents, column=held_out.column))
+    _say_time(parameters, methods, sizes, section.generation_records, documents)
 
 
 def check_scaling(parameters: Parameters) -> None:
@@ -87,12 +99,30 @@ def check_scaling(parameters: Parameters) -> None:
     Raises:
         MemitError: the first thing that would stop it later.
     """
-    available, counts = _check_compared(parameters), parameters.scaling.counts
+    (available, methods), section = _check_compared(parameters), parameters.scaling
+    counts, at_most = section.counts, parameters.compare.at_most
     if all(count is not None and count > available for count in counts):
         raise InputError(
             f"scaling.counts is {list(counts)}, but only {available} records can be edited besides "
             "those of compare.training_records: add a smaller size."
         )
+    present = {size for count in counts if (size := count or available) <= available}
+    drawn = [size for size in present for _ in range(section.repeated(size, available))]
+    sizes = [[size for size in drawn if size <= at_most.get(m.name, size)] for m in methods]
+    _say_time(parameters, methods, sizes, section.generation_records, 0)
+
+
+def _say_time(
+    parameters: Parameters,
+    methods: Sequence[Method],
+    sizes: Sequence[Sequence[int]],
+    texts: int | None,
+    documents: int,
+) -> None:
+    """Print the estimated time, if there is a model already."""
+    if parameters.model.source != "synthetic" or MODEL_FILE.exists():
+        time = comparison_time(parameters, methods, sizes, texts, documents)
+        console.print(f"[bold]estimated:[/] {time}", soft_wrap=True)
 
 
 def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
@@ -117,25 +147,27 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
         if parameters.statistics.source == "sampled":
             wanted_tokens(parameters.statistics.tokens, 4 * parameters.model.training.width)
         return records, None
-    described, directory = _describe_model(parameters.model)
+    described, place = find_model(**parameters.model.identity())
     _check_disk(parameters, described)
     _check_memory(parameters.model, described)
-    lm = model_without_weights(described.id, described.revision, directory)
+    lm = model_without_weights(described.id, described.revision, place)
     _check_layers(parameters, lm, ())
     check_records(lm, chosen, written=parameters.evaluation.generation_records)
     edit_rows(lm, [record.request for record in chosen], ())
     return records, lm
 
 
-def _check_compared(parameters: Parameters) -> int:
-    """`check_inputs` and what a comparison needs besides; the number of records to edit."""
+def _check_compared(parameters: Parameters) -> tuple[int, list[Method]]:
+    """`check_inputs` and what a comparison needs besides; the number of records to edit, and the
+    methods."""
     section = parameters.compare
     questions = () if section.zsre is None else read_zsre(section.zsre)
     records, lm = _check(parameters)
     if lm is None:
-        _methods(parameters, "synthetic", parameters.model.synthetic_shape)
+        methods = compared_methods(parameters, "synthetic", parameters.model.synthetic_shape)
     else:
-        _check_layers(parameters, lm, _methods(parameters, lm.name, lm.shape))
+        methods = compared_methods(parameters, lm.name, lm.shape)
+        _check_layers(parameters, lm, methods)
         asked = () if questions else records
         check_records(lm, asked, questions, plus=True, written=section.generation_records)
     if questions:
@@ -151,7 +183,7 @@ def _check_compared(parameters: Parameters) -> int:
                 f"{section.training_records} of {len(records)}: set more aside, or remove it from "
                 "compare.methods."
             )
-    return len(edited)
+    return len(edited), methods
 
 
 def _check_surroundings() -> None:
@@ -198,28 +230,24 @@ def _check_documents(path: Path, section: StatisticsSection, documents: int) -> 
         raise InputError(f"{path} contains no text: name a file with text in statistics.")
 
 
-def _describe_model(section: ModelSection) -> tuple[ModelFiles, Path]:
-    """The structure of a model that is not trained here, and where its description is."""
-    if section.source == "hub":
-        name = str(section.id)
-        commit = resolve_commit(name, str(section.revision))
-        directory = fetch_description(name, commit)
-        return describe_model("hub", name, commit, directory), directory
-    place, name, version = locate_model(section.source, section.path, section.package)
-    described = describe_model(section.source, name, version, place)
-    check_weights(place)
-    return described, place
+def compared_methods(parameters: Parameters, model: str, shape: ModelShape) -> list[Method]:
+    """The methods of `compare.methods` with the settings that params.yaml gives them.
 
-
-def _methods(parameters: Parameters, model: str, shape: ModelShape) -> list[Method]:
+    Raises:
+        InputError: there is no such method, setting or layer.
+    """
     section, depth = parameters.compare, shape.depth
-    blocks = parameters.mend_settings(model).blocks
-    if "mend" in section.methods and blocks > depth:
-        raise InputError(f"mend.blocks is {blocks}, but {model} has {depth} blocks: use fewer.")
+    mend = parameters.mend_settings(model)
+    if "mend" in section.methods and mend.blocks > depth:
+        raise InputError(
+            f"mend.blocks is {mend.blocks}, but {model} has {depth} blocks: use fewer."
+        )
     hyperparameters = parameters.hyperparameters(model, shape)
-    return make_methods(
+    methods = make_methods(
         section.methods, section.settings, hyperparameters, model, depth, section.editors
     )
+    learning = {"mend": Mend(mend), "serac": Serac(parameters.serac_settings(model))}
+    return [Method(one.name, learning.get(one.name, one.editor)) for one in methods]
 
 
 def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[Method]) -> None:

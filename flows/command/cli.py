@@ -24,11 +24,9 @@ from flows.command.script import (
 )
 from memit.errors import InputError
 from memit.files.reading import read_text
+from tasks.engine.results import DELTA_FILE, MODEL_FILE, REQUESTS_FILE, upstream
 
-DELTA = Path("artifacts/edit/delta.safetensors")
-REQUESTS = Path("artifacts/requests.json")
-
-Delta = Annotated[ExistingFile | None, Parameter(help=f"The edit; by default {DELTA}.")]
+Delta = Annotated[ExistingFile | None, Parameter(help=f"The edit; by default {DELTA_FILE}.")]
 Model = Annotated[
     ExistingPath | None,
     Parameter(help="A model directory or GGUF file; by default the model of params.yaml."),
@@ -91,10 +89,14 @@ def repro(
     """Run the DVC stages that are not up to date (`dvc repro`), with one Prefect server for all."""
     parameters = ready_parameters()
     from flows.command.checks import check_list
+    from flows.report import show_results
     from flows.service.reproduce import reproduce_here
 
     check_list(parameters)
-    sys.exit(reproduce_here(arguments))
+    status = reproduce_here(arguments)
+    if status == 0 and not arguments:  # else other stages may have been asked for
+        show_results()
+    sys.exit(status)
 
 
 @app.command
@@ -205,8 +207,8 @@ def ask(
     from memit.requests import read_counterfact
 
     lm, facts = _open_model(model), []
-    if delta is None and REQUESTS.is_file():
-        facts = [record.request for record in read_counterfact(REQUESTS)]
+    if delta is None and REQUESTS_FILE.is_file():
+        facts = [record.request for record in read_counterfact(REQUESTS_FILE)]
     fitting = fitting_delta(lm, path, is_given=delta is not None)
     asked = Questions(lm, fitting, facts, top, tokens, chat)
     for given in [lines] if lines else _typed():
@@ -228,7 +230,7 @@ def ui(*, port: int = 5000, prefect: bool = False) -> None:
     parameters = given_parameters()
     from flows.service.pages import serve_pages
 
-    serve_pages(parameters.report.tracking_uri, port, with_prefect=prefect)
+    serve_pages(parameters.report, port, with_prefect=prefect)
 
 
 @app.command
@@ -264,7 +266,7 @@ def status(directory: ExistingPath) -> None:
     directory
         A model directory that `memit apply` may have edited.
     """
-    from flows.command.changes import show_status
+    from flows.command.status import show_status
 
     show_status(directory)
 
@@ -327,7 +329,7 @@ def _typed() -> Iterator[list[str]]:
 
 def _delta_file(given: Path | None, force: bool = True) -> Path:
     """The file of an edit, which is within the limits unless it is forced."""
-    path = given or DELTA
+    path = given or DELTA_FILE
     if not path.is_file():
         raise InputError(f"{path} does not exist: use `memit run` first, or name one with --delta.")
     if not force and Path("params.yaml").is_file():
@@ -341,7 +343,6 @@ def _open_model(place: Path | None):
     """The model in a directory or GGUF file, or by default that of the experiment."""
     from tasks.engine.hub import open_model
     from tasks.engine.loaded_model import load_reference
-    from tasks.engine.results import MODEL_FILE, upstream
 
     if place is not None:
         from memit.language_model import load_model

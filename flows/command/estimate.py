@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,10 +25,13 @@ from memit.requests import Record
 from memit.sampled_corpus import wanted_tokens
 from memit.targets import plain_rows, weak_keys
 from tasks.engine.artifacts import project_root
-from tasks.engine.hub import locate_model, open_model
+from tasks.engine.hub import open_model
 from tasks.engine.loaded_model import BYTES, ModelFiles, ModelReference
 from tasks.engine.results import MODEL_FILE
-from tasks.model import describe_model, model_without_weights
+from tasks.model import find_model, model_without_weights
+
+LENGTHS = Lengths(8, 3)
+"""Tokens of a prompt and of an object, where the facts are not known yet."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Estimate:
 
 def add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) -> None:
     """Add the rows that need the model's tokenizer and shape."""
-    model = _reference(parameters.model)
+    model = reference(parameters.model)
     files, requests = model.model, [record.request for record in records]
     lm = model_without_weights(files.id, files.revision, files.within(Path(model.directory)))
     rows = plain_rows(lm, requests)
@@ -57,13 +61,10 @@ def add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) -
     hyperparameters = parameters.hyperparameters(files.id, files.shape)
     note = parameters.settings_note(files.id, files.shape)
     table.add_row("settings", Text(note or summary(hyperparameters)))
-    if parameters.statistics.source == "sampled":
+    if seconds := statistics_seconds(parameters, model):
+        duration = timedelta(seconds=max(1, round(seconds)))
         tokens = wanted_tokens(parameters.statistics.tokens, files.inner_width)
-        passes = costs.sampling_operations(files.shape, hyperparameters.layers, tokens)
-        seconds = max(1, round(passes / _speed(model.dtype, model)))
-        table.add_row(
-            "time for statistics", f"about {timedelta(seconds=seconds)}, {tokens} sampled tokens"
-        )
+        table.add_row("time for statistics", f"about {duration}, {tokens} sampled tokens")
     estimate = estimate_edit(files, hyperparameters, len(records), lengths, model)
     duration = timedelta(seconds=max(1, round(estimate.seconds)))
     table.add_row("time for targets and edit", f"about {duration} on this machine")
@@ -71,14 +72,24 @@ def add_costs(table: Table, parameters: Parameters, records: Sequence[Record]) -
     table.add_row("disk", f"about {decimal(estimate.disk)} in {project_root()}")
 
 
-def _reference(section: ModelSection) -> ModelReference:
+def statistics_seconds(parameters: Parameters, model: ModelReference) -> float:
+    """Time for texts that the model writes and their second moments; 0 for those of a corpus."""
+    section, files = parameters.statistics, model.model
+    if section.source != "sampled":
+        return 0.0
+    layers = parameters.hyperparameters(files.id, files.shape).layers
+    tokens = wanted_tokens(section.tokens, files.inner_width)
+    return costs.sampling_operations(files.shape, layers, tokens) / speed(model)
+
+
+def reference(section: ModelSection) -> ModelReference:
     """The model of the last run, or before the first one that of the section."""
     if MODEL_FILE.exists():
         return open_model(**section.placement())
-    place, name, version = locate_model(section.source, section.path, section.package)
+    described, place = find_model(**section.identity())
     return ModelReference(
         directory=str(place.parent if place.is_file() else place),
-        model=describe_model(section.source, name, version, place),
+        model=described,
         dtype=section.dtype,
         device=section.device,
         threads=section.threads,
@@ -112,17 +123,23 @@ def estimate_edit(
     memory = costs.solve_bytes(shape) + keys + min(held, HELD_IN_MEMORY)
     targets = costs.targets_bytes(shape, count, hyperparameters.evaluations)
     return Estimate(
-        seconds=passes / _speed(model.dtype, model) + solves / _speed("float64", model),
+        seconds=passes / speed(model) + solves / speed(model, "float64"),
         memory=round(files.parameters * size + memory),
         disk=round(len(layers) * layer + max(0, held - HELD_IN_MEMORY) + targets),
     )
 
 
-def _speed(dtype: str, model: ModelReference) -> float:
-    """Multiplications and additions per second, measured with a matrix product."""
+def speed(model: ModelReference, dtype: str | None = None) -> float:
+    """Multiplications and additions per second of a model's device, measured with a matrix product,
+    by default in the model's dtype."""
     name = model.device if model.device not in ("auto", "sharded") else "cuda"
     device = name if name == "cpu" or torch.cuda.is_available() else "cpu"
+    return _measured(dtype or model.dtype, device, model.threads)
+
+
+@cache
+def _measured(dtype: str, device: str, threads: int) -> float:
     size = 512 if device == "cpu" else 4_096
     matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
-    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=model.threads)
-    return 2 * size**3 / timer.timeit(4).mean
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=threads)
+    return 2 * size**3 / min(timer.timeit(1).mean for _ in range(8))

@@ -11,9 +11,7 @@ from rich.text import Text
 from flows.command.parameters import Parameters
 from flows.command.script import output
 from memit.requests import Record, conflict_groups, read_records, sample_records
-
-MODEL_FILE = Path("artifacts/model/model.json")
-"""What the step `model` leaves."""
+from tasks.engine.results import MODEL_FILE
 
 
 def check_requests(parameters: Parameters, file: Path) -> None:

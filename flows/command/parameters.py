@@ -29,7 +29,6 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import AliasEvent
 
 from memit.editors.settings import MendSettings, SeracSettings, mend_preset, serac_preset
 from memit.errors import InputError
@@ -102,7 +101,12 @@ class Section(BaseModel):
     """Immutable settings; unknown keys and values of another type are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        str_min_length=1,
+        model_title_generator=lambda section: section.__name__.removesuffix("Section"),
     )
 
 
@@ -184,6 +188,10 @@ class ModelSection(Section):
     def placement(self) -> dict[str, Any]:
         """How the model computes, and where one on this machine is."""
         return self.model_dump(include={"dtype", "device", "threads", "path", "package"})
+
+    def identity(self) -> dict[str, Any]:
+        """Which model it is."""
+        return self.model_dump(include={"source", "id", "revision", "path", "package"})
 
     @property
     def synthetic_shape(self) -> ModelShape:
@@ -363,6 +371,10 @@ class ScalingSection(Section):
     least_records: Count = Field(default=10, description="small sizes are repeated up to this")
     generation_records: Written = 8
 
+    def repeated(self, size: int, available: int) -> int:
+        """How many samples of a size are drawn: all records only once, few edits more often."""
+        return 1 if size == available else max(self.samples, -(-self.least_records // size))
+
 
 class TracingSection(Section):
     """Which facts are traced; the model must give their true objects."""
@@ -529,10 +541,7 @@ def read_parameters(path: Path = Path("params.yaml")) -> Parameters:
 def _parse_yaml(text: str, path: Path) -> object:
     try:
         # YAML 1.2, as DVC reads it: 1.5e4 is a number, and a duplicate key is an error.
-        reader = YAML(typ="safe", pure=True)
-        if any(isinstance(event, AliasEvent) for event in reader.parse(text)):
-            raise InputError(f"{path} has an alias (*name): write the value out.")
-        return reader.load(text)
+        return YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -542,12 +551,13 @@ def _parse_yaml(text: str, path: Path) -> object:
 
 def check_files(parameters: Parameters) -> None:
     """Raise `InputError` if a file that is used is not there: known before slow imports."""
-    for section, sources in FILE_SOURCES.items():
+    for key in USERS_FILES:
+        section, name = key.split(".")
         values = getattr(parameters, section)
-        if values.source in sources and values.path and not Path(values.path).exists():
-            raise InputError(
-                f"{values.path} does not exist: correct {section}.path in params.yaml."
-            )
+        is_used = name != "path" or values.source in FILE_SOURCES[section]
+        path = getattr(values, name)
+        if is_used and path is not None and not Path(path).exists():
+            raise InputError(f"{path} does not exist: correct {key} in params.yaml.")
 
 
 def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:

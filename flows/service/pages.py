@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from flows.command.parameters import ReportSection
 from flows.command.script import console
 from flows.service.server import PORT, free_port, prefect_server, wait_for
 from flows.service.watched import running
@@ -11,10 +12,10 @@ from memit.errors import InputError
 from memit.redaction import redacted
 from tasks.engine.artifacts import cache_directory
 from tasks.engine.environment import environment
-from tasks.reporting.tracking import open_store, tracking_uri
+from tasks.reporting.tracking import open_store, runs_page, tracking_uri
 
 
-def serve_pages(store: str | None, port: int, *, with_prefect: bool) -> None:
+def serve_pages(section: ReportSection, port: int, *, with_prefect: bool) -> None:
     """Serve MLflow's pages, on a free port if the wanted one is taken, and Prefect's if asked for.
 
     Raises:
@@ -22,7 +23,7 @@ def serve_pages(store: str | None, port: int, *, with_prefect: bool) -> None:
         UnreachableError: a server does not start.
         ResourceError: MLflow's store cannot be used.
     """
-    uri, log = tracking_uri(store), cache_directory() / "mlflow.log"
+    uri, log = tracking_uri(section.tracking_uri), cache_directory() / "mlflow.log"
     if uri.startswith("http"):
         raise InputError(f"the runs are logged at {redacted(uri)}: open that in a browser.")
     open_store(uri)
@@ -38,13 +39,13 @@ def serve_pages(store: str | None, port: int, *, with_prefect: bool) -> None:
             running("mlflow", "ui", *options, uri, stdout=file, stderr=file, start_new_session=True)
         )
         wait_for(address, process, "MLflow", log)
-        lines = [f"MLflow   {address}"]
+        lines = [f"MLflow   {address}{runs_page(uri, section.experiment)}"]
         if with_prefect:
             api = servers.enter_context(prefect_server(PORT))
             lines.append(f"Prefect  {api.removesuffix('/api')}")
         if free != port:
             console.print(f"port {port} is taken by another program")
-        console.print("\n".join([*lines, "Ctrl-C ends"]))
+        console.print("\n".join([*lines, "Ctrl-C ends"]), soft_wrap=True)
         try:
             process.wait()
         except KeyboardInterrupt:

@@ -13,8 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prefect import Flow, Task, flow
+import pyarrow
+from prefect import Flow, flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from pyarrow import csv, parquet
 
 from flows.command.parameters import Parameters, complete_parameters
 from flows.service.gpu_slot import gpu_slot
@@ -24,6 +26,7 @@ from memit.history import State, state_before
 from memit.hyperparameters import Hyperparameters
 from memit.requests import Record, read_counterfact, requests_digest
 from tasks.engine.artifacts import Artifact, copy_file, describe, write_file, write_json, write_text
+from tasks.engine.cache import CachedTask
 from tasks.engine.cost import Cost
 from tasks.engine.hub import open_model
 from tasks.engine.loaded_model import ModelReference, token_budget
@@ -142,16 +145,16 @@ class Run:
         """Padded tokens in a batch, see `tasks.engine.loaded_model.token_budget`."""
         return token_budget(setting, self.model, trained_blocks=trained_blocks)
 
-    def compute(self, task: Task[..., Any], *arguments: Any, **named: Any) -> Any:
+    def compute(self, task: CachedTask, *arguments: Any, **named: Any) -> Any:
         """The result of a cached task."""
-        result = task(*arguments, **named)
-        self.costs.append(result.cost)
+        result, cost = task.with_cost(*arguments, **named)
+        self.costs.append(cost)
         return result
 
     def map(
         self,
         unit: str,
-        task: Task[..., Any],
+        task: CachedTask,
         pieces: Sequence[Any],
         count: Callable[[Any], int] = len,
         **shared: Any,
@@ -164,14 +167,22 @@ class Run:
             self.resources.enter_context(mapping_over(workers_of(self.parameters)))
             self.has_workers = True
         running = scatter(task, pieces, **shared)
-        results = gather(task.name, unit, running, [count(piece) for piece in pieces])
-        self.costs += [result.cost for result in results]
-        return results
+        found = gather(task.name, unit, running, [count(piece) for piece in pieces])
+        self.costs += [cost for _, cost in found]
+        return [result for result, _ in found]
 
     def write(self, path: Path, write: Callable[[Path], object]) -> None:
         """Let `write` fill a result."""
         write_file(path, write)
         self.files.append(path)
+
+    def write_table(self, path: Path, table: pyarrow.Table) -> None:
+        """Write a result as Parquet."""
+        self.write(path, lambda partial: parquet.write_table(table, partial))
+
+    def write_csv(self, path: Path, table: pyarrow.Table) -> None:
+        """Write a result as CSV."""
+        self.write(path, lambda partial: csv.write_csv(table, partial))
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a result as text."""

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -14,14 +15,16 @@ from prefect.cache_policies import CachePolicy
 from pydantic import BaseModel
 
 from tasks.engine.code import code_of
+from tasks.engine.cost import Cost, Meter
 from tasks.engine.locks import FileLocks
+from tasks.engine.progress import piece_progress
 from tasks.engine.records import Records
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """What each cached task runs."""
 
 
-def cached_task(name: str) -> Callable[[Callable[..., Any]], Task[..., Any]]:
+def cached_task(name: str) -> Callable[[Callable[..., Any]], CachedTask]:
     """A Prefect task whose result is remembered under its name, code and inputs' content.
 
     Its code is what `tasks.engine.code` finds: a change in a module that the result comes from, or
@@ -29,18 +32,25 @@ def cached_task(name: str) -> Callable[[Callable[..., Any]], Task[..., Any]]:
     damaged is computed again. Two processes that want the same result compute it once: the second
     waits.
 
-    The result must be a pydantic model (or a list or tuple of them) that can be written as JSON and
-    names its files as `Artifact`. Inputs are plain values, dataclasses, pydantic models, or objects
-    with a `cache_key`.
+    The result must be a plain value or a pydantic model (or a list of them) that can be written as
+    JSON and names its files as `Artifact`. Its cost is kept with it. Inputs are plain values,
+    dataclasses, pydantic models, or objects with a `cache_key`.
     """
 
-    def decorate(function: Callable[..., Any]) -> Task[..., Any]:
+    def decorate(function: Callable[..., Any]) -> CachedTask:
         FUNCTIONS[name] = function
+
+        @wraps(function)
+        def metered(*arguments: Any, **named: Any) -> list[Any]:
+            with Meter() as meter, piece_progress(name):
+                result = function(*arguments, **named)
+            return [result, meter.cost]
+
         policy = CachePolicy.from_cache_key_fn(
             lambda _, inputs: f"{name}-{content_key(name, code_of(function), inputs)}"
         )
         task = CachedTask(
-            function,
+            metered,
             name=name,
             persist_result=True,
             result_serializer="json",
@@ -48,13 +58,29 @@ def cached_task(name: str) -> Callable[[Callable[..., Any]], Task[..., Any]]:
             cache_result_in_memory=False,
         )
         task.result_storage = Records()  # Prefect's own argument wants one that its server knows
+        task.uncached = function
         return task
 
     return decorate
 
 
 class CachedTask(Task[..., Any]):
-    """A task that other processes find by its name, with the code and the cache that they have."""
+    """A task that other processes find by its name, with the code and the cache that they have.
+
+    Futures of it give a list of the result and its cost.
+    """
+
+    uncached: Callable[..., Any]
+    """The function itself."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """The result alone."""
+        return self.with_cost(*arguments, **named)[0]
+
+    def with_cost(self, *arguments: Any, **named: Any) -> tuple[Any, Cost]:
+        """The result, and what it cost when it was computed."""
+        result, cost = super().__call__(*arguments, **named)
+        return result, cost
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _find_task, (self.fn.__module__, self.fn.__qualname__)

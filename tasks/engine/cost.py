@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,39 @@ class Meter:
     cost = Cost()
 
     def __enter__(self) -> Meter:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the high-water mark
-        if cuda := _cuda():
-            cuda.reset_peak_memory_stats()
-        self._start = time.perf_counter()
+        _running.meter = self
+        _reset_peaks()
+        self.start = time.perf_counter()
         return self
 
     def __exit__(self, *raised: object) -> None:
+        _running.meter = None
         self.cost = Cost(
-            seconds=round(time.perf_counter() - self._start, 3),
+            seconds=round(time.perf_counter() - self.start, 3),
             peak_memory=_peak_memory(),
             peak_device_memory=_peak_device_memory(),
         )
+
+
+_running = threading.local()
+"""The meter of each thread."""
+
+
+@contextmanager
+def unmetered() -> Iterator[None]:
+    """Leave the body out of the cost that this thread measures, such as waiting for a model."""
+    began = time.perf_counter()
+    yield
+    if meter := getattr(_running, "meter", None):
+        _reset_peaks()
+        meter.start += time.perf_counter() - began
+
+
+def _reset_peaks() -> None:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the high-water mark
+    if cuda := _cuda():
+        cuda.reset_peak_memory_stats()
 
 
 def _peak_memory() -> int:

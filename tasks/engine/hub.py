@@ -112,11 +112,6 @@ def resolve_commit(name: str, revision: str, kind: Literal["model", "dataset"] =
     return commit
 
 
-def fetch_description(name: str, commit: str) -> Path:
-    """Configuration and tokenizer of a hub model, without its weights."""
-    return _snapshot(name, commit)
-
-
 def fetch_model(name: str, commit: str) -> Path:
     """The snapshot of a hub model with its safetensors weights, fetched unless it is here.
 
@@ -128,7 +123,7 @@ def fetch_model(name: str, commit: str) -> Path:
     directory = fetch_description(name, commit)
     if not _has_weights(directory):
         _check_room(name, commit)
-        directory = _snapshot(name, commit, *WEIGHT_PATTERNS)
+        directory = fetch_description(name, commit, *WEIGHT_PATTERNS)
     if not _has_weights(directory):
         raise InputError(
             f"{name} at {commit} has no safetensors weights, and no others are loaded: name a "
@@ -143,8 +138,9 @@ def _has_weights(directory: Path) -> bool:
 
 
 @retry_unreachable
-def _snapshot(name: str, commit: str, *more: str) -> Path:
-    """The description of a hub model, from here if it is here; with `more`, from the hub."""
+def fetch_description(name: str, commit: str, *more: str) -> Path:
+    """Configuration and tokenizer of a hub model, without its weights, from here if they are here;
+    with `more` files from the hub."""
     patterns = [*more, *DESCRIPTION_PATTERNS]
     download = huggingface_hub.snapshot_download
     fetch = partial(download, name, revision=commit, allow_patterns=patterns)

@@ -23,6 +23,7 @@ from memit.model_shape import ModelShape
 from memit.rounding import round_to_int8
 from memit.weight_delta import WeightDelta, check_rounded
 from tasks.engine.artifacts import Artifact, Value, cache_directory, describe, fetch_stored
+from tasks.engine.cost import unmetered
 from tasks.engine.store import shared_store
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class LoadedModel:
         gets it `shared` must change no weights.
         """
         shared = shared and reference.threads_of_a_piece < reference.threads
-        with self._changed:
+        with unmetered(), self._changed:
             self._changed.wait_for(lambda: self._users == 0 or self._fits(reference, edit, shared))
             _use_threads(reference.threads)  # the last bits of edited weights depend on them
             main = self._loaded(reference, edit, read)

@@ -42,7 +42,9 @@ WORKER_DEATHS = (
 """What Dask and Ray raise for a piece whose workers died again and again."""
 
 _bars: dict[str, Bar] = {}
-"""The bars that are shown, by their step's name."""
+"""The bars that are shown, by their task's name."""
+_piece = threading.local()
+"""The bar of the piece that a thread computes, and the units that the piece has counted there."""
 
 
 class Bar:
@@ -115,20 +117,21 @@ def _lines(name: str, total: int, unit: str) -> Callable[[int], None]:
 
 
 @contextmanager
-def piece_progress(name: str) -> Iterator[Callable[[int], None]]:
-    """A callback for a piece in progress; it does nothing where no bar is shown."""
-    bar, units_of_piece = _bars.get(name), 0
-
-    def advance(units: int) -> None:
-        nonlocal units_of_piece
-        if bar is not None:
-            units_of_piece += units
-            bar.advance(units)
-
+def piece_progress(name: str) -> Iterator[None]:
+    """Let `advance` count on the bar of the task `name`, if one is shown."""
+    _piece.bar, _piece.units = _bars.get(name), 0
     try:
-        yield advance
+        yield
     finally:
-        advance(-units_of_piece)  # `gather` counts the finished piece as a whole
+        advance(-_piece.units)  # `gather` counts the finished piece as a whole
+        _piece.bar = None
+
+
+def advance(units: int) -> None:
+    """Count units of the piece that this thread computes."""
+    if bar := getattr(_piece, "bar", None):
+        _piece.units += units
+        bar.advance(units)
 
 
 def _result(future: PrefectFuture[Any], name: str) -> Any:

@@ -59,13 +59,7 @@ REPORT = Path("report")
 FIGURES = tuple(REPORT / f"{name}.svg" for name in ("margins", "losses", "updates"))
 TABLE_FILE = REPORT / "results.md"
 PAGE_FILE = REPORT / "index.html"
-MEND = Path("artifacts/mend")
-MEND_NETWORK_FILE = MEND / "network.safetensors"
-SERAC = Path("artifacts/serac")
-SERAC_MODELS_FILE = SERAC / "models.safetensors"
 STEP_FILES = {
-    "mend": MEND / "step.json",
-    "serac": SERAC / "step.json",
     "compare": Path("comparison/step.json"),
     "scaling": Path("scaling/step.json"),
     "tune": Path("tuning/step.json"),

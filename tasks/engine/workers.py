@@ -77,19 +77,24 @@ def check_workers(workers: Workers) -> None:
 def mapping_over(workers: Workers) -> Iterator[None]:
     """Let the running flow map its tasks over these workers.
 
-    A cluster that is started here serves inner flows, too, and ends with the outermost.
+    The connection to a cluster serves inner flows, too, and ends with the outermost, as does a
+    cluster that is started here.
 
     Raises:
         InputError: an extra is not installed.
         UnreachableError: the cluster does not answer.
     """
     check_workers(workers)
+    context = FlowRunContext.get()
+    assert context is not None, "pieces are mapped inside a flow"
     with ExitStack() as stack:
         stack.enter_context(environment(worker_environment(workers)))
-        if workers.kind == "dask":
-            stack.enter_context(_dask(workers))
-        elif workers.kind == "ray":
-            stack.enter_context(_ray(workers))
+        if workers.kind != "threads" and not _connected:
+            connection = {"dask": _dask, "ray": _ray}[workers.kind](workers)
+            _connected.append(stack.enter_context(connection))
+            stack.callback(_connected.clear)
+        for runner in _connected:
+            stack.enter_context(context.model_copy(update={"task_runner": runner}))
         yield
 
 
@@ -115,28 +120,30 @@ def worker_environment(workers: Workers) -> dict[str, str]:
     return {VARIABLE: workers.store}
 
 
-@contextmanager
-def _mapped_by(runner: TaskRunner[Any]) -> Iterator[None]:
-    """Let the running flow submit to another runner."""
-    context = FlowRunContext.get()
-    assert context is not None, "pieces are mapped inside a flow"
-    with context.model_copy(update={"task_runner": runner}):
-        yield
+_connected: list[TaskRunner[Any]] = []
+"""The connection to a cluster that flows of this process use."""
 
 
 # --- Dask ---------------------------------------------------------------------------------------
 
-_started: list[str] = []
-"""Address of the Dask cluster that was started here."""
-
 
 @contextmanager
-def _dask(workers: Workers) -> Iterator[None]:
+def _dask(workers: Workers) -> Iterator[TaskRunner[Any]]:
+    from distributed import LocalCluster
     from prefect_dask.task_runners import DaskTaskRunner
 
     with ExitStack() as stack:
-        address = workers.address or next(iter(_started), None)
-        address = address or stack.enter_context(_dask_cluster(workers.count))
+        address = workers.address
+        if address is None:
+            cluster = LocalCluster(
+                n_workers=workers.count,
+                threads_per_worker=1,
+                dashboard_address=None,  # pyright: ignore[reportArgumentType]
+                memory_limit=None,  # a model cannot be spilled to disk
+                silence_logs=logging.CRITICAL,
+            )
+            stack.enter_context(cluster)
+            address = cluster.scheduler_address
         runner = stack.enter_context(DaskTaskRunner(address=address))
         try:
             client = runner.client
@@ -145,27 +152,7 @@ def _dask(workers: Workers) -> Iterator[None]:
                 f"no Dask scheduler answers at {address} ({error}): correct runner.address."
             ) from error
         _prepare(client, worker_environment(workers), started=workers.address is None)
-        stack.enter_context(_mapped_by(runner))
-        yield
-
-
-@contextmanager
-def _dask_cluster(count: int) -> Iterator[str]:
-    from distributed import LocalCluster
-
-    cluster = LocalCluster(
-        n_workers=count,
-        threads_per_worker=1,
-        dashboard_address=None,  # pyright: ignore[reportArgumentType]
-        memory_limit=None,  # a model cannot be spilled to disk
-        silence_logs=logging.CRITICAL,
-    )
-    with cluster:
-        _started.append(cluster.scheduler_address)
-        try:
-            yield cluster.scheduler_address
-        finally:
-            _started.clear()
+        yield runner
 
 
 def _prepare(client: Client, environment: dict[str, str], *, started: bool) -> None:
@@ -187,29 +174,13 @@ def _prepare(client: Client, environment: dict[str, str], *, started: bool) -> N
 
 
 @contextmanager
-def _ray(workers: Workers) -> Iterator[None]:
-    from prefect_ray import RayTaskRunner
-    from prefect_ray.context import remote_options
-
-    with ExitStack() as stack:
-        stack.enter_context(_ray_cluster(workers))
-        runner = stack.enter_context(RayTaskRunner())
-        cores, gpus = workers.threads, _gpus(workers.device)
-        stack.enter_context(remote_options(num_cpus=cores, num_gpus=gpus, max_retries=RESTARTS))
-        stack.enter_context(_mapped_by(runner))
-        yield
-
-
-@contextmanager
-def _ray_cluster(workers: Workers) -> Iterator[None]:
-    """Connect to a cluster, or start one, unless an outer flow has done so."""
+def _ray(workers: Workers) -> Iterator[TaskRunner[Any]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
+    from prefect_ray import RayTaskRunner
+    from prefect_ray.context import remote_options
 
-    if ray.is_initialized():
-        yield
-        return
     started: dict[str, Any] = {
         "num_cpus": workers.count * workers.threads,
         "include_dashboard": False,
@@ -232,10 +203,12 @@ def _ray_cluster(workers: Workers) -> Iterator[None]:
     finally:
         with suppress(ValueError):  # in another thread, where Ray has not replaced it either
             signal.signal(signal.SIGTERM, handler)  # for the flow's orderly end
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with ExitStack() as stack:
+        stack.callback(ray.shutdown)
+        runner = stack.enter_context(RayTaskRunner())
+        cores, gpus = workers.threads, _gpus(workers.device)
+        stack.enter_context(remote_options(num_cpus=cores, num_gpus=gpus, max_retries=RESTARTS))
+        yield runner
 
 
 def _gpus(device: str) -> int:

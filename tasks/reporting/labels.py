@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 DECIMALS = 6
 """Digits after the point in `metrics.json`."""
 
@@ -22,6 +25,11 @@ LABELS = {
     "serac": "SERAC",
 }
 """Names of the methods in tables and figures; others keep their registered name."""
+
+
+def editor_label(edit: Mapping[str, Any]) -> str:
+    """The name of the editor whose edit `edit.json` describes."""
+    return label("joint" if edit["hyperparameters"]["site"] == "down_projections" else "memit")
 
 
 def label(method: str) -> str:

@@ -24,6 +24,7 @@ from memit.redaction import redacted
 from memit.requests import Record
 from tasks.engine.loaded_model import ModelFiles
 from tasks.reporting.figures import ACCENT, AFTER, BEFORE, INK, margins
+from tasks.reporting.labels import editor_label
 
 FACTS, WORST, TEXTS, RELATIONS = 2000, 15, 24, 30
 """The most facts, neighbours, generated texts and relations that are shown."""
@@ -66,6 +67,7 @@ def render(results: Results) -> str:
     rows = _prompts(results.prompts) + list(_kept_prompts(results))
     return pages.get_template("page.html").render(
         results=results,
+        editor=editor_label(results.edit),
         facts=_facts(results, rows)[:FACTS],
         worst=_worst(rows),
         relations=_relations(results),

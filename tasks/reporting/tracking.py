@@ -40,12 +40,17 @@ from tasks.engine.databases import LOCK_SECONDS, check_database
 from tasks.engine.git import commit_of, git
 from tasks.engine.loaded_model import ModelFiles
 from tasks.reporting.formats import ROWS, STRICT, read_json
+from tasks.reporting.labels import editor_label
 
 DIGEST_TAG = "memit.experiment"
 WRITER_TAG = "memit.writer"
 LIMITS_TAG = "memit.limits"
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Lets MLflow's pages begin with the runs, not with traces of chat models."""
+VIEW = "memit"
+"""The name of the view of the runs that MLflow's pages open with."""
+COLUMNS = ("score", "efficacy", "paraphrase", "neighborhood", "neighborhood_accuracy", "perplexity")
+"""The metrics that it shows."""
 LARGEST_DELTA = 100 << 20
 """Bytes of an edit that is logged as a file; a larger one stays with DVC."""
 LONGEST = 6_000
@@ -98,7 +103,8 @@ class Experiment:
         """Log parameters, metrics, files, and the edited model."""
         metrics = read_json(results.METRICS_FILE)
         model = ModelFiles.model_validate(read_json(results.MODEL_FILE))
-        name = f"{model.id.split('/')[-1]}, MEMIT, {metrics['edit']['count']} edits"
+        editor = editor_label(read_json(results.EDIT_FILE))
+        name = f"{model.id.split('/')[-1]}, {editor}, {metrics['edit']['count']} edits"
         client.update_run(run_id, name=f"{name} ({self.digest[:6]})")
         table = results.TABLE_FILE.read_text(encoding="utf-8")
         client.set_tag(run_id, MLFLOW_RUN_NOTE, table[:LONGEST])
@@ -258,10 +264,19 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
     known = client.get_experiment_by_name(name)
     if known is None:
         place = _artifact_directory(name).as_uri()
-        return client.create_experiment(name, artifact_location=place, tags=KIND)
+        made = client.create_experiment(name, artifact_location=place, tags=KIND)
+        view = {"selectedColumns": [f"metrics.`{column}`" for column in COLUMNS]}
+        client.set_experiment_tag(made, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
+        return made
     if known.lifecycle_stage == "deleted":
         client.restore_experiment(known.experiment_id)
     return known.experiment_id
+
+
+def runs_page(uri: str, name: str) -> str:
+    """Where MLflow's pages show an experiment's runs with `COLUMNS`; empty before its first run."""
+    known = MlflowClient(uri).get_experiment_by_name(name)
+    return f"/#/experiments/{known.experiment_id}/runs?viewStateShareKey={VIEW}" if known else ""
 
 
 def _delete_run(client: MlflowClient, experiment_id: str, run_id: str) -> None:

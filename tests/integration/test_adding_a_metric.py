@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 import yaml
 
@@ -16,7 +17,7 @@ from memit.errors import InputError
 from memit.evaluation.own_metrics import own_metrics
 from memit.requests import read_counterfact
 from tasks.engine.loaded_model import loaded
-from tasks.evaluation import OwnMetric, measure_own
+from tasks.evaluation import OwnMetric, measure_piece
 from tests import ROOT
 from tests.integration.small_model import small_model
 
@@ -50,9 +51,10 @@ def test_the_examples_are_one_file_each(place: Path) -> None:
     path = str(parameters.evaluation.metrics)
     (name,) = own_metrics(path)
     metric = OwnMetric(path, name)
-    made = measure_own.fn(records, metric, reference, None, 256)
+    made = measure_piece.uncached(records, metric, reference, None, 256)
     with loaded(reference) as lm:
-        assert list(made.values) == metric.measure(lm, records, 256)
+        values = parquet.read_table(made.checked())["value"].to_pylist()
+        assert values == metric.measure(lm, records, 256)
     key = metric.cache_key
     (place / path).write_text(METRIC + "\n# another content\n", encoding="utf-8")
     with pytest.raises(Exception, match="was changed"):

@@ -24,7 +24,7 @@ pytestmark = [
 def collect_twice(source: CorpusSource) -> list[Corpus]:
     """The same piece for two threads at once."""
     sizes = map(unmapped, (3, 2, 1))
-    return [future.result() for future in collect_corpus.map([source, source], *sizes)]
+    return [future.result()[0] for future in collect_corpus.map([source, source], *sizes)]
 
 
 def delete_a_piece(made: Corpus, record: Path) -> None:

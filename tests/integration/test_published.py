@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows import statistics
 from flows.command.parameters import Parameters, check_parameters
 from flows.evaluation import references_of
 from flows.service.step import Run
 from flows.statistics import collect_layers
 from memit.errors import InputError, IntegrityError
 from memit.second_moment import read_moment
+from tasks.engine.cache import CachedTask
 from tasks.engine.loaded_model import ModelReference
-from tasks.statistics import import_moment
 from tests.integration.small_model import small_model
 
 FAMILIES = {"gpt2": "transformer.h.{}.mlp.c_proj", "gptj": "transformer.h.{}.mlp.fc_out"}
@@ -34,7 +33,7 @@ def model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model
     """A model, in a directory that is the project's; its tasks run without a server."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(statistics, "import_moment", import_moment.fn)
+    monkeypatch.setattr(CachedTask, "with_cost", lambda task, *given: task.fn(*given))
     Path("moments").mkdir()
     return small_model(tmp_path / "model", family)
 

@@ -60,7 +60,7 @@ TINY: dict[str, Any] = {
     "targets": {"requests_per_piece": 1, "evaluations": 25, "loss_threshold": 0.0},
     "evaluation": {"prompts_per_piece": 32, "generation_records": 2},
 }
-MAPPED = ("statistics", "targets", "evaluation", "generation")
+MAPPED = ("statistics", "targets", "evaluation")
 
 
 def with_runner(step: Callable[[Parameters], None]) -> Callable[[Parameters], None]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from memit.editors.memit import Memit
 from memit.errors import EditError, InputError, IntegrityError
-from memit.evaluation.counterfact import prompts_of
+from memit.evaluation.counterfact import ScoredPrompt, prompts_of
 from memit.evaluation.generations import SCHEMA
 from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.generation import generate_texts
@@ -33,13 +33,13 @@ from tasks.edit import Method, MethodEdit, changed_weights, describe_edit, edit_
 from tasks.engine.artifacts import Artifact, describe, write_file
 from tasks.engine.edited_model import with_edit
 from tasks.engine.loaded_model import ModelReference, loaded
+from tasks.engine.tables import read_tables
 from tasks.evaluation import (
     described_edit,
     examples,
-    measure_perplexity,
+    measure_piece,
+    measure_text,
     metrics_of,
-    read_table,
-    score_piece,
     without_details,
 )
 from tasks.prefixes import draw_prefixes
@@ -107,7 +107,7 @@ class Inputs:
     def edited(
         self, hyperparameters: Hyperparameters = HYPERPARAMETERS, on_failure: str = "stop"
     ) -> MethodEdit:
-        return edit_with.fn(
+        return edit_with.uncached(
             Method("memit", Memit(hyperparameters)),
             self.model,
             self.records,
@@ -137,11 +137,11 @@ def edit(inputs: Inputs) -> Artifact:
 def corpus_of(project: Path, per_shard: int, *, documents: int | None = 18) -> Corpus:
     text = "\n".join(DOCUMENTS) + "\n"
     file = write_file(project / "corpus.txt", lambda path: path.write_text(text))
-    return collect_corpus.fn(CorpusSource(file=file), documents, per_shard, 2)
+    return collect_corpus.uncached(CorpusSource(file=file), documents, per_shard, 2)
 
 
 def write_moment(path: Path, reference: ModelReference, corpus: Corpus, layer: int) -> None:
-    shards = [collect_shard.fn(r.texts, reference, (1, 2), BUDGET) for r in corpus.ranges]
+    shards = [collect_shard.uncached(r.texts, reference, (1, 2), BUDGET) for r in corpus.ranges]
     merge_shards(shards, describe_moment(reference, corpus.digest, layer), path)
 
 
@@ -149,8 +149,10 @@ def targets_of(reference: ModelReference, size: int) -> Targets:
     chosen = [record.request for record in RECORDS]
     pieces = [chosen[first : first + size] for first in range(0, len(chosen), size)]
     settings = target_settings(HYPERPARAMETERS)
-    made = [optimise_targets.fn(piece, reference, PREFIXES, settings, BUDGET) for piece in pieces]
-    return Targets.concatenate([Targets.load(piece.targets.checked()) for piece in made])
+    made = [
+        optimise_targets.uncached(piece, reference, PREFIXES, settings, BUDGET) for piece in pieces
+    ]
+    return Targets.concatenate([Targets.load(piece.checked()) for piece in made])
 
 
 def test_a_corpus_is_cut_into_ranges_and_the_rest_is_held_out(project: Path) -> None:
@@ -177,7 +179,7 @@ def test_statistics_agree_across_shards(tmp_path: Path, reference: ModelReferenc
 
 def test_a_shard_of_another_layer_is_refused(tmp_path: Path, reference: ModelReference) -> None:
     made = corpus_of(tmp_path, 9)
-    shard = collect_shard.fn(made.ranges[0].texts, reference, (1, 2), BUDGET)
+    shard = collect_shard.uncached(made.ranges[0].texts, reference, (1, 2), BUDGET)
     swapped = shard.model_copy(update={"moments": {1: shard.moments[2], 2: shard.moments[1]}})
     with pytest.raises(IntegrityError):
         merge_shards([swapped], describe_moment(reference, made.digest, 1), tmp_path / "x.parquet")
@@ -196,9 +198,9 @@ def test_held_out_text_without_anything_to_predict_has_no_perplexity(
     tmp_path: Path, reference: ModelReference
 ) -> None:
     file = write_file(tmp_path / "corpus.txt", lambda path: path.write_text("q\nq\nq\n"))
-    held_out = collect_corpus.fn(CorpusSource(file=file), 1, 1, 2).held_out
+    held_out = collect_corpus.uncached(CorpusSource(file=file), 1, 1, 2).held_out
     assert held_out.count == 2
-    assert measure_perplexity.fn(held_out.texts, reference, None, BUDGET).perplexity is None
+    assert measure_text.uncached(held_out.texts, "perplexity", reference, None, BUDGET) is None
 
 
 def test_targets_agree_across_pieces(inputs: Inputs, reference: ModelReference) -> None:
@@ -215,9 +217,11 @@ def optimised(
     """The stored targets with those of the requests, through the file; at most two in a piece."""
     settings = target_settings(replace(HYPERPARAMETERS, evaluations=2))
     plan = plan_pieces(stored.missing(requests), 2, place / "plan.json")
-    made = [optimise_targets.fn(piece, reference, PREFIXES, settings, BUDGET) for piece in plan]
+    made = [
+        optimise_targets.uncached(piece, reference, PREFIXES, settings, BUDGET) for piece in plan
+    ]
     (place / "plan.json").unlink(missing_ok=True)
-    stored = stored.with_pieces(plan, [piece.targets for piece in made])
+    stored = stored.with_pieces(plan, made)
     stored.save(place / "stored.safetensors")
     return StoredTargets.load(place / "stored.safetensors", stored.key)
 
@@ -322,7 +326,7 @@ def test_an_edit_is_signed_and_leaves_the_model_alone(
     with loaded(reference) as lm:
         for name in delta.changes:
             assert torch.equal(lm.parameter(name), original[name])
-    changed = load_file(changed_weights.fn(reference, edit).checked())
+    changed = load_file(changed_weights.uncached(reference, edit).checked())
     assert set(changed) == set(delta.changes)
     for name, matrix in changed.items():
         assert torch.equal(matrix, original[name] + delta.changes[name].dense())
@@ -341,6 +345,12 @@ def test_statistics_of_another_model_or_layer_are_refused(
         replace(inputs, moments={2: inputs.moments[1]}).edited(wrong)
 
 
+def scores(
+    prompts: Sequence[ScoredPrompt], model: ModelReference, edit: Artifact | None
+) -> Artifact:
+    return measure_piece.uncached(prompts, "prompts", model, edit, BUDGET)
+
+
 def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
     reference: ModelReference, edit: Artifact
 ) -> None:
@@ -348,9 +358,8 @@ def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
 
     def scored(size: int, edit: Artifact | None):
         cuts = range(0, len(prompts), size)
-        return read_table(
-            [score_piece.fn(prompts[i : i + size], reference, edit, BUDGET) for i in cuts]
-        )
+        pieces = [prompts[start : start + size] for start in cuts]
+        return read_tables(scores(piece, reference, edit) for piece in pieces)
 
     before, after, back = scored(99, None), scored(99, edit), scored(99, None)
     assert before.equals(back)
@@ -372,8 +381,7 @@ def test_a_model_is_measured_as_it_will_be_served(
     prompts = prompts_of(RECORDS)
     given = ((reference, edit), (served, edit), (served, None))
     exact, rounded, unedited = (
-        read_table([score_piece.fn(prompts, model, delta, BUDGET)])["nll_new"].to_numpy()
-        for model, delta in given
+        read_tables([scores(prompts, model, delta)])["nll_new"].to_numpy() for model, delta in given
     )
     assert 0 < abs(exact - rounded).max() < 0.3
     assert abs(unedited - rounded).max() > abs(exact - rounded).max()
@@ -419,12 +427,14 @@ def test_perplexity_and_prefixes_are_the_models_own(
     project: Path, reference: ModelReference
 ) -> None:
     held_out = corpus_of(project, 18).held_out.texts
-    first, again = (measure_perplexity.fn(held_out, reference, None, BUDGET) for _ in range(2))
-    assert first.perplexity == again.perplexity > 1
-    prefixes = draw_prefixes.fn(reference, 3).prefixes
+    first, again = (
+        measure_text.uncached(held_out, "perplexity", reference, None, BUDGET) for _ in range(2)
+    )
+    assert first == again > 1
+    prefixes = draw_prefixes.uncached(reference, 3)
     assert len(prefixes) == 5
-    assert prefixes == draw_prefixes.fn(reference, 3).prefixes
-    assert prefixes != draw_prefixes.fn(reference, 4).prefixes
+    assert prefixes == draw_prefixes.uncached(reference, 3)
+    assert prefixes != draw_prefixes.uncached(reference, 4)
 
 
 def test_examples_are_of_different_relations_as_long_as_there_are_some() -> None:
@@ -440,25 +450,24 @@ def test_examples_are_of_different_relations_as_long_as_there_are_some() -> None
 def test_requests_are_sampled_checked_and_completed(
     project: Path, reference: ModelReference, inputs: Inputs
 ) -> None:
-    chosen = choose_requests.fn("counterfact", inputs.records, 3, 0, reference)
+    chosen = choose_requests.uncached("counterfact", inputs.records, 3, 0, reference)
     assert len(read_counterfact(chosen.records.checked())) == 3
     assert (chosen.count, chosen.available) == (3, len(RECORDS))
     facts = project / "facts.jsonl"
     lines = [{"subject": f"Ada {n}", "prompt": "{} lives in", "target": "Rome"} for n in range(9)]
     facts.write_text("\n".join(map(json.dumps, lines)))
-    own = choose_requests.fn("facts", describe(facts), None, 0, reference)
+    own = choose_requests.uncached("facts", describe(facts), None, 0, reference)
     assert (own.count, own.available) == (9, 9)
     answers = [record.request.target_true for record in read_counterfact(own.records.checked())]
     assert any(answers)  # a random model has no answer to some
     assert "Rome" not in answers
     facts.write_text('{"subject": "Ada", "prompt": "lives in", "target": "Rome"}\n')
     with pytest.raises(InputError, match="record 1"):
-        choose_requests.fn("facts", describe(facts), None, 0, reference)
+        choose_requests.uncached("facts", describe(facts), None, 0, reference)
 
 
 def test_pieces_are_parquet_that_anything_reads(reference: ModelReference) -> None:
-    piece = score_piece.fn(prompts_of(RECORDS[:1]), reference, None, BUDGET)
-    table = parquet.read_table(piece.table.checked())
+    table = parquet.read_table(scores(prompts_of(RECORDS[:1]), reference, None).checked())
     assert table["case_id"].to_pylist() == [0] * 4
     assert table["kind"].to_pylist() == ["rewrite", "paraphrase", *["neighborhood"] * 2]
 
@@ -476,14 +485,14 @@ def test_facts_that_the_model_answers_are_traced_in_pieces(
         for number, (request, word) in enumerate(zip(requests, words, strict=True))
     ]
     file = write_file(tmp_path / "facts.json", lambda path: write_records(answered, path))
-    chosen = choose_traced.fn("counterfact", file, 4, 0, reference)
+    chosen = choose_traced.uncached("counterfact", file, 4, 0, reference)
     records = read_counterfact(chosen.records.checked())
     assert len(records) == chosen.count > 2
     pieces = [
-        trace_piece.fn(part, reference, chosen.deviation, BUDGET, mapped)
+        trace_piece.uncached(part, reference, chosen.deviation, BUDGET, mapped)
         for part, mapped in ((records[:2], False), (records[2:], False), (records[:2], True))
     ]
-    traces = pyarrow.concat_tables([parquet.read_table(p.table.checked()) for p in pieces])
+    traces = pyarrow.concat_tables([parquet.read_table(p.checked()) for p in pieces])
     found = effects(traces)
     with loaded(reference) as lm:
         prompts = traced_prompts(lm, [record.request for record in records])
@@ -503,7 +512,7 @@ def test_facts_that_the_model_does_not_answer_are_not_traced(
 ) -> None:
     file = write_file(tmp_path / "facts.json", lambda path: write_records(RECORDS, path))
     with pytest.raises(InputError, match="requests"):
-        choose_traced.fn("counterfact", file, 4, 0, reference)
+        choose_traced.uncached("counterfact", file, 4, 0, reference)
 
 
 def test_intervals_and_magnitudes_are_apart() -> None:

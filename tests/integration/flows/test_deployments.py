@@ -109,7 +109,7 @@ def test_which_devices_need_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_step_that_computes_holds_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     """All flows of the steps but the report, and the comparisons; none of those that chain them."""
-    from flows import compare, edit, experiment, mend, prefixes, scaling, serac, statistics
+    from flows import compare, edit, experiment, prefixes, scaling, statistics
     from flows.service import step as frame
 
     asked: list[str] = []
@@ -123,11 +123,11 @@ def test_every_step_that_computes_holds_a_slot(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(frame, "gpu_slot", no_slot)
     monkeypatch.setattr(frame, "upstream", lambda *_: {})
     parameters = complete_parameters({"model": {"device": "cuda"}})
-    for module in (edit, prefixes, statistics, mend, serac, compare, scaling):
+    for module in (edit, prefixes, statistics, compare, scaling):
         with pytest.raises(InputError, match="not now"):
             getattr(module, module.__name__.rpartition(".")[2]).fn(parameters)
-    assert asked == ["cuda"] * 7
+    assert asked == ["cuda"] * 5
     for chain in (experiment.experiment, experiment.comparison, experiment.scaling_run):
         with pytest.raises(InputError, match="parameters"):
             chain.fn([1])  # pyright: ignore[reportArgumentType]
-    assert asked == ["cuda"] * 7
+    assert asked == ["cuda"] * 5

@@ -1,4 +1,4 @@
-"""The settings of the steps `mend` and `serac`, and the examples that `mend` learns from."""
+"""The settings of MEND and SERAC, and the examples that MEND learns from."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet as parquet
-import pytest
 
 from flows.command.parameters import Parameters, check_parameters
-from flows.compare import learning_steps
 from memit.editors.settings import MendSettings, mend_preset, serac_preset
 from memit.language_model import LanguageModel
 from tasks.engine.artifacts import describe
@@ -31,14 +29,6 @@ def test_scratch_means_a_model_that_is_made_here() -> None:
     changed = parameters.serac_settings("EleutherAI/gpt-neox-20b")
     assert changed.counterfactual is None
     assert changed.encoder == preset.encoder
-
-
-@pytest.mark.parametrize(
-    ("methods", "steps"), [(["memit"], []), (["serac", "memit", "mend"], ["mend", "serac"])]
-)
-def test_only_compared_methods_are_trained(methods, steps) -> None:
-    parameters = check_parameters({"compare": {"methods": methods}})
-    assert learning_steps(parameters) == steps
 
 
 def test_texts_go_on_as_the_model_samples(tmp_path: Path) -> None:

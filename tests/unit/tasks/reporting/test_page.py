@@ -55,7 +55,7 @@ def made_up(count: int, neighbors: int = 2) -> Results:
     measured = {"score": 81.23456, "efficacy": 66.6, "efficacy_accuracy": 33.3, "perplexity": 1.5}
     bounds = {f"{name}_{end}": at for name in measured for end, at in (("low", 1), ("high", 99))}
     edit = {"count": count, "layers": [1], "update_ratio": {"1": 0.1}, "residuals": {"1": 3.0}}
-    edit |= {"dropped": [], "hyperparameters": {}}
+    edit |= {"dropped": [], "hyperparameters": {"site": "block"}}
     table = pyarrow.Table.from_pylist(rows)
     before, after = (
         table.rename_columns([name.removesuffix(f"_{state}") for name in table.column_names])
