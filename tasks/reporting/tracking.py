@@ -49,6 +49,7 @@ KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Lets MLflow's pages begin with the runs, not with traces of chat models."""
 VIEW = "memit"
 """The name of the view of the runs that MLflow's pages open with."""
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 COLUMNS = ("score", "efficacy", "paraphrase", "neighborhood", "neighborhood_accuracy", "perplexity")
 """The metrics that it shows."""
 LARGEST_DELTA = 100 << 20
@@ -264,19 +265,22 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
     known = client.get_experiment_by_name(name)
     if known is None:
         place = _artifact_directory(name).as_uri()
-        made = client.create_experiment(name, artifact_location=place, tags=KIND)
-        view = {"selectedColumns": [f"metrics.`{column}`" for column in COLUMNS]}
-        client.set_experiment_tag(made, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
-        return made
-    if known.lifecycle_stage == "deleted":
-        client.restore_experiment(known.experiment_id)
-    return known.experiment_id
+        number = client.create_experiment(name, artifact_location=place, tags=KIND)
+    else:
+        number = known.experiment_id
+        if known.lifecycle_stage == "deleted":
+            client.restore_experiment(number)
+    view = {"selectedColumns": [f"metrics.`{column}`" for column in COLUMNS]}
+    client.set_experiment_tag(number, VIEW_TAG, json.dumps(view))
+    return number
 
 
 def runs_page(uri: str, name: str) -> str:
     """Where MLflow's pages show an experiment's runs with `COLUMNS`; empty before its first run."""
     known = MlflowClient(uri).get_experiment_by_name(name)
-    return f"/#/experiments/{known.experiment_id}/runs?viewStateShareKey={VIEW}" if known else ""
+    if known is None or VIEW_TAG not in known.tags:
+        return ""
+    return f"/#/experiments/{known.experiment_id}/runs?viewStateShareKey={VIEW}"
 
 
 def _delete_run(client: MlflowClient, experiment_id: str, run_id: str) -> None:

@@ -45,7 +45,7 @@ TINY: dict[str, dict[str, Any]] = {
         "training_records": 24,
         "generation_records": 2,
     },
-    "scaling": {"counts": [1, 6], "least_records": 2, "generation_records": 1},
+    "scaling": {"counts": [1, 6], "least_records": 1, "generation_records": 1},
 }
 
 WORLD = ROOT / "params" / "world.yaml"
