@@ -152,10 +152,11 @@ def find_model(
     if source == "hub":
         name, version = str(id), resolve_commit(str(id), str(revision))
         place = (fetch_model if fetched else fetch_description)(name, version)
-    else:
-        place, name, version = locate_model(source, path, package)
-        check_weights(place)
-    return describe_model(source, name, version, place), place
+        return describe_model(source, name, version, place), place
+    place, name, version = locate_model(source, path, package)
+    described = describe_model(source, name, version, place)
+    check_weights(place)
+    return described, place
 
 
 def check_weights(directory: Path) -> None:

@@ -95,6 +95,9 @@ def test_an_experiment_named_like_a_path_is_none(monkeypatch: pytest.MonkeyPatch
             asked.update(name=name, place=artifact_location)
             return "1"
 
+        def set_experiment_tag(self, number: str, key: str, value: str) -> None:
+            pass
+
     tracking._experiment_id(Client(), "../../x")  # pyright: ignore[reportArgumentType]
     assert asked["name"] == "../../x"
     assert re.fullmatch(

@@ -16,7 +16,6 @@ from flows.history import history
 from flows.model import model
 from flows.prefixes import prefixes
 from flows.requests import requests
-from flows.service.workers import workers_of
 from flows.statistics import statistics
 from flows.targets import targets
 from memit.editors.base import Resources
@@ -37,7 +36,6 @@ from tasks.engine.results import (
     TARGETS_FILE,
     WEIGHTS,
 )
-from tasks.engine.workers import mapping_over
 from tasks.reporting.formats import read_json
 from tests.reference import relative
 
@@ -64,9 +62,8 @@ def run(steps: Sequence[Callable[[Parameters], None]], **changes: Mapping[str, A
     """Run steps with a history and some changes of `TINY`."""
     tree = {section: {**values, **changes.get(section, {})} for section, values in TINY.items()}
     parameters = check_parameters(tree)
-    with mapping_over(workers_of(parameters)):
-        for step in steps:
-            step(parameters)
+    for step in steps:
+        step(parameters)
 
 
 def content() -> dict[str, bytes]:

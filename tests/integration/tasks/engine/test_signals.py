@@ -48,6 +48,7 @@ class Last:
         signal.raise_signal(signal.SIGINT)
 
 resend_swallowed()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 try:
     Last()
     time.sleep(30)
