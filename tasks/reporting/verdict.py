@@ -47,10 +47,13 @@ def _way_out(edit: Mapping[str, Any]) -> str:
             f"edit.covariance_weight (λ, now {weight:g}), {weight / 10:g} for example, or more "
             "edit.layers."
         )
+    longer = f"more targets.evaluations (now {settings['evaluations']})"
+    if settings["argmax_stop"]:
+        longer = f"a later targets.argmax_stop (now {settings['argmax_stop']}; 0: none)"
     return (
         f"The hidden states came near their targets ({share:.0%} of the way is left), which are "
-        f"too weak: try more targets.evaluations (now {settings['evaluations']}) or a larger "
-        f"targets.clamp_factor (now {settings['clamp_factor']:g})."
+        f"too weak: try {longer} or a larger targets.clamp_factor (now "
+        f"{settings['clamp_factor']:g})."
     )
 
 

@@ -12,13 +12,18 @@ GOOD = {"score": 90.0, "neighborhood_accuracy": 60.0, "perplexity": 20.0}
 
 
 def told(
-    answered: list[bool], left: float = 1.0, after: dict[str, Any] | None = None, ratio: float = 0.1
+    answered: list[bool],
+    left: float = 1.0,
+    after: dict[str, Any] | None = None,
+    ratio: float = 0.1,
+    stop: int = 0,
 ) -> list[str]:
     facts = [
         {"prompt": f"Person {n} lives in", "target_new": "Rome", "answered": each}
         for n, each in enumerate(answered)
     ]
     settings = {"covariance_weight": 15000.0, "evaluations": 20, "clamp_factor": 0.75}
+    settings["argmax_stop"] = stop
     edit = {"layers": [3, 4], "residuals": {"3": 10.0, "4": 8.0}, "residual_left": left}
     metrics = {"before": GOOD, "after": after or GOOD, "edit": {"update_ratio": {"3": ratio}}}
     return verdict(pyarrow.Table.from_pylist(facts), edit | {"hyperparameters": settings}, metrics)
@@ -36,6 +41,7 @@ def test_facts_that_are_not_said_are_named_with_what_to_change() -> None:
     near = told([False] * 12, left=1.0)
     assert "and 4 more" in near[0]
     assert "targets.evaluations (now 20)" in near[1]
+    assert "targets.argmax_stop (now 2" in told([False], left=1.0, stop=2)[1]
 
 
 def test_damage_is_called_damage() -> None:
