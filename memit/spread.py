@@ -122,7 +122,7 @@ def _columns(
 ) -> Iterator[_Columns]:
     """Keys and residuals at the walk's block: of all edits at once, or batch by batch."""
     layer, layers = walk.block, hyperparameters.layers
-    factor = output_factor(walk.lm, layer) or 1.0
+    factor = (isinstance(z, Tensor) and output_factor(walk.lm, layer)) or 1.0
     for edits, K, hidden in walk.read(hyperparameters.key_average, whole=whole):
         if isinstance(z, Tensor):
             # r_i = (z_i − h_i) / (number of edited layers from this one on)    (Eqn. 20)
