@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -33,6 +33,7 @@ from tasks.evaluation import (
     RECORDS_PER_PIECE,
     Measure,
     OwnMetric,
+    answer_kept,
     collect_references,
     compare_kept,
     described_edit,
@@ -41,6 +42,7 @@ from tasks.evaluation import (
     measure_piece,
     measure_text,
     metrics_of,
+    read_held_out,
     read_references,
     without_details,
 )
@@ -50,11 +52,10 @@ from tasks.statistics import collect_corpus
 
 EXAMPLES = 5
 """Facts whose answers are shown as text."""
-SCHEMAS = {"texts": SCHEMA, "kept": KEPT_SCHEMA, "answers": ANSWERS}
+SCHEMAS = {"texts": SCHEMA, "answers": ANSWERS}
 """Columns of tables that may have no rows."""
 COUNTS: dict[str, Callable[[Sequence[Record]], int]] = {
     "texts": lambda records: sum(len(record.generation_prompts) for record in records),
-    "kept": lambda records: sum(len(record.kept_prompts) for record in records),
 }
 """What the progress bar counts, other than items."""
 
@@ -166,21 +167,48 @@ class Subject:
     ) -> pyarrow.Table:
         """What `measure` finds in the pieces, in order."""
         name = "records" if isinstance(measure, OwnMetric) else measure
-        if measure != "kept":
-            more["measure"] = measure
-        task = compare_kept if measure == "kept" else measure_piece
-        found = self.run.map(name, task, pieces, COUNTS.get(name, len), **self._model(), **more)
+        more |= {"measure": measure, "edit": self.edit}
+        found = self.run.map(
+            name, measure_piece, pieces, COUNTS.get(name, len), **self._model, **more
+        )
         return read_tables(found, SCHEMAS.get(name))
 
-    def text(self, measure: Literal["perplexity", "drift"], held_out: Artifact) -> float | None:
-        """A measure of held-out text; None where it has nothing to predict."""
-        return self.run.compute(measure_text, held_out, measure, **self._model())
+    def kept(self, pieces: Sequence[Sequence[Record]]) -> pyarrow.Table:
+        """What becomes of the unedited model's answers to the kept prompts of the pieces."""
 
+        def count(records: Sequence[Record]) -> int:
+            return sum(len(record.kept_prompts) for record in records)
+
+        model, map_over = self._model, self.run.map
+        before = map_over("kept prompts", answer_kept, pieces, count, **model)
+        asked = list(zip(pieces, before, strict=True))
+        found = map_over(
+            "kept prompts", compare_kept, asked, lambda one: count(one[0]), edit=self.edit, **model
+        )
+        return read_tables(found, KEPT_SCHEMA)
+
+    def text(self, held_out: Artifact | None) -> tuple[float | None, float | None]:
+        """Perplexity of held-out text, and drift from the unedited model; None where there is
+        nothing to predict."""
+        compute, exact = self.run.compute, replace(self, served_in=None)
+        read = held_out and compute(read_held_out, held_out, **self._model)
+        if read is None or self.edit is None:
+            return (read[1], 0.0) if read else (None, None)
+        if self.is_rounded:  # which would move the model by itself
+            perplexity, _ = compute(measure_text, held_out, None, edit=self.edit, **self._model)
+            return perplexity, exact.text(held_out)[1]
+        return compute(measure_text, held_out, read[0], edit=self.edit, **self._model)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether its weights are."""
+        return self._model["model"].is_rounded
+
+    @property
     def _model(self) -> dict[str, Any]:
         budget = self.run.parameters.evaluation.token_budget
         return {
             "model": self.run.model.model_copy(update={"served_in": self.served_in}),
-            "edit": self.edit,
             "token_budget": self.run.token_budget(budget),
         }
 
@@ -204,22 +232,21 @@ def measure(
     `evaluation.dtype`."""
     section = run.parameters.evaluation
     subject = Subject(run, edit, served_in or section.dtype)
-    unedited, exact = replace(subject, edit=None), replace(subject, served_in=None)
-    answered = _pieces(records[: section.free_generation])
+    answered, unedited = _pieces(records[: section.free_generation]), replace(subject, edit=None)
     own = own_metrics(section.metrics) if section.metrics and records else ()
+    perplexity, moved = subject.text(held_out)
     return Measured(
         prompts=subject.table(
             "questions" if questions else "prompts",
             steady_chunks(asked, section.prompts_per_piece),
         ),
         texts=subject.table("texts", _pieces(described), seed=seed),
-        kept=subject.table("kept", _pieces([r for r in records if r.kept_prompts])),
+        kept=subject.kept(steady_chunks([r for r in records if r.kept_prompts], RECORDS_PER_PIECE)),
         said=before_and_after(
             unedited.table("answers", answered), subject.table("answers", answered)
         ),
-        perplexity=held_out and subject.text("perplexity", held_out),
-        # Rounding would move the model by itself.
-        drift=held_out and (exact.text("drift", held_out) if edit else 0.0),
+        perplexity=perplexity,
+        drift=moved,
         own={
             name: subject.table(OwnMetric(str(section.metrics), name), _pieces(records))
             for name in own

@@ -12,7 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import takewhile
 from typing import Any, cast
 
@@ -57,6 +57,7 @@ def generate_texts(
     repetitions: Sequence[int] | None = None,
     whole: bool = True,
     stops: Sequence[str] = (),
+    first: Callable[[Sequence[int], Tensor], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Continue each prompt, by `new_tokens` or until it has `total_tokens`, prompt included.
@@ -65,8 +66,9 @@ def generate_texts(
     not end one. With `stops`, single characters, a text without its prompt begins with a visible
     character and ends before the first of them or before a special token. The checkpoint's own
     generation settings are ignored. `repetitions` numbers the texts of one prompt; by default they
-    are counted in the order of the call. `token_budget` bounds texts × tokens at a time; `progress`
-    is called with the number of newly written texts.
+    are counted in the order of the call. `token_budget` bounds texts × tokens at a time; `first`
+    is called with the indices of some prompts and the float32 logits of the tokens behind them
+    (k × vocabulary), `progress` with the number of newly written texts.
 
     Raises:
         InputError: not exactly one of the lengths is given, or one exceeds the model's context.
@@ -83,7 +85,7 @@ def generate_texts(
         lm.check_room(ids, f"the prompt {prompt[:60]!r}", more)
         digest = hashlib.sha256(f"{seed}\n{number}\n{prompt}".encode()).digest()
         texts.append(_Text(index, ids, more, int.from_bytes(digest[:8], "big", signed=True)))
-    written = _write_all(lm, texts, top_k, token_budget, whole, stops, progress)
+    written = _write_all(lm, texts, top_k, token_budget, whole, stops, progress, first)
     routed = lm.routed(prompts)
     if lm.router is not None and routed:
         substitute = lm.router.substitute
@@ -117,6 +119,7 @@ def _write_all(
     whole: bool,
     stops: Sequence[str],
     progress: Callable[[int], None] | None,
+    first: Callable[[Sequence[int], Tensor], None] | None = None,
 ) -> dict[int, str]:
     """The texts by their index."""
     texts = sorted(texts, key=lambda text: (text.new_tokens, len(text.ids)))
@@ -128,7 +131,7 @@ def _write_all(
             texts,
             lambda text: (1, len(text.ids) + text.new_tokens),
             token_budget,
-            lambda batch: _write(lm, batch, top_k, stops),
+            lambda batch: _write(lm, batch, top_k, stops, first),
         ):
             for text, ids in zip(batch, found, strict=True):
                 if stops:
@@ -148,7 +151,11 @@ def _write_all(
 
 @torch.no_grad()
 def _write(
-    lm: LanguageModel, texts: Sequence[_Text], top_k: int, stops: Sequence[str]
+    lm: LanguageModel,
+    texts: Sequence[_Text],
+    top_k: int,
+    stops: Sequence[str],
+    first: Callable[[Sequence[int], Tensor], None] | None,
 ) -> list[list[int]]:
     """Token ids of each text, prompt included, up to a stop or longer."""
     steps = max(text.new_tokens for text in texts)
@@ -161,13 +168,14 @@ def _write(
         ids[row, width - len(text.ids) :] = torch.tensor(text.ids)
         mask[row, width - len(text.ids) :] = 1
     noise = torch.stack([_noise(text.seed, steps, top_k) for text in texts])
+    told = first and partial(first, [text.index for text in texts])
     output = cast(Any, lm.model).generate(
         input_ids=ids.to(lm.device),
         attention_mask=mask.to(lm.device),
         generation_config=GenerationConfig(
             max_new_tokens=steps, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0
         ),
-        logits_processor=LogitsProcessorList([_TopKSampler(noise.to(lm.device), width)]),
+        logits_processor=LogitsProcessorList([_TopKSampler(noise.to(lm.device), width, told)]),
         stopping_criteria=StoppingCriteriaList([_AllStopped(lm, stops)] if stops else []),
     )
     return [
@@ -186,12 +194,16 @@ def _noise(seed: int, steps: int, top_k: int) -> Tensor:
 class _TopKSampler(LogitsProcessor):
     """Keeps in each row only the logit of the token drawn from the k most probable."""
 
-    def __init__(self, noise: Tensor, prompt_width: int):
+    def __init__(self, noise: Tensor, prompt_width: int, first: Callable[[Tensor], None] | None):
         self.noise = noise
         self.prompt_width = prompt_width
+        self.first = first
+        """Called with the logits of the first step."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self.prompt_width
+        if step == 0 and self.first is not None:
+            self.first(scores.float())
         k = min(self.noise.shape[2], scores.shape[1])
         best, tokens = scores.float().topk(k, dim=-1)
         noise = self.noise[:, step, :k].to(best)

@@ -23,7 +23,7 @@ from memit.evaluation.counterfact import (
     score_prompts,
     summarise,
 )
-from memit.evaluation.drift import drift
+from memit.evaluation.drift import Reading, drift, read_text
 from memit.evaluation.free_generation import answer_freely
 from memit.evaluation.generations import (
     TOTAL_TOKENS,
@@ -32,7 +32,13 @@ from memit.evaluation.generations import (
     write_about,
 )
 from memit.evaluation.intervals import bootstrap_intervals
-from memit.evaluation.kept import answers_to, kept_record_means, kept_table
+from memit.evaluation.kept import (
+    Unedited,
+    answers_to,
+    kept_record_means,
+    kept_table,
+    unedited_answers,
+)
 from memit.evaluation.own_metrics import Metric, own_metrics
 from memit.evaluation.perplexity import perplexity
 from memit.evaluation.reference import References, references_from_corpus
@@ -92,10 +98,9 @@ class OwnMetric:
         return pyarrow.table({"case_id": [r.case_id for r in records], "value": values})
 
 
-Measure = Literal["prompts", "questions", "texts", "kept", "answers", "examples"] | OwnMetric
+Measure = Literal["prompts", "questions", "texts", "answers", "examples"] | OwnMetric
 """What a model is asked: to score prompts, to answer zsRE's questions, to write about records, to
-answer prompts that must stay, to answer records in full, or briefly as text for people; or a metric
-of the user's own."""
+answer records in full, or briefly as text for people; or a metric of the user's own."""
 
 
 @cached_task("evaluation")
@@ -132,39 +137,70 @@ def _measured(
     return measures[measure](lm, items, token_budget=token_budget, progress=advance)
 
 
+@cached_task("unedited")
+def answer_kept(records: Sequence[Record], model: ModelReference, token_budget: int) -> Artifact:
+    """What the unedited model says to the kept prompts of some records."""
+    with with_edit(model, None) as lm:
+        found = unedited_answers(lm, records, token_budget=token_budget, progress=advance)
+    return store_piece("evaluation", ".safetensors", found.save)
+
+
 @cached_task("kept")
 def compare_kept(
-    records: Sequence[Record], model: ModelReference, edit: Artifact | None, token_budget: int
+    asked: tuple[Sequence[Record], Artifact],
+    model: ModelReference,
+    edit: Artifact | None,
+    token_budget: int,
 ) -> Artifact:
-    """What an edit does to the kept prompts of some records."""
+    """What an edit does to the kept prompts of some records, to which the unedited model says what
+    `answer_kept` has found."""
+    records, unedited = asked
     with with_edit(model, None) as lm:
-        before = answers_to(lm, records, token_budget=token_budget)
-    with with_edit(model, edit) as lm:
-        after = answers_to(lm, records, token_budget=token_budget, progress=advance)
+        before = after = Unedited.load(unedited.checked()).answers(lm)
+    if edit is not None:
+        with with_edit(model, edit) as lm:
+            after = answers_to(lm, records, token_budget=token_budget, progress=advance)
     return store_table("evaluation", kept_table(records, before, after))
+
+
+@cached_task("held_out")
+def read_held_out(
+    held_out: Artifact, model: ModelReference, token_budget: int
+) -> tuple[Artifact, float] | None:
+    """What the unedited model makes of text that nothing has seen, and its perplexity; None where
+    no document has two tokens."""
+    documents = read_texts(held_out.checked())
+    with (
+        with_edit(model, None) as lm,
+        suppress(InputError),
+        _token_bar("held-out text", lm, documents) as count,
+    ):
+        found = read_text(lm, documents, token_budget=token_budget, progress=count)
+        return store_piece("evaluation", ".safetensors", found.save), found.perplexity
+    return None
 
 
 @cached_task("held_out")
 def measure_text(
     held_out: Artifact,
-    measure: Literal["perplexity", "drift"],
+    reading: Artifact | None,
     model: ModelReference,
-    edit: Artifact | None,
+    edit: Artifact,
     token_budget: int,
-) -> float | None:
-    """On text that nothing has seen: the perplexity of the unedited model, or with an edit in it;
-    or how far the edit moves next-token distributions (KL from the unedited model, in nats). None
-    where no document has two tokens."""
+) -> tuple[float, float | None]:
+    """With an edit in the model, the perplexity of text that nothing has seen, and the KL of next
+    tokens from the unedited model, in nats, of which `reading` is what `read_held_out` has found;
+    without it, the perplexity alone."""
     documents = read_texts(held_out.checked())
-    moving = load_edit(edit.checked()) if edit is not None and measure == "drift" else None
+    moving = load_edit(edit.checked()) if reading else None
     with (
         with_edit(model, None if moving else edit) as lm,
-        suppress(InputError),
-        _token_bar(measure, lm, documents) as count,
+        _token_bar("held-out text", lm, documents) as count,
     ):
-        how = partial(drift, lm, moving) if moving else partial(perplexity, lm)
-        return how(documents, token_budget=token_budget, progress=count)
-    return None
+        if reading is None or moving is None:
+            return perplexity(lm, documents, token_budget=token_budget, progress=count), None
+        read = Reading.load(reading.checked())
+        return drift(lm, moving, documents, read, token_budget=token_budget, progress=count)
 
 
 @contextmanager

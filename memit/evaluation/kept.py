@@ -6,9 +6,10 @@ prompt if the most probable next token is the same, and strictly if the whole br
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from memit.batches import run_in_batches
-from memit.evaluation.continuations import head_cost
 from memit.evaluation.counterfact import means_by_record
-from memit.forward.passes import logits_at, pad
+from memit.files.tensors import load_tensors, save_tensors
+from memit.forward.passes import final_states, logits_of, pad
 from memit.generation import ANSWER_TOKENS, generate_texts
 from memit.language_model import LanguageModel
 from memit.positions import open_ids
@@ -53,6 +54,69 @@ class Answers:
     """Whether another model has written the text, see `LanguageModel.routed`."""
 
 
+@dataclass(frozen=True)
+class Unedited:
+    """The unedited model's answers, in a form that is small enough to be kept."""
+
+    texts: list[str]
+    """Its greedy continuations."""
+    states: Tensor
+    """What leaves its last block at the last token of each prompt (prompts × d)."""
+
+    def answers(self, lm: LanguageModel) -> Answers:
+        """The answers of the unedited model `lm`, without a pass through its blocks."""
+        with torch.no_grad():
+            found = logits_of(lm, self.states).log_softmax(-1).cpu()
+        return Answers(found, self.texts, [False] * len(self.texts))
+
+    def save(self, path: Path) -> None:
+        """Write them to a safetensors file."""
+        save_tensors({"states": self.states}, path, {"texts": json.dumps(self.texts)})
+
+    @staticmethod
+    def load(path: Path) -> Unedited:
+        """What `save` wrote.
+
+        Raises:
+            IntegrityError: the file is damaged.
+        """
+        tensors, metadata = load_tensors(path)
+        return Unedited(json.loads(metadata["texts"]), tensors["states"])
+
+
+def unedited_answers(
+    lm: LanguageModel,
+    records: Iterable[Record],
+    *,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> Unedited:
+    """What the unedited model says to the kept prompts of records, in order."""
+    records = list(records)
+    answers = answers_to(lm, records, token_budget=token_budget, progress=progress)
+    ids = open_ids(lm.tokenizer, _prompts(records))
+    states = torch.empty(len(ids), lm.width, dtype=lm.dtype)
+    for batch, found in run_in_batches(
+        range(len(ids)),
+        lambda index: (1, len(ids[index])),
+        token_budget,
+        lambda indices: _last_states(lm, [ids[index] for index in indices]),
+    ):
+        states[torch.tensor(batch)] = found
+    return Unedited(answers.texts, states)
+
+
+@torch.no_grad()
+def _last_states(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """What leaves the last block at the end of each row (rows × d), on the CPU."""
+    last = torch.tensor([len(row) - 1 for row in rows])
+    return final_states(lm, pad(rows, lm.device), torch.arange(len(rows)), last).cpu()
+
+
+def _prompts(records: Iterable[Record]) -> list[str]:
+    return [prompt for record in records for prompt in record.kept_prompts]
+
+
 def answers_to(
     lm: LanguageModel,
     records: Iterable[Record],
@@ -61,8 +125,11 @@ def answers_to(
     progress: Callable[[int], None] | None = None,
 ) -> Answers:
     """What the model says to the kept prompts of records, in order."""
-    prompts = [prompt for record in records for prompt in record.kept_prompts]
-    ids, head = open_ids(lm.tokenizer, prompts), ceil(head_cost(lm, token_budget))
+    prompts, following = _prompts(records), dict[int, Tensor]()
+
+    def keep(indices: Sequence[int], logits: Tensor) -> None:
+        following.update(zip(indices, logits.log_softmax(-1).cpu(), strict=True))
+
     texts = generate_texts(
         lm,
         prompts,
@@ -71,25 +138,15 @@ def answers_to(
         seed=0,
         token_budget=token_budget,
         whole=False,
+        first=keep,
         progress=progress,
-    )
-    batches = run_in_batches(
-        ids, lambda row: (1, max(len(row), head)), token_budget, lambda rows: _next(lm, rows)
     )
     routed = lm.routed(prompts)
     return Answers(
-        log_probabilities=torch.cat([found for _, found in batches]),
+        log_probabilities=torch.stack([following[index] for index in range(len(prompts))]),
         texts=texts,
         is_routed=[index in routed for index in range(len(prompts))],
     )
-
-
-@torch.no_grad()
-def _next(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Log-probabilities of the token after each row (rows × vocabulary)."""
-    last = torch.tensor([len(row) - 1 for row in rows])
-    logits = logits_at(lm, pad(rows, lm.device), torch.arange(len(rows)), last)
-    return logits.log_softmax(-1).cpu()
 
 
 def kept_table(records: Iterable[Record], before: Answers, after: Answers) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil, exp
 
 import torch
@@ -30,8 +31,6 @@ def perplexity(
         InputError: no document has two tokens.
     """
     nll, tokens = document_losses(lm, documents, token_budget=token_budget, progress=progress)
-    if not tokens.sum():
-        raise InputError("no document has two tokens: perplexity needs held-out text.")
     return exp(float(nll.sum() / tokens.sum()))
 
 
@@ -44,34 +43,57 @@ def document_losses(
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of −log p (float64, documents) and number of predicted tokens (documents); see
-    `document_sums`."""
+    `document_sums`, also for what is raised."""
 
-    def losses(padded: Padded, rows: Tensor, columns: Tensor, wanted: Tensor) -> Tensor:
-        logits = logits_at(lm, padded, rows, columns)
-        wanted = wanted.to(logits.device)
-        return logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0]
+    def losses(batch: Predictions) -> Tensor:
+        logits = logits_at(lm, batch.padded, batch.rows, batch.columns)
+        return token_losses(logits, batch.wanted)
 
     return document_sums(lm, documents, losses, token_budget=token_budget, progress=progress)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The k tokens of some documents that are predicted, document by document."""
+
+    documents: Sequence[int]
+    """Numbers of the documents, one for each row."""
+    padded: Padded
+    """The documents without their last tokens."""
+    rows: Tensor
+    """Row of the position that predicts a token (k), ascending."""
+    columns: Tensor
+    """Its column (k)."""
+    wanted: Tensor
+    """The token (k)."""
+
+
+def token_losses(logits: Tensor, wanted: Tensor) -> Tensor:
+    """−log p (k) of tokens (k) by their logits (k × vocabulary)."""
+    wanted = wanted.to(logits.device)
+    return logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0]
 
 
 def document_sums(
     lm: LanguageModel,
     documents: Sequence[str],
-    measure: Callable[[Padded, Tensor, Tensor, Tensor], Tensor],
+    measure: Callable[[Predictions], Tensor],
     *,
     token_budget: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over each document's tokens of what is measured (float64, documents), and number of
+    """Sum over each document's tokens of what is measured (float64, documents × m), and number of
     these tokens (documents).
 
     Each document is a sequence of its own, truncated to the model's context; its first token is
-    not predicted. `measure` gets rows, the positions that predict a token, by row and column, and
-    these tokens (k each), and gives k numbers. `progress` is called with the number of newly
-    predicted tokens.
+    not predicted. `measure` gives a number (m = 1), or m of them, for each prediction (k, or
+    k × m). `progress` is called with the number of newly predicted tokens.
+
+    Raises:
+        InputError: no document has two tokens.
     """
     ids = [row[: lm.context_length] for row in open_ids(lm.tokenizer, documents)]
-    sums = torch.zeros(len(ids), dtype=torch.float64)
+    sums: Tensor | None = None
     tokens = torch.tensor([max(len(row) - 1, 0) for row in ids])
     order = sorted((i for i, row in enumerate(ids) if len(row) > 1), key=lambda i: len(ids[i]))
     cost = max(1.0, head_cost(lm, token_budget))
@@ -79,27 +101,32 @@ def document_sums(
         order,
         lambda index: (1, ceil(len(ids[index]) * cost)),
         token_budget,
-        lambda indices: _sums(lm, [ids[index] for index in indices], measure),
+        lambda indices: _sums(lm, indices, [ids[index] for index in indices], measure),
     ):
+        if sums is None:
+            sums = found.new_zeros(len(ids), *found.shape[1:])
         sums[torch.tensor(indices)] = found
         if progress is not None:
             progress(int(tokens[torch.tensor(indices)].sum()))
+    if sums is None:
+        raise InputError("no document has two tokens: this measure needs held-out text.")
     return sums, tokens
 
 
 def _sums(
     lm: LanguageModel,
+    documents: Sequence[int],
     rows: Sequence[Sequence[int]],
-    measure: Callable[[Padded, Tensor, Tensor, Tensor], Tensor],
+    measure: Callable[[Predictions], Tensor],
 ) -> Tensor:
-    """Each row's sum over its tokens after the first (rows, float64)."""
+    """Each row's sum over its tokens after the first (float64, rows or rows × m)."""
     # Every position that is not padding predicts the token after it.
     padded = pad([row[:-1] for row in rows], lm.device)
     owner, column = padded.mask.nonzero(as_tuple=True)
     wanted = torch.tensor([token for row in rows for token in row[1:]], device=lm.device)
-    found = measure(padded, owner, column, wanted)
+    found = measure(Predictions(documents, padded, owner, column, wanted))
     found = found.to(solving_device(found.device))
     # Back into rows × tokens, so that each row's sum has one order whatever the batch.
-    table = found.new_zeros(padded.ids.shape, dtype=torch.float64)
+    table = found.new_zeros((*padded.ids.shape, *found.shape[1:]), dtype=torch.float64)
     table[owner.to(found.device), column.to(found.device)] = found.double()
     return table.sum(1).cpu()

@@ -326,3 +326,19 @@ def logits_at(
         stack.enter_context(mlp_at(lm, lm.depth - 1, rows, columns))
         output = lm.model(**_inputs(lm, padded, hidden, before, recorder))
     return output.logits[0].float()
+
+
+def final_states(lm: LanguageModel, padded: Padded, rows: Tensor, columns: Tensor) -> Tensor:
+    """Hidden states that leave the last block at chosen positions (k × d), given by row and column
+    (k each)."""
+    hidden = block_output(lm, padded, lm.depth - 1)
+    return hidden[rows.to(hidden.device), columns.to(hidden.device)]
+
+
+def logits_of(lm: LanguageModel, states: Tensor) -> Tensor:
+    """Float32 logits (k × vocabulary) of states that have left the last block (k × d)."""
+    states, rows = states[:, None].to(lm.device), torch.arange(len(states))
+    padded, columns = pad([[0]] * len(rows), lm.device), torch.zeros_like(rows)
+    # The last block alone is run, since families differ in what a block returns.
+    with changing_module(lm.blocks[-1], lambda _hidden: states):
+        return logits_at(lm, padded, rows, columns, start=lm.depth - 1, hidden=states)

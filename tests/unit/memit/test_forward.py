@@ -14,7 +14,9 @@ from memit.forward.passes import (
     Padded,
     block_output,
     changing_module,
+    final_states,
     logits_at,
+    logits_of,
     mlp_at,
     pad,
     reading_keys,
@@ -172,6 +174,16 @@ def test_resumed_rows_give_the_logits_of_whole_ones(family, start):
     found = logits_at(lm, tail, which, columns, start=start, hidden=hidden, before=before)
     wanted = [expected[r][int(first[r]) :] for r in taken.tolist()]
     _close(found, torch.cat(wanted))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_follow_from_what_leaves_the_last_block(family):
+    lm = build(family)
+    padded = pad(_rows(lm)[:3], lm.device)
+    which, columns = padded.mask.nonzero(as_tuple=True)
+    states = final_states(lm, padded, which, columns)
+    _close(logits_of(lm, states), logits_at(lm, padded, which, columns))
 
 
 def test_gradients_reach_the_hidden_states_that_enter():

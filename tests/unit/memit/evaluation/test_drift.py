@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from memit.errors import InputError
-from memit.evaluation.drift import drift
+from memit.evaluation.drift import Reading, drift, read_text
+from memit.evaluation.perplexity import perplexity
 from memit.language_model import LanguageModel
 from memit.weight_delta import Dense, WeightDelta, base_digests
 from tests.families import DOCUMENTS
@@ -24,14 +27,21 @@ def literal(lm: LanguageModel, edited: LanguageModel) -> float:
 
 
 @pytest.mark.parametrize("token_budget", [100, 2048])
-def test_agrees_with_two_models(token_budget: int):
+def test_agrees_with_two_models(token_budget: int, tmp_path: Path):
     lm, edited = build("llama"), build("llama")
     name = lm.weight_name(1)
     change = torch.randn(lm.parameter(name).shape, generator=torch.Generator().manual_seed(0)) / 20
     delta = WeightDelta({name: Dense(change)}, {"base": base_digests(lm, [name])})
     delta.apply(edited)
     before = lm.parameter(name).clone()
-    found = drift(lm, delta, DOCUMENTS[:6], token_budget=token_budget)
+    reading = read_text(lm, DOCUMENTS[:6], token_budget=token_budget)
+    expected = perplexity(lm, DOCUMENTS[:6], token_budget=64)
+    assert reading.perplexity == pytest.approx(expected, rel=1e-6)
+    reading.save(tmp_path / "reading")
+    reading = Reading.load(tmp_path / "reading")
+    ppl, found = drift(lm, delta, DOCUMENTS[:6], reading, token_budget=token_budget)
+    assert (ppl, found) == drift(lm, delta, DOCUMENTS[:6], token_budget=token_budget)
+    assert ppl == pytest.approx(perplexity(edited, DOCUMENTS[:6], token_budget=64), rel=1e-6)
     assert torch.equal(lm.parameter(name), before)
     assert found == pytest.approx(literal(lm, edited), rel=1e-4)
     assert found > 0.01

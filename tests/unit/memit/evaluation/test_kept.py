@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from memit.evaluation.kept import SCHEMA, answers_to, kept_record_means, kept_table
+from memit.evaluation.kept import (
+    SCHEMA,
+    Unedited,
+    answers_to,
+    kept_record_means,
+    kept_table,
+    unedited_answers,
+)
 from memit.generation import ANSWER_TOKENS
 from memit.language_model import LanguageModel
 from memit.requests import EditRequest, Record
@@ -38,14 +46,17 @@ def literal(lm: LanguageModel, prompt: str) -> tuple[torch.Tensor, str]:
 
 
 @pytest.mark.parametrize("token_budget", [1, 4096])
-def test_agrees_with_one_prompt_at_a_time(token_budget: int):
+def test_agrees_with_one_prompt_at_a_time(token_budget: int, tmp_path: Path):
     network, tokenizer = families()["gpt2"]()
     changed = copy.deepcopy(network)
     torch.manual_seed(3)
     for parameter in changed.parameters():
         parameter.data += 0.1 * parameter.std().nan_to_num() * torch.randn_like(parameter)
     models = [LanguageModel(model, tokenizer, name="small") for model in (network, changed)]
-    before, after = (answers_to(lm, RECORDS, token_budget=token_budget) for lm in models)
+    unedited = unedited_answers(models[0], RECORDS, token_budget=token_budget)
+    unedited.save(tmp_path / "answers")
+    before = Unedited.load(tmp_path / "answers").answers(models[0])
+    after = answers_to(models[1], RECORDS, token_budget=token_budget)
     rows = kept_table(RECORDS, before, after).to_pylist()
     assert [row["case_id"] for row in rows] == [2, 2, 7]
     for row in rows:
