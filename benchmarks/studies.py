@@ -33,7 +33,7 @@ from memit.hyperparameters import AUTO, Hyperparameters, joint_settings, preset,
 from memit.known_facts import known_facts
 from memit.language_model import LanguageModel, load_model
 from memit.prefixes import sample_prefixes
-from memit.requests import EditRequest, Record, read_counterfact, sample_records
+from memit.requests import EditRequest, Record, drawn_order, read_counterfact
 from memit.sampled_corpus import sample_texts, wanted_tokens
 from memit.second_moment import SecondMoment, collect_second_moments
 from memit.sequence import edit_in_batches
@@ -52,6 +52,7 @@ class Study:
     facts: Path | None
     text: Path | None
     seed: int
+    count: int
 
     @cached_property
     def prefixes(self) -> Sequence[str]:
@@ -61,7 +62,7 @@ class Study:
     def records(self, count: int) -> list[Record]:
         """Facts that the model knows."""
         found = read_counterfact(self.facts) if self.facts else embedded_records("reported")
-        drawn = sample_records(found, len(found), self.seed)
+        drawn = [found[index] for index in drawn_order(found, self.seed)]
         known, share = known_facts(self.lm, drawn, count, token_budget=BUDGET)
         print(f"{len(known)} facts; the model knows {share:.0f}% of those asked", flush=True)
         return without_edited_neighbors(known)[0]
@@ -228,8 +229,8 @@ def retention(
 
 
 def facts(study: Study) -> None:
-    """64 facts: the preset's λ, λ by rule, and joint values with λ by rule."""
-    records = study.records(64)
+    """Some facts: the preset's λ, λ by rule, and joint values with λ by rule."""
+    records = study.records(study.count)
     requests = [record.request for record in records]
     study.unedited(records)
     resources = study.resources(study.own_moments, study.targets(records))
@@ -255,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies", description=__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seed", type=int, default=0, help="of the facts")
+    parser.add_argument("--count", type=int, default=64, help="of the facts in the study of facts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--facts", type=Path, help="CounterFact's JSON instead of our facts")
     parser.add_argument("--text", type=Path, help="a text, whose lines are documents")
@@ -268,7 +270,8 @@ def main() -> None:
     shape = replace(lm.shape, architecture="") if options.no_preset else lm.shape
     settings = preset("" if options.no_preset else lm.name, shape)
     print(settings)
-    STUDIES[options.study](Study(lm, settings, options.facts, options.text, options.seed))
+    given = options.facts, options.text, options.seed, options.count
+    STUDIES[options.study](Study(lm, settings, *given))
 
 
 if __name__ == "__main__":
