@@ -173,7 +173,7 @@ def read_held_out(
     with (
         with_edit(model, None) as lm,
         suppress(InputError),
-        _token_bar("held-out text", lm, documents) as count,
+        _token_bar("perplexity", lm, documents) as count,
     ):
         found = read_text(lm, documents, token_budget=token_budget, progress=count)
         return store_piece("evaluation", ".safetensors", found.save), found.perplexity
@@ -195,7 +195,7 @@ def measure_text(
     moving = load_edit(edit.checked()) if reading else None
     with (
         with_edit(model, None if moving else edit) as lm,
-        _token_bar("held-out text", lm, documents) as count,
+        _token_bar("perplexity", lm, documents) as count,
     ):
         if reading is None or moving is None:
             return perplexity(lm, documents, token_budget=token_budget, progress=count), None
