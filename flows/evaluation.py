@@ -23,6 +23,7 @@ from memit.evaluation.counterfact import before_and_after, facts_table, prompts_
 from memit.evaluation.free_generation import free_record_means
 from memit.evaluation.generations import ANSWERS, SCHEMA
 from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
+from memit.evaluation.kept import kept_by_record
 from memit.evaluation.own_metrics import own_metrics
 from memit.evaluation.reference import References, read_snippets
 from memit.requests import Record
@@ -30,6 +31,7 @@ from tasks.engine import results
 from tasks.engine.artifacts import Artifact
 from tasks.engine.tables import read_tables
 from tasks.evaluation import (
+    KEPT_PER_PIECE,
     RECORDS_PER_PIECE,
     Measure,
     OwnMetric,
@@ -173,19 +175,21 @@ class Subject:
         )
         return read_tables(found, SCHEMAS.get(name))
 
-    def kept(self, pieces: Sequence[Sequence[Record]]) -> pyarrow.Table:
-        """What becomes of the unedited model's answers to the kept prompts of the pieces."""
-
-        def count(records: Sequence[Record]) -> int:
-            return sum(len(record.kept_prompts) for record in records)
-
-        model, map_over = self._model, self.run.map
-        before = map_over("kept prompts", answer_kept, pieces, count, **model)
+    def kept(self, records: Sequence[Record]) -> pyarrow.Table:
+        """What becomes of the unedited model's answers to the records' kept prompts."""
+        prompts = dict.fromkeys(prompt for record in records for prompt in record.kept_prompts)
+        pieces = steady_chunks(list(prompts), KEPT_PER_PIECE)
+        before = self.run.map("kept prompts", answer_kept, pieces, **self._model)
         asked = list(zip(pieces, before, strict=True))
-        found = map_over(
-            "kept prompts", compare_kept, asked, lambda one: count(one[0]), edit=self.edit, **model
+        found = self.run.map(
+            "kept prompts",
+            compare_kept,
+            asked,
+            lambda piece: len(piece[0]),
+            edit=self.edit,
+            **self._model,
         )
-        return read_tables(found, KEPT_SCHEMA)
+        return kept_by_record(records, read_tables(found, KEPT_SCHEMA))
 
     def text(self, held_out: Artifact | None) -> tuple[float | None, float | None]:
         """Perplexity of held-out text, and drift from the unedited model; None where there is
@@ -241,7 +245,7 @@ def measure(
             steady_chunks(asked, section.prompts_per_piece),
         ),
         texts=subject.table("texts", _pieces(described), seed=seed),
-        kept=subject.kept(steady_chunks([r for r in records if r.kept_prompts], RECORDS_PER_PIECE)),
+        kept=subject.kept(records),
         said=before_and_after(
             unedited.table("answers", answered), subject.table("answers", answered)
         ),

@@ -61,6 +61,8 @@ DETAILS = ("_low", "_high", "_magnitude")
 """What the keys of intervals and magnitudes end in."""
 RECORDS_PER_PIECE = 16
 """Records whose texts are generated in a piece: a text takes a hundred steps."""
+KEPT_PER_PIECE = 64
+"""Prompts that are answered in a piece, at most."""
 
 
 @dataclass(frozen=True)
@@ -138,29 +140,29 @@ def _measured(
 
 
 @cached_task("unedited")
-def answer_kept(records: Sequence[Record], model: ModelReference, token_budget: int) -> Artifact:
-    """What the unedited model says to the kept prompts of some records."""
+def answer_kept(prompts: Sequence[str], model: ModelReference, token_budget: int) -> Artifact:
+    """What the unedited model says to kept prompts."""
     with with_edit(model, None) as lm:
-        found = unedited_answers(lm, records, token_budget=token_budget, progress=advance)
+        found = unedited_answers(lm, prompts, token_budget=token_budget, progress=advance)
     return store_piece("evaluation", ".safetensors", found.save)
 
 
 @cached_task("kept")
 def compare_kept(
-    asked: tuple[Sequence[Record], Artifact],
+    asked: tuple[Sequence[str], Artifact],
     model: ModelReference,
     edit: Artifact | None,
     token_budget: int,
 ) -> Artifact:
-    """What an edit does to the kept prompts of some records, to which the unedited model says what
-    `answer_kept` has found."""
-    records, unedited = asked
+    """What an edit does to kept prompts, to which the unedited model says what `answer_kept` has
+    found."""
+    prompts, unedited = asked
     with with_edit(model, None) as lm:
         before = after = Unedited.load(unedited.checked()).answers(lm)
     if edit is not None:
         with with_edit(model, edit) as lm:
-            after = answers_to(lm, records, token_budget=token_budget, progress=advance)
-    return store_table("evaluation", kept_table(records, before, after))
+            after = answers_to(lm, prompts, token_budget=token_budget, progress=advance)
+    return store_table("evaluation", kept_table(prompts, before, after))
 
 
 @cached_task("held_out")

@@ -86,15 +86,14 @@ class Unedited:
 
 def unedited_answers(
     lm: LanguageModel,
-    records: Iterable[Record],
+    prompts: Sequence[str],
     *,
     token_budget: int,
     progress: Callable[[int], None] | None = None,
 ) -> Unedited:
-    """What the unedited model says to the kept prompts of records, in order."""
-    records = list(records)
-    answers = answers_to(lm, records, token_budget=token_budget, progress=progress)
-    ids = open_ids(lm.tokenizer, _prompts(records))
+    """What the unedited model says to prompts, in order."""
+    answers = answers_to(lm, prompts, token_budget=token_budget, progress=progress)
+    ids = open_ids(lm.tokenizer, prompts)
     states = torch.empty(len(ids), lm.width, dtype=lm.dtype)
     for batch, found in run_in_batches(
         range(len(ids)),
@@ -113,19 +112,15 @@ def _last_states(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
     return final_states(lm, pad(rows, lm.device), torch.arange(len(rows)), last).cpu()
 
 
-def _prompts(records: Iterable[Record]) -> list[str]:
-    return [prompt for record in records for prompt in record.kept_prompts]
-
-
 def answers_to(
     lm: LanguageModel,
-    records: Iterable[Record],
+    prompts: Sequence[str],
     *,
     token_budget: int,
     progress: Callable[[int], None] | None = None,
 ) -> Answers:
-    """What the model says to the kept prompts of records, in order."""
-    prompts, following = _prompts(records), dict[int, Tensor]()
+    """What the model says to prompts, in order."""
+    following: dict[int, Tensor] = {}
 
     def keep(indices: Sequence[int], logits: Tensor) -> None:
         following.update(zip(indices, logits.log_softmax(-1).cpu(), strict=True))
@@ -149,15 +144,13 @@ def answers_to(
     )
 
 
-def kept_table(records: Iterable[Record], before: Answers, after: Answers) -> pa.Table:
-    """A table of `SCHEMA`: what became of each kept prompt of the records, in order."""
+def kept_table(prompts: Sequence[str], before: Answers, after: Answers) -> pa.Table:
+    """What became of each prompt, in order: a table of `SCHEMA` without cases."""
     log_p, log_q = before.log_probabilities, after.log_probabilities
     divergence = torch.sum(log_p.exp() * (log_p - log_q), 1, dtype=torch.float64)
     same_token = log_p.argmax(-1) == log_q.argmax(-1)
-    asked = [(record.case_id, prompt) for record in records for prompt in record.kept_prompts]
     rows = [
         {
-            "case_id": case,
             "prompt": prompt,
             "answer_before": was,
             "answer_after": now,
@@ -165,11 +158,19 @@ def kept_table(records: Iterable[Record], before: Answers, after: Answers) -> pa
             "same_answer": was == now,
             "divergence": None if is_routed else float(divergence[index]),
         }
-        for index, ((case, prompt), was, now, is_routed) in enumerate(
-            zip(asked, before.texts, after.texts, after.is_routed, strict=True)
+        for index, (prompt, was, now, is_routed) in enumerate(
+            zip(prompts, before.texts, after.texts, after.is_routed, strict=True)
         )
     ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    return pa.Table.from_pylist(rows, schema=SCHEMA.remove(0))
+
+
+def kept_by_record(records: Iterable[Record], found: pa.Table) -> pa.Table:
+    """The rows of `kept_table` for each kept prompt of the records, in order: a table of
+    `SCHEMA`."""
+    rows = {row["prompt"]: row for row in found.to_pylist()}
+    asked = [{"case_id": r.case_id, **rows[p]} for r in records for p in r.kept_prompts]
+    return pa.Table.from_pylist(asked, schema=SCHEMA)
 
 
 def kept_record_means(table: pa.Table, records: Sequence[Record]) -> dict[str, np.ndarray]:

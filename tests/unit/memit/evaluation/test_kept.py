@@ -14,6 +14,7 @@ from memit.evaluation.kept import (
     SCHEMA,
     Unedited,
     answers_to,
+    kept_by_record,
     kept_record_means,
     kept_table,
     unedited_answers,
@@ -27,8 +28,9 @@ REQUEST = EditRequest("Ann", "{} lives in", "Rome")
 RECORDS = [
     Record(2, REQUEST, kept_prompts=("Zoë Müller lives in", "The home town of Paul Smith is")),
     Record(5, REQUEST),
-    Record(7, REQUEST, kept_prompts=("In the summer of 1998,",)),
+    Record(7, REQUEST, kept_prompts=("In the summer of 1998,", "Zoë Müller lives in")),
 ]
+PROMPTS = ["Zoë Müller lives in", "The home town of Paul Smith is", "In the summer of 1998,"]
 
 
 @torch.no_grad()
@@ -53,19 +55,19 @@ def test_agrees_with_one_prompt_at_a_time(token_budget: int, tmp_path: Path):
     for parameter in changed.parameters():
         parameter.data += 0.1 * parameter.std().nan_to_num() * torch.randn_like(parameter)
     models = [LanguageModel(model, tokenizer, name="small") for model in (network, changed)]
-    unedited = unedited_answers(models[0], RECORDS, token_budget=token_budget)
+    unedited = unedited_answers(models[0], PROMPTS, token_budget=token_budget)
     unedited.save(tmp_path / "answers")
     before = Unedited.load(tmp_path / "answers").answers(models[0])
-    after = answers_to(models[1], RECORDS, token_budget=token_budget)
-    rows = kept_table(RECORDS, before, after).to_pylist()
-    assert [row["case_id"] for row in rows] == [2, 2, 7]
+    after = answers_to(models[1], PROMPTS, token_budget=token_budget)
+    rows = kept_by_record(RECORDS, kept_table(PROMPTS, before, after)).to_pylist()
+    assert [row["case_id"] for row in rows] == [2, 2, 7, 7]
     for row in rows:
         (p, was), (q, now) = (literal(lm, row["prompt"]) for lm in models)
         assert (row["answer_before"], row["answer_after"]) == (was, now)
         assert row["same_answer"] == (was == now)
         assert row["same_token"] == bool(p.argmax() == q.argmax())
         assert row["divergence"] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-3)
-    same = kept_table(RECORDS, before, before)
+    same = kept_table(PROMPTS, before, before)
     assert same["divergence"].to_pylist() == [0.0] * 3
     assert all(same["same_answer"].to_pylist())
 
