@@ -52,7 +52,7 @@ class Study:
     facts: Path | None
     text: Path | None
     seed: int
-    count: int
+    count: int | None
 
     @cached_property
     def prefixes(self) -> Sequence[str]:
@@ -191,7 +191,7 @@ def _cut(rows: Sequence[list[int]], tokens: int) -> Iterator[list[int]]:
 def sequence(study: Study) -> None:
     """Batches of 16, one after another, with and without C_p, and AlphaEdit: what is left of the
     first batch."""
-    records, size = study.records(128), 16
+    records, size = study.records(study.count or 128), 16
     batches = [records[start : start + size] for start in range(0, len(records), size)]
     requests = [[record.request for record in batch] for batch in batches]
     study.unedited(records)
@@ -230,7 +230,7 @@ def retention(
 
 def facts(study: Study) -> None:
     """Some facts: the preset's λ, λ by rule, and joint values with λ by rule."""
-    records = study.records(study.count)
+    records = study.records(study.count or 64)
     requests = [record.request for record in records]
     study.unedited(records)
     resources = study.resources(study.own_moments, study.targets(records))
@@ -256,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies", description=__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seed", type=int, default=0, help="of the facts")
-    parser.add_argument("--count", type=int, default=64, help="of the facts in the study of facts")
+    parser.add_argument("--count", type=int, help="of facts, in the studies sequence and facts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--facts", type=Path, help="CounterFact's JSON instead of our facts")
     parser.add_argument("--text", type=Path, help="a text, whose lines are documents")
