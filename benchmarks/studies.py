@@ -16,7 +16,9 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib import pyplot as plt
 
 from memit.editors.alphaedit import AlphaEdit
 from memit.editors.base import Edit, Editor, Resources
@@ -39,6 +41,7 @@ from memit.second_moment import SecondMoment, collect_second_moments
 from memit.sequence import edit_in_batches
 from memit.targets import Targets, compute_targets
 
+matplotlib.use("Agg")
 BUDGET, TRAINED_BUDGET = 4096, 2048
 """Padded tokens at a time, without and with gradients."""
 
@@ -204,8 +207,10 @@ def sequence(study: Study) -> None:
         MemitSequence(study.settings),
         AlphaEdit(study.settings),
     ]
-    for editor in editors:
-        retention(study, editor, batches, requests, resources)
+    curves = {
+        editor.name: retention(study, editor, batches, requests, resources) for editor in editors
+    }
+    draw_retention(curves, size, Path("retention.png"))
 
 
 def retention(
@@ -214,18 +219,34 @@ def retention(
     batches: Sequence[Sequence[Record]],
     requests: Sequence[Sequence[EditRequest]],
     resources: Resources,
-) -> None:
-    """Print what is left of the first batch after each, and of all after the last."""
+) -> list[dict[str, float]]:
+    """The scores of the first batch after each; those of all facts after the last are printed."""
     edits: list[Edit] = []
+    found: list[dict[str, float]] = []
     for edit in edit_in_batches(study.lm, editor, requests, resources):
         edits.append(edit)
         done = len(edits) * len(batches[0])
-        told(f"{editor.name}, first of {done}", study.scores(batches[0]))
+        found.append(study.scores(batches[0]))
+        told(f"{editor.name}, first of {done}", found[-1])
     ppl = perplexity(study.lm, held_out_documents(), token_budget=BUDGET)
     everything = [record for batch in batches for record in batch]
     told(f"{editor.name}, all", study.scores(everything), f"PPL {ppl:.2f}")
     for edit in reversed(edits):
         edit.revert(study.lm)
+    return found
+
+
+def draw_retention(curves: Mapping[str, Sequence[dict[str, float]]], size: int, path: Path) -> None:
+    """Draw what becomes of the first batch over the number of edits."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharex=True, layout="constrained")
+    shown = {"score": "S of the first batch", "neighborhood": "NS of the first batch"}
+    for panel, (metric, title) in zip(axes, shown.items(), strict=True):
+        for (name, scores), style in zip(curves.items(), ("--", "-", ":"), strict=False):
+            edits = [size * (number + 1) for number in range(len(scores))]
+            panel.plot(edits, [one[metric] for one in scores], style, marker="o", label=name)
+        panel.set(xlabel="edits", title=title, ylim=(0, 101))
+    axes[0].legend(frameon=False)
+    figure.savefig(path)
 
 
 def facts(study: Study) -> None:
