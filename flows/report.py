@@ -35,7 +35,7 @@ from tasks.engine.results import (
 )
 from tasks.report import read_facts, rows, write_report
 from tasks.reporting.formats import STRICT_LEGEND, read_json
-from tasks.reporting.labels import editor_label
+from tasks.reporting.labels import edit_title
 from tasks.reporting.tracking import Experiment, ParentRun, code_commit, log_run, tracking_uri
 from tasks.reporting.verdict import DAMAGE, verdict
 
@@ -80,9 +80,8 @@ def log(parameters: Parameters, run: Experiment | ParentRun) -> None:
 def show_results(seconds: float | None = None) -> None:
     """Print the table of results, how long the run took, and where to look next."""
     metrics, edit = read_json(METRICS_FILE), read_json(EDIT_FILE)
-    layers = ", ".join(map(str, edit["layers"]))
     table = Table(
-        title=f"{edit['count']} edits by {editor_label(edit)} in layers {layers}",
+        title=edit_title(edit),
         title_justify="left",
         caption=f"{metrics['after']['records']} records"
         + (f", {seconds:.0f} s" if seconds else ""),

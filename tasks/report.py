@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import re
 from collections.abc import Mapping, Sequence
@@ -22,14 +23,15 @@ from tasks.engine.loaded_model import ModelFiles
 from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
 from tasks.reporting.formats import (
     ABSENT,
-    OWN,
-    ROWS,
     STRICT,
     STRICT_LEGEND,
+    digits,
     markdown_table,
+    measured,
     of_known_facts,
     read_json,
 )
+from tasks.reporting.labels import edit_title
 from tasks.reporting.page import Results, render
 from tasks.reporting.verdict import verdict
 
@@ -43,6 +45,8 @@ def write_report(
         metrics[state] |= values
     prompts, facts = parquet.read_table(results.PROMPTS_FILE), read_facts()
     sentences = verdict(facts, edit, metrics)
+    with open(results.GENERATED_FILE, encoding="utf-8", newline="") as file:
+        said = list(csv.DictReader(file))
     figures = {
         "margins": draw_margins(prompts),
         "losses": draw_losses(load_file(results.TARGETS_FILE)["losses"]),
@@ -57,6 +61,7 @@ def write_report(
         facts=facts,
         kept=read_csv(results.KEPT_FILE, convert_options=ConvertOptions(column_types=KEPT_COLUMNS)),
         texts=parquet.read_table(results.GENERATIONS_FILE),
+        said=said,
         parameters=parameters,
         provenance=provenance,
         figures=figures,
@@ -65,7 +70,7 @@ def write_report(
     for path in results.FIGURES:
         write_text(path, figures[path.stem])
     write_text(results.PAGE_FILE, render(shown))
-    write_text(results.TABLE_FILE, markdown(metrics, timings, sentences, edit["dropped"]))
+    write_text(results.TABLE_FILE, markdown(metrics, edit, timings, sentences))
     write_json(results.TIMINGS_FILE, {step: cost.model_dump() for step, cost in timings.items()})
 
 
@@ -77,9 +82,6 @@ def read_facts() -> pyarrow.Table:
 def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     """Name, values and meaning of each metric that was measured: lenient beside strict."""
     before, after = metrics["before"], metrics["after"]
-    own = [key for key in after if re.fullmatch(rf"{OWN}(?!.*_(low|high)$).*", key)]
-    rows = (*ROWS, *((key, key.removeprefix(OWN), "of your own file") for key in own))
-    found = [row for row in rows if row[0] in before and row[0] in after]
     known = " (known facts)" if of_known_facts(metrics) else ""
     return [
         {
@@ -90,13 +92,12 @@ def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
             "strict after": _value(after, key + STRICT),
             "meaning": meaning,
         }
-        for key, name, meaning in found
+        for key, name, meaning in measured(metrics)
     ]
 
 
 def _value(metrics: Mapping[str, float], key: str) -> str:
-    digits = 4 if key in ("drift", "kept_divergence") else 2
-    return f"{metrics[key]:.{digits}f}" if key in metrics else ABSENT
+    return f"{metrics[key]:.{digits(key)}f}" if key in metrics else ABSENT
 
 
 def escaped(text: str) -> str:
@@ -106,27 +107,21 @@ def escaped(text: str) -> str:
 
 def markdown(
     metrics: Mapping[str, Any],
+    edit: Mapping[str, Any],
     timings: Mapping[str, Cost],
     sentences: Sequence[str] = (),
-    dropped: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The results as a Markdown page; `sentences` are those of `verdict`, and `dropped` edits could
-    not be written."""
-    edit = metrics["edit"]
-    lines = [
-        "# Results",
-        "",
-        f"{edit['count']} edits in layers {', '.join(map(str, edit['layers']))}.",
-        "",
-    ]
-    if dropped:
+    """The results as a Markdown page; `edit` is the content of `edit.json`, and `sentences` are
+    those of `verdict`."""
+    lines = [f"# {edit_title(edit)}", ""]
+    if dropped := edit["dropped"]:
         lines += [
             f"{len(dropped)} more could not be written and were dropped; they count as failed in "
             "every metric of prompts:",
             "",
             *(
-                f"- {escaped(edit['prompt'])} (case {edit['case_id']}): {escaped(edit['reason'])}"
-                for edit in dropped
+                f"- {escaped(one['prompt'])} (case {one['case_id']}): {escaped(one['reason'])}"
+                for one in dropped
             ),
             "",
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ ROWS = (
     ("generated_efficacy_exact", "Efficacy, generated exactly", "nothing else in its own text"),
     ("generated_paraphrase_contains", "Paraphrase, generated", "the same, other wordings"),
     ("generated_neighborhood", "Neighborhood, generated", "the same text as before"),
-    ("entropy", "Fluency GE", "entropy of generated texts"),
+    ("entropy", "Fluency GE", "entropy of texts; a fall is repetition"),
     ("reference", "Consistency RS", "similarity to texts about the new object"),
-    ("perplexity", "Perplexity", "of held-out text"),
+    ("perplexity", "Perplexity", "of held-out text; a rise is damage"),
     ("drift", "Drift", "KL of next tokens there, nats"),
 )
 """The metrics of the report and of MLflow: each one's key, its name in tables, its meaning."""
+IN_NATS = ("drift", "kept_divergence")
+"""Metrics of small numbers."""
 OWN = "own_"
 """What the key of a metric from the user's own file begins with."""
 STRICT = "_accuracy"
@@ -42,6 +45,19 @@ def of_known_facts(metrics: Mapping[str, Any]) -> bool:
     """Whether only facts that the model knew were edited, so that S does not compare with that of
     other choices of facts."""
     return "known_share" in metrics.get("requests", {})
+
+
+def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Those of `ROWS`, and the user's own metrics, that were measured before and after."""
+    before, after = metrics["before"], metrics["after"]
+    own = [key for key in after if re.fullmatch(rf"{OWN}(?!.*_(low|high)$).*", key)]
+    rows = (*ROWS, *((key, key.removeprefix(OWN), "of your own file") for key in own))
+    return [row for row in rows if row[0] in before and row[0] in after]
+
+
+def digits(key: str) -> int:
+    """Digits after the point of a metric in tables."""
+    return 4 if key in IN_NATS else 2
 
 
 def read_json(path: Path) -> dict[str, Any]:

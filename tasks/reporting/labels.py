@@ -32,6 +32,12 @@ def editor_label(edit: Mapping[str, Any]) -> str:
     return label("joint" if edit["hyperparameters"]["site"] == "down_projections" else "memit")
 
 
+def edit_title(edit: Mapping[str, Any]) -> str:
+    """How many edits are where, and by which editor, out of `edit.json`."""
+    layers = ", ".join(map(str, edit["layers"]))
+    return f"{edit['count']} edits by {editor_label(edit)} in layers {layers}"
+
+
 def label(method: str) -> str:
     """The name of a method in tables and figures."""
     return LABELS.get(method, method)

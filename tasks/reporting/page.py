@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -24,6 +25,7 @@ from memit.redaction import redacted
 from memit.requests import Record
 from tasks.engine.loaded_model import ModelFiles
 from tasks.reporting.figures import ACCENT, AFTER, BEFORE, INK, margins
+from tasks.reporting.formats import digits, measured
 from tasks.reporting.labels import editor_label
 
 FACTS, WORST, TEXTS, RELATIONS = 2000, 15, 24, 30
@@ -50,6 +52,8 @@ class Results:
     """The content of `kept.csv`."""
     texts: pyarrow.Table
     """Every generated text, before and after the edit."""
+    said: Sequence[Mapping[str, str]]
+    """The content of `generated.csv`."""
     parameters: Mapping[str, Any]
     """The sections of `params.yaml`."""
     provenance: Mapping[str, str]
@@ -68,6 +72,8 @@ def render(results: Results) -> str:
     return pages.get_template("page.html").render(
         results=results,
         editor=editor_label(results.edit),
+        measured=measured(results.metrics),
+        digits=digits,
         facts=_facts(results, rows)[:FACTS],
         worst=_worst(rows),
         relations=_relations(results),
@@ -122,11 +128,14 @@ def _facts(results: Results, rows: Iterable[dict[str, Any]]) -> list[dict[str, A
     for row in rows:
         prompts.setdefault(row["case_id"], []).append(row)
     records = {record.case_id: record for record in results.records}
+    said: dict[int, list[Mapping[str, str]]] = defaultdict(list)
+    for answer in results.said:
+        said[int(answer["case_id"])].append(answer)
     dropped = {edit["case_id"]: edit["reason"] for edit in results.edit["dropped"]}
     return [
         fact
         | {"request": records[case].request, "origin": records[case].origin.given}
-        | {"prompts": prompts[case], "dropped": dropped.get(case)}
+        | {"prompts": prompts[case], "said": said[case], "dropped": dropped.get(case)}
         | {"outcome": "dropped" if case in dropped else prompts[case][0]["outcome"]}
         for fact in sorted(results.facts.to_pylist(), key=itemgetter("case_id"))
         for case in (fact["case_id"],)

@@ -184,7 +184,9 @@ def test_sentences_are_of_bearable_length() -> None:
 )
 def test_texts_of_a_data_set_are_no_markup_in_a_report(text: str, shown: str) -> None:
     assert escaped(text) == shown
-    metrics = {"before": {}, "after": {}, "edit": {"count": 1, "layers": [1]}}
-    page = markdown(metrics, {}, [], [{"prompt": text, "case_id": 4, "reason": text}])
+    edit = {"count": 1, "layers": [1], "hyperparameters": {"site": "block"}}
+    edit["dropped"] = [{"prompt": text, "case_id": 4, "reason": text}]
+    page = markdown({"before": {}, "after": {}}, edit, {})
+    assert page.startswith("# 1 edits by MEMIT in layers 1\n")
     assert f"- {shown} (case 4): {shown}" in page
     assert "<script>" not in page

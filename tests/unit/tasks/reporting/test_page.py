@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ def made_up(count: int, neighbors: int = 2) -> Results:
         ],
         schema=KEPT_SCHEMA,
     )
-    said = ["1 of 2 facts are said.", f"Damage: {EVIL}"]
+    told = ["1 of 2 facts are said.", f"Damage: {EVIL}"]
     return Results(
-        metrics, edit, MODEL, records, table, facts, kept, written, settings, {}, figures, said
+        metrics, edit, MODEL, records, table, facts, kept, written, [], settings, {}, figures, told
     )
 
 
@@ -121,6 +122,25 @@ def test_prompts_that_must_stay_and_the_verdict_are_shown() -> None:
     assert '<li class="alarm">Damage: &lt;script&gt;' in shown
     assert "must stay: ✗ hurt" in shown
     assert shown.index("or else") < shown.index('id="harm"') < shown.rindex("or else")
+
+
+def test_own_words_and_rounded_weights_are_shown_where_they_were_asked_for(page: str) -> None:
+    assert "Writes" not in page
+    assert "rounded" not in page
+    given = made_up(3)
+    said = {"case_id": "2", "kind": "rewrite", "prompt": "Person 2 lives in"}
+    said |= {"answer_before": "Paris itself", "answer_after": f"Rome {EVIL}"}
+    after = {**given.metrics["after"], "generated_efficacy_contains": 44.4}
+    before = {**given.metrics["before"], "generated_efficacy_contains": 11.1}
+    int8 = {"efficacy": 55.5, "efficacy_accuracy": 22.2, "perplexity": 7.25}
+    metrics = {"before": before, "after": after, "survival": {"int8": int8}}
+    shown = render(replace(given, said=[said], metrics=metrics))
+    numbers = set(map(float, re.findall(r'<data value="([^"]*)">', shown)))
+    assert {11.1, 44.4, *int8.values()} < numbers
+    without, fact = (shown[shown.index(f'id="fact-{case}"') :] for case in (0, 2))
+    assert '<td class="more">–' in without[: without.index("<table>")]
+    assert '<td class="more">Rome &lt;script' in fact[: fact.index("<table>")]
+    assert "<td>Paris itself<td>Rome &lt;script" in fact
 
 
 def test_a_thousand_facts_are_at_most_four_megabytes() -> None:
