@@ -48,7 +48,7 @@ LIMITS_TAG = "memit.limits"
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Lets MLflow's pages begin with the runs, not with traces of chat models."""
 VIEW = "memit"
-"""The name of the view of the runs that MLflow's pages open with."""
+"""The view of the runs that `memit ui` opens, and MLflow's pages list under Views."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 COLUMNS = ("score", "efficacy", "paraphrase", "neighborhood", "neighborhood_accuracy", "perplexity")
 """The metrics that it shows."""
@@ -271,7 +271,8 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
         if known.lifecycle_stage == "deleted":
             client.restore_experiment(number)
     view = {"selectedColumns": [f"metrics.`{column}`" for column in COLUMNS]}
-    client.set_experiment_tag(number, VIEW_TAG, json.dumps(view))
+    saved = {"name": VIEW, "createdAt": 0, "state": json.dumps(view)}
+    client.set_experiment_tag(number, VIEW_TAG, json.dumps(saved))
     return number
 
 
