@@ -20,7 +20,7 @@ from flows.command.script import console, reporting
 from flows.service.server import PORT, exit_without_server, prefect_server
 from flows.service.watched import running
 
-FIRST = "experiment/local"
+FIRST = "experiment/run"
 """The deployment that is run at the start."""
 QUERY_SECONDS = 2.0
 """Time between queries for runs to start."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Sequence
+from datetime import datetime
 
 import yaml
 from omegaconf import OmegaConf
@@ -20,7 +21,11 @@ from flows.service.watched import watched
 from memit.errors import InputError, MemitError
 
 
-@flow(name="reproduce", log_prints=True)
+@flow(
+    name="reproduce",
+    flow_run_name=lambda: f"reproduce {datetime.now():%d %b %H:%M}",
+    log_prints=True,
+)
 def reproduce(settings: Sequence[str] = (), name: str | None = None) -> None:
     """Run the stages that are not up to date; with settings or a name, as a DVC experiment.
 

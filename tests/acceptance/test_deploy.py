@@ -21,8 +21,8 @@ from tests.acceptance.project import ROOT, Project, hear_interrupts
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
-FULL = {"experiment/local", "comparison/local", "scaling-run/local"}
-DEPLOYED = FULL | {"experiment/stream", "reproduce/local"}
+FULL = {"experiment/run", "comparison/compare", "scaling-run/scale"}
+DEPLOYED = FULL | {"experiment/stream", "reproduce/repro"}
 HOLDER = """
 import sys, time
 from flows.service.gpu_slot import gpu_slot
@@ -143,7 +143,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 def test_from_nothing_to_a_finished_run(deployed: Deployment) -> None:
     output = deployed.output()
-    assert "experiment/local completed" in output
+    assert "experiment/run completed" in output
     assert "Score S" in output
     assert "Traceback" not in output
     assert "warning" not in output.lower()
@@ -153,9 +153,9 @@ def test_from_nothing_to_a_finished_run(deployed: Deployment) -> None:
 def test_the_deployments_show_their_parameters(deployed: Deployment) -> None:
     found = {name: deployed.ask(f"/deployments/name/{name}") for name in DEPLOYED}
     assert len(deployed.ask("/deployments/filter", limit=50)) == len(found)
-    asked = found["reproduce/local"]["parameter_openapi_schema"]["properties"]
+    asked = found["reproduce/repro"]["parameter_openapi_schema"]["properties"]
     assert "dvc exp run -S" in asked["settings"]["description"]
-    schedules = found["experiment/local"]["schedules"]
+    schedules = found["experiment/run"]["schedules"]
     assert [(each["slug"], each["active"]) for each in schedules] == [("nightly", False)]
     assert found["experiment/stream"]["parameters"]["parameters"]["edit"]["history"] == "history"
     for name in FULL:
@@ -171,10 +171,10 @@ def test_the_deployments_show_their_parameters(deployed: Deployment) -> None:
 
 
 def test_parameters_of_a_run_are_laid_over_params_yaml_and_checked(deployed: Deployment) -> None:
-    wrong = deployed.submit("experiment/local", parameters={"requests": {"count": 0}})
-    again = deployed.submit("reproduce/local")
+    wrong = deployed.submit("experiment/run", parameters={"requests": {"count": 0}})
+    again = deployed.submit("reproduce/repro")
     with pytest.raises(httpx.HTTPStatusError):
-        deployed.submit("reproduce/local", settings="requests.count=4")
+        deployed.submit("reproduce/repro", settings="requests.count=4")
     kind, message = deployed.end_of(wrong)
     assert kind == "FAILED"
     assert "InputError: parameters: requests.count is 0" in message
@@ -190,7 +190,7 @@ def test_one_at_a_time_computes_on_the_gpu(deployed: Deployment) -> None:
 
 
 def test_it_stops_within_seconds_and_leaves_no_process(deployed: Deployment) -> None:
-    run = deployed.submit("experiment/local", parameters={"model": {"seed": 1}})
+    run = deployed.submit("experiment/run", parameters={"model": {"seed": 1}})
     until(lambda: deployed.state(run)["type"] == "RUNNING")
     started = psutil.Process(deployed.process.pid).children(recursive=True)
     assert len(started) >= 4
