@@ -115,7 +115,10 @@ def fitting_delta(lm: LanguageModel, file: Path, *, is_given: bool) -> WeightDel
     except IntegrityError:
         if is_given:
             raise
-        console.print(f"{lm.name} is not the model that {file} was made for: it is asked as it is")
+        console.print(
+            f"{lm.name} is edited, or another model than {file} was made for: it is asked as it is",
+            soft_wrap=True,
+        )
         return None
     delta.revert(lm)
     return delta
