@@ -102,7 +102,7 @@ def _value(metrics: Mapping[str, float], key: str) -> str:
 
 def escaped(text: str) -> str:
     """A data set's text, escaped for a Markdown page: neither markup nor HTML."""
-    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(one_line(text)))
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(one_line(text), quote=False))
 
 
 def markdown(

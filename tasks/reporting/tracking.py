@@ -50,8 +50,8 @@ KIND = {"mlflow.experimentKind": "custom_model_development"}
 VIEW = "memit"
 """The view of the runs that `memit ui` opens, and MLflow's pages list under Views."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
-COLUMNS = ("score", "efficacy", "paraphrase", "neighborhood", "neighborhood_accuracy", "perplexity")
-"""The metrics that it shows."""
+COLUMNS = ("score", "efficacy", "paraphrase", "neighborhood", "neighborhood_accuracy")
+"""The metrics that it shows, in this order, before those of own facts and of text."""
 LARGEST_DELTA = 100 << 20
 """Bytes of an edit that is logged as a file; a larger one stays with DVC."""
 LONGEST = 6_000
@@ -105,7 +105,7 @@ class Experiment:
         metrics = read_json(results.METRICS_FILE)
         model = ModelFiles.model_validate(read_json(results.MODEL_FILE))
         editor = editor_label(read_json(results.EDIT_FILE))
-        name = f"{model.id.split('/')[-1]}, {editor}, {metrics['edit']['count']} edits"
+        name = f"{metrics['edit']['count']} edits by {editor}, {model.id.split('/')[-1]}"
         client.update_run(run_id, name=f"{name} ({self.digest[:6]})")
         table = results.TABLE_FILE.read_text(encoding="utf-8")
         client.set_tag(run_id, MLFLOW_RUN_NOTE, table[:LONGEST])
@@ -270,8 +270,9 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
         number = known.experiment_id
         if known.lifecycle_stage == "deleted":
             client.restore_experiment(number)
-    view = {"selectedColumns": [f"metrics.`{column}`" for column in COLUMNS]}
-    saved = {"name": VIEW, "createdAt": 0, "state": json.dumps(view)}
+    columns = [f"metrics.`{column}`" for column in (*COLUMNS, "kept", "perplexity")]
+    state = json.dumps({"selectedColumns": columns, "columnOrder": columns})
+    saved = {"name": VIEW, "createdAt": 0, "state": state}
     client.set_experiment_tag(number, VIEW_TAG, json.dumps(saved))
     return number
 
@@ -281,7 +282,8 @@ def runs_page(uri: str, name: str) -> str:
     known = MlflowClient(uri).get_experiment_by_name(name)
     if known is None or VIEW_TAG not in known.tags:
         return ""
-    return f"/#/experiments/{known.experiment_id}/runs?viewStateShareKey={VIEW}"
+    query = f"workflowType=machine_learning&viewStateShareKey={VIEW}"  # not that of chat models
+    return f"/#/experiments/{known.experiment_id}/runs?{query}"
 
 
 def _delete_run(client: MlflowClient, experiment_id: str, run_id: str) -> None:
@@ -317,7 +319,7 @@ def _points(
     values = {name: after[name] for name in names if name in after}
     if "perplexity" in after:
         values["perplexity_before"] = metrics["before"]["perplexity"]
-    values["seconds"] = sum(cost.seconds for cost in timings.values())
+    values["seconds"] = round(sum(cost.seconds for cost in timings.values()), 1)
     return [(name, value, 0) for name, value in values.items()]
 
 

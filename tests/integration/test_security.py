@@ -179,7 +179,7 @@ def test_sentences_are_of_bearable_length() -> None:
         ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
         ("[x](javascript:y) | `z`", r"\[x\](javascript:y) \| \`z\`"),
         ("two\nlines", "two\\\\nlines"),
-        ("Zoë & co", "Zoë &amp; co"),
+        ("Zoë's & co", "Zoë's &amp; co"),
     ],
 )
 def test_texts_of_a_data_set_are_no_markup_in_a_report(text: str, shown: str) -> None:

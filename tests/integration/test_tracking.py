@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 import time
@@ -15,7 +16,7 @@ from mlflow import MlflowClient
 
 from memit.errors import UnreachableError
 from tasks.engine import databases
-from tasks.reporting.tracking import Experiment, ParentRun, log_run, open_store
+from tasks.reporting.tracking import Experiment, ParentRun, log_run, open_store, runs_page
 
 EXPERIMENT = Experiment(experiment="x", parameters={"a": 1}, manifests={}, timings={}, tags={})
 
@@ -122,6 +123,19 @@ def test_the_same_results_are_logged_once_with_a_nested_run_per_method(
     history = client.get_metric_history(child.info.run_id, "score")
     assert [(each.step, each.value) for each in history] == [(10, 1.0), (20, 2.0)]
     assert {client.get_run(parent).info.status, child.info.status} == {"FINISHED"}
+
+
+def test_the_runs_open_in_a_saved_view_that_begins_with_the_score(project: Path, log: Log) -> None:
+    assert runs_page(uri(project), "x") == ""
+    log(project, "first")
+    experiment = MlflowClient(uri(project)).get_experiment_by_name("x")
+    assert experiment is not None
+    view = runs_page(uri(project), "x").rpartition("viewStateShareKey=")[2]
+    saved = json.loads(experiment.tags[f"mlflow.sharedViewState.{view}"])
+    assert (saved["name"], type(saved["createdAt"])) == (view, int)  # else it is not listed
+    state = json.loads(saved["state"])
+    assert state["selectedColumns"] == state["columnOrder"]
+    assert state["columnOrder"][0] == "metrics.`score`"
 
 
 @pytest.mark.parametrize("outside", [False, True])
