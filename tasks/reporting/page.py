@@ -98,7 +98,9 @@ def _kept_prompts(results: Results) -> Iterator[dict[str, Any]]:
     for row in results.kept.to_pylist():
         answers = {f"answer_{state}": (row[f"answer_{state}"], True) for state in STATES}
         margin = {f"margin_{state}": math.nan for state in STATES}
-        outcome = {"kind": "kept", "outcome": "kept" if row["same_token"] else "hurt"}
+        outcome = {"kind": "kept", "outcome": "begins" if row["same_token"] else "hurt"}
+        if row["same_answer"]:
+            outcome["outcome"] = "kept"
         yield row | answers | margin | outcome | {"target_new": objects[row["case_id"]]}
 
 

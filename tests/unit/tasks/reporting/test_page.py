@@ -69,13 +69,10 @@ def made_up(count: int, neighbors: int = 2) -> Results:
     figures["losses"] = draw_losses(np.array([[2.0, 1.0], [2.0, np.nan]]))
     kept = pyarrow.Table.from_pylist(
         [
-            {
-                "case_id": 2,
-                "prompt": "Stay",
-                "answer_before": f"as {EVIL}",
-                "answer_after": "or else",
-            }
-            | {"same_token": False, "same_answer": False, "divergence": 0.5}
+            {"case_id": 2, "prompt": "Stay", "answer_before": f"as {EVIL}"}
+            | {"answer_after": "or else", "same_answer": same == 2, "same_token": same > 0}
+            | {"divergence": 0.5}
+            for same in range(3)
         ],
         schema=KEPT_SCHEMA,
     )
@@ -120,7 +117,8 @@ def test_facts_are_in_order_and_the_worst_neighbours_first(page: str) -> None:
 def test_prompts_that_must_stay_and_the_verdict_are_shown() -> None:
     shown = render(made_up(3))
     assert '<li class="alarm">Damage: &lt;script&gt;' in shown
-    assert "must stay: ✗ hurt" in shown
+    for outcome in ("✗ hurt", "≈ begins as before", "✓ kept"):
+        assert shown.count(f"must stay: {outcome}") == 1
     assert shown.index("or else") < shown.index('id="harm"') < shown.rindex("or else")
 
 
