@@ -31,8 +31,8 @@ from flows.targets import targets
 from flows.tune import tune
 from tasks.engine.artifacts import remove_leftovers
 from tasks.engine.results import EDIT_FILE, METRICS_FILE, STEPS
-from tasks.report import read_facts, rows
-from tasks.reporting.formats import read_json
+from tasks.report import read_facts
+from tasks.reporting.formats import read_json, rows
 from tasks.reporting.verdict import verdict
 
 Step = Flow[[Parameters], None]

@@ -33,8 +33,8 @@ from tasks.engine.results import (
     read_timings,
     remember_run,
 )
-from tasks.report import read_facts, rows, write_report
-from tasks.reporting.formats import STRICT_LEGEND, read_json
+from tasks.report import read_facts, write_report
+from tasks.reporting.formats import STRICT_LEGEND, read_json, rows
 from tasks.reporting.labels import edit_title
 from tasks.reporting.tracking import Experiment, ParentRun, code_commit, log_run, tracking_uri
 from tasks.reporting.verdict import DAMAGE, verdict

@@ -22,14 +22,10 @@ from tasks.engine.cost import Cost
 from tasks.engine.loaded_model import ModelFiles
 from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
 from tasks.reporting.formats import (
-    ABSENT,
-    STRICT,
     STRICT_LEGEND,
-    digits,
     markdown_table,
-    measured,
-    of_known_facts,
     read_json,
+    rows,
 )
 from tasks.reporting.labels import edit_title
 from tasks.reporting.page import Results, render
@@ -40,9 +36,7 @@ def write_report(
     timings: Mapping[str, Cost], parameters: Mapping[str, Any], provenance: Mapping[str, str]
 ) -> None:
     """Draw the figures, and write the table and the page, which shows the arguments."""
-    metrics, edit = read_json(results.METRICS_FILE), read_json(results.EDIT_FILE)
-    for state, values in read_json(results.DETAILS_FILE).items():
-        metrics[state] |= values
+    metrics, edit = results.read_metrics(), read_json(results.EDIT_FILE)
     prompts, facts = parquet.read_table(results.PROMPTS_FILE), read_facts()
     sentences = verdict(facts, edit, metrics)
     with open(results.GENERATED_FILE, encoding="utf-8", newline="") as file:
@@ -79,27 +73,6 @@ def read_facts() -> pyarrow.Table:
     return read_csv(results.FACTS_FILE)
 
 
-def rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Name, values and meaning of each metric that was measured: lenient beside strict."""
-    before, after = metrics["before"], metrics["after"]
-    known = " (known facts)" if of_known_facts(metrics) else ""
-    return [
-        {
-            "metric": name + (known if key == "score" else ""),
-            "before": _value(before, key),
-            "after": _value(after, key),
-            "strict before": _value(before, key + STRICT),
-            "strict after": _value(after, key + STRICT),
-            "meaning": meaning,
-        }
-        for key, name, meaning in measured(metrics)
-    ]
-
-
-def _value(metrics: Mapping[str, float], key: str) -> str:
-    return f"{metrics[key]:.{digits(key)}f}" if key in metrics else ABSENT
-
-
 def escaped(text: str) -> str:
     """A data set's text, escaped for a Markdown page: neither markup nor HTML."""
     return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(one_line(text), quote=False))
@@ -134,7 +107,7 @@ def markdown(
         for step, cost in timings.items()
     ]
     lines += [
-        *markdown_table(rows(metrics), text=(0, 5)),
+        *markdown_table(rows(metrics, intervals=True), text=(0, 6)),
         "",
         STRICT_LEGEND,
         "",

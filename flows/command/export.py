@@ -13,12 +13,10 @@ from flows.command.parameters import ModelSection
 from memit.adapter import make_adapter
 from memit.errors import ResourceError
 from memit.files.atomic import temporary
-from memit.files.digests import file_sha256
 from memit.language_model import DTYPES, LanguageModel
 from memit.weight_delta import WeightDelta, check_rounded, check_weights
-from tasks.engine.results import DELTA_FILE, METRICS_FILE
+from tasks.engine.results import is_of_last_run, read_metrics
 from tasks.reporting.card import Kind, make_card
-from tasks.reporting.formats import read_json
 
 
 def export_edit(
@@ -56,7 +54,7 @@ def export_edit(
             adapter.save(partial, lm.name, lm.revision)
             note = f"Rank {adapter.rank}, relative error of the factors {adapter.error:.1e}."
             said += f". {note}"
-        metrics = read_json(METRICS_FILE) if is_of_last_run(delta_file) else None
+        metrics = read_metrics() if is_of_last_run(delta_file) else None
         make_card(kind, delta.provenance, license_, metrics, note).save(partial / "README.md")
         for file in partial.glob("*.safetensors"):  # which safetensors lets nobody else read
             file.chmod((partial / "README.md").stat().st_mode)
@@ -78,12 +76,6 @@ def _save_merged(lm: LanguageModel, delta: WeightDelta, directory: Path, dtype: 
         )
     lm.model.save_pretrained(directory)
     lm.tokenizer.save_pretrained(directory)
-
-
-def is_of_last_run(delta_file: Path) -> bool:
-    """Whether a delta is that of the results in this directory."""
-    present = DELTA_FILE.is_file() and METRICS_FILE.is_file()
-    return present and file_sha256(delta_file) == file_sha256(DELTA_FILE)
 
 
 def license_of(place: Path | None, section: ModelSection | None) -> str | None:

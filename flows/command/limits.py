@@ -8,10 +8,9 @@ from typing import Any
 
 from pyarrow.csv import read_csv
 
-from flows.command.export import is_of_last_run
 from flows.command.parameters import LimitsSection
 from memit.errors import LimitError
-from tasks.engine.results import DELTA_FILE, FACTS_FILE, METRICS_FILE
+from tasks.engine.results import DELTA_FILE, FACTS_FILE, METRICS_FILE, is_of_last_run
 from tasks.reporting.formats import read_json
 
 LEAST = ("score", "efficacy", "paraphrase", "neighborhood", "kept_accuracy")

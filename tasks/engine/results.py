@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -191,6 +192,21 @@ def last_runs() -> list[PastRun]:
 
 def _past_runs() -> Path:
     return cache_directory() / "past-runs.json"
+
+
+def is_of_last_run(delta_file: Path) -> bool:
+    """Whether a delta is that of the results in this directory."""
+    present = DELTA_FILE.is_file() and METRICS_FILE.is_file()
+    return present and file_sha256(delta_file) == file_sha256(DELTA_FILE)
+
+
+def read_metrics() -> dict[str, Any]:
+    """The metrics of the last run, with their intervals and magnitudes if they are here."""
+    metrics = json.loads(METRICS_FILE.read_bytes())
+    details = json.loads(DETAILS_FILE.read_bytes()) if DETAILS_FILE.is_file() else {}
+    for state, values in details.items():
+        metrics[state] |= values
+    return metrics
 
 
 def read_timings(steps: Iterable[str]) -> dict[str, Cost]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from huggingface_hub import ModelCard, ModelCardData
 
 from memit.redaction import one_line
-from tasks.reporting.formats import ABSENT, ROWS
+from tasks.reporting.formats import STRICT_LEGEND, markdown_table, rows
 
 Kind = Literal["merged", "lora", "delta"]
 
@@ -47,17 +47,8 @@ def make_card(
         edit=provenance,
         facts=named,
         more=len(facts) - len(named),
-        rows=list(_measured(metrics)) if metrics else [],
+        table=markdown_table(rows(metrics, intervals=True), text=(0, 6)) if metrics else [],
+        legend=STRICT_LEGEND,
         settings=settings.get("hyperparameters", settings),
         note=note,
     )
-
-
-def _measured(metrics: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Name, before, after, interval and meaning of each metric."""
-    before, after = metrics["before"], metrics["after"]
-    for key, name, meaning in ROWS:
-        if key in before and key in after:
-            low, high = (after.get(f"{key}_{end}") for end in ("low", "high"))
-            interval = ABSENT if low is None else f"{low:.1f} to {high:.1f}"
-            yield name, f"{before[key]:.1f}", f"{after[key]:.1f}", interval, meaning

@@ -60,6 +60,30 @@ def digits(key: str) -> int:
     return 4 if key in IN_NATS else 2
 
 
+def rows(metrics: Mapping[str, Any], *, intervals: bool = False) -> list[dict[str, str]]:
+    """Name, values and meaning of each metric that was measured: lenient beside strict."""
+    known = " (known facts)" if of_known_facts(metrics) else ""
+    return [
+        {
+            "metric": name + (known if key == "score" else ""),
+            **{state: _value(metrics[state], key) for state in ("before", "after")},
+            **({"95% interval": _interval(metrics["after"], key)} if intervals else {}),
+            **{f"strict {at}": _value(metrics[at], key + STRICT) for at in ("before", "after")},
+            "meaning": meaning,
+        }
+        for key, name, meaning in measured(metrics)
+    ]
+
+
+def _value(metrics: Mapping[str, float], key: str) -> str:
+    return f"{metrics[key]:.{digits(key)}f}" if key in metrics else ABSENT
+
+
+def _interval(metrics: Mapping[str, float], key: str) -> str:
+    low, high = (metrics.get(f"{key}_{end}") for end in ("low", "high"))
+    return ABSENT if low is None else f"{low:.{digits(key)}f} to {high:.{digits(key)}f}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A result of an earlier step."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -33,6 +33,7 @@ from tasks.engine.artifacts import copy_file, store_piece, write_file, write_jso
 from tasks.engine.loaded_model import ModelFiles, ModelReference
 from tasks.engine.results import (
     DELTA_FILE,
+    DETAILS_FILE,
     FACTS_FILE,
     METRICS_FILE,
     REQUESTS_FILE,
@@ -312,6 +313,10 @@ def test_an_edit_beyond_the_limits_is_taken_by_force_only(
         assert "1 facts did not take, such as 'Ada lives in'. 1 facts hurt others" in text
     assert applied_edits(place / "model") == []
     assert memit("apply", "model", "--force") == 0
+    write_json(DETAILS_FILE, {"after": {"perplexity_low": 11.0, "perplexity_high": 13.0}})
+    assert memit("export", "out", "--as", "delta", "--force") == 0
+    row = "| Perplexity | 10.00 | 12.00 | 11.00 to 13.00 | – | – |"
+    assert row in ModelCard.load(place / "out" / "README.md").text
     (place / "params.yaml").write_text("limits: {score: 82.5}")
     command.given_parameters.cache_clear()
     assert memit("apply", "model") == 0
