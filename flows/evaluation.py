@@ -127,7 +127,8 @@ def evaluation(run: Run) -> None:
     )
     metrics["edit"] = described_edit(edit)
     if section.survival:
-        metrics["survival"] = {bits: _survived(run, bits, failed) for bits in section.survival}
+        survived = {bits: _survived(run, bits, failed) for bits in section.survival}
+        metrics["survival"] = without_details(survived)[0]
     if notes := run.given["requests"].notes:
         metrics["requests"] = notes
     run.write_json(results.METRICS_FILE, metrics)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dvc.utils.serialize import modify_yaml
+from dvc.utils.hydra import apply_overrides
 
 from flows.command.parameters import USERS_FILES, Parameters, check_parameters, read_parameters
 from memit.errors import InputError
@@ -176,8 +176,7 @@ def test_the_file_of_the_project_states_every_default() -> None:
 def test_an_experiment_of_dvc_changes_one_line(tmp_path: Path, name: str) -> None:
     before = (ROOT / name).read_text()
     (tmp_path / "params.yaml").write_text(before)
-    with modify_yaml(str(tmp_path / "params.yaml")) as tree:
-        tree["requests"]["seed"] = 7
+    apply_overrides(str(tmp_path / "params.yaml"), ["requests.seed=7"])
     after = (tmp_path / "params.yaml").read_text()
     pairs = zip(before.splitlines(), after.splitlines(), strict=True)
     assert [new for old, new in pairs if old != new] == ["  seed: 7"]
