@@ -6,11 +6,14 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import tests
 from memit import reference as oracle
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel
@@ -58,11 +61,25 @@ class Reference:
         """Targets (n × d)."""
         return torch.stack([target.z for target in self.targets])
 
+    @property
+    def moments(self) -> dict[int, SecondMoment]:
+        """Its covariances as sums over a thousand tokens."""
+        return {layer: SecondMoment(C * 1000, 1000) for layer, C in self.covariances.items()}
+
 
 @functools.cache
 def reference(family: str) -> Reference:
-    """The results for one family; its model must not be changed."""
+    """The results for one family, computed by one process of a session for all of them; its model
+    must not be changed."""
     model, tokenizer = families()[family]()
+    path = tests.session / f"{family}.pt"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            torch.save(_results(model, tokenizer), path)
+    return Reference(model, tokenizer, *torch.load(path, weights_only=False))
+
+
+def _results(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
     hp = HYPERPARAMETERS
     targets = tuple(oracle.target(model, tokenizer, r, PREFIXES, hp) for r in REQUESTS)
     covariances = {
@@ -70,7 +87,7 @@ def reference(family: str) -> Reference:
     }
     z = torch.stack([target.z for target in targets])
     updates = oracle.spread(model, tokenizer, REQUESTS, PREFIXES, z, covariances, hp)
-    return Reference(model, tokenizer, targets, covariances, updates)
+    return targets, covariances, updates
 
 
 def memit_form(

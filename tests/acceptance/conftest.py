@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -11,16 +11,14 @@ from tests.acceptance.project import Project
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, api: str) -> Project:
+def finished(session: Path, api: str) -> Project:
     """A project in which the experiment has run once; tests that change it take a copy.
 
     The first process that asks for it makes it, for all of them.
     """
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with FileLock(folder / "finished.lock"):
-        exists = (folder / "finished").exists()
-        project = Project(folder / "finished", api)
+    with FileLock(session / "finished.lock"):
+        exists = (session / "finished").exists()
+        project = Project(session / "finished", api)
         if not exists:
             output = project.run()
             assert "Score S" in output

@@ -26,13 +26,7 @@ from transformers import AutoConfig
 
 from flows.command.checks import check_comparison, check_inputs
 from flows.command.parameters import read_parameters
-from memit.errors import (
-    InputError,
-    IntegrityError,
-    MemitError,
-    ModelStructureError,
-    ResourceError,
-)
+from memit.errors import InputError, IntegrityError, MemitError, ModelStructureError, ResourceError
 from memit.files.digests import file_sha256
 from memit.second_moment import import_published
 from memit.weight_delta import WeightDelta

@@ -26,15 +26,13 @@ METRIC, DATA = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with the files that the page asks for."""
     names = re.findall(r"Write this to `([^`]+)`", PAGE)
     for name, text in zip(names, (METRIC, DATA), strict=True):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+        (project / name).write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(project))
+    return project
 
 
 def test_the_examples_are_one_file_each(place: Path) -> None:

@@ -12,13 +12,7 @@ from benchmarks.__main__ import gpu_rows, markdown
 from benchmarks.edited import METRICS, edited_rows
 from benchmarks.floor import Machine, Work, covariance_work, spread_work
 from benchmarks.steps import Bench
-from benchmarks.workload import (
-    GPTJ_TINY,
-    LLAMA_TINY,
-    SMALL,
-    make_model,
-    make_tokenizer,
-)
+from benchmarks.workload import GPTJ_TINY, LLAMA_TINY, SMALL, make_model, make_tokenizer
 from memit import reference as oracle
 from memit.language_model import LanguageModel
 from memit.requests import Record

@@ -13,11 +13,7 @@ from tasks.engine.artifacts import write_text
 from tasks.engine.workers import thread_runner
 from tasks.statistics import Corpus, CorpusSource, collect_corpus
 
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.timeout(600),
-    pytest.mark.usefixtures("api"),
-]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.usefixtures("api")]
 
 
 @flow(task_runner=thread_runner())

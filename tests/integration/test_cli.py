@@ -46,15 +46,13 @@ from tests.integration.test_model_directory import content, make_delta
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a model and an edit of it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "100")
     command.given_parameters.cache_clear()
     save_model("gpt2", "model")
-    make_delta(load_model("model", device="cpu"), tmp_path / "delta.safetensors")
-    return tmp_path
+    make_delta(load_model("model", device="cpu"), project / "delta.safetensors")
+    return project
 
 
 def memit(*words: str) -> int:

@@ -93,14 +93,12 @@ def check(**model: str) -> None:
 
 
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def file(project: Path) -> Path:
     """A model in a file, in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     Path("corpus.txt").write_text("Some text.\n" * 9)
     Path("facts.jsonl").write_text(json.dumps(FACT))
-    write(tmp_path / "m.gguf", "Q8_0")
-    return tmp_path / "m.gguf"
+    write(project / "m.gguf", "Q8_0")
+    return project / "m.gguf"
 
 
 @pytest.mark.parametrize("kind", ["llama F32", "gpt2 F32", "llama Q8_0", "llama Q4_1"])

@@ -20,14 +20,12 @@ from tests.integration.bad_input import FACT, GOOD
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(project: Path) -> Path:
     """A directory with a model, a corpus and facts."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     save_model("gpt2", "model")
     Path("corpus.txt").write_text("Some text.\n" * 9)
     Path("facts.jsonl").write_text(json.dumps(FACT))
-    return tmp_path
+    return project
 
 
 def parameters(**sections: dict[str, Any]) -> Parameters:

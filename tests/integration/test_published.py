@@ -29,13 +29,11 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelReference:
+def model(family: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> ModelReference:
     """A model, in a directory that is the project's; its tasks run without a server."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setattr(CachedTask, "with_cost", lambda task, *given: task.fn(*given))
     Path("moments").mkdir()
-    return small_model(tmp_path / "model", family)
+    return small_model(project / "model", family)
 
 
 def publish(family: str, layer: int, width: int, **changes: np.ndarray) -> np.ndarray:

@@ -272,10 +272,7 @@ def unused_port() -> int:
 
 
 def test_workers_in_another_directory_give_the_same_through_a_store(
-    project: Project,
-    by_threads: dict[str, bytes],
-    elsewhere: tuple[str, Path],
-    tmp_path: Path,
+    project: Project, by_threads: dict[str, bytes], elsewhere: tuple[str, Path], tmp_path: Path
 ) -> None:
     address, place = elsewhere
     given = parameters(kind="dask", address=address, store=f"file://{tmp_path}/store")

@@ -22,11 +22,7 @@ from tasks.engine.workers import thread_runner
 from tasks.statistics import held_out_file, read_texts
 from tests.integration.small_model import small_model
 
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.timeout(600),
-    pytest.mark.usefixtures("api"),
-]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.usefixtures("api")]
 
 
 @pytest.fixture

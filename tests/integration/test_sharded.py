@@ -91,9 +91,7 @@ def test_edits_are_the_same(pair: tuple[LanguageModel, LanguageModel], editor: A
         assert torch.equal(sharded.weight(layer), before[layer])
 
 
-def test_an_edit_is_felt_measured_and_taken_back(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_an_edit_is_felt_measured_and_taken_back(pair: tuple[LanguageModel, LanguageModel]) -> None:
     whole, sharded = pair
     delta = Memit(HYPERPARAMETERS).edit(whole, REQUESTS, resources(whole))
     records = [

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.command.parameters import Parameters, check_parameters
 from flows.edit import edit
@@ -71,10 +70,10 @@ def content() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def place(tmp_path_factory: pytest.TempPathFactory, api: str) -> Iterator[None]:
     """A directory with a model and its statistics."""
     place = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch, prefect_test_harness(server_startup_timeout=120):
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setenv("DVC_ROOT", str(place))
         run((model, prefixes, statistics))

@@ -8,11 +8,7 @@ from hypothesis import strategies as st
 from flows.service.step import STEADY_PIECES, steady_chunks
 
 
-@given(
-    st.sets(st.integers()).map(sorted),
-    st.integers(),
-    st.integers(1, 40),
-)
+@given(st.sets(st.integers()).map(sorted), st.integers(), st.integers(1, 40))
 def test_an_item_more_changes_the_piece_that_it_is_in(
     items: list[int], more: int, most: int
 ) -> None:

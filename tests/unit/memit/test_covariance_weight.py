@@ -124,7 +124,7 @@ def test_an_edit_by_rule_is_the_edit_with_the_number_that_it_names() -> None:
         losses=torch.zeros(len(REQUESTS), 1),
         finite=torch.ones(len(REQUESTS)).bool(),
     )
-    moments = {n: SecondMoment(C * 1000, 1000) for n, C in expected.covariances.items()}
+    moments = expected.moments
     told: list[int] = []
     resources = Resources(1 << 20, PREFIXES, moments, targets=targets, progress=told.append)
     before = lm.weight(1).clone()

@@ -90,13 +90,7 @@ def test_lengths_count_the_prompt_or_do_not():
     lm = model("gpt2")
     finished: list[int] = []
     texts = generate_texts(
-        lm,
-        PROMPTS,
-        total_tokens=30,
-        top_k=1,
-        seed=0,
-        token_budget=60,
-        progress=finished.append,
+        lm, PROMPTS, total_tokens=30, top_k=1, seed=0, token_budget=60, progress=finished.append
     )
     for prompt, text in zip(PROMPTS, texts, strict=True):
         assert text == greedy(lm, prompt, 30 - len(lm.tokenizer(prompt)["input_ids"]))

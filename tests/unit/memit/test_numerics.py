@@ -21,13 +21,8 @@ from tests.reference import HYPERPARAMETERS, REQUESTS, build, memit_form, refere
 FAMILY = "gpt2"
 
 
-def moments() -> dict[int, SecondMoment]:
-    found = reference(FAMILY).covariances
-    return {layer: SecondMoment(covariance * 1000, 1000) for layer, covariance in found.items()}
-
-
 def written(lm, z, given=None, hp=HYPERPARAMETERS, requests=REQUESTS) -> Spread:
-    form = memit_form(given or moments())
+    form = memit_form(given or reference(FAMILY).moments)
     return spread(lm, requests, PREFIXES, z, form, hp, token_budget=1 << 20)
 
 
@@ -68,7 +63,7 @@ def test_an_update_that_is_too_large_names_layer_and_edit() -> None:
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_a_second_moment_that_is_singular_or_indefinite_names_its_layer(value: float) -> None:
-    lm, given = build(FAMILY), moments()
+    lm, given = build(FAMILY), reference(FAMILY).moments
     last = HYPERPARAMETERS.layers[-1]
     eye = torch.eye(len(given[last].sum), dtype=torch.float64)
     eye[0, 0] = value
@@ -78,7 +73,7 @@ def test_a_second_moment_that_is_singular_or_indefinite_names_its_layer(value: f
 
 
 def test_a_nearly_singular_second_moment_is_told_by_the_size_of_the_update() -> None:
-    lm, given = build(FAMILY), moments()
+    lm, given = build(FAMILY), reference(FAMILY).moments
     f = len(given[1].sum)
     given[1] = SecondMoment(torch.eye(f, dtype=torch.float64) * 1e-14, 1)
     hp = replace(HYPERPARAMETERS, largest_update=5.0)

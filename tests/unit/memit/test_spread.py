@@ -33,24 +33,10 @@ FACTORS = {"granite": 0.7}
 PAIRS = [(request.text, request.target_new) for request in REQUESTS]
 
 
-def _moments(family: str) -> dict[int, SecondMoment]:
-    return {
-        layer: SecondMoment(covariance * 1000, 1000)
-        for layer, covariance in reference(family).covariances.items()
-    }
-
-
 def _spread(lm, family: str, hp=HYPERPARAMETERS, token_budget: int = LARGE, **options) -> Spread:
-    return spread(
-        lm,
-        REQUESTS,
-        PREFIXES,
-        reference(family).z,
-        memit_form(_moments(family)),
-        hp,
-        token_budget=token_budget,
-        **options,
-    )
+    expected = reference(family)
+    form, given = memit_form(expected.moments), {"token_budget": token_budget, **options}
+    return spread(lm, REQUESTS, PREFIXES, expected.z, form, hp, **given)
 
 
 def _delta(lm, result: Spread, layer: int) -> torch.Tensor:
@@ -91,15 +77,9 @@ def test_edit_lands(family):
     before = [score.nll for score in oracle.scores(lm.model, lm.tokenizer, PAIRS)]
     result = _spread(lm, family)
     result.delta.apply(lm)
-    top = HYPERPARAMETERS.layers[-1]
-    hidden = torch.stack(
-        [
-            oracle.key_and_hidden(lm.model, lm.tokenizer, request, PREFIXES, top, HYPERPARAMETERS)[
-                1
-            ]
-            for request in REQUESTS
-        ]
-    )
+    hp = HYPERPARAMETERS
+    given = ((lm.model, lm.tokenizer, request, PREFIXES, hp.layers[-1], hp) for request in REQUESTS)
+    hidden = torch.stack([oracle.key_and_hidden(*each)[1] for each in given])
     left = (expected.z - hidden).norm(dim=1).mean()
     assert result.residual_left == pytest.approx(float(left), rel=1e-3)
     assert left < 0.6 * result.residuals[LAYERS[0]]  # a norm after the MLP takes some back
@@ -159,28 +139,17 @@ def test_whole_rows_give_the_same(family, monkeypatch):
 def test_requests_that_begin_alike(family, requests):
     lm = build(family)
     z = reference(family).z[: len(requests)]
-    moments = _moments(family)
-    covariances = reference(family).covariances
-    updates = oracle.spread(
-        lm.model, lm.tokenizer, requests, PREFIXES, z, covariances, HYPERPARAMETERS
-    )
-    result = spread(
-        lm, requests, PREFIXES, z, memit_form(moments), HYPERPARAMETERS, token_budget=LARGE
-    )
+    covariances, hp = reference(family).covariances, HYPERPARAMETERS
+    updates = oracle.spread(lm.model, lm.tokenizer, requests, PREFIXES, z, covariances, hp)
+    form = memit_form(reference(family).moments)
+    result = spread(lm, requests, PREFIXES, z, form, hp, token_budget=LARGE)
     _agrees(lm, result, updates)
 
 
 def test_order_of_requests_does_not_matter():
     lm, expected = build("qwen2"), reference("qwen2")
-    result = spread(
-        lm,
-        REQUESTS[::-1],
-        PREFIXES,
-        expected.z.flip(0),
-        memit_form(_moments("qwen2")),
-        HYPERPARAMETERS,
-        token_budget=250,
-    )
+    form, z = memit_form(expected.moments), expected.z.flip(0)
+    result = spread(lm, REQUESTS[::-1], PREFIXES, z, form, HYPERPARAMETERS, token_budget=250)
     _agrees(lm, result, expected.updates)
 
 

@@ -39,13 +39,17 @@ def _agrees(found: Targets, expected: list[oracle.Target] | tuple[oracle.Target,
     assert found.finite.all()
 
 
+def _found(lm, hp=HYPERPARAMETERS, requests=REQUESTS, prefixes=PREFIXES, token_budget=LARGE, **kw):
+    return compute_targets(lm, requests, prefixes, hp, token_budget=token_budget, **kw)
+
+
 def _expected(lm, hp, requests=REQUESTS, prefixes=PREFIXES) -> list[oracle.Target]:
     return [oracle.target(lm.model, lm.tokenizer, r, prefixes, hp) for r in requests]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_targets_are_those_of_the_oracle(family):
-    found = compute_targets(build(family), REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    found = _found(build(family))
     _agrees(found, reference(family).targets)
     assert found.z.dtype == torch.float32
     assert found.losses[:, -1].mean() < found.losses[:, 0].mean()
@@ -57,14 +61,7 @@ def test_budgets_and_order_do_not_matter(family, token_budget):
     lm = build(family)
     told = []
     requests = REQUESTS[::-1]
-    found = compute_targets(
-        lm,
-        requests,
-        PREFIXES,
-        HYPERPARAMETERS,
-        token_budget=token_budget,
-        progress=told.append,
-    )
+    found = _found(lm, requests=requests, token_budget=token_budget, progress=told.append)
     _agrees(found, reference(family).targets[::-1])
     assert sum(told) == len(REQUESTS)
     assert (len(told) == 1) is (token_budget == LARGE)
@@ -72,10 +69,7 @@ def test_budgets_and_order_do_not_matter(family, token_budget):
 
 def test_chunks_are_joined():
     lm = build("qwen3")
-    parts = [
-        compute_targets(lm, chunk, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
-        for chunk in (REQUESTS[:1], REQUESTS[1:])
-    ]
+    parts = [_found(lm, requests=chunk) for chunk in (REQUESTS[:1], REQUESTS[1:])]
     _agrees(Targets.concatenate(parts), reference("qwen3").targets)
 
 
@@ -88,7 +82,7 @@ def test_each_edit_stops_for_itself(family):
     made = [len(target.losses) for target in expected]
     assert min(made) < max(made)
     for token_budget in (1, LARGE):
-        _agrees(compute_targets(lm, REQUESTS, PREFIXES, hp, token_budget=token_budget), expected)
+        _agrees(_found(lm, hp, token_budget=token_budget), expected)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +107,7 @@ def test_settings(family, change):
     lm = build(family)
     hp = replace(HYPERPARAMETERS, **change)
     requests = REQUESTS[1:3]
-    found = compute_targets(lm, requests, PREFIXES, hp, token_budget=LARGE)
+    found = _found(lm, hp, requests)
     _agrees(found, _expected(lm, hp, requests))
     if change.keys() & {"kl_factor", "weight_decay"}:
         assert relative(found.z, reference(family).z[1:3]) > 10 * TOLERANCE
@@ -161,21 +155,20 @@ def test_an_edit_stops_when_its_object_was_chosen_often_enough(family, times):
     made = [len(target.losses) for target in expected]
     assert max(made[:2]) < made[2] == hp.evaluations
     stopping = replace(hp, argmax_stop=times)
-    _agrees(compute_targets(lm, requests, prefixes, stopping, token_budget=LARGE), expected)
+    _agrees(_found(lm, stopping, requests, prefixes), expected)
 
 
 @pytest.mark.parametrize("prefixes", [(), PREFIXES[:1]], ids=["none", "one"])
 def test_any_number_of_prefixes(prefixes):
     lm = build("phi")
-    found = compute_targets(lm, REQUESTS, prefixes, HYPERPARAMETERS, token_budget=LARGE)
-    _agrees(found, _expected(lm, HYPERPARAMETERS, prefixes=prefixes))
+    _agrees(_found(lm, prefixes=prefixes), _expected(lm, HYPERPARAMETERS, prefixes=prefixes))
 
 
 @pytest.mark.parametrize("family", ["mistral", "gpt_neox", "bloom"])
 def test_whole_rows_give_the_same(family, monkeypatch, caplog):
     """The way of a family that cannot be resumed, which says so."""
     monkeypatch.setattr(targets_module, "can_resume", lambda lm: False)
-    found = compute_targets(build(family), REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    found = _found(build(family))
     _agrees(found, reference(family).targets)
     assert "cannot be resumed" in caplog.text
 
@@ -183,7 +176,7 @@ def test_whole_rows_give_the_same(family, monkeypatch, caplog):
 def test_model_is_not_changed():
     lm = build("gemma3")
     before = {name: value.clone() for name, value in lm.model.state_dict().items()}
-    compute_targets(lm, REQUESTS[:2], PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    _found(lm, requests=REQUESTS[:2])
     after = lm.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(parameter.grad is None for parameter in lm.model.parameters())
@@ -192,14 +185,14 @@ def test_model_is_not_changed():
 def test_memory_that_runs_out_halves_the_budget():
     lm = build("llama")
     with short_of_memory(lm.blocks[3], rows=14):
-        found = compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+        found = _found(lm)
     _agrees(found, reference("llama").targets)
 
 
 def test_edit_that_never_fits_is_an_error():
     lm = build("llama")
     with short_of_memory(lm.blocks[3], rows=0), pytest.raises(ResourceError, match="memory"):
-        compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+        _found(lm)
 
 
 def test_edit_whose_loss_is_not_finite_is_marked_and_leaves_the_others_alone():
@@ -213,7 +206,7 @@ def test_edit_whose_loss_is_not_finite_is_marked_and_leaves_the_others_alone():
     lm.model.set_input_embeddings(separate)  # the head must stay as it is
     with torch.no_grad():
         separate.weight[own] = torch.nan
-    found = compute_targets(lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE)
+    found = _found(lm)
     assert found.finite.tolist() == [i != spoilt for i in range(len(REQUESTS))]
     expected = reference("gpt2").targets
     for i in range(len(REQUESTS)):
@@ -229,15 +222,12 @@ def test_bfloat16_optimises_in_float32():
     def note(_finished: int) -> None:
         kernels.append(lm.model.config._attn_implementation)
 
-    found = compute_targets(
-        lm, REQUESTS, PREFIXES, HYPERPARAMETERS, token_budget=LARGE, progress=note
-    )
+    found = _found(lm, progress=note)
     assert {*kernels} == {"eager"}, "one kernel's backward pass is slow in bf16"
     assert lm.model.config._attn_implementation == "sdpa"
     assert found.z.dtype == torch.float32
-    assert (
-        relative(found.hidden, torch.stack([t.hidden for t in reference("llama").targets])) < 0.05
-    )
+    hidden = torch.stack([target.hidden for target in reference("llama").targets])
+    assert relative(found.hidden, hidden) < 0.05
     delta = found.z - found.hidden
     assert not torch.equal(delta, delta.to(torch.bfloat16).float())
     limits = HYPERPARAMETERS.clamp_factor * (1 + 1e-5)
@@ -248,9 +238,7 @@ def test_bfloat16_optimises_in_float32():
 def test_subject_without_tokens_is_refused():
     request = replace(REQUESTS[0], subject="\u200b")
     with pytest.raises(InputError, match="subject"):
-        compute_targets(
-            build("gpt2_slow_tokenizer"), [request], (), HYPERPARAMETERS, token_budget=LARGE
-        )
+        _found(build("gpt2_slow_tokenizer"), requests=[request], prefixes=())
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -25,12 +25,7 @@ from tasks.engine.cache import content_key
 from tasks.engine.loaded_model import ModelFiles, ModelReference
 from tasks.engine.locks import FileLocks
 
-
-@pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of its own for each test."""
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("project")
 
 
 def test_an_artifact_is_intact_until_a_bit_of_it_changes(project: Path) -> None:

@@ -25,12 +25,8 @@ from tests import ROOT
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of its own for each test."""
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / ".cache").mkdir()
-    return tmp_path
+def _with_a_cache(project: Path) -> None:
+    (project / ".cache").mkdir()
 
 
 def files(folder: Path) -> set[str]:

@@ -14,12 +14,7 @@ from memit.errors import IntegrityError, ResourceError
 from tasks.engine.artifacts import Artifact, store_piece
 from tasks.engine.records import Records
 
-
-@pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of its own for each test."""
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("project")
 
 
 def piece() -> Artifact:

@@ -26,11 +26,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
-def slept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def slept(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that were waited, without waiting."""
     waits: list[float] = []
     monkeypatch.setattr(tenacity.nap, "time", SimpleNamespace(sleep=waits.append))
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     return waits
 

@@ -63,10 +63,7 @@ BAD: list[tuple[object, str]] = [
     ({"requests": {"url": "http://host/x?token=secret-word"}}, "requests.url"),
     ({"statistics": {"source": "file"}}, "statistics.path"),
     ({"statistics": {"source": "published"}}, "statistics.path"),
-    (
-        {**SYNTHETIC, "statistics": {"source": "published", "path": "moments"}},
-        "statistics.source",
-    ),
+    ({**SYNTHETIC, "statistics": {"source": "published", "path": "moments"}}, "statistics.source"),
     ({"statistics": {"source": "dataset"}}, "statistics.dataset"),
     ({"statistics": {"source": "dataset", "dataset": "a/b"}}, "statistics.revision"),
     ({"statistics": {"documents": 0}}, "statistics.documents is 0"),

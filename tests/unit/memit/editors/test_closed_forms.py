@@ -16,7 +16,6 @@ from memit.editors.memit import Memit
 from memit.editors.memit_forgetting import MemitForgetting
 from memit.editors.memit_sequence import MemitSequence
 from memit.errors import InputError
-from memit.second_moment import SecondMoment
 from memit.sequence import edit_in_batches
 from memit.targets import Targets
 from tests.families import LAYERS, PREFIXES
@@ -65,10 +64,9 @@ EDITORS: list[tuple[Memit, Formula]] = [
 
 def _resources(family: str) -> Resources:
     expected = reference(family)
-    moments = {la: SecondMoment(C * 100, 100) for la, C in expected.covariances.items()}
     count = len(REQUESTS)
     targets = Targets(expected.z, expected.z, torch.zeros(count, 1), torch.ones(count).bool())
-    return Resources(1 << 20, prefixes=PREFIXES, moments=moments, targets=targets)
+    return Resources(1 << 20, PREFIXES, moments=expected.moments, targets=targets)
 
 
 def _keys_and_hidden(lm, requests, layer: int) -> tuple[Tensor, Tensor]:

@@ -175,10 +175,7 @@ def test_it_learns_and_its_edit_applies_and_reverts(tmp_path):
     delta = WeightDelta.load(tmp_path / "edit.safetensors")
     assert all(isinstance(change, Dense) for change in delta.changes.values())
     row = prompt_row(
-        lm.tokenizer,
-        REQUESTS[3].prompt,
-        REQUESTS[3].subject,
-        target=REQUESTS[3].target_new,
+        lm.tokenizer, REQUESTS[3].prompt, REQUESTS[3].subject, target=REQUESTS[3].target_new
     )
 
     def right() -> bool:

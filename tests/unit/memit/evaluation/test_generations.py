@@ -15,10 +15,7 @@ import pytest
 from memit.errors import InputError
 from memit.evaluation import generations
 from memit.evaluation.entropy import record_entropies, text_entropy, word_tokenizer
-from memit.evaluation.generations import (
-    generation_record_means,
-    write_about,
-)
+from memit.evaluation.generations import generation_record_means, write_about
 from memit.evaluation.reference import (
     read_snippets,
     reference_scores,

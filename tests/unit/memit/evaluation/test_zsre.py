@@ -10,12 +10,7 @@ import pytest
 import torch
 
 from memit.errors import InputError
-from memit.evaluation.zsre import (
-    as_records,
-    read_zsre,
-    score_zsre,
-    zsre_record_means,
-)
+from memit.evaluation.zsre import as_records, read_zsre, score_zsre, zsre_record_means
 from memit.language_model import LanguageModel
 from tests import SHARED
 from tests.families import families
