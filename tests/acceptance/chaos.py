@@ -17,13 +17,11 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -31,9 +29,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
-from flows.service.server import server_options
+import tests
+from flows.service.server import free_port, server_options, wait_for
 from memit.errors import IntegrityError
 from memit.files.tensors import load_metadata
 from tasks.engine.artifacts import PARTIAL
@@ -60,6 +59,9 @@ MARK = "<!-- written by make chaos -->"
 class Attempt:
     """A run of the experiment with its own process group, and its output so far."""
 
+    popen: ClassVar[Any] = subprocess.Popen
+    """What starts it."""
+
     def __init__(
         self,
         project: Project,
@@ -70,7 +72,7 @@ class Attempt:
         self.output_file = Path(tempfile.mkstemp(suffix=".txt", dir=project.path.parent)[1])
         self.began = time.time()
         with open(self.output_file, "wb") as file:
-            self.process = subprocess.Popen(
+            self.process = self.popen(
                 [sys.executable, *program],
                 cwd=project.path,
                 # Two runs at once, or other work on the machine: threads that spin would starve.
@@ -522,9 +524,7 @@ def damage_file(path: Path, random: Random) -> str:
 @contextmanager
 def mortal_server(home: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A Prefect server of its own that may be killed: its address and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port(0)
     process = subprocess.Popen(
         [sys.executable, "-m", "prefect", *server_options(port), "--no-ui"],
         env={**os.environ, "PREFECT_HOME": str(home)},
@@ -534,10 +534,7 @@ def mortal_server(home: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     )
     address = f"http://127.0.0.1:{port}/api"
     try:
-        while process.poll() is None:
-            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
-                break
-            time.sleep(0.2)
+        wait_for(f"{address}/health", process, "Prefect's server", home)
         yield address, process
     finally:
         with suppress(ProcessLookupError):
@@ -638,7 +635,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
-        folder = Path(name)
+        folder = tests.session = Path(name)
         with server(folder / "prefect") as api:
             reference, expected = undisturbed(folder, api, given.size)
             chaos = Chaos(folder, Random(given.seed), reference, expected)

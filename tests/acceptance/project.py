@@ -12,17 +12,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager
 from copy import copy
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pytest
 import yaml
 from dvc.repo import Repo
+from filelock import FileLock
 
+import tests
 from flows.command.parameters import read_parameters
 from flows.experiment import experiment
 from flows.service.server import prefect_server
 from tasks.engine.artifacts import PARTIAL
+from tasks.reporting.tracking import open_store
 from tests import ROOT
+from tests.acceptance.forked import Forked
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {
@@ -51,9 +56,7 @@ TINY: dict[str, dict[str, Any]] = {
 WORLD = ROOT / "params" / "world.yaml"
 """The parameters of the synthetic world, of which `TINY` is a smaller one."""
 
-MADE_WITH_THE_STORE = {"alembic_version", "workspaces"}
-"""Tables of an MLflow store that are not empty from the start; making a store takes seconds."""
-
+DVCS_OWN = shutil.ignore_patterns("cache", "tmp", "config.local")
 NOT_INHERITED = ("DVC_ROOT", "MLFLOW_TRACKING_URI")
 """Variables that other tests of the same process may have set."""
 
@@ -76,7 +79,7 @@ class Project:
 
     def _create(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
         for name in ("flows", "tasks", "memit", "methods", "data", ".dvc"):
-            shutil.copytree(ROOT / name, self.path / name, ignore=_untracked)
+            shutil.copytree(ROOT / name, self.path / name, ignore=DVCS_OWN)
         for name in ("dvc.yaml", "constraints.txt", ".dvcignore", ".gitignore"):
             shutil.copy(ROOT / name, self.path / name)
         parameters = read_parameters(WORLD).model_dump(mode="json")
@@ -92,21 +95,19 @@ class Project:
     def copy(self, path: Path) -> Project:
         """A copy in another directory, whose MLflow store knows no runs."""
         shutil.copytree(self.path, path, symlinks=True)
-        with sqlite3.connect(path / "mlflow.db") as store:
-            tables = store.execute("select name from sqlite_master where type = 'table'").fetchall()
-            for name in {name for (name,) in tables} - MADE_WITH_THE_STORE:
-                store.execute(f"delete from {name}")
+        shutil.copy(empty_store(), path)
         other = copy(self)
         other.path = path
         return other
 
     def do(self, *words: str) -> str:
         """Run a command that must succeed; gives its output."""
-        result = subprocess.run(
-            words, cwd=self.path, env=self.environment, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout + result.stderr
+        popen: Any = Forked if words[0] == "dvc" else subprocess.Popen
+        with NamedTemporaryFile() as file:
+            process = popen(words, cwd=self.path, env=self.environment, stdout=file, stderr=file)
+            status, output = process.wait(), Path(file.name).read_text()
+        assert status == 0, output
+        return output
 
     def run(self) -> str:
         """`memit run`."""
@@ -169,9 +170,14 @@ def server(home: Path) -> Iterator[str]:
             yield address
 
 
-def _untracked(folder: str, names: list[str]) -> set[str]:
-    skipped = {"__pycache__", "cache", "tmp", "config.local"}
-    return skipped if Path(folder).name == ".dvc" else {"__pycache__"}
+def empty_store() -> Path:
+    """An MLflow store without runs, made once in a session, since that takes seconds."""
+    path = tests.session / "store" / "mlflow.db"
+    with FileLock(tests.session / "store.lock"):
+        if not path.exists():
+            path.parent.mkdir()
+            open_store(f"sqlite:///{path}")
+    return path
 
 
 def _update(tree: dict[str, Any], values: Mapping[str, Any]) -> None:

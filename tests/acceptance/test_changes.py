@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from flows.command.parameters import NO_FILE, USERS_FILES, read_parameters
 from tasks.engine.results import STORED_TARGETS_FILE
 from tests.acceptance.chaos import records
-from tests.acceptance.project import ROOT, WORLD, Project
+from tests.acceptance.project import ROOT, WORLD, Project, empty_store
 from tests.families import DOCUMENTS, save_model
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -42,6 +43,7 @@ def write_facts(project: Project, *numbers: int, target: str = "Rome") -> None:
 def project(tmp_path_factory: pytest.TempPathFactory, api: str) -> Project:
     """An experiment on files of the user's own that has been run."""
     made = Project(tmp_path_factory.mktemp("changes") / "project", api, changes=OWN)
+    shutil.copy(empty_store(), made.path)
     save_model("gpt2", made.path / "small")
     (made.path / "corpus.txt").write_text("\n".join(DOCUMENTS * 5))
     write_facts(made, 0, 1)

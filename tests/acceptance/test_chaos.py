@@ -9,14 +9,16 @@ from signal import SIGINT, SIGTERM
 import pytest
 
 from tests.acceptance.chaos import PHASES, Attempt, Chaos, empty
+from tests.acceptance.forked import Forked
 from tests.acceptance.project import Project
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
-def chaos(finished: Project, tmp_path: Path) -> Chaos:
-    return Chaos(tmp_path, Random(0), finished, dict.fromkeys(PHASES, 2.0))
+def chaos(finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chaos:
+    monkeypatch.setattr(Attempt, "popen", Forked)
+    return Chaos(tmp_path, Random(0), finished, dict.fromkeys(PHASES, 2.0) | {"model": 0.5})
 
 
 def test_stopped_and_killed_two_runs_go_on_together_to_the_same_bytes(chaos: Chaos) -> None:

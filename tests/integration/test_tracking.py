@@ -16,7 +16,8 @@ from mlflow import MlflowClient
 
 from memit.errors import UnreachableError
 from tasks.engine import databases
-from tasks.reporting.tracking import Experiment, ParentRun, log_run, open_store, runs_page
+from tasks.reporting.tracking import Experiment, ParentRun, log_run, runs_page
+from tests.acceptance.project import empty_store
 
 EXPERIMENT = Experiment(experiment="x", parameters={"a": 1}, manifests={}, timings={}, tags={})
 
@@ -75,21 +76,13 @@ def test_a_server_that_does_not_answer_and_its_password() -> None:
 Log = Callable[[Path, str], str]
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store")
-    open_store(uri(path))
-    assert [file.name for file in path.iterdir()] == ["mlflow.db"]
-    return path / "mlflow.db"
-
-
 @pytest.fixture
-def log(project: Path, empty_store: Path) -> Log:
+def log(project: Path) -> Log:
     """Log a parent run with a file and a nested run to the store in a directory."""
 
     def log_note(directory: Path, note: str) -> str:
         if not (directory / "mlflow.db").exists():
-            shutil.copy(empty_store, directory)
+            shutil.copy(empty_store(), directory)
         (project / "note.txt").write_text(note)
         metrics = [("score", 1.0, 10), ("score", 2.0, 20)]
         files, methods = [project / "note.txt"], {"memit": metrics}
@@ -97,6 +90,10 @@ def log(project: Path, empty_store: Path) -> Log:
         return log_run(run, uri(directory))
 
     return log_note
+
+
+def test_a_store_is_made_whole() -> None:
+    assert [path.name for path in empty_store().parent.iterdir()] == ["mlflow.db"]
 
 
 def notes(directory: Path) -> list[str]:
