@@ -72,13 +72,16 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def api(tmp_path_factory: pytest.TempPathFactory, session: Path) -> Iterator[str]:
     """The address of a Prefect server, which flows in this process use, too.
 
-    The first process has its database made, which takes seconds; others start from a copy.
+    The first process has its database made, which takes seconds; others start from a copy. What
+    happens in task runs is not written down, which would be half of its work.
     """
     from tests.acceptance.project import server  # here, since unit tests do without Prefect
 
     home, made = tmp_path_factory.mktemp("prefect"), session / "prefect.db"
     with ExitStack() as stack:
-        with FileLock(session / "prefect.lock"):
+        with FileLock(session / "prefect.lock"), pytest.MonkeyPatch.context() as patch:
+            for name in ("TASK_RUN_RECORDER", "EVENT_PERSISTER", "TRIGGERS"):
+                patch.setenv(f"PREFECT_SERVER_SERVICES_{name}_ENABLED", "false")
             if made.exists():
                 shutil.copy(made, home)
             address = stack.enter_context(server(home))

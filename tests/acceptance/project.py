@@ -100,18 +100,18 @@ class Project:
         other.path = path
         return other
 
-    def do(self, *words: str) -> str:
+    def do(self, *words: str, popen: Any = subprocess.Popen) -> str:
         """Run a command that must succeed; gives its output."""
-        popen: Any = Forked if words[0] == "dvc" else subprocess.Popen
+        popen = Forked if words[0] == "dvc" else popen
         with NamedTemporaryFile() as file:
             process = popen(words, cwd=self.path, env=self.environment, stdout=file, stderr=file)
             status, output = process.wait(), Path(file.name).read_text()
         assert status == 0, output
         return output
 
-    def run(self) -> str:
+    def run(self, popen: Any = subprocess.Popen) -> str:
         """`memit run`."""
-        return self.do(sys.executable, "-m", "flows", "experiment")
+        return self.do(sys.executable, "-m", "flows", "experiment", popen=popen)
 
     def run_here(self, chain: Callable[[Any], object] = experiment) -> None:
         """A chain of steps in this process, as a deployment runs it: nothing has to be imported.

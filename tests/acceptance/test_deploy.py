@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from flows.command.parameters import Parameters
+from tests.acceptance.forked import Forked
 from tests.acceptance.project import ROOT, Project, hear_interrupts
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -49,7 +50,7 @@ def until(condition: Callable[[], object], seconds: float = 180.0) -> None:
 class Deployment:
     """A project in which `make deploy` runs."""
 
-    holders: Sequence[subprocess.Popen[bytes]]
+    holders: Sequence[Forked]
     """Processes that want the GPU's slot."""
 
     def __init__(self, place: Path) -> None:
@@ -111,11 +112,13 @@ class Deployment:
         lines = self.ask("/logs/filter", logs={"flow_run_id": {"any_": [run]}}, limit=200)
         return "\n".join(line["message"] for line in lines)
 
-    def hold_gpu(self, name: str, seconds: float) -> subprocess.Popen[bytes]:
+    def hold_gpu(self, name: str, seconds: float) -> Forked:
         """A process that holds the GPU's slot."""
         environment = {**self.environment, "PREFECT_API_URL": self.address}
-        words = [sys.executable, "-c", HOLDER, name, str(seconds)]
-        return subprocess.Popen(words, cwd=self.place, env=environment)
+        (self.place / "holder.py").write_text(HOLDER)
+        with open(os.devnull) as null:
+            words = [sys.executable, "holder.py", name, str(seconds)]
+            return Forked(words, self.place, environment, null)
 
     def slots(self) -> list[str]:
         """Which process went in and out, in order."""
@@ -130,7 +133,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     try:
         killed = deployment.hold_gpu("killed", 1_000)
         until(lambda: deployment.slots() == ["killed in"])
-        killed.kill()
+        killed.send_signal(signal.SIGKILL)
         killed.wait()
         # They wait until its lease has expired, and then for each other.
         deployment.holders = [deployment.hold_gpu(name, 2) for name in ("a", "b")]

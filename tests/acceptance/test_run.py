@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from tasks.engine.results import STEPS
+from tests.acceptance.forked import Forked
 from tests.acceptance.project import Project
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -71,7 +72,7 @@ def test_a_repetition_comes_from_caches_and_changes_no_byte(project: Project) ->
     before, pieces = project.results(), {step: project.pieces(step) for step in STEPS}
     page = (project.path / "report" / "index.html").read_bytes()
     timings = json.loads((project.path / "timings.json").read_text())
-    project.run()
+    project.run(Forked)
     assert project.results() == before
     assert (project.path / "report" / "index.html").read_bytes() == page
     assert {step: project.pieces(step) for step in STEPS} == pieces

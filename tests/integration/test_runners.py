@@ -60,6 +60,7 @@ TINY: dict[str, Any] = {
     "targets": {"requests_per_piece": 1, "evaluations": 25, "loss_threshold": 0.0},
     "evaluation": {"prompts_per_piece": 32, "generation_records": 2},
 }
+FORKED = ("multiprocessing-method", "forkserver")
 MAPPED = ("statistics", "targets", "evaluation")
 
 
@@ -170,6 +171,9 @@ def watched(
         # A piece may die once with its worker, which takes seconds to start again.
         patch.setitem(distributed.config["distributed"]["scheduler"], "allowed-failures", 1)
         patch.setattr("tasks.engine.workers.RESTARTS", 1)
+        # Dask's processes need not import it all; those of the cluster elsewhere do.
+        patch.setitem(distributed.config["distributed"]["worker"], *FORKED)
+        distributed.utils.get_mp_context().set_forkserver_preload(["flows.evaluation"])
         both(given)
     return found[0]
 
@@ -203,7 +207,8 @@ def workers() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         words = " ".join(process.cmdline())
-        if words.startswith("ray::") or "--multiprocessing-fork" in words:
+        parent = " ".join(psutil.Process(process.ppid()).cmdline())
+        if words.startswith("ray::") or "multiprocessing.forkserver" in parent:
             found.append(process)
     return found
 
