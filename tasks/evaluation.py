@@ -165,7 +165,7 @@ def compare_kept(
     return store_table("evaluation", kept_table(prompts, before, after))
 
 
-@cached_task("held_out")
+@cached_task("reading")
 def read_held_out(
     held_out: Artifact, model: ModelReference, token_budget: int
 ) -> tuple[Artifact, float] | None:

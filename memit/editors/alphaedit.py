@@ -56,5 +56,6 @@ def quiet_directions(C: Tensor, threshold: float, energy: float | None = None) -
     `energy`, those of the smallest eigenvalues whose sum is at most this share of all."""
     values, vectors = torch.linalg.eigh(C)  # ascending; C is symmetric: these are singular values
     if energy is not None:
-        return vectors[:, values.clamp(min=0).cumsum(0) <= energy * values.sum()]
+        held = values.clamp(min=0).cumsum(0)
+        return vectors[:, held <= energy * held[-1]]
     return vectors[:, values < threshold]

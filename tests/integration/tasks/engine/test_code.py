@@ -89,7 +89,7 @@ def test_which_results_come_from_which_module() -> None:
     assert keyed_on["memit.layer_walk"] == {"key_sums"}
     assert "memit.layer_walk" in code.code_of_own(known_editors()["memit"])
     assert "memit.layer_walk" not in code.code_of_own(known_editors()["mend"])
-    measuring = {"evaluation", "held_out", "kept", "references"}
+    measuring = {"evaluation", "held_out", "kept", "reading", "references", "unedited"}
     assert keyed_on["memit.editors.serac"] == {"serac", *measuring}
     assert keyed_on["memit.world.people"] == {"model", "recall"}
     assert all("memit.language_model" in modules_of(name) for name in FUNCTIONS)
