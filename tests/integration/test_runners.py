@@ -19,6 +19,7 @@ from typing import Any
 import distributed
 import psutil
 import pytest
+from distributed.utils import get_mp_context
 from prefect import flow
 
 from flows.command.parameters import Parameters, check_parameters
@@ -173,7 +174,7 @@ def watched(
         patch.setattr("tasks.engine.workers.RESTARTS", 1)
         # Dask's processes need not import it all; those of the cluster elsewhere do.
         patch.setitem(distributed.config["distributed"]["worker"], *FORKED)
-        distributed.utils.get_mp_context().set_forkserver_preload(["flows.evaluation"])
+        get_mp_context().set_forkserver_preload(["flows.evaluation"])
         both(given)
     return found[0]
 
