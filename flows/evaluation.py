@@ -195,19 +195,16 @@ class Subject:
     def text(self, held_out: Artifact | None) -> tuple[float | None, float | None]:
         """Perplexity of held-out text, and drift from the unedited model; None where there is
         nothing to predict."""
-        compute, exact = self.run.compute, replace(self, served_in=None)
-        read = held_out and compute(read_held_out, held_out, **self._model)
-        if read is None or self.edit is None:
+        compute, model, edit = self.run.compute, self._model, self.edit
+        if edit is not None and model["model"].is_rounded:  # which would move it by itself
+            exact, moved = replace(self, served_in=None).text(held_out)
+            if exact is None:
+                return None, None
+            return compute(measure_text, held_out, None, edit=edit, **model)[0], moved
+        read = held_out and compute(read_held_out, held_out, **model)
+        if read is None or edit is None:
             return (read[1], 0.0) if read else (None, None)
-        if self.is_rounded:  # which would move the model by itself
-            perplexity, _ = compute(measure_text, held_out, None, edit=self.edit, **self._model)
-            return perplexity, exact.text(held_out)[1]
-        return compute(measure_text, held_out, read[0], edit=self.edit, **self._model)
-
-    @property
-    def is_rounded(self) -> bool:
-        """Whether its weights are."""
-        return self._model["model"].is_rounded
+        return compute(measure_text, held_out, read[0], edit=edit, **model)
 
     @property
     def _model(self) -> dict[str, Any]:
