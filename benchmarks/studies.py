@@ -1,8 +1,8 @@
 """The studies behind the tables of `docs/`, on the embedded model and facts that it knows:
-`python -m benchmarks.studies weights|statistics|sequence|facts`.
+`python -m benchmarks.studies weights|statistics|sequence|facts|rates`.
 
-Facts are of the part that is reported. Everything is drawn by `--seed`; a line is printed as soon
-as it is measured.
+Facts are of the part that is reported, but those of `rates` of the part for choosing settings.
+Everything is drawn by `--seed`; a line is printed as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ from matplotlib import pyplot as plt
 
 from memit.editors.alphaedit import AlphaEdit
 from memit.editors.base import Edit, Editor, Resources
+from memit.editors.fine_tuning import (
+    PUBLISHED_LAYERS,
+    FineTuning,
+    breadth_first_fine_tuning,
+    fine_tuning_with_decay,
+)
 from memit.editors.joint import editor_for
 from memit.editors.memit import Memit
 from memit.editors.memit_sequence import MemitSequence
@@ -30,8 +36,15 @@ from memit.evaluation.counterfact import prompts_of, score_prompts, summarise
 from memit.evaluation.drift import Reading, drift, read_text
 from memit.evaluation.perplexity import perplexity
 from memit.facts.neighbors import without_edited_neighbors
-from memit.facts.records import embedded_records, held_out_documents
-from memit.hyperparameters import AUTO, Hyperparameters, joint_settings, preset, summary
+from memit.facts.records import Part, embedded_records, held_out_documents
+from memit.hyperparameters import (
+    AUTO,
+    Hyperparameters,
+    joint_settings,
+    preset,
+    published_layer,
+    summary,
+)
 from memit.known_facts import known_facts
 from memit.language_model import LanguageModel, load_model
 from memit.prefixes import sample_prefixes
@@ -62,9 +75,9 @@ class Study:
         """Drawn once for all."""
         return sample_prefixes(self.lm, 0)
 
-    def records(self, count: int) -> list[Record]:
+    def records(self, count: int, part: Part = "reported") -> list[Record]:
         """Facts that the model knows."""
-        found = read_counterfact(self.facts) if self.facts else embedded_records("reported")
+        found = read_counterfact(self.facts) if self.facts else embedded_records(part)
         drawn = [found[index] for index in drawn_order(found, self.seed)]
         known, share = known_facts(self.lm, drawn, count, token_budget=BUDGET)
         print(f"{len(known)} facts; the model knows {share:.0f}% of those asked", flush=True)
@@ -269,7 +282,25 @@ def facts(study: Study) -> None:
         study.try_edit(summary(settings), edit, records)
 
 
-STUDIES = {study.__name__: study for study in (weights, statistics, sequence, facts)}
+def rates(study: Study) -> None:
+    """Learning rates of fine-tuning, on facts for choosing."""
+    records = study.records(study.count or 48, "choosing")
+    requests = [record.request for record in records]
+    study.unedited(records)
+    layer = published_layer(PUBLISHED_LAYERS, study.lm.name, study.lm.depth)
+    editors = {
+        "ft_bf": breadth_first_fine_tuning(layer),
+        "ft": FineTuning(layer),
+        "ft_w": fine_tuning_with_decay(layer),
+    }
+    for name, editor in editors.items():
+        for rate in (1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5):
+            tuned = replace(editor, learning_rate=rate)
+            edit = tuned.edit(study.lm, requests, Resources(TRAINED_BUDGET))
+            study.try_edit(f"{name}, rate {rate:g}", edit, records)
+
+
+STUDIES = {study.__name__: study for study in (weights, statistics, sequence, facts, rates)}
 
 
 def main() -> None:
