@@ -32,6 +32,7 @@ from tasks.engine.artifacts import Artifact
 from tasks.engine.tables import read_tables
 from tasks.evaluation import (
     KEPT_PER_PIECE,
+    KEPT_TOGETHER,
     RECORDS_PER_PIECE,
     Measure,
     OwnMetric,
@@ -181,12 +182,12 @@ class Subject:
         prompts = dict.fromkeys(prompt for record in records for prompt in record.kept_prompts)
         pieces = steady_chunks(list(prompts), KEPT_PER_PIECE)
         before = self.run.map("kept prompts", answer_kept, pieces, **self._model)
-        asked = list(zip(pieces, before, strict=True))
+        asked = chunks(list(zip(pieces, before, strict=True)), KEPT_TOGETHER)
         found = self.run.map(
             "kept prompts",
             compare_kept,
             asked,
-            lambda piece: len(piece[0]),
+            lambda group: sum(len(prompts) for prompts, _ in group),
             edit=self.edit,
             **self._model,
         )

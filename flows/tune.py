@@ -1,6 +1,7 @@
 """Find settings for a model, on facts that are not the user's (`memit tune`).
 
-Results: `tuning/` with the trials (`trials.md`) and a preset (`preset.toml`) for `edit.preset`.
+Results: `tuning/` with the trials (`trials.md`, `trials.png`) and a preset (`preset.toml`) for
+`edit.preset`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from memit.weight_delta import WeightDelta
 from tasks.edit import Method
 from tasks.engine.artifacts import Artifact, describe
 from tasks.requests import choose_requests, keep_records, split_by_subject, write_embedded
-from tasks.tune import LOWEST_SCORE, STAGES, Trial, neighbors, positions, preset_text, trials_table
+from tasks.tune import (
+    LOWEST_SCORE,
+    STAGES,
+    Trial,
+    draw_trials,
+    neighbors,
+    positions,
+    preset_text,
+    trials_table,
+)
 
 TUNING = Path("tuning")
 FEWEST = 16
@@ -91,6 +101,7 @@ def tune(run: Run) -> None:
     confirmed = check.trial(best.settings, moments)
     figures = confirmed.figures(unedited) or confirmed.failure
     run.write_text(TUNING / "trials.md", trials_table(trials, before, figures))
+    run.write(TUNING / "trials.png", lambda path: draw_trials(trials, before, path))
     if not confirmed.keeps(unedited) or confirmed.metrics.get("score", 0.0) < LOWEST_SCORE:
         run.finish()
         raise InputError(

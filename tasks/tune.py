@@ -1,15 +1,20 @@
-"""The step `tune`: which settings are tried, how trials compare, and the preset of the best."""
+"""The step `tune`: which settings are tried, how trials compare, their table and figure, and the
+preset of the best."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
+from pathlib import Path
 
+import matplotlib
 import tomlkit
+from matplotlib.figure import Figure
 
 from memit.hyperparameters import AUTO, Hyperparameters, short_name
 from memit.model_shape import ModelShape
+from tasks.reporting.figures import ACCENT, AFTER, BEFORE, INK, STYLE, save_figure, set_style
 from tasks.reporting.formats import markdown_table
 
 WIDTH = 5
@@ -24,6 +29,13 @@ LARGEST_LOSS = 10.0
 """Points of neighbourhood success, and percent of perplexity, that a good edit may cost."""
 LOWEST_SCORE = 60.0
 """S of a model that can be edited."""
+MARKS = {
+    "efficacy": ("ES", "|", INK),
+    "paraphrase": ("PS", "x", BEFORE),
+    "neighborhood": ("NS", "o", ACCENT),
+    "score": ("S", "o", AFTER),
+}
+"""Name, marker and colour of each metric, in the order of drawing."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,14 @@ class Trial:
     """Of the edited model; none where the edit could not be made."""
     failure: str = ""
     """Why it could not be made."""
+
+    @property
+    def title(self) -> str:
+        """The settings that trials differ in, on one line."""
+        one = self.settings
+        layers = f"{one.layers[0]}–{one.layers[-1]}"
+        effort = f"{one.evaluations} × {one.learning_rate:g}"
+        return f"layers {layers}, λ {self.weight:,g}, clamp {one.clamp_factor:.3g}, {effort}"
 
     def keeps(self, before: Mapping[str, float]) -> bool:
         """Whether neighbours and, where it was measured, the perplexity stay nearly as `before`."""
@@ -140,6 +160,28 @@ def _row(trial: Trial) -> dict[str, str]:
         **{title: f"{metrics[key]:.1f}" if key in metrics else "–" for key, title in names.items()},
         "failure": trial.failure,
     }
+
+
+@matplotlib.rc_context(STYLE)
+def draw_trials(trials: Sequence[Trial], before: Mapping[str, float], path: Path) -> None:
+    """A line for each trial, best first, with its settings and what became of the metrics; the
+    band is where neighbours must stay."""
+    ordered = sorted(trials, key=lambda trial: trial.rank(before))
+    figure = Figure(figsize=(7.5, 1.4 + 0.24 * len(ordered)), dpi=140, layout="constrained")
+    axes = figure.subplots()
+    set_style(axes)
+    axes.set_yticks(range(len(ordered)), [trial.title for trial in ordered], fontsize=8)
+    axes.set_xlabel("percent")
+    axes.grid(axis="y", color=BEFORE, alpha=0.3)
+    kept = before["neighborhood"]
+    axes.axvspan(kept - LARGEST_LOSS, kept, color=ACCENT, alpha=0.12)
+    rows = [row for row, trial in enumerate(ordered) if trial.metrics]  # the others failed
+    for metric, (name, marker, color) in MARKS.items():
+        axes.plot(
+            [ordered[row].metrics[metric] for row in rows], rows, marker, color=color, label=name
+        )
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    save_figure(figure, path)
 
 
 def preset_text(

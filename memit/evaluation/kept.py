@@ -63,6 +63,12 @@ class Unedited:
     states: Tensor
     """What leaves its last block at the last token of each prompt (prompts × d)."""
 
+    @staticmethod
+    def concatenate(parts: Sequence[Unedited]) -> Unedited:
+        """The answers to consecutive prompts as one."""
+        texts = [text for part in parts for text in part.texts]
+        return Unedited(texts, torch.cat([part.states for part in parts]))
+
     def answers(self, lm: LanguageModel) -> Answers:
         """The answers of the unedited model `lm`, without a pass through its blocks."""
         with torch.no_grad():

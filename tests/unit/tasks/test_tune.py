@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from memit.errors import InputError
 from memit.hyperparameters import AUTO, Hyperparameters, read_preset
 from memit.model_shape import ModelShape
-from tasks.tune import STAGES, Trial, positions, preset_text, trials_table, widths
+from tasks.tune import STAGES, Trial, draw_trials, positions, preset_text, trials_table, widths
 
 START = Hyperparameters((4, 5, 6), 500.0, rate_unit="relative", learning_rate=0.1)
 BEFORE = {"score": 0.0, "efficacy": 2.0, "neighborhood": 90.0, "perplexity": 40.0}
@@ -18,6 +19,7 @@ BEFORE = {"score": 0.0, "efficacy": 2.0, "neighborhood": 90.0, "perplexity": 40.
 
 def _trial(score: float, neighborhood: float, perplexity: float = 41.0) -> Trial:
     metrics = {"score": score, "neighborhood": neighborhood, "perplexity": perplexity}
+    metrics |= {"efficacy": 100.0, "paraphrase": score}
     return Trial(replace(START, covariance_weight=AUTO), 490.0, metrics)
 
 
@@ -49,6 +51,15 @@ def test_what_must_stay_counts_before_the_score() -> None:
     assert "95.0" in rows[1]
     assert "moves away" in rows[2]
     assert "S 86.4" in lines[-1]
+
+
+def test_the_figure_has_a_line_for_each_trial_also_for_one_that_failed(tmp_path: Path) -> None:
+    failed, good = Trial(START, failure="the edit moves away from its targets"), _trial(88, 84)
+    heights = []
+    for name, trials in (("one", [good]), ("both", [failed, good]), ("failed", [failed])):
+        draw_trials(trials, BEFORE, tmp_path / name)
+        heights.append(imread(tmp_path / name, format="png").shape[0])
+    assert heights[0] == heights[2] < heights[1]
 
 
 def test_the_preset_is_read_as_it_was_chosen(tmp_path: Path) -> None:
