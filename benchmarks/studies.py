@@ -148,10 +148,10 @@ def told(name: str, scores: Mapping[str, float], more: str = "") -> None:
 
 
 def weights(study: Study) -> None:
-    """λ by rule beside a grid of factors of three, for 10, 64 and 300 facts."""
-    everything = study.records(300)
+    """λ by rule beside a grid of factors of three, for 10, 64 and 300 facts, or `--count`."""
+    everything = study.records(study.count or 300)
     targets = study.targets(everything)
-    for count in (10, 64, 300):
+    for count in (study.count,) if study.count else (10, 64, 300):
         records = everything[:count]
         requests = [record.request for record in records]
         resources = study.resources(study.own_moments, targets.chosen(range(count)))
@@ -308,7 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies", description=__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seed", type=int, default=0, help="of the facts")
-    parser.add_argument("--count", type=int, help="of facts, in the studies sequence and facts")
+    parser.add_argument("--count", type=int, help="of facts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--facts", type=Path, help="CounterFact's JSON instead of our facts")
     parser.add_argument("--text", type=Path, help="a text, whose lines are documents")

@@ -57,7 +57,7 @@ def draw_tracing(traces: pyarrow.Table, path: Path) -> None:
     last = _last(traces)
     _draw_layers(panels[0], last)
     for axes, kind in zip(panels[1:], maps, strict=True):
-        set_style(axes, TITLES[kind].capitalize())
+        set_style(axes, TITLES[kind][0].upper() + TITLES[kind][1:])
         table = _map(mapped, kind)
         shown = axes.imshow(table, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
         axes.set_yticks(range(len(PARTS)), PARTS if axes is panels[1] else [""] * len(PARTS))
@@ -77,7 +77,9 @@ def _draw_layers(axes: Axes, last: pyarrow.Table) -> None:
         axes.fill_between(layers, mean - half, mean + half, color=COLORS[kind], alpha=0.2)
         axes.plot(layers, mean, color=COLORS[kind], label=TITLES[kind])
     axes.set_ylabel("effect on the answer's probability")
-    axes.legend(frameon=False, fontsize=8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
 
 
 def _last(traces: pyarrow.Table) -> pyarrow.Table:
