@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.reporting.formats import ABSENT, csv_table, markdown_table
 from tasks.reporting.labels import label
-from tasks.reporting.published import Published
+from tasks.reporting.published import SOURCES, Published
 
 SUCCESS = {
     "score": "S",
@@ -56,7 +56,7 @@ class Comparison:
     exact_entropy: bool
     """Whether words were split as NLTK's `word_tokenize` does."""
     published: Mapping[str, Published]
-    """The paper's results by method, if it edited this model with as many such records."""
+    """Published results by method, if this model was edited with as many such records."""
     notes: tuple[str, ...]
     """Remarks below the tables."""
 
@@ -83,7 +83,8 @@ def markdown(comparison: Comparison) -> str:
         *notes,
     ]
     if comparison.published:
-        lines += ["", "## Beside the paper's numbers", "", "Ours / the paper's / difference.", ""]
+        source = SOURCES[comparison.records]
+        lines += ["", "## Beside published numbers", "", f"Ours / {source} / difference.", ""]
         lines += markdown_table(_published_rows(comparison))
     return "\n".join(lines) + "\n"
 
@@ -116,7 +117,7 @@ def _rows(
 
 
 def _published_rows(comparison: Comparison) -> list[dict[str, str]]:
-    """Our result, the paper's and the difference, for the methods and metrics of the paper."""
+    """Our result, the published one and the difference, for the methods and metrics of both."""
     rows = []
     for name in comparison.methods:
         if name not in comparison.published or comparison.edits[name] < comparison.records:

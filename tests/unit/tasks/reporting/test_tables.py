@@ -13,7 +13,7 @@ from memit.evaluation.counterfact import harmonic_mean
 from tasks.reporting import comparison, scaling
 from tasks.reporting.comparison import Comparison
 from tasks.reporting.formats import ABSENT
-from tasks.reporting.published import published
+from tasks.reporting.published import SOURCES, TABLES, published
 from tasks.reporting.scaling import Point, curve
 
 COMPARISON = Comparison(
@@ -57,9 +57,12 @@ def test_the_papers_results_are_shown_only_for_its_models_and_number_of_edits() 
     assert "85.8" not in comparison.markdown(replace(COMPARISON, published={}))
 
 
-@pytest.mark.parametrize("data_set", ["counterfact", "zsre"])
-def test_the_papers_scores_are_the_harmonic_means_of_their_parts(data_set: str) -> None:
-    for row in published(data_set, "gpt-j-6b", 10_000).values():
+@pytest.mark.parametrize("table", TABLES)
+def test_published_scores_are_the_harmonic_means_of_their_parts(
+    table: tuple[str, str, int],
+) -> None:
+    assert table[2] in SOURCES
+    for row in published(*table).values():
         assert row.neighborhood is not None
         parts = [row.efficacy, row.paraphrase, row.neighborhood]
         assert row.score == pytest.approx(harmonic_mean(parts), abs=0.15)
