@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flows.command.limits import check_limits
 from flows.command.script import console
 from flows.service.step import Run, step
 from memit.history import keep_state
@@ -21,6 +22,7 @@ def history(run: Run) -> None:
     directory, before = run.parameters.edit.history, run.history
     if directory is None:
         return
+    check_limits(run.parameters.limits)  # after `memit repro` nothing else has
     dropped = {one["case_id"] for one in read_json(EDIT_FILE)["dropped"]}
     summed = run.compute(
         sum_keys,

@@ -142,4 +142,4 @@ def _measured(dtype: str, device: str, threads: int) -> float:
     size = 512 if device == "cpu" else 4_096
     matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
     timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=threads)
-    return 2 * size**3 / min(timer.timeit(1).mean for _ in range(8))
+    return 2 * size**3 / min(timer.timeit(1).mean for _ in range(50))

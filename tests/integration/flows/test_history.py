@@ -19,7 +19,7 @@ from flows.statistics import statistics
 from flows.targets import targets
 from memit.editors.base import Resources
 from memit.editors.memit_sequence import MemitSequence
-from memit.errors import InputError
+from memit.errors import InputError, LimitError
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import load_model
 from memit.requests import EditRequest, read_counterfact
@@ -27,8 +27,11 @@ from memit.second_moment import read_moment
 from memit.sequence import edit_in_batches
 from memit.targets import Targets
 from memit.weight_delta import WeightDelta
+from tasks.engine.artifacts import write_json, write_text
 from tasks.engine.results import (
     DELTA_FILE,
+    FACTS_FILE,
+    METRICS_FILE,
     PREFIXES_FILE,
     REQUESTS_FILE,
     STATISTICS,
@@ -59,7 +62,8 @@ TINY: dict[str, dict[str, Any]] = {
 
 def run(steps: Sequence[Callable[[Parameters], None]], **changes: Mapping[str, Any]) -> None:
     """Run steps with a history and some changes of `TINY`."""
-    tree = {section: {**values, **changes.get(section, {})} for section, values in TINY.items()}
+    sections = {*TINY, *changes}
+    tree = {name: {**TINY.get(name, {}), **changes.get(name, {})} for name in sections}
     parameters = check_parameters(tree)
     for step in steps:
         step(parameters)
@@ -116,6 +120,16 @@ def test_the_last_batch_can_be_run_again_also_with_targets_of_the_edited_model(
     run(BATCH, requests={"seed": 1}, targets={"upon": "edited"})
     assert (Targets.load(TARGETS_FILE).hidden - batches[1][1].hidden).abs().max() > 1e-3
     assert len(WeightDelta.load(DELTA_FILE).provenance["facts"]) == 2 * COUNT
+
+
+@pytest.mark.usefixtures("batches")
+def test_a_batch_beyond_the_limits_is_not_handed_on() -> None:
+    states = content()
+    write_json(METRICS_FILE, {"before": {}, "after": {}, "edit": {"update_ratio": {"0": 7.0}}})
+    write_text(FACTS_FILE, "prompt,took,hurt\nAda was born in,true,0\n")
+    with pytest.raises(LimitError, match="update_ratio"):
+        run([history], requests={"seed": 1}, limits={"update_ratio": 5})
+    assert content() == states
 
 
 @pytest.mark.usefixtures("batches")
