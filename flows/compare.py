@@ -334,12 +334,13 @@ def show_results(comparison: Comparison) -> None:
     title = f"{comparison.records} edits of {comparison.model}"
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, collapse_padding=True)
     for name in rows[0]:
-        table.add_column(name, justify="left" if name == "method" else "right")
+        is_name = name == "method"
+        table.add_column(name, justify="left" if is_name else "right", min_width=9 * is_name)
     for row in rows:
         table.add_row(*row.values())
     output.print()
     output.print(table)
-    output.print(LEGEND, style="dim")
+    output.print(" ".join(LEGEND.split()), style="dim")
     console.print(
         f"\nWith intervals, more metrics and all settings: [bold]{COMPARISON}/table.md[/]; every "
         "prompt and every text in the Parquet files beside it.\n"
