@@ -25,11 +25,17 @@ from memit.errors import InputError, NumericsError
 from memit.evaluation.counterfact import prompts_of
 from memit.facts.neighbors import without_edited_neighbors
 from memit.hyperparameters import Hyperparameters, summary
-from memit.requests import Record, read_counterfact
+from memit.requests import Record, read_counterfact, sample_records
 from memit.weight_delta import WeightDelta
 from tasks.edit import Method
 from tasks.engine.artifacts import Artifact, describe
-from tasks.requests import choose_requests, keep_records, split_by_subject, write_embedded
+from tasks.requests import (
+    choose_requests,
+    keep_records,
+    locate_records,
+    split_by_subject,
+    write_embedded,
+)
 from tasks.tune import (
     LOWEST_SCORE,
     STAGES,
@@ -131,6 +137,8 @@ def search_settings(
     for propose in STAGES:
         base = best.settings
         if propose.__name__ == "weights":
+            if not best.weight:
+                continue  # no trial has kept what must stay
             base = replace(base, covariance_weight=best.weight)
         for settings in propose(base, depth):
             began = time.monotonic()
@@ -152,21 +160,23 @@ def _known_facts(run: Run) -> tuple[list[Record], list[Record]]:
     Raises:
         InputError: there are fewer than `FEWEST`.
     """
-    section, source, file = run.parameters.tune, "counterfact", write_embedded("choosing")
+    section, file = run.parameters.tune, write_embedded("choosing")
     if section.facts is not None:
-        source, file = "facts", describe(Path(section.facts))
+        file = describe(locate_records(section.facts, None, None))
     elif run.parameters.model.source == "synthetic":
         file = split_source(run.parameters).training
-    chosen = run.compute(choose_requests, source, file, None, section.seed, run.model, True)
-    known = read_counterfact(chosen.records.checked())
+    chosen = run.compute(choose_requests, "counterfact", file, None, section.seed, run.model, True)
+    asked = read_counterfact(chosen.records.checked())
+    known = [one for one in asked if one.paraphrase_prompts and one.neighborhood_prompts]
     if len(known) < FEWEST:
         raise InputError(
-            f"{run.model.model.id} knows {len(known)} of the facts that tuning would edit, and it "
-            f"needs {FEWEST}: name a file with facts that it knows in tune.facts."
+            f"{run.model.model.id} knows {len(known)} facts with paraphrases and neighborhood "
+            f"prompts, and tuning needs {FEWEST}: name a file of CounterFact's form with facts that "
+            "it knows in tune.facts."
         )
     wanted = min(2 * section.count, len(known))
     others, search = split_by_subject(known, wanted // 2, section.seed)
-    return search, others[: wanted - wanted // 2]
+    return search, sample_records(others, min(wanted - wanted // 2, len(others)), section.seed)
 
 
 def _check_budget(run: Run, settings: Hyperparameters, count: int) -> None:

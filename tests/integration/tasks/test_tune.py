@@ -48,6 +48,14 @@ def test_each_stage_starts_from_the_best_trial_so_far() -> None:
     assert given == [160, 1_500]
 
 
+def test_a_model_that_cannot_be_edited_is_tried_to_the_end() -> None:
+    facts = _facts([])
+    facts.trial = lambda settings, _moments: Trial(settings, failure="it moves away")
+    trials = list(search_settings(facts, START, MOMENTS, BEFORE, time.monotonic() + 600))
+    assert len(trials) > 5
+    assert all(trial.failure for trial in trials)
+
+
 def test_one_trial_is_made_in_any_case_and_none_after_the_time() -> None:
     assert len(_search(minutes=-1)) == 1
 
