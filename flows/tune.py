@@ -171,8 +171,8 @@ def _known_facts(run: Run) -> tuple[list[Record], list[Record]]:
     if len(known) < FEWEST:
         raise InputError(
             f"{run.model.model.id} knows {len(known)} facts with paraphrases and neighborhood "
-            f"prompts, and tuning needs {FEWEST}: name a file of CounterFact's form with facts that "
-            "it knows in tune.facts."
+            f"prompts, and tuning needs {FEWEST}: name a file of CounterFact's form with facts "
+            "that it knows in tune.facts."
         )
     wanted = min(2 * section.count, len(known))
     others, search = split_by_subject(known, wanted // 2, section.seed)

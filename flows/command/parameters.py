@@ -390,7 +390,7 @@ class TuneSection(Section):
 
     minutes: int = Field(default=30, ge=1, le=10_000, description="for the search")
     facts: str | None = Field(
-        default=None, description="CounterFact's JSON; null: facts set aside for this"
+        default=None, description="CounterFact's JSON; null: set aside for this"
     )
     count: int = Field(default=24, ge=8, le=10_000, description="of the search; as many check it")
     seed: Seed = 0
