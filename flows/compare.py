@@ -249,20 +249,22 @@ def edit_sample(
     else:  # it may train any block
         blocks = run.model.model.layers
         budget = run.token_budget(parameters.targets.token_budget, trained_blocks=blocks)
+    needed = {layer: moments[layer] for layer in method.editor.moment_layers}
     made = run.compute(
         edit_with,
         method,
         run.model,
         sample.file,
         prefixes=run.prefixes,
-        moments={layer: moments[layer] for layer in method.editor.moment_layers},
+        moments=needed,
         targets=ready,
         token_budget=budget,
         on_failure=parameters.edit.on_failure,
         seed=seed,
         **learning,
     )
-    forget_work("edit", method, run.model, sample.file, seed)
+    learnt = (learning.get(name) for name in ("training", "trained"))
+    forget_work("edit", method, run.model, sample.file, seed, run.prefixes, needed, *learnt)
     return made, round(seconds + run.costs[-1].seconds, 3)
 
 

@@ -24,6 +24,7 @@ from flows.service.step import Run, step
 from memit.errors import UnreachableError
 from memit.redaction import one_line
 from tasks.engine.code import library_versions
+from tasks.engine.git import commit_of
 from tasks.engine.results import (
     ANSWERS_FILE,
     EDIT_FILE,
@@ -64,7 +65,8 @@ def report(run: Run) -> None:
         beyond=beyond_limits(run.parameters.limits),
     )
     log(run.parameters, experiment)
-    remember_run(run.given, run.parameters.requests.origin)
+    facts = run.parameters.requests.origin
+    remember_run(run.given, facts, commit_of(facts))
     if "DVC_EXP_NAME" in os.environ:  # `dvc exp run` shows nothing by itself
         show_results()
 

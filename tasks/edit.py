@@ -109,7 +109,9 @@ def edit_with(
     asked = read_counterfact(records.checked())
     requests = [record.request for record in asked]
     goals = None if targets is None else Targets.load(targets.checked())
-    checkpoints = work_directory("edit", method, model, records, seed)
+    checkpoints = work_directory(
+        "edit", method, model, records, seed, prefixes, moments, training, trained
+    )
     editor = method.editor
     if trained is not None:
         editor = replace(editor, trained=trained.checked())  # type: ignore[type-var]

@@ -247,10 +247,10 @@ def apply(directory: ExistingPath, *, delta: Delta = None, force: Force = False)
     """
     file = _delta_file(delta, force)
     from memit.model_directory import applied_edits, apply_edit
-    from tasks.engine.git import commit_of
+    from tasks.engine.results import run_of
 
-    section = None if delta else given_parameters().requests
-    origin = {"list": section.origin, "commit": commit_of(section.origin)} if section else {}
+    run = run_of(file)
+    origin = {"list": run.origin, "commit": run.commit} if run else {}
     former = applied_edits(directory)
     backup = apply_edit(directory, file, origin)
     done = "this edit is in it already" if backup in former else "edited"

@@ -15,7 +15,7 @@ from memit.errors import ResourceError
 from memit.files.atomic import temporary
 from memit.language_model import DTYPES, LanguageModel
 from memit.weight_delta import WeightDelta, check_rounded, check_weights
-from tasks.engine.results import is_of_last_run, read_metrics
+from tasks.engine.results import is_measured, read_metrics
 from tasks.reporting.card import Kind, make_card
 
 
@@ -54,7 +54,7 @@ def export_edit(
             adapter.save(partial, lm.name, lm.revision)
             note = f"Rank {adapter.rank}, relative error of the factors {adapter.error:.1e}."
             said += f". {note}"
-        metrics = read_metrics() if is_of_last_run(delta_file) else None
+        metrics = read_metrics() if is_measured(delta_file) else None
         make_card(kind, delta.provenance, license_, metrics, note).save(partial / "README.md")
         for file in partial.glob("*.safetensors"):  # which safetensors lets nobody else read
             file.chmod((partial / "README.md").stat().st_mode)

@@ -10,7 +10,13 @@ from pyarrow.csv import read_csv
 
 from flows.command.parameters import LimitsSection
 from memit.errors import LimitError
-from tasks.engine.results import DELTA_FILE, FACTS_FILE, METRICS_FILE, is_of_last_run
+from tasks.engine.results import (
+    DELTA_FILE,
+    FACTS_FILE,
+    METRICS_FILE,
+    is_edit_here,
+    is_measured,
+)
 from tasks.reporting.formats import read_json
 
 LEAST = ("score", "efficacy", "paraphrase", "neighborhood", "kept_accuracy")
@@ -20,13 +26,19 @@ NAMED = 3
 
 
 def check_limits(limits: LimitsSection, delta_file: Path = DELTA_FILE) -> None:
-    """Check that the run which made a delta is within the limits; of others nothing is known.
+    """Check that the run which made a delta is within the limits; of a delta that was made
+    elsewhere nothing is known.
 
     Raises:
-        LimitError: it is not.
+        LimitError: it is not, or it was not measured.
     """
-    beyond = beyond_limits(limits) if is_of_last_run(delta_file) else []
-    if beyond:
+    if not limits.model_dump(exclude_none=True) or not is_edit_here(delta_file):
+        return
+    if not is_measured(delta_file):
+        raise LimitError(
+            "params.yaml has limits, and this edit was not measured: go on with `memit run`."
+        )
+    if beyond := beyond_limits(limits):
         raise LimitError(
             f"the edit is beyond the limits of params.yaml: {'; '.join(beyond)}. {_worst_facts()} "
             "Results are kept; `memit apply` and `memit export` take this edit with --force only."

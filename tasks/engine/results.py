@@ -167,17 +167,19 @@ class PastRun(Value):
 
     origin: str
     """Where the facts come from."""
+    commit: str = ""
+    """The git commit of that file, if it has one."""
     records: Artifact
     delta: Artifact
 
 
-def remember_run(given: Mapping[str, Manifest], origin: str) -> None:
+def remember_run(given: Mapping[str, Manifest], origin: str, commit: str) -> None:
     """Note the pieces that hold a finished run's facts and delta, and keep the note of the run
     before it, so that the two can be compared."""
     records = as_piece(given["requests"].file(REQUESTS_FILE), "requests")
     delta = as_piece(given["edit"].file(DELTA_FILE), "edit")
-    run = PastRun(origin=origin, records=records, delta=delta)
-    runs = [known for known in last_runs() if known != run]
+    run = PastRun(origin=origin, commit=commit, records=records, delta=delta)
+    runs = [known for known in last_runs() if (known.records, known.delta) != (records, delta)]
     write_json(_past_runs(), [known.model_dump() for known in [*runs[-1:], run]])
 
 
@@ -190,14 +192,29 @@ def last_runs() -> list[PastRun]:
     return [run for run in runs if run.records.intact()]
 
 
+def run_of(delta_file: Path) -> PastRun | None:
+    """The one of the last two runs that made a delta."""
+    digest = file_sha256(delta_file)
+    return next((run for run in last_runs() if run.delta.sha256 == digest), None)
+
+
 def _past_runs() -> Path:
     return cache_directory() / "past-runs.json"
 
 
-def is_of_last_run(delta_file: Path) -> bool:
-    """Whether a delta is that of the results in this directory."""
-    present = DELTA_FILE.is_file() and METRICS_FILE.is_file()
-    return present and file_sha256(delta_file) == file_sha256(DELTA_FILE)
+def is_edit_here(delta_file: Path) -> bool:
+    """Whether a delta is that of the step `edit` in this directory."""
+    return DELTA_FILE.is_file() and file_sha256(delta_file) == file_sha256(DELTA_FILE)
+
+
+def is_measured(delta_file: Path) -> bool:
+    """Whether the metrics in this directory are those of a delta."""
+    with suppress(IntegrityError):
+        edit, evaluation = _read_manifest("edit"), _read_manifest("evaluation")
+        _check_files(evaluation)
+        made = edit.files.get(str(DELTA_FILE)) == file_sha256(delta_file)
+        return made and evaluation.inputs["edit"] == edit.digest
+    return False
 
 
 def read_metrics() -> dict[str, Any]:

@@ -37,6 +37,7 @@ from tasks.engine.results import (
     FACTS_FILE,
     METRICS_FILE,
     REQUESTS_FILE,
+    Manifest,
     finish_step,
     remember_run,
 )
@@ -168,14 +169,15 @@ def test_status_says_which_facts_are_in_a_directory(
     assert memit("status", "model") == 0
     assert "carries no edit" in said(capsys)
     delta = WeightDelta.load(place / "delta.safetensors").naming(facts("Ada"))
-    (place / "artifacts" / "edit").mkdir(parents=True)
-    delta.save(place / "artifacts/edit/delta.safetensors")
-    (place / "params.yaml").write_text("requests: {source: facts, path: facts.jsonl}")
+    delta.save(place / "named.safetensors")
+    finished(facts("Ada"), place / "named.safetensors")
+    (place / "params.yaml").write_text("requests: {source: facts, path: newer.jsonl}")
     assert memit("apply", "model") == 0
     assert memit("status", "model") == 0
     text = said(capsys)
     assert "0001: in the weights" in text
-    assert "list facts.jsonl" in text
+    assert "list facts.jsonl" in text  # of the run, whatever params.yaml names by now
+    assert "c0ffee" in text
     assert "Ada lives in → Rome (id: Ada, source: A. Smith)" in text
 
 
@@ -192,15 +194,16 @@ def facts(*subjects: str) -> list[Record]:
     ]
 
 
-def finished(records: list[Record], delta: Path) -> None:
+def finished(records: list[Record], delta: Path) -> dict[str, Manifest]:
     """What a finished run with these facts leaves behind."""
     write_file(REQUESTS_FILE, lambda path: write_records(records, path))
     copy_file(delta, DELTA_FILE)
     made = {"requests": REQUESTS_FILE, "edit": DELTA_FILE}
     manifests = {step: finish_step(step, [path], {}, []) for step, path in made.items()}
-    remember_run(manifests, "facts.jsonl")
+    remember_run(manifests, "facts.jsonl", "c0ffee")
     for step, path in made.items():
         store_piece(step, path.suffix, partial(shutil.copyfile, path))
+    return manifests
 
 
 def test_diff_before_and_after_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,12 +301,16 @@ def test_an_edit_beyond_the_limits_is_taken_by_force_only(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "params.yaml").write_text("limits: {score: 85, perplexity_ratio: 1.1}")
-    finished(facts("Ada"), place / "delta.safetensors")
+    manifests = finished(facts("Ada"), place / "delta.safetensors")
     measured = {"score": 82.5, "perplexity": 12.0}
     edit = {"update_ratio": {"1": 0.2}}
     write_json(METRICS_FILE, {"before": {"perplexity": 10.0}, "after": measured, "edit": edit})
     rows = "prompt,took,hurt\nAda lives in,false,0\nBo lives in,true,2\n"
     write_text(FACTS_FILE, rows)
+    assert memit("apply", "model") == 3
+    assert "not measured" in said(capsys)  # the metrics may be those of an earlier edit
+    files = [METRICS_FILE, FACTS_FILE]
+    finish_step("evaluation", files, {"edit": manifests["edit"]}, [])
     for words in (("apply", "model"), ("export", "out", "--as", "delta")):
         assert memit(*words) == 3
         text = said(capsys)
@@ -312,9 +319,15 @@ def test_an_edit_beyond_the_limits_is_taken_by_force_only(
     assert applied_edits(place / "model") == []
     assert memit("apply", "model", "--force") == 0
     write_json(DETAILS_FILE, {"after": {"perplexity_low": 11.0, "perplexity_high": 13.0}})
+    finish_step("evaluation", [*files, DETAILS_FILE], {"edit": manifests["edit"]}, [])
     assert memit("export", "out", "--as", "delta", "--force") == 0
     row = "| Perplexity | 10.00 | 12.00 | 11.00 to 13.00 | – | – |"
     assert row in ModelCard.load(place / "out" / "README.md").text
+    edit = manifests["edit"].model_copy(update={"files": {"other": "digest"}})
+    finish_step("evaluation", [*files, DETAILS_FILE], {"edit": edit}, [])
+    assert memit("export", "stale", "--as", "delta", "--force") == 0
+    assert row not in ModelCard.load(place / "stale" / "README.md").text
+    finish_step("evaluation", [*files, DETAILS_FILE], {"edit": manifests["edit"]}, [])
     (place / "params.yaml").write_text("limits: {score: 82.5}")
     command.given_parameters.cache_clear()
     assert memit("apply", "model") == 0

@@ -27,11 +27,8 @@ from memit.second_moment import read_moment
 from memit.sequence import edit_in_batches
 from memit.targets import Targets
 from memit.weight_delta import WeightDelta
-from tasks.engine.artifacts import write_json, write_text
 from tasks.engine.results import (
     DELTA_FILE,
-    FACTS_FILE,
-    METRICS_FILE,
     PREFIXES_FILE,
     REQUESTS_FILE,
     STATISTICS,
@@ -125,9 +122,7 @@ def test_the_last_batch_can_be_run_again_also_with_targets_of_the_edited_model(
 @pytest.mark.usefixtures("batches")
 def test_a_batch_beyond_the_limits_is_not_handed_on() -> None:
     states = content()
-    write_json(METRICS_FILE, {"before": {}, "after": {}, "edit": {"update_ratio": {"0": 7.0}}})
-    write_text(FACTS_FILE, "prompt,took,hurt\nAda was born in,true,0\n")
-    with pytest.raises(LimitError, match="update_ratio"):
+    with pytest.raises(LimitError, match="not measured"):
         run([history], requests={"seed": 1}, limits={"update_ratio": 5})
     assert content() == states
 
