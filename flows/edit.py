@@ -37,6 +37,7 @@ def edit(run: Run) -> None:
     run.copy(made.edit, results.DELTA_FILE)
     run.copy(changed_weights(run.model, made.edit), results.EDITED_WEIGHTS_FILE)
     note = run.parameters.settings_note(run.model.model.id, run.model.model.shape)
-    run.write_json(
-        results.EDIT_FILE, describe_edit(made, results.TARGETS_FILE, results.REQUESTS_FILE, note)
-    )
+    described = describe_edit(made, results.TARGETS_FILE, results.REQUESTS_FILE, note)
+    if run.earlier is not None:
+        described["upon"] = run.earlier.sha256
+    run.write_json(results.EDIT_FILE, described)

@@ -9,6 +9,7 @@ from pathlib import Path
 from flows.command.limits import check_limits
 from flows.command.script import console
 from flows.service.step import Run, step
+from memit.errors import IntegrityError
 from memit.history import keep_state
 from tasks.engine.results import DELTA_FILE, EDIT_FILE
 from tasks.history import sum_keys
@@ -23,7 +24,12 @@ def history(run: Run) -> None:
     if directory is None:
         return
     check_limits(run.parameters.limits)  # after `memit repro` nothing else has
-    dropped = {one["case_id"] for one in read_json(EDIT_FILE)["dropped"]}
+    edit = read_json(EDIT_FILE)
+    if edit.get("upon") != (run.earlier and run.earlier.sha256):  # which DVC does not know of
+        raise IntegrityError(
+            f"the edit was made upon another state of {directory}: run the step edit again."
+        )
+    dropped = {one["case_id"] for one in edit["dropped"]}
     summed = run.compute(
         sum_keys,
         [record.request for record in run.records if record.case_id not in dropped],

@@ -68,7 +68,8 @@ def apply_edit(directory: Path, delta_file: Path, origin: Mapping[str, str] | No
     nothing changes. `origin` is kept in the record.
 
     Raises:
-        InputError: the directory holds no such model, or it is a GGUF file.
+        InputError: the directory holds no such model, or it is a GGUF file; or the delta may have
+            been made for the weights before or after the last edit.
         IntegrityError: the delta was made for other weights, or they were changed since the last
             edit.
         ResourceError: the disk is full.
@@ -88,6 +89,11 @@ def apply_edit(directory: Path, delta_file: Path, origin: Mapping[str, str] | No
     former = base | _former_weights(edits[-1], last) if edits else base
     replaced: list[Path] = []
     if edits and _is_for(delta, former):
+        if delta.changes.keys().isdisjoint(last["edited"]):  # then nothing tells which it is for
+            raise InputError(
+                f"{delta_file} changes other matrices than {edits[-1]}, and fits {directory} with "
+                "that edit and without it: revert it first (memit revert), or edit its layers, too."
+            )
         _check_unchanged(edits, base, directory)
         base, replaced = former, [*_left_to_remove(edits, last), edits[-1]]
     check_weights(delta, [(name, base[name]) for name in delta.changes], directory)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,10 +34,12 @@ def build(place: Path, family: str = "gpt2", dtype: torch.dtype = torch.float32)
     return place
 
 
-def make_delta(lm: LanguageModel, path: Path, seed: int = 0) -> Path:
-    """A random change of layers 1 and 2, made for the weights that stand in ``lm``."""
+def make_delta(
+    lm: LanguageModel, path: Path, seed: int = 0, layers: Sequence[int] = (1, 2)
+) -> Path:
+    """A random change of some layers, made for the weights that stand in ``lm``."""
     generator = torch.Generator().manual_seed(seed)
-    names = [lm.weight_name(layer) for layer in (1, 2)]
+    names = [lm.weight_name(layer) for layer in layers]
     changes = {}
     for name in names:
         rows, columns = lm.parameter(name).shape
@@ -326,6 +328,19 @@ def test_a_newer_edit_replaces_the_last_one_whole_or_not_at_all(
     assert [state for _, state, _, _ in edit_status(directory)] == ["in the weights"]
     revert_edit(directory)
     assert content(directory) == before
+
+
+def test_an_edit_of_other_layers_is_not_guessed_to_replace_or_to_follow(
+    tmp_path: Path, directory: Path, delta: Path
+) -> None:
+    other = make_delta(load_model(directory, device="cpu"), tmp_path / "other", layers=(0,))
+    apply_edit(directory, delta)
+    edited = content(directory)
+    with pytest.raises(InputError, match="revert it first"):
+        apply_edit(directory, other)
+    assert content(directory) == edited
+    revert_edit(directory)
+    apply_edit(directory, other)
 
 
 def test_weights_that_were_changed_since_are_left_alone(directory: Path, delta: Path) -> None:

@@ -19,7 +19,7 @@ from flows.statistics import statistics
 from flows.targets import targets
 from memit.editors.base import Resources
 from memit.editors.memit_sequence import MemitSequence
-from memit.errors import InputError, LimitError
+from memit.errors import InputError, IntegrityError, LimitError
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import load_model
 from memit.requests import EditRequest, read_counterfact
@@ -125,6 +125,15 @@ def test_a_batch_beyond_the_limits_is_not_handed_on() -> None:
     with pytest.raises(LimitError, match="not measured"):
         run([history], requests={"seed": 1}, limits={"update_ratio": 5})
     assert content() == states
+
+
+@pytest.mark.usefixtures("batches")
+def test_an_edit_upon_a_state_that_is_gone_is_not_handed_on() -> None:
+    Path("history").rename("elsewhere")
+    with pytest.raises(IntegrityError, match="another state"):
+        run([history], requests={"seed": 1})
+    assert not Path("history").exists()
+    Path("elsewhere").rename("history")
 
 
 @pytest.mark.usefixtures("batches")
