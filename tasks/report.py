@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet as parquet
-from pyarrow.csv import ConvertOptions, read_csv
 from safetensors.numpy import load_file
 
+from memit.evaluation.counterfact import FACTS
 from memit.evaluation.kept import SCHEMA as KEPT_COLUMNS
 from memit.redaction import one_line
 from memit.requests import read_counterfact
@@ -20,6 +20,7 @@ from tasks.engine import results
 from tasks.engine.artifacts import write_json, write_text
 from tasks.engine.cost import Cost
 from tasks.engine.loaded_model import ModelFiles
+from tasks.engine.tables import read_csv_table
 from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
 from tasks.reporting.formats import (
     STRICT_LEGEND,
@@ -53,7 +54,7 @@ def write_report(
         records=read_counterfact(results.REQUESTS_FILE),
         prompts=prompts,
         facts=facts,
-        kept=read_csv(results.KEPT_FILE, convert_options=ConvertOptions(column_types=KEPT_COLUMNS)),
+        kept=read_csv_table(results.KEPT_FILE, KEPT_COLUMNS),
         texts=parquet.read_table(results.GENERATIONS_FILE),
         said=said,
         parameters=parameters,
@@ -70,7 +71,7 @@ def write_report(
 
 def read_facts() -> pyarrow.Table:
     """The content of `facts.csv`."""
-    return read_csv(results.FACTS_FILE)
+    return read_csv_table(results.FACTS_FILE, FACTS)
 
 
 def escaped(text: str) -> str:

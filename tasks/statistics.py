@@ -52,6 +52,12 @@ class CorpusSource(Value):
     """A file with the held-out documents, where they do not follow the others."""
 
     @property
+    def cache_key(self) -> dict[str, object]:
+        """What it holds, and the suffixes by which its files are read."""
+        suffixes = [file and file.file.suffix for file in (self.file, self.held_out)]
+        return {**dict(self), "suffixes": suffixes}
+
+    @property
     def name(self) -> str:
         """What to call it in a message."""
         return str(self.file.file if self.file else self.dataset)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pyarrow.csv import read_csv
-
 from flows.command.parameters import LimitsSection
 from memit.errors import LimitError
+from memit.evaluation.counterfact import FACTS
 from tasks.engine.results import (
     DELTA_FILE,
     FACTS_FILE,
@@ -17,6 +16,7 @@ from tasks.engine.results import (
     is_edit_here,
     is_measured,
 )
+from tasks.engine.tables import read_csv_table
 from tasks.reporting.formats import read_json
 
 LEAST = ("score", "efficacy", "paraphrase", "neighborhood", "kept_accuracy")
@@ -67,7 +67,7 @@ def _values(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _worst_facts() -> str:
     """The facts that did not take and those that hurt most neighbours, as sentences."""
-    facts = read_csv(FACTS_FILE).to_pylist()
+    facts = read_csv_table(FACTS_FILE, FACTS).to_pylist()
     hurting = sorted((fact for fact in facts if fact["hurt"]), key=lambda fact: -fact["hurt"])
     named = {"did not take": [fact for fact in facts if not fact["took"]], "hurt others": hurting}
     return " ".join(

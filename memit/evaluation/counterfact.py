@@ -182,14 +182,14 @@ def facts_table(
     for row in kept:
         stays.setdefault(row["case_id"], []).append(row)
     facts = [_fact(pairs, stays.get(case, ())) for case, pairs in cases.items()]
-    table = pa.Table.from_pylist(facts, schema=_FACTS)
+    table = pa.Table.from_pylist(facts, schema=FACTS)
     given = [(origins or {}).get(case, {}) for case in cases]
     for name in sorted({name for origin in given for name in origin}):
         table = table.append_column(name, pa.array([origin.get(name) for origin in given]))
     return table
 
 
-_FACTS = pa.schema(
+FACTS = pa.schema(
     [
         ("case_id", pa.int64()),
         ("prompt", pa.string()),
@@ -207,6 +207,7 @@ _FACTS = pa.schema(
         ("hurt_prompts", pa.string()),
     ]
 )
+"""Columns of `facts_table`; what the user's facts carry follows as text."""
 
 
 def _fact(pairs: Sequence[tuple[dict, dict]], kept: Sequence[Mapping]) -> dict[str, object]:
