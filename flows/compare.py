@@ -114,8 +114,8 @@ def compare(run: Run) -> None:
     section = run.parameters.compare
     tried: dict[str, Tried] = {}
     for method in setup.methods:
-        count = min(setup.most(method), section.count or setup.split.count)
-        sample = setup.draw(count, section.seed)
+        limits = filter(None, (section.count, section.at_most.get(method.name)))
+        sample = setup.draw(min(limits, default=None), section.seed)
         targets = shared_targets(run, method, sample.records)
         one = try_method(
             setup, method, sample, targets, section.generation_records, section.seed, thorough=True

@@ -8,6 +8,7 @@ Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evalua
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from flows.command.parameters import Parameters
 from flows.requests import records_source
 from flows.service.step import Run, chunks, steady_chunks, step
 from flows.statistics import corpus_inputs
+from memit.errors import NumericsError
 from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
 from memit.evaluation.free_generation import free_record_means
 from memit.evaluation.generations import ANSWERS, SCHEMA
@@ -91,11 +93,18 @@ class Measured:
         more = free_record_means(self.said, records) if self.said else {}
         for name, table in self.own.items():
             found = dict(zip(table["case_id"].to_pylist(), table["value"].to_numpy(), strict=True))
-            more[OWN + name] = np.array([found[case] for case in cases])
+            values = np.array([found[case] for case in cases])
+            if not np.isnan(values).all():
+                more[OWN + name] = values
         tables = self.prompts, self.texts, self.kept
         metrics = metrics_of(*tables, records, references, failed, more)
         of_text = {"perplexity": self.perplexity, "drift": self.drift}
         known = {name: value for name, value in of_text.items() if value is not None}
+        if not all(map(math.isfinite, known.values())):
+            raise NumericsError(
+                "the perplexity is not a finite number: use another model.dtype or "
+                "evaluation.dtype, or a smaller edit."
+            )
         return metrics | {name: round(value, DECIMALS) for name, value in known.items()}
 
 

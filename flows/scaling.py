@@ -49,6 +49,8 @@ def _draw(setup: Setup) -> list[tuple[int, Sample]]:
                 f"[yellow]warning:[/] scaling.counts names {count} edits, and only {available} "
                 "records can be edited: this size is left out."
             )
+    if None in section.counts:
+        available = len(setup.draw(None, section.seed).records)
     sizes = {count or available for count in section.counts}
     return [
         (seed, setup.draw(count, seed))

@@ -17,6 +17,7 @@ from flows.service.step import Run, chunks, step
 from memit.requests import Record, read_counterfact
 from tasks.engine.tables import read_tables
 from tasks.reporting.tracing import draw_tracing, effects
+from tasks.requests import write_embedded
 from tasks.tracing import choose_traced, trace_piece
 
 TRACING = Path("tracing")
@@ -30,6 +31,8 @@ def tracing(run: Run) -> None:
     """Trace facts that the model answers, and sum up where restored states bring them back."""
     section = run.parameters.tracing
     source, file = records_source(run.parameters)
+    if source == "embedded":
+        file = write_embedded("choosing")  # so that traces may guide the choice of settings
     chosen = run.compute(choose_traced, source, file, section.facts, section.seed, run.model)
     records = read_counterfact(chosen.records.checked())
     table = _trace(run, records, chosen.deviation, mapped=False)

@@ -232,7 +232,7 @@ def metrics_of(
     number of records. Records whose edit has `failed` count as failures in each metric of
     prompts."""
     if "answer" in prompts.column_names:
-        means, summary = _of_answers(prompts)
+        means, summary = _of_answers(prompts, failed)
     else:
         means, summary = dict(record_means(prompts, failed)), summarise(prompts, failed)
     ordered = sorted(records, key=lambda record: record.case_id)
@@ -244,9 +244,11 @@ def metrics_of(
     return {name: _rounded(value) for name, value in (summary | intervals).items()}
 
 
-def _of_answers(answers: pyarrow.Table) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def _of_answers(
+    answers: pyarrow.Table, failed: Collection[int]
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """zsRE's metrics under the names that they have in all tables; NS is its specificity."""
-    means = zsre_record_means(answers)
+    means = zsre_record_means(answers, failed)
     values = {name: float(of.mean()) for name, of in means.items()}
     return means, {"score": harmonic_mean(list(values.values()))} | values
 

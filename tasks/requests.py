@@ -198,8 +198,8 @@ def sample_known(
         )
     if len(known) < (count or 1):
         raise InputError(
-            f"the model knows {len(known)} of {len(records)} facts, but requests.count is "
-            f"{count}: ask for fewer, or set requests.known to false."
+            f"the model knows {len(known)} of {len(records)} facts, and {count or 1} are to be "
+            "edited: ask for fewer, or set requests.known to false."
         )
     return sorted(known, key=lambda record: given[record.case_id]), share
 

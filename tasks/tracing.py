@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow
 
 from memit.errors import InputError
-from memit.facts.records import embedded_records
 from memit.known_facts import known_facts
 from memit.language_model import LanguageModel
 from memit.requests import Record, drawn_order
@@ -47,14 +46,12 @@ class TracedFacts(Value):
 def choose_traced(
     source: Source, file: Artifact, count: int, seed: int, model: ModelReference
 ) -> TracedFacts:
-    """The first `count` facts in drawn order that the model answers, or as many as there are. Of
-    the embedded ones only those set aside for choosing settings are taken.
+    """The first `count` facts in drawn order that the model answers, or as many as there are.
 
     Raises:
         InputError: the model answers none.
     """
-    embedded = source == "embedded"
-    records = embedded_records("choosing") if embedded else read_source(source, file.checked())[0]
+    records, _ = read_source(source, file.checked())
     drawn = [records[index] for index in drawn_order(records, seed)]
     with loaded(model) as lm:
         drawn = with_true_objects(lm, drawn, token_budget=TOKEN_BUDGET)

@@ -40,7 +40,7 @@ from tasks.edit import Method
 from tasks.engine.artifacts import project_root
 from tasks.engine.hub import resolve_commit
 from tasks.engine.loaded_model import BYTES, ModelFiles
-from tasks.engine.results import MODEL_FILE
+from tasks.engine.results import is_model_here
 from tasks.engine.workers import check_workers
 from tasks.model import find_model, model_without_weights
 from tasks.requests import locate_records, read_source, sample, split_by_subject
@@ -120,7 +120,8 @@ def _say_time(
     documents: int,
 ) -> None:
     """Print the estimated time, if there is a model already."""
-    if parameters.model.source != "synthetic" or MODEL_FILE.exists():
+    model = parameters.model
+    if model.source != "synthetic" or is_model_here(model.source, model.name):
         time = comparison_time(parameters, methods, sizes, texts, documents)
         console.print(f"[bold]estimated:[/] {time}", soft_wrap=True)
 

@@ -27,7 +27,7 @@ from memit.targets import plain_rows, weak_keys
 from tasks.engine.artifacts import project_root
 from tasks.engine.hub import open_model
 from tasks.engine.loaded_model import BYTES, ModelFiles, ModelReference
-from tasks.engine.results import MODEL_FILE
+from tasks.engine.results import is_model_here
 from tasks.model import find_model, model_without_weights
 
 LENGTHS = Lengths(8, 3)
@@ -83,8 +83,8 @@ def statistics_seconds(parameters: Parameters, model: ModelReference) -> float:
 
 
 def reference(section: ModelSection) -> ModelReference:
-    """The model of the last run, or before the first one that of the section."""
-    if MODEL_FILE.exists():
+    """The model of the section, if it is that of the last run as it was then."""
+    if is_model_here(section.source, section.name):
         return open_model(**section.placement())
     described, place = find_model(**section.identity())
     return ModelReference(

@@ -11,7 +11,7 @@ from rich.text import Text
 from flows.command.parameters import Parameters
 from flows.command.script import output
 from memit.requests import Record, conflict_groups, read_records, sample_records
-from tasks.engine.results import MODEL_FILE
+from tasks.engine.results import is_model_here
 
 
 def check_requests(parameters: Parameters, file: Path) -> None:
@@ -34,7 +34,8 @@ def check_requests(parameters: Parameters, file: Path) -> None:
     edited = sample_records(records, wanted, parameters.requests.seed)
     how = "all" if len(edited) == len(records) else f"{len(edited)}, a sample (requests.count)"
     table.add_row("edited", how)
-    if MODEL_FILE.exists() or parameters.model.source in ("local", "package"):
+    model = parameters.model
+    if model.source in ("local", "package") or is_model_here(model.source, model.name):
         # torch and transformers take seconds to import, and a mistake above is found without them.
         from flows.command.estimate import add_costs
 

@@ -189,6 +189,12 @@ class ModelSection(Section):
         """How the model computes, and where one on this machine is."""
         return self.model_dump(include={"dtype", "device", "threads", "path", "package"})
 
+    @property
+    def name(self) -> str:
+        """Its `id` in `model.json`."""
+        names = {"hub": self.id, "package": self.package, "local": Path(self.path or "").name}
+        return str(names.get(self.source, self.source))
+
     def identity(self) -> dict[str, Any]:
         """Which model it is."""
         return self.model_dump(include={"source", "id", "revision", "path", "package"})

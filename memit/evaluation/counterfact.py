@@ -111,6 +111,7 @@ def record_means(table: pa.Table, failed: Collection[int] = ()) -> dict[str, np.
     """
     is_failed = np.isin(np.unique(table["case_id"].to_numpy()), list(failed))
     columns = {name: table[name].cast(pa.float64()).to_numpy() for name in _MEASURED}  # null: NaN
+    columns["is_known"] = table["nll_true"].is_valid().to_numpy()
     kinds = np.array(table["kind"].to_pylist())
     means: dict[str, np.ndarray] = {}
     for kind, name in METRICS.items():
@@ -266,9 +267,8 @@ def _values(kind: Kind, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     """Success, accuracy and magnitude of every row, as if all were of one kind (0–100)."""
     wanted, other = ("true", "new") if kind.startswith("neighborhood") else ("new", "true")
     nll, rival = columns[f"nll_{wanted}"], columns[f"nll_{other}"]
-    known = ~np.isnan(nll) & ~np.isnan(rival)
     return {
-        "": np.where(known, 100.0 * (nll < rival), np.nan),
+        "": np.where(columns["is_known"], 100.0 * (nll < rival), np.nan),  # an nll of NaN fails
         "_accuracy": 100.0 * columns[f"hit_{wanted}"],
         "_magnitude": 100.0 * (np.exp(-nll) - np.exp(-rival)),
     }

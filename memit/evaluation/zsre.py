@@ -6,7 +6,7 @@ model would choose, a mean within a record and then over records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,12 @@ def score_zsre(
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def zsre_record_means(table: pa.Table) -> dict[str, np.ndarray]:
+def zsre_record_means(table: pa.Table, failed: Collection[int] = ()) -> dict[str, np.ndarray]:
     """Efficacy, paraphrase and, as `neighborhood`, specificity of each record (0–100), in the order
-    of the case ids."""
+    of the case ids; 0 where the edit has `failed`."""
     kinds = np.array(table["kind"].to_pylist())
     shares = 100.0 * table["right"].to_numpy() / table["tokens"].to_numpy()
+    shares[np.isin(table["case_id"].to_numpy(), list(failed))] = 0.0
     return {
         name: means_by_record(table, np.where(kinds == kind, shares, np.nan))
         for name, kind in zip(SCORE_OF, KINDS, strict=True)

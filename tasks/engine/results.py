@@ -202,6 +202,14 @@ def _past_runs() -> Path:
     return cache_directory() / "past-runs.json"
 
 
+def is_model_here(source: str, name: str) -> bool:
+    """Whether the model in this directory is the one of this `source` and `id`."""
+    with suppress(OSError, ValueError, LookupError):
+        found = json.loads(MODEL_FILE.read_bytes())
+        return (found["source"], found["id"]) == (source, name)
+    return False
+
+
 def is_edit_here(delta_file: Path) -> bool:
     """Whether a delta is that of the step `edit` in this directory."""
     return DELTA_FILE.is_file() and file_sha256(delta_file) == file_sha256(DELTA_FILE)

@@ -221,6 +221,10 @@ class TestSummary:
         summary = summarise(table_of(row(0, "rewrite", 1.0, 2.0)))
         assert set(summary) == {"efficacy", "efficacy_accuracy", "efficacy_magnitude", "records"}
 
+    def test_numbers_that_are_not_finite_fail(self):
+        table = table_of(row(0, "rewrite", 1.0, 2.0), row(1, "rewrite", math.nan, 2.0))
+        assert summarise(table)["efficacy"] == 50.0
+
     def test_a_score_with_a_zero_is_zero(self):
         failed = table_of(
             row(0, "rewrite", 2.0, 1.0), row(0, "paraphrase", 1, 2), row(0, "neighborhood", 2, 1)

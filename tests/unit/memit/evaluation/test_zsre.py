@@ -107,6 +107,8 @@ def test_shares_agree_with_one_forward_a_token(tmp_path: Path):
     assert zsre_record_means(table)["paraphrase"].tolist() == pytest.approx(
         [100 * shares[1], 100 * shares[4]]
     )
+    failed = zsre_record_means(table, [records[1].case_id])
+    assert failed["paraphrase"].tolist() == pytest.approx([100 * shares[1], 0.0])
 
 
 @pytest.mark.skipif(not ZSRE.exists(), reason="no zsRE here")
