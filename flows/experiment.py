@@ -24,7 +24,7 @@ from flows.prefixes import prefixes
 from flows.report import report, show_results
 from flows.requests import requests
 from flows.scaling import scaling
-from flows.service.dvc_lock import commit_stages
+from flows.service.dvc_lock import commit_stages, users_files
 from flows.service.step import chain
 from flows.statistics import statistics
 from flows.targets import targets
@@ -42,13 +42,13 @@ Step = Flow[[Parameters], None]
 def experiment(parameters: Parameters) -> None:
     """Run all steps, record their results in dvc.lock, and print a summary."""
     remove_leftovers()
-    started = time.monotonic()
+    started, read = time.monotonic(), users_files(parameters)
     steps = (model, requests, prefixes, statistics, targets, edit, evaluation)
     run_steps(steps, parameters, of=len(STEPS))
     # The report names the digest of dvc.lock, so the others are recorded there before.
-    commit_stages(parameters, STEPS[:-1])
+    commit_stages(parameters, STEPS[:-1], read)
     run_steps([report], parameters, first=len(STEPS), of=len(STEPS))
-    commit_stages(parameters, STEPS[-1:])
+    commit_stages(parameters, STEPS[-1:], read)
     metrics = read_json(METRICS_FILE)
     create_table_artifact(key="results", table=rows(metrics), description="before and after")
     for sentence in verdict(read_facts(), read_json(EDIT_FILE), metrics):

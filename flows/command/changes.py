@@ -82,9 +82,9 @@ def check_losses(section: RequestsSection) -> None:
     before = lost + len(changes.changed) + changes.kept if changes else 0
     if changes and lost > max(FEW, LARGEST_LOSS * before):
         raise InputError(
-            f"{section.path} has lost {lost} facts since the last run and has {changes.kept} left: "
-            "restore them, or use `memit run --yes` if they are to be withdrawn (`memit diff` "
-            "lists them)."
+            f"{section.origin} has lost {lost} facts since the last run and has {changes.kept} "
+            "left: restore them, or use `memit run --yes` if they are to be withdrawn (`memit "
+            "diff` lists them)."
         )
 
 

@@ -19,6 +19,7 @@ from flows.command.parameters import ModelSection, Parameters, StatisticsSection
 from flows.command.script import console
 from flows.service.workers import workers_of
 from memit.corpus import read_documents
+from memit.editors.__init__ import known_editors
 from memit.editors.joint import editor_for
 from memit.editors.mend import Mend
 from memit.editors.serac import Serac
@@ -43,6 +44,7 @@ from tasks.engine.loaded_model import BYTES, ModelFiles
 from tasks.engine.results import is_model_here
 from tasks.engine.workers import check_workers
 from tasks.model import find_model, model_without_weights
+from tasks.reporting.labels import LABELS
 from tasks.requests import locate_records, read_source, sample, split_by_subject
 from tasks.statistics import find_published, held_out_file
 
@@ -247,6 +249,9 @@ def compared_methods(parameters: Parameters, model: str, shape: ModelShape) -> l
     methods = make_methods(
         section.methods, section.settings, hyperparameters, model, depth, section.editors
     )
+    for name in section.at_most:
+        if name not in LABELS and name not in known_editors():
+            raise InputError(f"compare.at_most names {name}, and there is no such method.")
     learning = {"mend": Mend(mend), "serac": Serac(parameters.serac_settings(model))}
     return [Method(one.name, learning.get(one.name, one.editor)) for one in methods]
 

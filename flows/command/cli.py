@@ -87,8 +87,9 @@ def repro(
     *arguments: Annotated[str, Parameter(allow_leading_hyphen=True, help="Of `dvc repro`.")],
 ) -> None:
     """Run the DVC stages that are not up to date (`dvc repro`), with one Prefect server for all."""
-    parameters = ready_parameters()
+    parameters = ready_parameters(only_of_dvc=True)
     from flows.command.checks import check_list
+    from flows.command.limits import check_limits
     from flows.report import show_results
     from flows.service.reproduce import reproduce_here
 
@@ -96,6 +97,7 @@ def repro(
     status = reproduce_here(arguments)
     if status == 0 and not arguments:  # else other stages may have been asked for
         show_results()
+        reporting(lambda: check_limits(parameters.limits))
     sys.exit(status)
 
 
@@ -128,7 +130,7 @@ def deploy(*, once: bool = False) -> None:
     once
         Stop after the first run.
     """
-    parameters = ready_parameters()
+    parameters = ready_parameters(only_of_dvc=True)
     from flows.command.checks import check_list
     from flows.service.deploy import deploy
 
@@ -315,7 +317,7 @@ def export(
     from flows.command.export import export_edit, license_of
 
     license_ = license_of(model, None if model else given_parameters().model)
-    lm = _open_model(model) if kind != "delta" else None
+    lm = _open_model(model, dtype="float32") if kind != "delta" else None
     console.print(export_edit(lm, file, directory, kind, dtype, license_), soft_wrap=True)
 
 
@@ -339,8 +341,9 @@ def _delta_file(given: Path | None, force: bool = True) -> Path:
     return path
 
 
-def _open_model(place: Path | None):
-    """The model in a directory or GGUF file, or by default that of the experiment."""
+def _open_model(place: Path | None, **changes: str):
+    """The model in a directory or GGUF file, or by default that of the experiment, with `changes`
+    of how it computes."""
     from tasks.engine.hub import open_model
     from tasks.engine.loaded_model import load_reference
 
@@ -351,7 +354,7 @@ def _open_model(place: Path | None):
     if not MODEL_FILE.exists():
         raise InputError("there is no model: use `memit run` first, or name one with --model.")
     upstream("model")
-    return load_reference(open_model(**given_parameters().model.placement()))
+    return load_reference(open_model(**given_parameters().model.placement() | changes))
 
 
 def main() -> None:

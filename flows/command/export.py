@@ -83,5 +83,9 @@ def license_of(place: Path | None, section: ModelSection | None) -> str | None:
     or the package says; None: not known."""
     if section is not None and section.source == "package":
         return str(metadata(str(section.package)).json.get("license", "")).lower() or None
-    card = Path(place or (section and section.path) or "") / "README.md"
+    if place is None and section is not None and section.source == "local":
+        place = Path(str(section.path))
+    if place is None:
+        return None
+    card = place / "README.md"
     return ModelCard.load(card).data.to_dict().get("license") if card.is_file() else None

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from flows.command.parameters import Parameters, check_files, read_parameters
 from flows.service.run_lock import alone
-from memit.errors import LimitError, MemitError, ResourceError, UnreachableError
+from memit.errors import InputError, LimitError, MemitError, ResourceError, UnreachableError
 from memit.redaction import redacted
 from tasks.engine.signals import (
     GO_ON,
@@ -57,14 +57,27 @@ def given_parameters() -> Parameters:
     signal.signal(signal.SIGTERM, lambda *_: exit_now(TERMINATED))
     sys.excepthook = _without_trace
     resend_swallowed()
-    return reporting(lambda: read_parameters(Path(os.environ.get(PARAMETERS) or "params.yaml")))
+    given = os.environ.get(PARAMETERS)
+    if given and "DVC_STAGE" in os.environ:
+        fail(_not_for_dvc(given))
+    return reporting(lambda: read_parameters(Path(given or "params.yaml")))
 
 
-def ready_parameters() -> Parameters:
-    """`given_parameters` for a run, after a look for the files that they name."""
+def ready_parameters(*, only_of_dvc: bool = False) -> Parameters:
+    """`given_parameters` for a run, after a look for the files that they name; those of another
+    file than `params.yaml` only if not `only_of_dvc`, which takes no other."""
     parameters = given_parameters()
+    if only_of_dvc and (given := os.environ.get(PARAMETERS)):
+        fail(_not_for_dvc(given))
     reporting(lambda: check_files(parameters))
     return parameters
+
+
+def _not_for_dvc(given: str) -> InputError:
+    return InputError(
+        f"DVC and deployments take their settings from params.yaml alone: copy {given} over it "
+        f"instead of naming it (PARAMS, {PARAMETERS})."
+    )
 
 
 @contextmanager

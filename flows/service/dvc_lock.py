@@ -11,8 +11,10 @@ from filecmp import cmp
 from pathlib import Path
 
 from dvc.repo import Repo, lock_repo
+from dvc.utils.serialize import YAMLFileCorruptedError
+from dvc.utils.strictyaml import YAMLValidationError
 
-from flows.command.parameters import Parameters, read_parameters
+from flows.command.parameters import USERS_FILES, Parameters, read_parameters
 from flows.command.script import console
 from memit.errors import InputError
 from tasks.engine.artifacts import cache_directory, copy_file
@@ -30,11 +32,23 @@ REMEDIES = {
 """What helps if DVC's message contains these words."""
 
 
-def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
-    """Record finished stages in `dvc.lock` (`dvc commit`).
+def users_files(parameters: Parameters) -> dict[str, tuple[int, int]]:
+    """Size and time of change of the user's files that the parameters name."""
+    named = (key.split(".") for key in USERS_FILES)
+    paths = [getattr(getattr(parameters, section), name) for section, name in named]
+    files = [file for path in filter(None, paths) for file in (Path(path), *Path(path).rglob("*"))]
+    stats = {str(file): file.stat() for file in files if file.exists()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def commit_stages(
+    parameters: Parameters, stages: Sequence[str], read: Mapping[str, tuple[int, int]]
+) -> None:
+    """Record finished stages in `dvc.lock` (`dvc commit`). `read` are the `users_files` before the
+    run.
 
     Does nothing if DVC itself runs the flow, outside of a DVC project, and if the run's parameters
-    are not those of `params.yaml`, from which DVC takes them.
+    or files are not those that are here now, which DVC would record.
     """
     if "DVC_STAGE" in os.environ or not (Path(".dvc").is_dir() and Path("dvc.yaml").exists()):
         return
@@ -44,20 +58,27 @@ def commit_stages(parameters: Parameters, stages: Sequence[str]) -> None:
             f"record {', '.join(stages)}; `dvc checkout` restores the results that it does record."
         )
         return
+    if users_files(parameters) != read:
+        console.print(
+            "[yellow]note:[/] files that params.yaml names were changed during the run, so "
+            f"dvc.lock does not record {', '.join(stages)}: run it again."
+        )
+        return
     _delete_torn_rwlock()
     error = _commit(stages)
-    if error and LOCK.exists():
+    if isinstance(error, YAMLFileCorruptedError | YAMLValidationError) and LOCK.exists():
         error = _commit_to_new_lock(STEPS[: STEPS.index(stages[-1]) + 1]) and error
     if error:
-        remedy = next((remedy for words, remedy in REMEDIES.items() if words in error), "")
+        said = " ".join(str(error).split()) or type(error).__name__
+        remedy = next((remedy for words, remedy in REMEDIES.items() if words in said), "")
         console.print(
-            f"[yellow]warning:[/] DVC did not record the results ({error}); they are complete: "
+            f"[yellow]warning:[/] DVC did not record the results ({said}); they are complete: "
             f"{remedy}run `dvc commit -f`."
         )
 
 
-def _commit_to_new_lock(stages: Sequence[str]) -> str:
-    """Commit to a new `dvc.lock`, since the old one may be torn; restore that if it fails.
+def _commit_to_new_lock(stages: Sequence[str]) -> Exception | None:
+    """Commit to a new `dvc.lock`, since the old one is torn; restore that if it fails.
 
     The old one is kept in `.cache/`: it may record stages of the user's own.
     """
@@ -94,8 +115,8 @@ def _delete_damaged_copies(cache: Path) -> None:
             copy.unlink()
 
 
-def _commit(stages: Sequence[str]) -> str:
-    """What DVC says is wrong, empty on success."""
+def _commit(stages: Sequence[str]) -> Exception | None:
+    """What goes wrong in DVC; None on success."""
     logging.getLogger("dvc").setLevel(logging.CRITICAL)
     try:
         with Repo() as repo, lock_repo(repo):
@@ -109,8 +130,8 @@ def _commit(stages: Sequence[str]) -> str:
             if changed:
                 changed[0].dvcfile.dump_stages(changed, update_pipeline=False)
     except Exception as error:  # whatever it is, the results are there
-        return " ".join(str(error).split()) or type(error).__name__
-    return ""
+        return error
+    return None
 
 
 def origin(parameters: Parameters, manifests: Mapping[str, Manifest]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from memit.errors import InputError
 from memit.redaction import redacted
 from tasks.engine.artifacts import cache_directory
 from tasks.engine.environment import environment
-from tasks.reporting.tracking import open_store, runs_page, tracking_uri
+from tasks.reporting.tracking import open_store, runs_page, store_lock, tracking_uri
 
 
 def serve_pages(section: ReportSection, port: int, *, with_prefect: bool) -> None:
@@ -26,7 +26,8 @@ def serve_pages(section: ReportSection, port: int, *, with_prefect: bool) -> Non
     uri, log = tracking_uri(section.tracking_uri), cache_directory() / "mlflow.log"
     if uri.startswith("http"):
         raise InputError(f"the runs are logged at {redacted(uri)}: open that in a browser.")
-    open_store(uri)
+    with store_lock():
+        open_store(uri)
     log.parent.mkdir(parents=True, exist_ok=True)
     free = free_port(port)
     address = f"http://127.0.0.1:{free}"

@@ -9,13 +9,16 @@ import os
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from prefect import flow
 
+from flows.command.checks import check_list
 from flows.command.parameters import complete_parameters
+from flows.service.run_lock import HELD, alone, lock_name
 from flows.service.server import exit_without_server, prefect_server
 from flows.service.watched import watched
 from memit.errors import InputError, MemitError
@@ -36,32 +39,38 @@ def reproduce(settings: Sequence[str] = (), name: str | None = None) -> None:
     Raises:
         MemitError: DVC or a stage failed; the message is theirs.
     """
-    process = subprocess.Popen(
-        watched("dvc", *dvc_arguments(settings, name)),
-        # Stages are flow runs of their own, not part of this one.
-        env={k: v for k, v in os.environ.items() if not k.startswith("PREFECT__")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # it ends after this run, however that ends
-    )
-    assert process.stdout is not None
+    arguments = dvc_arguments(settings, name)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT__")}
     lines = []
-    for line in process.stdout:
-        print(line.rstrip())
-        lines.append(line.strip())
-    if process.wait():
+    with alone():
+        process = subprocess.Popen(
+            watched("dvc", *arguments),
+            # Stages are flow runs of their own, not part of this one.
+            env=environment | {HELD: lock_name()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # it ends after this run, however that ends
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line.rstrip())
+            lines.append(line.strip())
+        status = process.wait()
+    if status:
         raise MemitError(f"DVC: {failure(lines)}")
 
 
 def dvc_arguments(settings: Sequence[str], name: str | None) -> list[str]:
-    """Arguments of `dvc`, with checked settings: DVC writes them into `params.yaml` unchecked.
+    """Arguments of `dvc`, with checked settings, which DVC writes into `params.yaml` unchecked, and
+    a checked list of facts.
 
     Raises:
-        InputError: `params.yaml` cannot take a setting.
+        MemitError: `params.yaml` cannot take a setting, or what `check_list` finds.
     """
     try:
-        complete_parameters(OmegaConf.to_container(OmegaConf.from_dotlist(list(settings))))
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)))
+        check_list(complete_parameters(given))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise InputError(f"settings {list(settings)} cannot be read: {error}.") from None
     if not settings and name is None:
@@ -79,6 +88,8 @@ def failure(lines: Sequence[str]) -> str:
 
 def reproduce_here(arguments: Sequence[str]) -> int:
     """Run `dvc repro` in the terminal; returns its exit status."""
-    with prefect_server() as address:
+    with alone(), prefect_server() as address:
         exit_without_server(address)
-        return subprocess.run(watched("dvc", "repro", *arguments), check=False).returncode
+        environment = {**os.environ, HELD: lock_name()}
+        dvc = watched("dvc", "repro", *arguments)
+        return subprocess.run(dvc, env=environment, check=False).returncode

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def render(results: Results) -> str:
     """The page."""
     loader = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["shell"] = shlex.quote
     rows = _prompts(results.prompts) + list(_kept_prompts(results))
     return pages.get_template("page.html").render(
         results=results,
@@ -163,7 +165,8 @@ def _relations(results: Results) -> list[dict[str, Any]]:
     names, counts = np.unique(relations, return_counts=True)
     table = pyarrow.table({"case_id": relations})  # to average over records as over prompts
     columns = [name.removesuffix("_after") for name in results.prompts.column_names]
-    metrics = record_means(results.prompts.rename_columns(columns))
+    failed = [one["case_id"] for one in results.edit["dropped"]]
+    metrics = record_means(results.prompts.rename_columns(columns), failed)
     means = {metric: means_by_record(table, values) for metric, values in metrics.items()}
     found = [
         {"name": name, "count": counts[index]} | {key: of[index] for key, of in means.items()}

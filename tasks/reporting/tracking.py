@@ -125,9 +125,18 @@ class Experiment:
             experiment_id=experiment_id,
         )
         client.log_outputs(run_id, [entities.LoggedModelOutput(edited.model_id, 0)])
+        self.mark(client, experiment_id, run_id)
+
+    def mark(self, client: MlflowClient, experiment_id: str, run_id: str) -> None:
+        """Say which limits a logged run is beyond; it has a version in the registry if none."""
         client.set_tag(run_id, LIMITS_TAG, "; ".join(self.beyond) or "kept")
-        if not self.beyond:
-            _register(client, f"{model.id.split('/')[-1]}-edited", run_id, edited.model_id, files)
+        versions = client.search_model_versions(f"run_id = '{run_id}'")
+        for version in versions if self.beyond else ():
+            client.delete_model_version(version.name, version.version)
+        if not self.beyond and not versions:
+            of_run = f"source_run_id = '{run_id}'"
+            for edited in client.search_logged_models([experiment_id], of_run):
+                _register(client, run_id, edited)
 
 
 @dataclass(frozen=True)
@@ -167,9 +176,7 @@ def log_run(run: Experiment | ParentRun, uri: str) -> str:
     Raises:
         UnreachableError: the store cannot be reached or does not take the run.
     """
-    # Two processes, also of experiments that DVC runs elsewhere, must not both find no run.
-    lock = FileLock(cache_directory() / "mlflow.lock")
-    with store_errors_as_unreachable(uri, run.step), lock:
+    with store_errors_as_unreachable(uri, run.step), store_lock():
         open_store(uri)
         mlflow.set_tracking_uri(uri)
         client = MlflowClient()
@@ -180,6 +187,8 @@ def log_run(run: Experiment | ParentRun, uri: str) -> str:
         for condition in (unfinished, same):
             for known in client.search_runs([experiment_id], condition):
                 if known.info.status == "FINISHED":
+                    if isinstance(run, Experiment):  # under other limits, perhaps
+                        run.mark(client, experiment_id, known.info.run_id)
                     return known.info.run_id
                 _delete_run(client, experiment_id, known.info.run_id)
         tags = {**run.tags, DIGEST_TAG: run.digest, WRITER_TAG: writer}
@@ -187,6 +196,12 @@ def log_run(run: Experiment | ParentRun, uri: str) -> str:
         run.log(client, experiment_id, run_id)
         client.set_terminated(run_id, "FINISHED")
         return run_id
+
+
+def store_lock() -> FileLock:
+    """Two processes, also of experiments that DVC runs elsewhere, must not both find no store or
+    no run."""
+    return FileLock(cache_directory() / "mlflow.lock")
 
 
 def tracking_uri(setting: str | None) -> str:
@@ -298,14 +313,15 @@ def _delete_run(client: MlflowClient, experiment_id: str, run_id: str) -> None:
         client.delete_logged_model(model.model_id)
 
 
-def _register(
-    client: MlflowClient, name: str, run_id: str, model_id: str, files: Mapping[str, str]
-) -> None:
-    """Add a version that names the DVC-owned files of an edit to MLflow's registry."""
+def _register(client: MlflowClient, run_id: str, edited: entities.LoggedModel) -> None:
+    """Add a version to MLflow's registry, with the tags of the logged model: its base, and the
+    files of the edit, which DVC owns."""
+    name = f"{edited.tags['base.id'].split('/')[-1]}-edited"
     with suppress(MlflowException):  # it is registered already
         client.create_registered_model(name)
+    own = {key: value for key, value in edited.tags.items() if not key.startswith("mlflow.")}
     client.create_model_version(
-        name, f"models:/{model_id}", run_id, tags=dict(files), model_id=model_id
+        name, f"models:/{edited.model_id}", run_id, tags=own, model_id=edited.model_id
     )
 
 

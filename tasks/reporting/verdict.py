@@ -59,13 +59,14 @@ def _way_out(edit: Mapping[str, Any]) -> str:
 
 def _alarms(metrics: Mapping[str, Any]) -> Iterator[str]:
     """Damage that the lenient metrics do not show."""
-    before, after = metrics["before"], metrics["after"]
+    before, after, edit = metrics["before"], metrics["after"], metrics["edit"]
+    written = edit["count"] / (edit["count"] + edit["dropped"])  # what was dropped counts as failed
     way_out = "edit fewer facts, or with a larger edit.covariance_weight"
     for name, what in (
         ("neighborhood_accuracy", "says the true object on prompts about other subjects"),
         ("kept_accuracy", "answers the prompts that must stay as it did"),
     ):
-        if before.get(name, 0.0) - after.get(name, 0.0) > LOST:
+        if written * before.get(name, 0.0) - after.get(name, 0.0) > LOST:
             yield (
                 f"{DAMAGE}: the model {what} in {after[name]:.0f} % of cases, {before[name]:.0f} % "
                 f"before: {way_out}."
@@ -73,7 +74,7 @@ def _alarms(metrics: Mapping[str, Any]) -> Iterator[str]:
     was, now = before.get("perplexity"), after.get("perplexity")
     if was and now and now > was * (1 + LOST / 100):
         yield f"{DAMAGE}: the perplexity rose from {was:.1f} to {now:.1f}: {way_out}."
-    layer, ratio = max(metrics["edit"]["update_ratio"].items(), key=lambda item: item[1])
+    layer, ratio = max(edit["update_ratio"].items(), key=lambda item: item[1])
     if ratio > 1:
         yield (
             f"{DAMAGE}: the update of layer {layer} is {ratio:.1f} times as large as its weights: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -10,12 +11,12 @@ from select import select
 
 import pytest
 
-from flows.service.run_lock import alone
+from flows.service.run_lock import HELD, alone, lock_name
 from tests import ROOT
 
 HOLDER = """
 import sys, time
-from flows.service.run_lock import alone
+from flows.service.run_lock import HELD, alone, lock_name
 with alone():
     print("in", flush=True)
     sys.stdin.readline()
@@ -28,10 +29,11 @@ def directory(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-def hold() -> subprocess.Popen[str]:
+def hold(**environment: str) -> subprocess.Popen[str]:
     """A process that is in the body until it is sent a line."""
     return subprocess.Popen(
         [sys.executable, "-c", HOLDER],
+        env={**os.environ, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -49,6 +51,11 @@ def test_another_process_waits_for_the_end() -> None:
         assert "waiting for its end" in other.stderr.readline()
         assert not select([other.stdout], [], [], 0.5)[0]
         other.kill()
+
+
+def test_a_stage_of_dvc_does_not_wait_for_the_command_that_holds_the_lock_for_it() -> None:
+    with alone(), hold(**{HELD: lock_name()}) as stage:
+        assert stage.communicate("\n")[0] == "in\nout\n"
 
 
 def test_it_comes_in_when_the_body_has_ended() -> None:

@@ -17,6 +17,7 @@ def told(
     after: dict[str, Any] | None = None,
     ratio: float = 0.1,
     stop: int = 0,
+    dropped: int = 0,
 ) -> list[str]:
     facts = [
         {"prompt": f"Person {n} lives in", "target_new": "Rome", "answered": each}
@@ -25,7 +26,8 @@ def told(
     settings = {"covariance_weight": 15000.0, "evaluations": 20, "clamp_factor": 0.75}
     settings["argmax_stop"] = stop
     edit = {"layers": [3, 4], "residuals": {"3": 10.0, "4": 8.0}, "residual_left": left}
-    metrics = {"before": GOOD, "after": after or GOOD, "edit": {"update_ratio": {"3": ratio}}}
+    described = {"update_ratio": {"3": ratio}, "count": 3, "dropped": dropped}
+    metrics = {"before": GOOD, "after": after or GOOD, "edit": described}
     return verdict(pyarrow.Table.from_pylist(facts), edit | {"hyperparameters": settings}, metrics)
 
 
@@ -54,3 +56,6 @@ def test_damage_is_called_damage() -> None:
         assert words.strip(", ") in alarm
     mild = {**GOOD, "neighborhood_accuracy": 55.0, "perplexity": 21.0}
     assert len(told([True], after=mild)) == 1
+    half = {**GOOD, "neighborhood_accuracy": 29.0}  # the neighbours of dropped edits count as lost
+    assert len(told([True], after=half)) == 2
+    assert len(told([True], after=half, dropped=3)) == 1

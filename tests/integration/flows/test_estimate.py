@@ -1,4 +1,4 @@
-"""What is known of the results in a directory."""
+"""What estimates rest on: the model of the last run, and the speed of the device."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from flows.command.estimate import speed
 from flows.command.parameters import ModelSection
+from memit.language_model import DTYPES
+from tasks.engine.loaded_model import ModelFiles, ModelReference
 from tasks.engine.results import MODEL_FILE, is_model_here
+
+SIZES = {"layers": 1, "width": 1, "inner_width": 1, "parameters": 1}
 
 
 def test_the_model_of_the_last_run_is_not_taken_for_another(
@@ -26,3 +31,10 @@ def test_the_model_of_the_last_run_is_not_taken_for_another(
     MODEL_FILE.write_text(json.dumps({"source": "local", "id": "mine"}))
     assert is_model_here(here.source, here.name)
     assert not any(is_model_here(other.source, other.name) for other in others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_speed_of_every_dtype_is_measured(dtype: str) -> None:
+    files = ModelFiles(source="hub", id="", revision=None, files={}, architecture="", **SIZES)
+    model = ModelReference(directory="", model=files, dtype=dtype, device="cpu", threads=1)
+    assert speed(model) > 0
