@@ -21,6 +21,7 @@ from typing import Any
 
 from memit.errors import NumericsError
 from memit.language_model import LanguageModel
+from memit.placement import solving_device
 from memit.second_moment import SecondMoment
 from memit.spread import Spread
 from memit.weight_delta import LowRank
@@ -118,7 +119,8 @@ def drift(lm: LanguageModel, made: Spread, moments: Mapping[int, SecondMoment]) 
     corpus, which is √(tr ΔCΔᵀ / tr WCWᵀ); the largest of all layers."""
     shares = []
     for layer in made.residuals:
-        change, W = made.delta.changes[lm.weight_name(layer)], lm.weight(layer).double()
+        change, W = made.delta.changes[lm.weight_name(layer)], lm.weight(layer)
+        W = W.to(solving_device(W.device)).double()
         if lm.is_transposed(layer):
             change = change.transposed()
         C = moments[layer].mean.to(W.device)

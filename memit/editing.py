@@ -93,13 +93,18 @@ def edit(
         delta = editor.edit(lm, [record.request for record in records], resources)
     delta = delta.naming(records)
     delta.apply(lm)
-    outcome = {"facts": len(records), "said": _said(lm, records, budget())}
+    try:
+        outcome = {"facts": len(records), "said": _said(lm, records, budget())}
+    except BaseException:
+        delta.revert(lm)
+        raise
     return replace(delta, provenance={**delta.provenance, "outcome": outcome})
 
 
 def _said(lm: LanguageModel, records: Sequence[Record], token_budget: int) -> int:
     """How many of the facts the model says (argmax)."""
-    prompts = [prompt for prompt in prompts_of(records) if prompt.kind == "rewrite"]
+    asked = [prompt for prompt in prompts_of(records) if prompt.kind == "rewrite"]
+    prompts = [replace(prompt, target_true=None) for prompt in asked]
     return sum(score_prompts(lm, prompts, token_budget=token_budget)["hit_new"].to_pylist())
 
 
@@ -149,11 +154,15 @@ class Answer:
 
 @torch.inference_mode()
 def ask(lm: LanguageModel, prompt: str, top: int = 5) -> list[Answer]:
-    """The most likely next tokens after a prompt, most likely first.
+    """The most likely next tokens after a prompt, most likely first; those of the model that a
+    memory lets answer it, where it does.
 
     Raises:
         InputError: the prompt is empty or longer than the model's context.
     """
+    for introduction in lm.routed([prompt]).values():
+        assert lm.router is not None
+        return ask(lm.router.substitute, f"{introduction} {prompt}", top)
     ids = torch.tensor(open_ids(lm.tokenizer, [prompt]), device=lm.device)
     if not 0 < ids.shape[1] <= lm.context_length:
         raise InputError(
@@ -162,7 +171,9 @@ def ask(lm: LanguageModel, prompt: str, top: int = 5) -> list[Answer]:
         )
     logits = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
     best = logits.softmax(-1).topk(min(top, len(logits)))
+    last = ids[0, -1:].tolist()  # some tokenizers drop a space in front of what they decode
+    before = str(lm.tokenizer.decode(last))
     return [
-        Answer(str(lm.tokenizer.decode([token])), probability)
+        Answer(str(lm.tokenizer.decode([*last, token])).removeprefix(before), probability)
         for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]

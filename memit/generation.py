@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import takewhile
@@ -124,9 +125,7 @@ def _write_all(
     """The texts by their index."""
     texts = sorted(texts, key=lambda text: (text.new_tokens, len(text.ids)))
     written, special = {}, set(lm.tokenizer.all_special_ids)
-    # The checkpoint's own settings would replace the defaults of those given to `generate`.
-    settings, lm.model.generation_config = lm.model.generation_config, GenerationConfig()
-    try:
+    with default_generation(lm):
         for batch, found in run_in_batches(
             texts,
             lambda text: (1, len(text.ids) + text.new_tokens),
@@ -144,9 +143,18 @@ def _write_all(
                 written[text.index] = answer
             if progress is not None:
                 progress(len(batch))
+    return written
+
+
+@contextmanager
+def default_generation(lm: LanguageModel) -> Iterator[None]:
+    """Without the checkpoint's own settings, which replace the defaults of those that are given to
+    `generate`."""
+    settings, lm.model.generation_config = lm.model.generation_config, GenerationConfig()
+    try:
+        yield
     finally:
         lm.model.generation_config = settings
-    return written
 
 
 @torch.no_grad()
@@ -162,6 +170,10 @@ def _write(
     if steps == 0:
         return [text.ids for text in texts]
     width = max(len(text.ids) for text in texts)
+    if len(texts) > 1 and width + steps - 1 > lm.context_length:  # a long prompt beside a long text
+        half = len(texts) // 2
+        parts = texts[:half], texts[half:]
+        return [ids for part in parts for ids in _write(lm, part, top_k, stops, first)]
     ids = torch.zeros(len(texts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, text in enumerate(texts):

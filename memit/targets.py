@@ -152,7 +152,8 @@ class EditRows:
     @property
     def essence_is_plain(self) -> bool:
         """Whether the plain row begins with the essence row, which then needs no row of its own."""
-        return self.plain.ids[: len(self.essence.ids)] == self.essence.ids
+        is_there = self.plain.subject_last == self.essence.subject_last
+        return is_there and self.plain.ids[: len(self.essence.ids)] == self.essence.ids
 
     @property
     def rows(self) -> list[TokenRow]:

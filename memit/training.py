@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ def run_training(
     for step in range(len(losses), training.steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = training.schedule(peak, step)
-        loss = loss_at(step)
+        loss = _seeded(loss_at, step, training.name, network)
         losses.append(loss.item())
         _check(training, losses)
         if not _update(network, optimizer, loss, training.largest_gradient):
@@ -82,6 +83,14 @@ def run_training(
             save_checkpoint(path, network, optimizer, losses, training.name)
         progress(1)
     return losses
+
+
+def _seeded(loss_at: Callable[[int], Tensor], step: int, name: str, network: nn.Module) -> Tensor:
+    """The loss at a step, with a dropout that depends on the step and on what is trained alone."""
+    cards = {parameter.device for parameter in network.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(cards)):
+        torch.manual_seed(crc32(f"{name} {step}".encode()))
+        return loss_at(step)
 
 
 def _update(

@@ -180,7 +180,7 @@ def draw_trials(trials: Sequence[Trial], before: Mapping[str, float], path: Path
         axes.plot(
             [ordered[row].metrics[metric] for row in rows], rows, marker, color=color, label=name
         )
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.legend(frameon=False, ncols=len(MARKS), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     save_figure(figure, path)
 
 

@@ -163,14 +163,15 @@ def train_mend(
             f"MEND has {len(examples)} edits to learn from and needs {2 * settings.edits_at_once}: "
             "edit fewer records, so that more are left, or learn from sampled texts."
         )
+    modules = edited_matrices(lm, settings.blocks)
     origin = {
         "model": lm.name,
         "revision": lm.revision,
+        "base": base_digests(lm, list(modules)),
         "settings": asdict(settings),
         "examples": content_digest([asdict(example) for example in examples]),
         "trained_on": sorted({example.key for example in examples if example.key}),
     }
-    modules = edited_matrices(lm, settings.blocks)
     network = MendNetwork(
         {name: _matrix(module) for name, module in modules.items()},
         rank=settings.rank,

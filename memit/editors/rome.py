@@ -20,7 +20,9 @@ from torch import Tensor
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.files.digests import content_digest
+from memit.files.tensors import tensor_digest
 from memit.forward.passes import block_output, pad, reading_keys
+from memit.generation import default_generation
 from memit.hyperparameters import Hyperparameters, published_layer
 from memit.language_model import LanguageModel
 from memit.placement import solving_device
@@ -98,10 +100,9 @@ class Rome(Editor):
         """
         lm.check_layers((self.layer,))
         prefixes = sample_rome_prefixes(lm, resources.seed)
-        factor = cholesky(
-            resources.moments[self.layer].mean.to(solving_device(lm.block_device(self.layer))),
-            f"layer {self.layer}",
-        )
+        moment = resources.moments[self.layer]
+        mean = moment.mean.to(solving_device(lm.block_device(self.layer)))
+        factor = cholesky(mean, f"layer {self.layer}")
         name = lm.weight_name(self.layer)
         origin = {
             **provenance(self, lm, requests),
@@ -109,7 +110,7 @@ class Rome(Editor):
             "prefixes": list(prefixes),
         }
         progress = resources.progress or (lambda edits: None)
-        done = _Done(resources.checkpoints, origin)
+        done = _Done(resources.checkpoints, {**origin, "moment": tensor_digest(moment.mean)})
         if done.count:
             progress(done.count)
         with _restoring(lm, self.layer) as master:
@@ -195,7 +196,7 @@ class _Done:
         """Add the update of one more request; whether it is finite."""
         finite = bool(update.left.isfinite().all() and update.right.isfinite().all())
         if finite:
-            self.updates.append(update)
+            self.updates.append(LowRank(update.left.cpu(), update.right.cpu()))
         else:
             self.left_out.append(self.count)
             logger.warning("edit %d has no finite update and is left out", self.count)
@@ -256,15 +257,16 @@ def sample_rome_prefixes(lm: LanguageModel, seed: int) -> tuple[str, ...]:
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for length in PREFIX_LENGTHS:
-            rows = lm.model.generate(  # type: ignore[operator]
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                top_k=TOP_K,
-                min_length=length,
-                max_length=length,
-                pad_token_id=start,
-            )
+            with default_generation(lm):
+                rows = lm.model.generate(  # type: ignore[operator]
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=True,
+                    top_k=TOP_K,
+                    min_length=length,
+                    max_length=length,
+                    pad_token_id=start,
+                )
             texts += [str(text) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
     plain = (unicodedata.normalize("NFKD", text).replace("\n\n", " ") for text in texts)
     return tuple(bounded(lm, text) + ". " for text in plain)

@@ -287,7 +287,8 @@ class SeracEdit:
         classifier = self.models.classifier
         unique = list(dict.fromkeys(prompts))
         embeddings = classifier.embed_all(unique, TOKEN_BUDGET)
-        best = classifier.logits(embeddings, self.memory).max(1)  # prompts × edits → prompts
+        memory = self.memory.to(embeddings.device)
+        best = classifier.logits(embeddings, memory).max(1)  # prompts × edits → prompts
         chosen = {
             prompt: statement(self.requests[index]) if logit > 0 else None
             for prompt, logit, index in zip(

@@ -28,6 +28,7 @@ STOPS = (".", "\n")
 QUESTION = "Please answer the question:\n\nQ: {}\nA:"
 JUDGED = {kind: kind for kind in ("question", "chat", "paraphrase")} | {"rewrite": "efficacy"}
 """The name that the metrics have of each kind of prompt whose answer should be the new object."""
+_PUNCTUATION = " .,;:!?…\"'`“”„‘’«»‹›()[]{}。、，！？：；「」『』（）"
 _LETTER = rf"[^\W{WITHOUT_SPACES}]"
 
 
@@ -132,4 +133,5 @@ def contains(text: str, name: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"^\W+|\W+$", "", " ".join(text.casefold().split()))
+    words = " ".join(text.casefold().split())
+    return words.strip(_PUNCTUATION) or words  # C++ and -5 keep their signs

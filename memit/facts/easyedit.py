@@ -8,6 +8,7 @@ portability.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,12 +19,21 @@ def is_easyedit(row: Mapping[str, Any]) -> bool:
     return "{}" not in str(row.get("prompt")) and any(key in row for key in keys)
 
 
+def with_slot(prompt: str, subject: str) -> str:
+    """A prompt with `{}` where it first names the subject, in whole words if it does anywhere."""
+    whole = re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
+    found = whole.search(prompt)
+    if found is None:
+        return prompt.replace(subject, "{}", 1)
+    return f"{prompt[: found.start()]}{{}}{prompt[found.end() :]}"
+
+
 def as_fact(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with the keys of a user's own fact; the subject's first mention gives the template.
     A `ground_truth` that is the new object is no old one, and is left out."""
     prompt, subject = row.get("prompt"), row.get("subject")
     if isinstance(prompt, str) and isinstance(subject, str) and subject:
-        prompt = prompt.replace(subject, "{}", 1)
+        prompt = with_slot(prompt, subject)
     target, true = (
         _first(row.get(one, row.get(other)))
         for one, other in (("target_new", "target"), ("ground_truth", "target_true"))

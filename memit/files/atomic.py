@@ -67,7 +67,8 @@ def write_whole(
             write(partial)
             if partial.is_file():  # safetensors would let nobody else read it
                 partial.chmod(mode)
-            _flush(partial)
+            for file in (*partial.rglob("*"), partial):
+                _flush(file)
             os.replace(partial, path.with_name(name(partial)) if name else path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:

@@ -204,7 +204,7 @@ def mlp_at(lm: LanguageModel, layer: int, rows: Tensor, columns: Tensor) -> Iter
         hidden = args[0]
         if hidden.ndim != 3:
             return args
-        flat = (rows * hidden.shape[1] + columns).to(hidden.device)
+        flat = rows.to(hidden.device) * hidden.shape[1] + columns.to(hidden.device)
         shape.append(hidden.shape)
         chosen.append(torch.unique(flat))
         return (hidden.reshape(-1, hidden.shape[-1])[chosen[-1]][None], *args[1:])
@@ -254,7 +254,9 @@ def _inputs(
         # Column c of a row that continues n positions is position n + c of its text.
         columns = torch.arange(padded.ids.shape[1], device=padded.ids.device)
         lengths = before.lengths.to(columns.device)
-        inputs["position_ids"] = lengths[:, None] + columns[None]
+        positions = lengths[:, None] + columns[None]
+        # Only padding is beyond the context.
+        inputs["position_ids"] = positions.clamp(max=lm.context_length - 1)
         inputs["attention_mask"] = torch.cat([before.mask().to(columns.device), padded.mask], 1)
         inputs |= {"past_key_values": before.cache(), "use_cache": True}
     if recorder is not None:
