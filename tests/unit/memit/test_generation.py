@@ -99,6 +99,15 @@ def test_lengths_count_the_prompt_or_do_not():
     assert short == list(PROMPTS[2:])
 
 
+def test_a_long_prompt_beside_a_long_text_stays_within_the_context():
+    lm = model("gpt2")
+    prompts = ("The", " ".join(["Paul Smith lives in"] * 6))
+    most = lm.context_length
+    texts = generate_texts(lm, prompts, total_tokens=most, top_k=1, seed=0, token_budget=1 << 20)
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert text == greedy(lm, prompt, most - len(lm.tokenizer(prompt)["input_ids"]))
+
+
 def test_settings_of_the_checkpoint_do_not_leak():
     lm = model("llama")
     plain = generate_texts(lm, PROMPTS, new_tokens=10, top_k=5, seed=0, token_budget=400)

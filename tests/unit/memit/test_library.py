@@ -81,3 +81,20 @@ def test_what_cannot_work_is_refused_before_the_long_work(monkeypatch: pytest.Mo
 def test_prompt_that_is_too_long() -> None:
     with pytest.raises(InputError, match="room for"):
         memit.ask(build("gpt2"), "word " * 5000)
+
+
+def test_a_failure_after_the_edit_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm = build("gpt2")
+    records = [memit.Record(0, memit.EditRequest(SUBJECTS[0], "{} was born in", CITIES[0]))]
+    before = memit.ask(lm, f"{SUBJECTS[0]} was born in")
+
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memit.editing._said", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        memit.edit(lm, records, corpus=[*DOCUMENTS] * 20, hyperparameters=HYPERPARAMETERS)
+    assert lm.applied == []
+    assert memit.ask(lm, f"{SUBJECTS[0]} was born in") == before

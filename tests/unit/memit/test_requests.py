@@ -435,6 +435,9 @@ class TestOtherFiles:
         assert three.request.text == qaedit["prompt"]
         assert three.request.target_new == "chess"
         assert three.kept_prompts == ("who is Bo", "where is Cy")
+        inside = {"prompt": "Which Iranian city is the capital of Iran?", "subject": "Iran"}
+        (whole,) = read_records(saved(tmp_path, [qaedit | inside]))
+        assert whole.request.prompt == "Which Iranian city is the capital of {}?"
         for wrong in ({"subject": "Di"}, {"prompt": None}, {"locality": [{"loc": 3}]}):
             with pytest.raises(InputError, match="record 1"):
                 read_records(saved(tmp_path, [qaedit | wrong]))

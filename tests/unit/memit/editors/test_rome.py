@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from memit.editors import known_editors, rome
 from memit.editors.base import Resources
@@ -239,6 +240,12 @@ def test_prefixes_are_twenty_and_follow_the_seed():
     assert all(prefix.endswith(". ") for prefix in prefixes)
     assert prefixes == sample_rome_prefixes(lm, 0)
     assert prefixes != sample_rome_prefixes(lm, 1)
+    theirs = lm.model.generation_config
+    lm.model.generation_config = GenerationConfig(max_new_tokens=40, temperature=5.0)
+    try:
+        assert prefixes == sample_rome_prefixes(lm, 0)  # whatever the checkpoint says
+    finally:
+        lm.model.generation_config = theirs
 
 
 def test_a_tokenizer_without_a_beginning_is_refused():

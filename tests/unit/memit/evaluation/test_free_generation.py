@@ -80,6 +80,12 @@ def test_objects_are_found_as_whole_words_whatever_their_case() -> None:
     assert not contains("Romeo and Juliet", "Rome")
     assert contains("他住在罗马城", "罗马")
     assert not contains("", "Rome")
+    assert contains("It is written in C++.", "C++")
+    assert not is_exactly("C", "C++")
+    assert not contains("a dialect of C", "C++")
+    assert not is_exactly("5", "-5")
+    assert not is_exactly("!", "€")
+    assert not contains("", "€")
 
 
 def test_means_are_those_of_each_record() -> None:
