@@ -37,6 +37,7 @@ from memit.evaluation.drift import Reading, drift, read_text
 from memit.evaluation.perplexity import perplexity
 from memit.facts.neighbors import without_edited_neighbors
 from memit.facts.records import Part, embedded_records, held_out_documents
+from memit.facts.subjects import default_share, subjects_to_keep
 from memit.hyperparameters import (
     AUTO,
     Hyperparameters,
@@ -50,7 +51,12 @@ from memit.language_model import LanguageModel, load_model
 from memit.prefixes import sample_prefixes
 from memit.requests import EditRequest, Record, drawn_order, read_counterfact
 from memit.sampled_corpus import sample_texts, wanted_tokens
-from memit.second_moment import SecondMoment, collect_second_moments
+from memit.second_moment import (
+    SecondMoment,
+    collect_second_moments,
+    collect_subject_moments,
+    with_subjects,
+)
 from memit.sequence import edit_in_batches
 from memit.targets import Targets, compute_targets
 
@@ -69,6 +75,8 @@ class Study:
     text: Path | None
     seed: int
     count: int | None
+    share: float
+    """Of the keys at subjects in C."""
 
     @cached_property
     def prefixes(self) -> Sequence[str]:
@@ -100,8 +108,17 @@ class Study:
 
     @cached_property
     def own_moments(self) -> dict[int, SecondMoment]:
-        """As the default run has them."""
-        return self.moments(self.samples(wanted_tokens("auto", self.lm.inner_width)))
+        """As the default run has them, with the wanted share of subjects' keys."""
+        found = self.moments(self.samples(wanted_tokens("auto", self.lm.inner_width)))
+        if not self.share:
+            return found
+        known = read_counterfact(self.facts) if self.facts else []
+        part = None if self.facts else "choosing"
+        kept = subjects_to_keep([record.request.subject for record in known], part)
+        asked = [record.request for record in kept]
+        layers = self.settings.layers
+        at = collect_subject_moments(self.lm, asked, layers, token_budget=BUDGET)
+        return {n: with_subjects(moment, at[n], self.share) for n, moment in found.items()}
 
     @cached_property
     def reading(self) -> Reading:
@@ -313,6 +330,7 @@ def main() -> None:
     parser.add_argument("--facts", type=Path, help="CounterFact's JSON instead of our facts")
     parser.add_argument("--text", type=Path, help="a text, whose lines are documents")
     parser.add_argument("--model", type=Path, help="another model than the embedded one")
+    parser.add_argument("--subjects", type=float, help="their share in C; default: as in a run")
     parser.add_argument("--no-preset", action="store_true", help="the settings of other models")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -322,7 +340,8 @@ def main() -> None:
     shape = replace(lm.shape, architecture="") if options.no_preset else lm.shape
     settings = preset("" if options.no_preset else lm.name, shape)
     print(settings)
-    given = options.facts, options.text, options.seed, options.count
+    share = default_share(shape) if options.subjects is None else options.subjects
+    given = options.facts, options.text, options.seed, options.count, share
     STUDIES[options.study](Study(lm, settings, *given))
 
 

@@ -10,6 +10,7 @@ from rich.text import Text
 from flows.command.parameters import Parameters, RequestsSection
 from flows.command.script import console
 from flows.service.step import Run, step
+from memit.facts.subjects import subjects_to_keep
 from tasks.engine.artifacts import Artifact, describe
 from tasks.engine.results import REQUESTS_FILE, WORLD
 from tasks.requests import (
@@ -17,7 +18,9 @@ from tasks.requests import (
     Source,
     Split,
     choose_requests,
+    keep_records,
     locate_records,
+    read_source,
     split_records,
     write_embedded,
 )
@@ -61,6 +64,21 @@ def records_source(parameters: Parameters) -> tuple[Source, Artifact]:
     if section.source == "embedded":
         return section.source, write_embedded()
     return section.source, describe(locate_records(section.path, section.url, section.sha256))
+
+
+def records_to_keep(parameters: Parameters, *, tuning: bool) -> Artifact:
+    """Facts of this project whose subjects have a share in C: not those that are edited, or were
+    chosen on."""
+    section, given = parameters.requests, parameters.tune.facts
+    if tuning and given is None:
+        return keep_records(subjects_to_keep((), "reported"))
+    if tuning or section.source != "embedded":
+        source, file = records_source(parameters)
+        if tuning:
+            source, file = "counterfact", describe(locate_records(given, None, None))
+        edited = [record.request.subject for record in read_source(source, file.checked())[0]]
+        return keep_records(subjects_to_keep(edited))
+    return keep_records(subjects_to_keep((), "choosing"))
 
 
 def split_source(parameters: Parameters) -> Split:

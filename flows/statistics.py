@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from flows.command.parameters import Parameters
+from flows.requests import records_to_keep
 from flows.service.step import Run, step
 from memit.corpus import read_documents
+from memit.facts.subjects import default_share
 from memit.files.reading import check_file
 from memit.sampled_corpus import TEXTS_AT_ONCE, missing_batches, wanted_tokens
 from tasks.engine.artifacts import Artifact, describe
@@ -29,6 +31,7 @@ from tasks.statistics import (
     Shard,
     collect_corpus,
     collect_shard,
+    collect_subjects,
     describe_moment,
     find_published,
     held_out_file,
@@ -51,12 +54,17 @@ class Collected:
     """What `statistics.json` says of their origin."""
     held_out: Artifact | None
     """Text that was not read; None where there is no text."""
+    subjects: Shard | None = None
+    """Sums over subjects that have a share in C."""
+    share: float = 0.0
 
     def write(self, folder: Path) -> tuple[dict[int, Path], int]:
         """Add up and write a file for each layer; return them and the fewest tokens of a layer."""
         paths = {layer: folder / f"layer-{layer:02}.parquet" for layer in self.shards}
         tokens = [
-            merge_shards(self.shards[layer], self.provenance[layer], path)
+            merge_shards(
+                self.shards[layer], self.provenance[layer], path, self.subjects, self.share
+            )
             for layer, path in paths.items()
         ]
         return paths, min(tokens)
@@ -75,8 +83,27 @@ def statistics(run: Run) -> None:
         run.copy(found.held_out, HELD_OUT_FILE)
 
 
-def collect_layers(run: Run, layers: Sequence[int]) -> Collected:
-    """The sums of some layers over the text that `statistics` names, or published ones."""
+def collect_layers(run: Run, layers: Sequence[int], *, tuning: bool = False) -> Collected:
+    """The sums of some layers over the text that `statistics` names, or published ones, and over
+    subjects that have a share in C."""
+    found, section = _collect(run, layers), run.parameters.statistics
+    share = default_share(run.model.model.shape) if section.subjects == "auto" else section.subjects
+    if not share:
+        return found
+    records = records_to_keep(run.parameters, tuning=tuning)
+    budget = run.token_budget(section.token_budget)
+    subjects = run.compute(collect_subjects, records, run.model, tuple(layers), budget)
+    origin = {"subjects": records.sha256, "subjects_share": share}
+    return replace(
+        found,
+        provenance={layer: origin | each for layer, each in found.provenance.items()},
+        described=found.described | origin,
+        subjects=subjects,
+        share=share,
+    )
+
+
+def _collect(run: Run, layers: Sequence[int]) -> Collected:
     section = run.parameters.statistics
     if section.source == "published":
         return _import_layers(run, Path(str(section.path)), layers)

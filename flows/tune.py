@@ -95,7 +95,7 @@ def tune(run: Run) -> None:
     chosen, others = _known_facts(run)
     _check_budget(run, start, len(chosen))
     highest = max(one.layers[-1] for stage in (positions, neighbors) for one in stage(start, depth))
-    collected = collect_layers(run, range(highest + 1))
+    collected = collect_layers(run, range(highest + 1), tuning=True)
     paths, _ = collected.write(TUNING / "statistics")
     moments = {layer: describe(path) for layer, path in paths.items()}
     run.files += paths.values()

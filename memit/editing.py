@@ -21,6 +21,7 @@ from memit.editors.base import Resources
 from memit.editors.joint import editor_for
 from memit.errors import InputError
 from memit.evaluation.counterfact import prompts_of, score_prompts
+from memit.facts.subjects import default_share, subjects_to_keep
 from memit.files.atomic import write_whole
 from memit.hyperparameters import Hyperparameters, preset, settings_note
 from memit.language_model import LanguageModel
@@ -28,7 +29,12 @@ from memit.positions import open_ids
 from memit.prefixes import sample_prefixes
 from memit.requests import Record, check_conflicts
 from memit.sampled_corpus import sample_texts, texts_table, wanted_tokens
-from memit.second_moment import check_rank, collect_second_moments
+from memit.second_moment import (
+    check_rank,
+    collect_second_moments,
+    collect_subject_moments,
+    with_subjects,
+)
 from memit.targets import edit_rows
 from memit.weight_delta import WeightDelta
 
@@ -82,6 +88,11 @@ def edit(
         )
     for layer, moment in moments.items():
         check_rank(moment, f"layer {layer}")
+    if share := default_share(lm.shape):
+        kept = subjects_to_keep([record.request.subject for record in records])
+        asked = [record.request for record in kept]
+        at = collect_subject_moments(lm, asked, settings.layers, token_budget=budget())
+        moments = {n: with_subjects(moment, at[n], share) for n, moment in moments.items()}
     with _bar("editing", len(records), "facts") as advance:
         resources = Resources(
             token_budget=budget(trained_blocks=settings.trained_blocks(lm.depth)),

@@ -25,6 +25,8 @@ from memit.errors import InputError, IntegrityError, NumericsError
 from memit.files.atomic import write_whole
 from memit.forward.passes import keys_of, pad
 from memit.language_model import LanguageModel
+from memit.positions import TokenRow, locate, mark
+from memit.requests import EditRequest
 
 WINDOW = 256
 """Documents that are tokenised and sorted by length together."""
@@ -117,6 +119,47 @@ def collect_second_moments(
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return {layer: _checked(fitter.result(), layer) for layer, fitter in fitters.items()}
+
+
+@torch.no_grad()
+def keys_at_subjects(
+    lm: LanguageModel, rows: Sequence[TokenRow], layers: Sequence[int]
+) -> dict[int, Tensor]:
+    """Inputs of down-projections at each row's subject's last token (rows × f, float32)."""
+    padded = pad([row.ids[: row.subject_last + 1] for row in rows], lm.device)
+    last = torch.tensor([row.subject_last for row in rows])
+    flat = torch.arange(len(rows)) * padded.ids.shape[1] + last  # keys are rows · tokens × f
+    found = keys_of(lm, padded, layers)
+    return {layer: keys[flat.to(keys.device)].float() for layer, keys in found.items()}
+
+
+def collect_subject_moments(
+    lm: LanguageModel, requests: Sequence[EditRequest], layers: Sequence[int], *, token_budget: int
+) -> dict[int, SecondMoment]:
+    """Sum k kᵀ over the last tokens of the requests' subjects, in their prompts."""
+    found = locate(lm.tokenizer, [mark(each.prompt, each.subject) for each in requests])
+    rows = [row for row in found if row.subject_last < lm.context_length]
+    rows.sort(key=lambda row: row.subject_last)
+    fitters = {
+        layer: SecondMomentFitter(lm.weight(layer).shape[1], lm.block_device(layer))
+        for layer in layers
+    }
+    for _, keys in run_in_batches(
+        rows,
+        lambda row: (1, row.subject_last + 1),
+        token_budget,
+        lambda batch: keys_at_subjects(lm, batch, layers),
+    ):
+        for layer, fitter in fitters.items():
+            fitter.update(keys[layer])
+    return {layer: fitter.result() for layer, fitter in fitters.items()}
+
+
+def with_subjects(moment: SecondMoment, subjects: SecondMoment, share: float) -> SecondMoment:
+    """(1 − share) C + share C_subjects, counted as the tokens of C."""
+    weight = share * moment.count / subjects.count
+    total = (1 - share) * moment.sum.double() + weight * subjects.sum.double()
+    return SecondMoment(total, moment.count)
 
 
 def _tokenised_windows(

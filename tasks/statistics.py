@@ -22,12 +22,16 @@ from memit.corpus import read_documents
 from memit.errors import InputError, IntegrityError
 from memit.files.reading import check_file
 from memit.language_model import LanguageModel
+from memit.requests import read_counterfact
 from memit.sampled_corpus import sample_batch, texts_table
 from memit.second_moment import (
+    SecondMoment,
     check_rank,
     collect_second_moments,
+    collect_subject_moments,
     import_published,
     read_moment,
+    with_subjects,
     write_moment,
 )
 from tasks.engine.artifacts import Artifact, Value, store_piece, write_file
@@ -192,9 +196,24 @@ def collect_shard(
         moments = collect_second_moments(
             lm, documents, layers, token_budget=token_budget, progress=advance
         )
+    return _stored(moments, model, texts)
+
+
+@cached_task("subjects")
+def collect_subjects(
+    records: Artifact, model: ModelReference, layers: Sequence[int], token_budget: int
+) -> Shard:
+    """Sum k kᵀ over the last tokens of the records' subjects, for all layers in one pass."""
+    requests = [record.request for record in read_counterfact(records.checked())]
+    with loaded(model, shared=True) as lm:
+        moments = collect_subject_moments(lm, requests, layers, token_budget=token_budget)
+    return _stored(moments, model, records)
+
+
+def _stored(moments: Mapping[int, SecondMoment], model: ModelReference, of: Artifact) -> Shard:
     files = {}
     for layer, moment in moments.items():
-        provenance = describe_moment(model, texts.sha256, layer)
+        provenance = describe_moment(model, of.sha256, layer)
         files[layer] = store_piece(
             "statistics", ".parquet", lambda path, m=moment, p=provenance: write_moment(m, path, p)
         )
@@ -256,8 +275,15 @@ def describe_moment(model: ModelReference, corpus: str, layer: int) -> dict[str,
     }
 
 
-def merge_shards(shards: Sequence[Shard], provenance: dict[str, Any], path: Path) -> int:
-    """Add up one layer's shards, in their order, and write the sum; gives the number of tokens.
+def merge_shards(
+    shards: Sequence[Shard],
+    provenance: dict[str, Any],
+    path: Path,
+    subjects: Shard | None = None,
+    share: float = 0.0,
+) -> int:
+    """Add up one layer's shards, in their order, give the `subjects` their `share`, and write the
+    sum; gives the number of tokens.
 
     Raises:
         InputError: there are fewer tokens than a key has dimensions.
@@ -274,5 +300,8 @@ def merge_shards(shards: Sequence[Shard], provenance: dict[str, Any], path: Path
         total = moment if total is None else total + moment
     assert total is not None, "a corpus has at least one range"
     check_rank(total, f"layer {provenance['layer']}")
+    if subjects is not None:
+        at_subjects, _ = read_moment(subjects.moments[provenance["layer"]].checked())
+        total = with_subjects(total, at_subjects, share)
     write_file(path, lambda partial: write_moment(total, partial, provenance))
     return total.count

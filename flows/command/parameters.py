@@ -262,6 +262,9 @@ class StatisticsSection(Section):
     documents_per_shard: Count = 500
     tokens: Count | Literal["auto"] = Field(default="auto", description="sampled: at least so many")
     seed: Seed = Field(default=0, description="sampled: of the texts")
+    subjects: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+        default="auto", description="share of C from last tokens of subjects; auto: behind norms"
+    )
     held_out: UsersFile = Field(default=None, description="a text for the perplexity only")
     held_out_documents: int = Field(
         default=300, ge=0, le=10**9, description="for the perplexity only; 0: none"

@@ -21,16 +21,14 @@ from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.files.digests import content_digest
 from memit.files.tensors import tensor_digest
-from memit.forward.passes import block_output, pad, reading_keys
 from memit.generation import default_generation
 from memit.hyperparameters import Hyperparameters, published_layer
 from memit.language_model import LanguageModel
 from memit.placement import solving_device
-from memit.positions import TokenRow
 from memit.prefixes import bounded
 from memit.ranges import Range, check_settings
 from memit.requests import EditRequest
-from memit.second_moment import cholesky
+from memit.second_moment import cholesky, keys_at_subjects
 from memit.targets import Site, compute_targets, edit_rows
 from memit.weight_delta import LowRank, WeightDelta, base_digests
 
@@ -148,7 +146,7 @@ class Rome(Editor):
         )
         # k*: the key of the plain prompt is row 0, those behind the prefixes follow (rows × f).
         rows = edit_rows(lm, [request], prefixes)[0]
-        keys = subject_keys(lm, [rows.plain, *rows.prefixed], self.layer)
+        keys = keys_at_subjects(lm, [rows.plain, *rows.prefixed], [self.layer])[self.layer]
         average = keys.mean(0)
         reached = keys[0] if self.update == "published" else average
         # v* − (W k + b): what the output at the key still lacks (d).
@@ -224,18 +222,6 @@ def _restoring(lm: LanguageModel, layer: int) -> Iterator[Tensor]:
 def _add(lm: LanguageModel, layer: int, master: Tensor, update: LowRank) -> None:
     master += (update.left @ update.right.T).to(master)
     lm.set_weight(layer, master)
-
-
-@torch.no_grad()
-def subject_keys(lm: LanguageModel, rows: Sequence[TokenRow], layer: int) -> Tensor:
-    """Inputs of a down-projection at each row's subject's last token (rows × f, float32)."""
-    padded = pad([row.ids[: row.subject_last + 1] for row in rows], lm.device)
-    with reading_keys(lm, [layer]) as found:
-        block_output(lm, padded, layer)
-    # Keys are recorded flat (rows · tokens × f).
-    last = torch.tensor([row.subject_last for row in rows])
-    indices = torch.arange(len(rows)) * padded.ids.shape[1] + last
-    return found[layer][indices.to(found[layer].device)].float()
 
 
 @torch.no_grad()

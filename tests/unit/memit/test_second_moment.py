@@ -18,18 +18,22 @@ from hypothesis import strategies as st
 from memit import reference as oracle
 from memit import second_moment
 from memit.errors import InputError, IntegrityError, NumericsError
+from memit.forward.passes import keys_of, pad
 from memit.second_moment import (
     SecondMoment,
     SecondMomentFitter,
     check_moment,
     check_rank,
     collect_second_moments,
+    collect_subject_moments,
     import_published,
     read_moment,
+    with_subjects,
     write_moment,
 )
+from memit.targets import plain_rows
 from tests.families import DOCUMENTS, LAYERS
-from tests.reference import FAMILIES, build, reference, relative, short_of_memory
+from tests.reference import FAMILIES, REQUESTS, build, reference, relative, short_of_memory
 
 SHARD_TOLERANCE = 1e-6
 
@@ -123,6 +127,30 @@ def test_memory_that_runs_out_counts_nothing_twice(whole, caplog):
     assert "out of memory" in caplog.text
     assert found[2].count == expected[2].count
     assert relative(found[2].sum, expected[2].sum) < SHARD_TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("token_budget", [1, 900])
+def test_subjects_have_the_keys_of_single_passes(family, token_budget):
+    lm, expected = build(family), dict.fromkeys(LAYERS, 0)
+    for request in REQUESTS:
+        row = plain_rows(lm, [request])[0]
+        padded = pad([row.ids], lm.device)
+        for layer in LAYERS:
+            key = keys_of(lm, padded, [layer])[layer][row.subject_last].double()
+            expected[layer] = expected[layer] + torch.outer(key, key)
+    found = collect_subject_moments(lm, REQUESTS, LAYERS, token_budget=token_budget)
+    for layer, moment in found.items():
+        assert moment.count == len(REQUESTS)
+        assert relative(moment.sum, expected[layer]) < SHARD_TOLERANCE
+
+
+def test_subjects_have_their_share_of_the_mean():
+    whole, subjects = (SecondMoment(torch.randn(5, 5), count) for count in (1_000, 7))
+    mixed = with_subjects(whole, subjects, 0.9)
+    assert mixed.count == 1_000
+    assert relative(mixed.mean, 0.1 * whole.mean + 0.9 * subjects.mean) < 1e-12
+    assert torch.equal(with_subjects(whole, subjects, 0.0).mean, whole.mean)
 
 
 def test_corpus_without_tokens():

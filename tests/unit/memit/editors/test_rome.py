@@ -11,10 +11,10 @@ from transformers import GenerationConfig
 
 from memit.editors import known_editors, rome
 from memit.editors.base import Resources
-from memit.editors.rome import Rome, sample_rome_prefixes, subject_keys
+from memit.editors.rome import Rome, sample_rome_prefixes
 from memit.errors import InputError, NumericsError
 from memit.language_model import LanguageModel
-from memit.second_moment import SecondMoment, collect_second_moments
+from memit.second_moment import SecondMoment, collect_second_moments, keys_at_subjects
 from memit.targets import Site, compute_targets, edit_rows
 from memit.weight_delta import LowRank, WeightDelta
 from tests.families import DOCUMENTS, PREFIXES
@@ -138,7 +138,7 @@ def _one_edit(family: str, editor: Rome):
     resources = _resources(lm)
     prefixes = sample_rome_prefixes(lm, resources.seed)
     rows = edit_rows(lm, REQUESTS[:1], prefixes)[0]
-    keys = subject_keys(lm, [rows.plain, *rows.prefixed], LAYER)
+    keys = keys_at_subjects(lm, [rows.plain, *rows.prefixed], [LAYER])[LAYER]
     value = compute_targets(
         lm,
         REQUESTS[:1],
