@@ -56,6 +56,8 @@ class SecondMomentFitter:
     """Accumulates symmetric products of keys in float32."""
 
     def __init__(self, width: int, device: torch.device):
+        self.size = -(-width // TILES)
+        """Rows of a tile."""
         self.upper = torch.zeros(width, width, device=device)
         """The sum's tiles on and above the diagonal; the others are not defined."""
         self.count = 0
@@ -64,16 +66,20 @@ class SecondMomentFitter:
     def update(self, keys: Tensor) -> None:
         """Add the products of keys (tokens × f): about half the work of the full product."""
         keys = keys.float()
-        size = -(-len(self.upper) // TILES)
-        for start in range(0, len(self.upper), size):
-            tile = keys[:, start : start + size]
-            self.upper[start : start + size, start:].addmm_(tile.T, keys[:, start:])
+        for start in range(0, len(self.upper), self.size):
+            tile = keys[:, start : start + self.size]
+            self.upper[start : start + self.size, start:].addmm_(tile.T, keys[:, start:])
         self.count += len(keys)
 
     def result(self) -> SecondMoment:
         """The whole symmetric sum, on the CPU."""
-        upper = self.upper.cpu().triu()
-        return SecondMoment(upper + upper.triu(1).T, self.count)
+        whole = self.upper.cpu().clone()
+        for start in range(0, len(whole), self.size):
+            stop = start + self.size
+            whole[stop:, start:stop] = whole[start:stop, stop:].T
+            tile = whole[start:stop, start:stop]
+            tile.copy_(tile.triu() + tile.triu(1).T)
+        return SecondMoment(whole, self.count)
 
 
 def collect_second_moments(
