@@ -341,9 +341,9 @@ def _delta_file(given: Path | None, force: bool = True) -> Path:
     return path
 
 
-def _open_model(place: Path | None, **changes: str):
-    """The model in a directory or GGUF file, or by default that of the experiment, with `changes`
-    of how it computes."""
+def _open_model(place: Path | None, dtype: str | None = None):
+    """The model in a directory or GGUF file, or by default that of the experiment, in its dtype or
+    another one."""
     from tasks.engine.hub import open_model
     from tasks.engine.loaded_model import load_reference
 
@@ -354,7 +354,8 @@ def _open_model(place: Path | None, **changes: str):
     if not MODEL_FILE.exists():
         raise InputError("there is no model: use `memit run` first, or name one with --model.")
     upstream("model")
-    return load_reference(open_model(**given_parameters().model.placement() | changes))
+    placement = given_parameters().model.placement()
+    return load_reference(open_model(**placement | ({"dtype": dtype} if dtype else {})))
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from memit.language_model import DTYPES
 from tasks.engine.loaded_model import ModelFiles, ModelReference
 from tasks.engine.results import MODEL_FILE, is_model_here
 
-SIZES = {"layers": 1, "width": 1, "inner_width": 1, "parameters": 1}
+SIZES: dict[str, Any] = {"layers": 1, "width": 1, "inner_width": 1, "parameters": 1}
 
 
 def test_the_model_of_the_last_run_is_not_taken_for_another(

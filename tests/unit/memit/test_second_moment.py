@@ -132,7 +132,8 @@ def test_memory_that_runs_out_counts_nothing_twice(whole, caplog):
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 @pytest.mark.parametrize("token_budget", [1, 900])
 def test_subjects_have_the_keys_of_single_passes(family, token_budget):
-    lm, expected = build(family), dict.fromkeys(LAYERS, 0)
+    lm = build(family)
+    expected = {layer: torch.zeros(1) for layer in LAYERS}
     for request in REQUESTS:
         row = plain_rows(lm, [request])[0]
         padded = pad([row.ids], lm.device)
