@@ -355,7 +355,8 @@ def _open_model(place: Path | None, dtype: str | None = None):
         raise InputError("there is no model: use `memit run` first, or name one with --model.")
     upstream("model")
     placement = given_parameters().model.placement()
-    return load_reference(open_model(**placement | ({"dtype": dtype} if dtype else {})))
+    placement["dtype"] = dtype or placement["dtype"]
+    return load_reference(open_model(**placement))
 
 
 def main() -> None:
