@@ -17,7 +17,7 @@ import pyarrow as pa
 from memit.errors import InputError
 from memit.evaluation.continuations import Question, score_continuations
 from memit.evaluation.counterfact import SCORE_OF, means_by_record
-from memit.facts.easyedit import with_slot
+from memit.facts.easyedit import slot_at_first_mention
 from memit.files.reading import parse_json, read_text
 from memit.language_model import LanguageModel
 from memit.requests import EditRequest, Record, check_text, read_rows
@@ -126,7 +126,7 @@ def _record(row: Any, index: int) -> ZsreRecord:
         raise InputError(f"the question {question!r} does not name its subject {subject!r}.")
     return ZsreRecord(
         index,
-        EditRequest(subject, with_slot(question, subject), answer, between=" "),
+        EditRequest(subject, slot_at_first_mention(question, subject), answer, between=" "),
         _text(row, "rephrase"),
         _text(row, "loc") + "?",
         _text(row, "loc_ans"),

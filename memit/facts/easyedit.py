@@ -19,7 +19,7 @@ def is_easyedit(row: Mapping[str, Any]) -> bool:
     return "{}" not in str(row.get("prompt")) and any(key in row for key in keys)
 
 
-def with_slot(prompt: str, subject: str) -> str:
+def slot_at_first_mention(prompt: str, subject: str) -> str:
     """A prompt with `{}` where it first names the subject, in whole words if it does anywhere."""
     whole = re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
     found = whole.search(prompt)
@@ -33,7 +33,7 @@ def as_fact(row: Mapping[str, Any]) -> dict[str, Any]:
     A `ground_truth` that is the new object is no old one, and is left out."""
     prompt, subject = row.get("prompt"), row.get("subject")
     if isinstance(prompt, str) and isinstance(subject, str) and subject:
-        prompt = with_slot(prompt, subject)
+        prompt = slot_at_first_mention(prompt, subject)
     target, true = (
         _first(row.get(one, row.get(other)))
         for one, other in (("target_new", "target"), ("ground_truth", "target_true"))
