@@ -64,7 +64,7 @@ RECORDS_PER_PIECE = 16
 KEPT_PER_PIECE = 16
 """Prompts that the unedited model answers in a piece, at most: a fact more costs one of them."""
 KEPT_TOGETHER = 6
-"""These pieces are one for the edited model, all of whose answers are new: it is faster."""
+"""So many of these pieces are one for the edited model, all of whose answers are new anyway."""
 
 
 @dataclass(frozen=True)
