@@ -1,7 +1,5 @@
 """Run the benchmark: `python -m benchmarks [--quick]`, on the GPU if there is one."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

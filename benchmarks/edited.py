@@ -1,7 +1,5 @@
 """A real model with real facts: seconds of each step, and how good the edit is."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar

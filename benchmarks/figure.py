@@ -1,7 +1,5 @@
 """The benchmark's figure: time against the oracle and against the floor."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Nothing here is measured. Operations and bytes are counted (`flows.command.costs
 from rates that are assumed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from flows.command import costs

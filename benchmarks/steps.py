@@ -1,7 +1,5 @@
 """One function a step: our code and the oracle on the same work, and the floor of that work."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ Facts are of the part that is reported, but those of `rates` of the part for cho
 Everything is drawn by `--seed`; a line is printed as soon as it is measured.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

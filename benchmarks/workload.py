@@ -3,8 +3,6 @@
 Every word is one token, so that a request's rows have the lengths that the benchmark states.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal

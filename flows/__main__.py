@@ -3,8 +3,6 @@
 The parameters are checked before torch and Prefect are imported.
 """
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from pathlib import Path

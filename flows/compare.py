@@ -4,8 +4,6 @@ Results: `comparison/` with the table (Markdown and CSV), every scored prompt, e
 and `metrics.json`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

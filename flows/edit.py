@@ -4,8 +4,6 @@ Results: `artifacts/edit/` with the delta (low-rank factors and provenance), the
 and `edit.json` with the sizes of targets, residuals and updates.
 """
 
-from __future__ import annotations
-
 from flows.service.step import Run, step
 from memit.editors.joint import editor_for
 from tasks.edit import Method, changed_weights, describe_edit, edit_with

@@ -5,8 +5,6 @@ Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evalua
 `evaluation/intervals.json` and `metrics.json`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -3,8 +3,6 @@
 Steps and pieces that are unchanged come from caches.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

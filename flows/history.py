@@ -2,8 +2,6 @@
 directory (`memit.history`). Nothing is left by a run that did not come that far.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from flows.command.limits import check_limits

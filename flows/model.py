@@ -3,8 +3,6 @@
 Results: `artifacts/model/model.json` and, of a model made here, its weights and its world.
 """
 
-from __future__ import annotations
-
 from flows.service.step import Run, step
 from tasks.engine.artifacts import describe
 from tasks.engine.checkpoints import forget_work

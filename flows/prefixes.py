@@ -3,8 +3,6 @@
 Result: `artifacts/prefixes.json`.
 """
 
-from __future__ import annotations
-
 from flows.service.step import Run, step
 from tasks.engine.results import PREFIXES_FILE
 from tasks.prefixes import draw_prefixes

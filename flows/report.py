@@ -3,8 +3,6 @@
 Results: `report/` and `timings.json`. Of `report/`, `index.html` is the page to read first.
 """
 
-from __future__ import annotations
-
 import csv
 import os
 import platform

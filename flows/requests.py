@@ -3,8 +3,6 @@
 Result: `artifacts/requests.json`, records in the CounterFact schema.
 """
 
-from __future__ import annotations
-
 from rich.text import Text
 
 from flows.command.parameters import Parameters, RequestsSection

@@ -3,8 +3,6 @@
 Results: `scaling/` with the table (Markdown and CSV), the figure, and `metrics.json`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Results: `artifacts/statistics/` with one Parquet file a layer, the held-out tex
 `statistics.json` with the amount of text that was read.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

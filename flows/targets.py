@@ -5,8 +5,6 @@ Results: `artifacts/targets.safetensors`, the targets of the requests in their o
 settings: facts come and go, and what is optimised once is not optimised again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from flows.service.step import Run, step

@@ -4,8 +4,6 @@ Results: `tracing/` with every probability (Parquet), the mean effects with thei
 layers that they propose (`effects.json`), and the figure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

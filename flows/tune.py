@@ -4,8 +4,6 @@ Results: `tuning/` with the trials (`trials.md`, `trials.png`) and a preset (`pr
 `edit.preset`.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

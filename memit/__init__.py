@@ -13,8 +13,6 @@ Names are imported when they are used, so that `import memit` itself costs nothi
 
 # ruff: noqa: F401 - type checkers read the imports below, everybody else `_MODULES`
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

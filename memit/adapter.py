@@ -5,8 +5,6 @@ For a layer's W (d × f, as a linear map) an adapter holds B (d × r) and A (r �
 number of edits. Servers want one rank for all layers, and vLLM none above 512.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Batches under a token budget, which is halved when the device runs out of memory."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import sys

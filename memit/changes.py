@@ -1,7 +1,5 @@
 """What distinguishes two lists of facts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Text corpora: the documents of a file or of a streamed data set."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -12,8 +12,6 @@ edit itself is tried, in half decades of λ:
 - The largest λ is taken that leaves at most `MARGIN` more than the one that leaves least.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf

@@ -1,7 +1,5 @@
 """The method as a library: edit a model with one call, and ask it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ the largest sum of logit and noise (the Gumbel trick), which is sampling from th
 can only matter through the last bits of the logits.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

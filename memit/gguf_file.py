@@ -3,8 +3,6 @@
 Quantised weights become matrices of the dtype that is asked for; the file itself never changes.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterator

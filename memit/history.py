@@ -5,8 +5,6 @@ of all changes of the weights, and `state.json`. The last folder counts. The one
 that the last batch can be run again, or taken back by deleting its folder.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The numbers that a MEMIT edit depends on, and those published for known models."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

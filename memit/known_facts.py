@@ -1,7 +1,5 @@
 """Facts that the unedited model knows: it prefers their true object to the new one, or gives it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from memit.evaluation.counterfact import prompts_of, score_prompts

@@ -6,8 +6,6 @@ between it and L; never a forward pass from the start. Tokens that all edits beg
 prefixes, a beginning-of-sequence token) are run once for all of them.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ A delta that was made for the weights before the last edit takes the place of th
 record holds the weights before both, so that either can be completed or undone after a kill.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

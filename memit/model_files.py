@@ -1,7 +1,5 @@
 """The files of a model directory that belong to the model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 Needs neither torch nor the model.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -5,8 +5,6 @@ have no content; a hook loads them for its forward pass. Reads and writes of suc
 through that hook.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, cast
 

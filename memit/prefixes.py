@@ -1,7 +1,5 @@
 """Context prefixes x_j: texts put before a prompt, so that an edit holds in any context."""
 
-from __future__ import annotations
-
 from memit.generation import generate_texts
 from memit.language_model import LanguageModel
 

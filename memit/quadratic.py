@@ -7,8 +7,6 @@ rows are in the span of U: the edits want R at their keys K, and every other eff
 With C and λ alone it is MEMIT's Eqn. 14. `docs/methods.md` says what the other editors use.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace

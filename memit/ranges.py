@@ -1,7 +1,5 @@
 """Which values settings may have, declared in the types of their fields."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 

@@ -1,7 +1,5 @@
 """What may be shown or logged: no secrets, one printable line."""
 
-from __future__ import annotations
-
 import os
 import re
 

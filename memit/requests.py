@@ -5,8 +5,6 @@ attribute prompts and generation prompts, and a user's own facts as JSON lines o
 columns of `FACT_COLUMNS`, or in the form of EasyEdit and QAEdit (`memit.facts.easyedit`).
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

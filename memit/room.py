@@ -1,7 +1,5 @@
 """Whether all prompts fit into a model's context, before anything is computed."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterator, Sequence
 

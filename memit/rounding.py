@@ -1,7 +1,5 @@
 """Weights as they are after storage in eight bits."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D

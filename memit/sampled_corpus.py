@@ -7,8 +7,6 @@ bits of the logits. Texts come in numbered batches, so that more tokens only add
 documents of any corpus, their ids are then read without special tokens.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from math import ceil

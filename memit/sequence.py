@@ -1,7 +1,5 @@
 """Editing in batches, one after another, each on the model as edited so far."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 

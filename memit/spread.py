@@ -1,7 +1,5 @@
 """Spreading residuals over layers (Eqns. 17-20, Algorithm 1 lines 5-15)."""
 
-from __future__ import annotations
-
 import logging
 import math
 import tempfile

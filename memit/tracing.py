@@ -9,8 +9,6 @@ A restored run differs from the noised one only from the restored layer and toke
 starts there, with the noised run's hidden states, keys and values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """A resumable training loop, which stops when the loss diverges."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """True objects of records that name none: the unedited model's own answers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The methods of the steps `compare` and `scaling`: names, editors and settings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The tasks of the step `edit`: let an editor change the model, and keep what it made."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The tasks of the step `evaluation`: score prompts and answers, and generate texts, in pieces."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

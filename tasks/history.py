@@ -1,7 +1,5 @@
 """The task of the step `history`: sum up the keys of a batch of facts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 

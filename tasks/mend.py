@@ -1,7 +1,5 @@
 """The task that trains MEND before it edits: a network that turns gradients into updates."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The tasks of the step `model`: train a small model and its world, or describe another."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Mapping

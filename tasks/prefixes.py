@@ -1,7 +1,5 @@
 """The task of the step `prefixes`: sample once the contexts that are put before every prompt."""
 
-from __future__ import annotations
-
 from memit.prefixes import sample_prefixes
 from tasks.engine.cache import cached_task
 from tasks.engine.loaded_model import ModelReference, loaded

@@ -1,7 +1,5 @@
 """The step `report`: figures, tables and timings from the results of the other steps."""
 
-from __future__ import annotations
-
 import csv
 import html
 import re

@@ -1,7 +1,5 @@
 """The tasks of the step `requests`: choose, sample, check and split the records."""
 
-from __future__ import annotations
-
 import socket
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The task that trains SERAC before it edits: a scope classifier and a counterfactual model."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import replace

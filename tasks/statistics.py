@@ -5,8 +5,6 @@ range of a local file, whatever the text was streamed from, and the file's diges
 The shards of a layer hold sums and add up exactly; only the sums over all of them are results.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The tasks of the step `tracing`: choose facts that the model answers; trace them in pieces."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

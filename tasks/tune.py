@@ -1,8 +1,6 @@
 """The step `tune`: which settings are tried, how trials compare, their table and figure, and the
 preset of the best."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf

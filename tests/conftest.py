@@ -1,7 +1,5 @@
 """What all tests share: few threads, no network, one Prefect server for a process."""
 
-from __future__ import annotations
-
 import gc
 import os
 import shutil

@@ -4,8 +4,6 @@ Weights are scaled so that hidden states have unit size and next-token distribut
 flat nor one-hot: a default initialisation at this width would hide errors behind near-zero signals.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import json

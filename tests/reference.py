@@ -1,7 +1,5 @@
 """Results of `memit.reference` for each family, computed once for all tests that need them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

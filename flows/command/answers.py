@@ -1,7 +1,5 @@
 """The answers of a model before and after an edit."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`memit diff`: what a list of facts changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

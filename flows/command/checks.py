@@ -1,7 +1,5 @@
 """Checks of the user's files, the model and the machine, before anything long starts."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Sequence

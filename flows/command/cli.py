@@ -1,7 +1,5 @@
 """The console script `memit`. Commands import slow modules after checking their input."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """How long a comparison takes if nothing of it is cached, estimated before it starts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta

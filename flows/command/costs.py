@@ -5,8 +5,6 @@ tokens is left out, and a backward pass that wants no gradient of weights costs 
 does.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from memit.model_shape import ModelShape

@@ -1,7 +1,5 @@
 """The cost of editing a file of requests, estimated without running anything."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

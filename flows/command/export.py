@@ -1,7 +1,5 @@
 """`memit export`: an edited model, an adapter or a delta as a directory with a model card."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from importlib.metadata import metadata

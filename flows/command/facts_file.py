@@ -1,7 +1,5 @@
 """What is in a file of requests, and what editing them would cost."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

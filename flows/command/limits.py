@@ -1,7 +1,5 @@
 """The limits of `params.yaml`, held against the results in this directory."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The settings that are known for models, as a table."""
 
-from __future__ import annotations
-
 from rich.box import SIMPLE
 from rich.table import Table
 

@@ -1,7 +1,5 @@
 """Validate params.yaml before slow imports, run a flow, and print known errors on one line."""
 
-from __future__ import annotations
-
 import atexit
 import errno
 import gc

@@ -4,8 +4,6 @@ A stage depends on the modules behind its flow, see `tasks.engine.code`, on the 
 read, and on the pinned libraries. The rest of its dependencies is written by hand.
 """
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`memit status`: which facts a model directory holds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

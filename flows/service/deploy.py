@@ -1,7 +1,5 @@
 """Serve the deployments of `prefect.yaml` on this machine: `memit deploy` and its runner."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 import warnings

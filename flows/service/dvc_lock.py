@@ -1,7 +1,5 @@
 """Record results in `dvc.lock`, so that `dvc status` is clean and `dvc repro` skips stages."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

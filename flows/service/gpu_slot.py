@@ -4,8 +4,6 @@ They hold it for the whole step: passing a slot on takes some seconds. The slot 
 was killed becomes free when its lease expires.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -1,7 +1,5 @@
 """The pages of MLflow and of Prefect in the browser, until Ctrl-C."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 
 from flows.command.parameters import ReportSection

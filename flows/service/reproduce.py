@@ -3,8 +3,6 @@
 A stage that DVC runs without one starts a server of its own, which takes half a minute.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One run at a time writes the named results of a working directory."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator

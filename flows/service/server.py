@@ -1,7 +1,5 @@
 """A Prefect server on loopback for as long as a command runs."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

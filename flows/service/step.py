@@ -1,7 +1,5 @@
 """The frame of every flow: `@step` for a single step, `@chain` for several of them in a row."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence

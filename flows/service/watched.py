@@ -3,8 +3,6 @@
 Started by path, so that it imports nothing else of the project.
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import subprocess

@@ -1,7 +1,5 @@
 """The workers that compute the pieces of a flow, from the section `runner`."""
 
-from __future__ import annotations
-
 from flows.command.parameters import Parameters
 from tasks.engine.loaded_model import pieces_at_once
 from tasks.engine.workers import Workers

@@ -1,7 +1,5 @@
 """AlphaEdit: updates in directions that ordinary keys do not use (Fang et al., ICLR 2025)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """ENCORE: MEMIT in sequence with a price on the norm of every update (arXiv 2502.01636)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Annotated
 

@@ -7,8 +7,6 @@ through the model's own norms. Each layer's update then writes its own change. E
 are in `docs/joint.md`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar

@@ -5,8 +5,6 @@ original weights, Σ Δ = (V − W₀ K) Kᵀ (λC + C_p + K Kᵀ)⁻¹, where e
 outputs: facts that are edited again and again do not pile up in the weights (arXiv 2605.26670).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from memit.editors.base import Resources, register

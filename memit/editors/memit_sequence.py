@@ -5,8 +5,6 @@ before as at a new one. For one layer with fixed targets the updates of all batc
 update of all facts at once (recursive least squares; arXiv 2605.26670).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from memit.editors.base import register

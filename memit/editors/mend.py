@@ -4,8 +4,6 @@ In training, the network maps the gradients of several edits at once; its loss i
 does to other wordings of those edits and to unrelated prompts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace

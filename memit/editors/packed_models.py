@@ -1,7 +1,5 @@
 """Hugging Face models and their tokenizers as tensors and metadata of a safetensors file."""
 
-from __future__ import annotations
-
 import base64
 import json
 import tempfile

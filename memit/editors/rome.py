@@ -4,8 +4,6 @@ Each edit is computed on the model as edited so far. Its value v* is optimised a
 layer's down-projection, as MEMIT's targets are at the output of a block.
 """
 
-from __future__ import annotations
-
 import logging
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence

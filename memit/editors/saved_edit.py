@@ -1,7 +1,5 @@
 """Reading back what any editor's edit saved."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from memit.editors.base import Edit

@@ -4,8 +4,6 @@ Mitchell et al. (2022), section 3.1, the variant that embeds: a memory of n edit
 of each edit when it is written and one of the prompt when it is read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

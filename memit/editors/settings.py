@@ -1,7 +1,5 @@
 """Settings of the editors that learn, apart from them because they are read before torch is."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Losses of a model under teacher forcing, with gradients, for editors that learn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

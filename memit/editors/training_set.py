@@ -1,7 +1,5 @@
 """Training facts must be disjoint from the edited ones."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The model as it is: the baseline that every edit is compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ give the scores of the answers' first tokens. Later tokens of long answers are r
 prompt's keys and values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial

@@ -4,8 +4,6 @@ Prompts are scored into a table with one row each, and every summary is computed
 Each metric is a mean over records of a mean over prompts (paper, section 5.2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

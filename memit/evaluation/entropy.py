@@ -1,7 +1,5 @@
 """Generation entropy GE: low where an edited model repeats itself (paper, section 5.2)."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ writes until it ends the sentence: the protocol of WILD (Yang et al., *The Mirag
 ACL 2025), with greedy decoding, and a text judged by exact match and by containment.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """Texts that a model generates about edited subjects, and their metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Bootstrap intervals of means over records."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ A metric gets a model, edited or not, records, and the padded tokens to run at a
 number for each record, NaN where it has none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from inspect import isfunction
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Perplexity on held-out text: how an edit affects the model as a language model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, exp

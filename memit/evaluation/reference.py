@@ -1,8 +1,6 @@
 """Reference score RS: how similar generated texts are to texts about things that really have the
 new attribute (paper, section 5.2)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Records are in the schema of MEND's split. Each metric is the share of an answer
 model would choose, a mean within a record and then over records.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

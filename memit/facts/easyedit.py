@@ -6,8 +6,6 @@ other things in `locality_prompt`, or in `locality` as any `prompt`; QAEdit has 
 portability.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Neighbours that are edited themselves, which say nothing about what an edit spares."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

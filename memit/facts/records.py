@@ -9,8 +9,6 @@ order of SHA-256 digests of relation, subject and candidate, so that it depends 
 of the lines nor on what other tables hold.
 """
 
-from __future__ import annotations
-
 import hashlib
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ Facts are read at the last token of a subject, where the neighbours of edited fa
 See `docs/decisions/0014-keys-of-subjects.md`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from memit.facts.records import Part, embedded_records

@@ -1,7 +1,5 @@
 """Checkpoints of a training: one safetensors file, written atomically."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

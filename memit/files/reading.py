@@ -1,7 +1,5 @@
 """Reading user-supplied files: regular, size-limited, UTF-8."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -1,7 +1,5 @@
 """Tensors in a safetensors file that carries the checksum of its content."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping

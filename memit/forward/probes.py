@@ -1,7 +1,5 @@
 """What a model can do, found by trying: no list of families could be complete."""
 
-from __future__ import annotations
-
 from weakref import WeakKeyDictionary
 
 import torch

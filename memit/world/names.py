@@ -1,7 +1,5 @@
 """Invented names of people, of every kind that real names have."""
 
-from __future__ import annotations
-
 import unicodedata
 from random import Random
 

@@ -5,8 +5,6 @@ measured. Why biographies, unique surnames and templates that begin with the sub
 model recall its facts at the subject's last token is in `docs/decisions`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice

@@ -5,8 +5,6 @@ They are tables in `relations.toml`. A template ends where its object begins, an
 four of five do in CounterFact; the sixth has it in the middle.
 """
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files

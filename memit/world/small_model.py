@@ -1,7 +1,5 @@
 """The small GPT-2-shaped model of a synthetic world, trained on the CPU in minutes."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The byte-level BPE tokenizer of a synthetic world."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -6,8 +6,6 @@ to Prefect's cache: deleting `.cache/` costs time and nothing else. Machines tha
 `tasks.engine.store` keep pieces and their records there, too, and fetch them from it on demand.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -1,7 +1,5 @@
 """Checkpoints: where a task keeps the state of long work, to resume when its process was killed."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

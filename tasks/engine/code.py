@@ -5,8 +5,6 @@ inside of functions. Imports for type checkers do not count, nor does the machin
 steps: no result depends on a progress bar.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Set

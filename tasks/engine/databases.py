@@ -1,7 +1,5 @@
 """Check the SQLite databases of Prefect and MLflow before they are used."""
 
-from __future__ import annotations
-
 import sqlite3
 from contextlib import closing
 from pathlib import Path

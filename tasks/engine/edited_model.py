@@ -3,8 +3,6 @@
 Apart from `loaded_model`, so that the key of a task that applies no edit names no editor's code.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 
 from memit.editors.saved_edit import load_edit

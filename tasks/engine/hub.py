@@ -1,7 +1,5 @@
 """Finding a model: on the hub, on this machine, or among the results of the step `model`."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterator

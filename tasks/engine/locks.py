@@ -1,7 +1,5 @@
 """Locks between processes: `flock` through `filelock`, which ends when its holder is killed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where Prefect keeps the results of cached tasks: atomic files that are checked when read."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

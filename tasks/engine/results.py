@@ -5,8 +5,6 @@ of the results that it read, and its cost. A later step checks the digests befor
 so that a damaged file or one of another experiment is refused by name.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Retry transient network errors with exponential backoff."""
 
-from __future__ import annotations
-
 import logging
 import os
 

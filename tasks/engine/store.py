@@ -4,8 +4,6 @@ A store is whatever fsspec reaches: a directory, or an address such as `s3://buc
 machine keeps its own `.cache/`; what is missing there is fetched from the store.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Tables of pieces (Parquet) and of results (CSV)."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The model card of an exported edit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The tables of the step `compare`: every method on the same records."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

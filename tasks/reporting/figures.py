@@ -1,7 +1,5 @@
 """The figures of the report, drawn from the result files alone."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reading JSON results; the rows of tables; Markdown and CSV tables."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

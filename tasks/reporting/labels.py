@@ -1,7 +1,5 @@
 """Names of methods and precision of numbers in tables and figures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Words and layout are in `page.html`, `page.css` and `page.js`; here is what they
 give equal bytes.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Published results, for comparison with ours: the paper's, and those of a later one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

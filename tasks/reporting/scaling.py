@@ -1,7 +1,5 @@
 """The table and the figure of the step `scaling`: every method on growing numbers of edits."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The figure and the mean effects of the step `tracing`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

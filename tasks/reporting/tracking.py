@@ -5,8 +5,6 @@ not logged again, and a run that a killed process left unfinished is replaced. T
 changes a result: without the store the results are kept, and the next report logs them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

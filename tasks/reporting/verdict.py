@@ -1,7 +1,5 @@
 """What a run amounts to in plain sentences: facts that are not said, damage, and what to change."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -8,8 +8,6 @@ that many kills. The other faults follow. Exits with 1 if anything was wrong; `-
 tables into `docs/reliability.md`.
 """
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import json

@@ -1,7 +1,5 @@
 """One finished experiment for all acceptance tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -4,8 +4,6 @@ After so many calls that write under the working directory's results or ``.cache
 later ones fail with that error, as on a disk that is full or has become read-only.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import runpy

@@ -3,8 +3,6 @@
 They are forks of a process that has imported everything, one for all processes of a test session.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import runpy

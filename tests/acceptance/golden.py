@@ -6,8 +6,6 @@ The directory holds a model, requests, prefixes, a corpus, and what an independe
 them. Prints the largest errors as one JSON object and exits with 1 if one is above its tolerance.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys

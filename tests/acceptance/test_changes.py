@@ -1,7 +1,5 @@
 """What changes is computed again by whichever command is run, and nothing else is."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """A few of the faults that `make chaos` makes many of."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from random import Random
 from signal import SIGINT, SIGTERM

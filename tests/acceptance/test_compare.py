@@ -1,7 +1,5 @@
 """Comparison and scaling as a user runs them, through DVC."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

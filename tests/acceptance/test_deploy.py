@@ -1,7 +1,5 @@
 """`make deploy` from nothing: a server, deployments, a finished run; then nothing left."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """The fast code against what an independent run of the published method recorded."""
 
-from __future__ import annotations
-
 from tests import GOLDEN
 from tests.acceptance.golden import compare, within_tolerance
 

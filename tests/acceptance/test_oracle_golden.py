@@ -1,7 +1,5 @@
 """The reference implementation against what an independent run of the published method recorded."""
 
-from __future__ import annotations
-
 from statistics import fmean
 
 import pytest

@@ -1,7 +1,5 @@
 """An edit that is computed and served in bfloat16 does what the float32 one does."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from memit.editors.base import Resources

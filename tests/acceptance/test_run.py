@@ -1,7 +1,5 @@
 """The whole experiment as a user runs it, on a world of a few people: run and repeat."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -5,8 +5,6 @@ wrong in params.yaml alone is in tests/unit/flows/command/test_parameters.py, an
 reader of files refuses in that reader's own tests.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """A task for the workers of a cluster, which import this module and nothing of the tests."""
 
-from __future__ import annotations
-
 import os
 import time
 

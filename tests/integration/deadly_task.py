@@ -1,7 +1,5 @@
 """A task that ends its worker, in a module that a worker imports in no time."""
 
-from __future__ import annotations
-
 import os
 import signal
 

@@ -1,7 +1,5 @@
 """A model directory of a small random model, as tasks are given it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tasks.engine.loaded_model import ModelReference

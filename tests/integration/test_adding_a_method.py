@@ -1,7 +1,5 @@
 """`docs/adding-a-method.md`, followed to the letter."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

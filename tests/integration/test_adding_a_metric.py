@@ -1,7 +1,5 @@
 """`docs/adding-metrics-and-data.md`, followed to the letter."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Bad input ends in one clear sentence, before any model is loaded, and leaves everything alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

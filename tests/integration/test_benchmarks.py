@@ -1,7 +1,5 @@
 """The benchmark runs, and what it calls a floor is one."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

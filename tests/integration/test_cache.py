@@ -1,7 +1,5 @@
 """A cached task computes once, and again where something of its result is missing or damaged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

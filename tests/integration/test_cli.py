@@ -1,7 +1,5 @@
 """The console script on a small model directory: what it says, does and refuses."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Anything at all may be fed in: it is read, or refused with an error of the project's own."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from contextlib import suppress

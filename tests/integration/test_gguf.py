@@ -1,7 +1,5 @@
 """GGUF files as models: equal to the same weights in a directory, recorded, exported, refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a task's module has loaded when it is imported is what its key names."""
 
-from __future__ import annotations
-
 import multiprocessing
 import sys
 from importlib import import_module

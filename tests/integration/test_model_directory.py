@@ -1,7 +1,5 @@
 """Edits on ordinary model directories: in, out, in layers, and back to the very bytes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The machine, the hub and the workers are checked before an experiment starts."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Published second moments instead of a corpus."""
 
-from __future__ import annotations
-
 import json
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The mapped steps on clusters of two processes: the bytes of threads, also when a worker dies."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

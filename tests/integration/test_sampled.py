@@ -1,7 +1,5 @@
 """Statistics over texts that the model writes, in pieces that a killed run leaves to the next."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What may never be done with what others wrote, and what may never be told."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

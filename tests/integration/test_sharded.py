@@ -1,7 +1,5 @@
 """A model larger than its device: what has no room waits on disk, and gives the same edits."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import weakref

@@ -1,7 +1,5 @@
 """What the machine around a command may be like: its system, its proxies, its directories."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The tasks on a small random model: pieces put together give what the whole gives."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator, Sequence

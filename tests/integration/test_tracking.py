@@ -1,7 +1,5 @@
 """MLflow only observes: an unavailable store costs seconds and no result."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sqlite3

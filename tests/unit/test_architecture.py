@@ -1,7 +1,5 @@
 """Three floors, arrows down only, no circles; and what a plain PyTorch image can import."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

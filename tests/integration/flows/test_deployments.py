@@ -1,7 +1,5 @@
 """Parameters of deployments, laid over params.yaml and checked; DVC as a flow; the GPU's slots."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What estimates rest on: the model of the last run, and the speed of the device."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

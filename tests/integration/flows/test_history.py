@@ -1,7 +1,5 @@
 """Batches of facts through the steps: each is edited upon what the ones before it have left."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A Prefect server ends with the process that started it; runs end when their server is lost."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

@@ -1,7 +1,5 @@
 """Pieces that change little when items come and go."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

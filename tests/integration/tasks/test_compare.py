@@ -1,7 +1,5 @@
 """The comparison of methods: which records are edited, with which settings, and their metrics."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

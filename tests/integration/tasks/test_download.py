@@ -1,7 +1,5 @@
 """Downloads are complete and verified, or leave nothing."""
 
-from __future__ import annotations
-
 import hashlib
 import socket
 import threading

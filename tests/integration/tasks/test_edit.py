@@ -1,7 +1,5 @@
 """Edits that cannot be written: named one at a time, and left out where that is wanted."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

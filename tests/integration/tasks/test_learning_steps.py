@@ -1,7 +1,5 @@
 """The settings of MEND and SERAC, and the examples that MEND learns from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow

@@ -1,7 +1,5 @@
 """The search of `memit tune`: which trials it makes, and when it ends."""
 
-from __future__ import annotations
-
 import time
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """LoRA adapters: the edited model's logits on every way in which weights are stored."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Batches keep to the budget, leave nothing out, and shrink when memory runs out."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import replace

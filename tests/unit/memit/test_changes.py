@@ -1,7 +1,5 @@
 """Two lists of facts: what comes, goes and changes."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

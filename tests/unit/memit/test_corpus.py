@@ -1,7 +1,5 @@
 """Corpora: the same documents from every kind of file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

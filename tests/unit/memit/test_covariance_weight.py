@@ -1,7 +1,5 @@
 """λ by rule: against all candidates on made-up curves, and in an edit of a small model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

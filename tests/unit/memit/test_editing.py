@@ -1,7 +1,5 @@
 """The whole way, in every family: statistics, targets, spread, evaluation, against the oracle."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

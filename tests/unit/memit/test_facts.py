@@ -1,7 +1,5 @@
 """The tables of real facts, the records made of them, and the text beside them."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from itertools import chain

@@ -1,7 +1,5 @@
 """Partial forward passes give what the model's own whole forward pass gives."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import pytest

@@ -1,7 +1,5 @@
 """Sampling against a loop without batches or caches, and what the texts may depend on."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 

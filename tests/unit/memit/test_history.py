@@ -1,7 +1,5 @@
 """What batches leave for the next one: whole or not at all, and only to batches that it fits."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree

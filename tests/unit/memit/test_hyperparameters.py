@@ -1,7 +1,5 @@
 """Presets: which model finds which, and what is said of the others."""
 
-from __future__ import annotations
-
 import pytest
 
 from memit.hyperparameters import find_preset, preset, presets, settings_note

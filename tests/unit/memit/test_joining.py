@@ -1,7 +1,5 @@
 """What stands between a prompt and its object: the rule, its tokens, the ways of a record."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

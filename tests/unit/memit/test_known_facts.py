@@ -1,7 +1,5 @@
 """Facts that the model knows, against asking for one after the other."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

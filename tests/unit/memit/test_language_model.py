@@ -1,7 +1,5 @@
 """Blocks and down-projections are found by structure; a model that does not fit says why."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The five lines of the README, on a small model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Numbers that cannot be right: named by edit and layer, never stored."""
 
-from __future__ import annotations
-
 import pickle
 from dataclasses import replace
 from pathlib import Path

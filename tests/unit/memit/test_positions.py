@@ -1,7 +1,5 @@
 """Token positions against brute force: decode ever longer prefixes of the whole string."""
 
-from __future__ import annotations
-
 import unicodedata
 
 import pytest

@@ -1,7 +1,5 @@
 """Prefixes: how they begin and end, and that braces and other models' settings do no harm."""
 
-from __future__ import annotations
-
 import pytest
 
 from memit.language_model import LanguageModel

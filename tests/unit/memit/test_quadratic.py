@@ -1,7 +1,5 @@
 """The closed form against its formula, written out with dense inverses in float64."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

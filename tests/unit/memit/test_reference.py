@@ -1,7 +1,5 @@
 """The reference from end to end; its parts are what the tests of the fast code compare with."""
 
-from __future__ import annotations
-
 import torch
 
 from memit import reference

@@ -1,7 +1,5 @@
 """Records: what is read, what is refused and how it is said, conflicts, samples, bytes."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is longer than the model's context is found before anything is computed, to the token."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

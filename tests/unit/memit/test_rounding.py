@@ -1,7 +1,5 @@
 """Eight bits: few levels for each output, the nearest ones, and nothing else changes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

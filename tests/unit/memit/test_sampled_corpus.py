@@ -1,7 +1,5 @@
 """Texts that the model writes, against a loop without batches or caches, and their moments."""
 
-from __future__ import annotations
-
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace

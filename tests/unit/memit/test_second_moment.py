@@ -1,7 +1,5 @@
 """Second moments against one full product a layer, however the corpus is cut."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from itertools import pairwise

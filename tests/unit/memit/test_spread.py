@@ -1,7 +1,5 @@
 """The walk and its three solves against full forward passes and one LU solve a layer."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Which subjects have a share in C."""
 
-from __future__ import annotations
-
 from memit.facts.records import embedded_records
 from memit.facts.subjects import BEHIND_NORMS, default_share, subjects_to_keep
 from memit.model_shape import ModelShape

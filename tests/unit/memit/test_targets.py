@@ -1,7 +1,5 @@
 """Batched, resumed and early-stopping targets against one slow optimisation for each edit."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

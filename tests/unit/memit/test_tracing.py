@@ -1,7 +1,5 @@
 """Causal tracing against its literal form: one noised row at a time, whole forward passes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The training loop stops when it must; resuming is tested with what is trained."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

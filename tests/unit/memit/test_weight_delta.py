@@ -1,7 +1,5 @@
 """Deltas are applied once, taken back to the bit, kept in files, and refused by other models."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """A device that has no float64 leaves equations to the CPU: acted out, as there is none here."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """What `memit tune` tries, how its trials compare, and the preset that it writes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Stored files are written atomically, checked when read, and keyed by content."""
 
-from __future__ import annotations
-
 import errno
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """The code that results are keyed on: what is imported, no more and no less."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What lies beside memit's files is the user's, and what links lead to is somebody else's."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil

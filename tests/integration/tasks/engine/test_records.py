@@ -1,7 +1,5 @@
 """Records of finished pieces: one that is damaged, or whose files are, is never used."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Transient errors of hubs and addresses are retried, and no others."""
 
-from __future__ import annotations
-
 import http.client
 import urllib.error
 import urllib.request

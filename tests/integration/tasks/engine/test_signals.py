@@ -1,7 +1,5 @@
 """A process ends on a signal within seconds, whatever another handler does."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Counted costs: as small sums by hand, as the code computes, and as docs/scaling.md has them."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """``params.yaml``: what is right passes, what is wrong is named in one sentence, and soon."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

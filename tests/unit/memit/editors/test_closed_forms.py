@@ -1,7 +1,5 @@
 """Editors that share the closed form: two batches against their formulas, written out densely."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """Fine-tuning against loops written out with torch, and each of its rules by itself."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

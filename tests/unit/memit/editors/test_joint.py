@@ -1,7 +1,5 @@
 """Joint values against a literal optimisation and a dense closed form, in float64."""
 
-from __future__ import annotations
-
 import copy
 from contextlib import ExitStack
 from dataclasses import replace

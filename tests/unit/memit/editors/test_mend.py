@@ -1,7 +1,5 @@
 """MEND: the identity before training, disjoint training, checkpoints, and a sum over edits."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """ROME's value against a literal optimisation, its update against what it promises."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

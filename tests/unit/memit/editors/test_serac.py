@@ -1,7 +1,5 @@
 """SERAC: nothing changes outside the scope, the memory answers inside, all of it can be kept."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from random import Random
 

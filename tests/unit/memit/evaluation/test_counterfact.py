@@ -1,7 +1,5 @@
 """CounterFact scores against a literal oracle, and what tables say against arithmetic by hand."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -1,7 +1,5 @@
 """Drift against one whole forward pass a document on either model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Free generation against a loop over whole forward passes, and how its texts are judged."""
 
-from __future__ import annotations
-
 import math
 import re
 

@@ -1,7 +1,5 @@
 """What is measured of generated texts: entropy and reference score, each in its own arithmetic."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

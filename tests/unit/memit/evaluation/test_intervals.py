@@ -1,7 +1,5 @@
 """Intervals: against scipy's bootstrap, and their behaviour where values are missing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Kept prompts against one prompt at a time in float64, and their means over records."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

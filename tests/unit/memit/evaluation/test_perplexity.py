@@ -1,7 +1,5 @@
 """Perplexity against one forward a document."""
 
-from __future__ import annotations
-
 import functools
 from math import exp
 

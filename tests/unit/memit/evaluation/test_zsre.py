@@ -1,7 +1,5 @@
 """zsRE: the published definition, one forward a question."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

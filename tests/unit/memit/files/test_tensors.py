@@ -1,7 +1,5 @@
 """Tensors in a file: read back as written, and never when a bit of it is another."""
 
-from __future__ import annotations
-
 import resource
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The synthetic world: its people, its records, its texts."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from dataclasses import replace

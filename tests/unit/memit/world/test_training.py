@@ -1,7 +1,5 @@
 """The small model of the synthetic world: tokenizer, training, checkpoints."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -1,7 +1,5 @@
 """Databases of Prefect and MLflow that cannot be used are refused at once."""
 
-from __future__ import annotations
-
 import sqlite3
 import time
 from contextlib import closing

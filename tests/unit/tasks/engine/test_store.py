@@ -1,7 +1,5 @@
 """What machines share: found by content, whole or not there, checked when it is read."""
 
-from __future__ import annotations
-
 import secrets
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The page of the report on made-up results: what it shows, and how it behaves in a browser."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

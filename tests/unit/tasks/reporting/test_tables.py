@@ -1,7 +1,5 @@
 """The tables and figures of comparisons: which columns they have, and what each cell contains."""
 
-from __future__ import annotations
-
 import csv
 import io
 from dataclasses import replace

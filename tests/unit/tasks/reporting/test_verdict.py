@@ -1,7 +1,5 @@
 """The sentences about a run: what failed, what is alarming, what to change."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pyarrow
