@@ -69,6 +69,11 @@ class Setup:
     questions: Mapping[int, ZsreRecord] | None
     """zsRE's questions by case; None for records of CounterFact's kind."""
 
+    @property
+    def only_known(self) -> bool:
+        """Whether facts that the unedited model does not know are left out."""
+        return self.questions is None and self.run.parameters.requests.only_known
+
     def draw(self, count: int | None, seed: int) -> Sample:
         """Records to edit; None draws all of them.
 
@@ -78,10 +83,10 @@ class Setup:
         if self.questions is not None:
             file = sample_questions(self.split.edited, count, seed)
         else:
-            section = self.run.parameters.requests
-            kind = "embedded" if section.source == "embedded" else "counterfact"
+            source = self.run.parameters.requests.source
+            kind = "embedded" if source == "embedded" else "counterfact"
             file = choose_requests(
-                kind, self.split.edited, count, seed, self.run.model, section.only_known
+                kind, self.split.edited, count, seed, self.run.model, self.only_known
             ).records
         return Sample(file, tuple(read_counterfact(file.checked())))
 
@@ -352,13 +357,15 @@ def _compare(setup: Setup, tried: Mapping[str, Tried]) -> Comparison:
     references = references_of(parameters) if setup.questions is None else {}
     edits = {name: len(one.sample.records) for name, one in tried.items()}
     data_set = parameters.requests.source if setup.questions is None else "zsre"
+    results = published(data_set, model.id, max(edits.values()))
     return Comparison(
         model=model.id,
         records=max(edits.values()),
         edits=edits,
         methods={name: one.metrics(references) for name, one in tried.items()},
         exact_entropy=word_tokenizer()[1],
-        published=published(data_set, model.id, max(edits.values())),
+        only_known=setup.only_known,
+        published={} if setup.only_known else results,
         notes=tuple(_notes(setup, tried)),
     )
 

@@ -4,12 +4,14 @@ Results: `scaling/` with the table (Markdown and CSV), the figure, and `metrics.
 """
 
 from collections.abc import Iterator
+from math import nan
 from pathlib import Path
 
 from flows.command.script import console
 from flows.compare import Sample, Setup, finish, prepare, shared_targets, try_method
 from flows.service.step import Run, step
 from memit.requests import Record
+from tasks.reporting.formats import titled
 from tasks.reporting.labels import label
 from tasks.reporting.scaling import (
     PANELS,
@@ -30,9 +32,10 @@ def scaling(run: Run) -> None:
     """Edit samples of every size with each method, measure it, and draw the curves."""
     setup = prepare(run, SCALING)
     points = list(_points(setup, _draw(setup)))
-    run.write_text(SCALING / "table.md", markdown(points, list(_notes(setup, points))))
+    notes = list(_notes(setup, points))
+    run.write_text(SCALING / "table.md", markdown(points, notes, setup.only_known))
     run.write_text(SCALING / "table.csv", csv_text(points))
-    run.write(SCALING / "scaling.png", lambda path: draw_scaling(points, path))
+    run.write(SCALING / "scaling.png", lambda path: draw_scaling(points, path, setup.only_known))
     run.write_json(SCALING / "metrics.json", plain(points))
     finish(run, {method: _logged(points, method) for method in methods_of(points)})
     console.print(f"\n  [bold]{SCALING}/table.md[/], scaling.png and table.csv beside it")
@@ -70,9 +73,10 @@ def _points(setup: Setup, samples: list[tuple[int, Sample]]) -> Iterator[Point]:
             )
             metrics = tried.metrics({}) | {"dropped": len(tried.edit.dropped)}
             yield Point(method.name, len(sample.records), seed, metrics)
+            score = f"{titled('score', 'S', setup.only_known)} {metrics.get('score', nan):5.1f}"
             console.print(
                 f"[green]✓[/] {len(sample.records):>6} edits  {label(method.name):<10} "
-                f"S {metrics.get('score', float('nan')):5.1f}  {tried.seconds:9.1f} s"
+                f"{score}  {tried.seconds:9.1f} s"
             )
 
 

@@ -1,8 +1,6 @@
 """The step `report`: figures, tables and timings from the results of the other steps."""
 
 import csv
-import html
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +10,6 @@ from safetensors.numpy import load_file
 
 from memit.evaluation.counterfact import FACTS
 from memit.evaluation.kept import SCHEMA as KEPT_COLUMNS
-from memit.redaction import one_line
 from memit.requests import read_counterfact
 from tasks.engine import results
 from tasks.engine.artifacts import write_json, write_text
@@ -22,6 +19,7 @@ from tasks.engine.tables import read_csv_table
 from tasks.reporting.figures import draw_losses, draw_margins, draw_updates
 from tasks.reporting.formats import (
     STRICT_LEGEND,
+    escaped,
     markdown_table,
     read_json,
     rows,
@@ -70,11 +68,6 @@ def write_report(
 def read_facts() -> pyarrow.Table:
     """The content of `facts.csv`."""
     return read_csv_table(results.FACTS_FILE, FACTS)
-
-
-def escaped(text: str) -> str:
-    """A data set's text, escaped for a Markdown page: neither markup nor HTML."""
-    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(one_line(text), quote=False))
 
 
 def markdown(

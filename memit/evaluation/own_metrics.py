@@ -10,6 +10,7 @@ from pathlib import Path
 
 from memit.editors.base import import_file
 from memit.errors import InputError
+from memit.evaluation import DETAILS
 from memit.files.reading import check_file
 from memit.language_model import LanguageModel
 from memit.requests import Record
@@ -21,7 +22,8 @@ def own_metrics(path: str) -> dict[str, Metric]:
     """The metrics that a file defines, by their names.
 
     Raises:
-        InputError: it is no file, cannot be imported, or defines none.
+        InputError: it is no file, cannot be imported, or defines none; or one has a name that is
+            read as an interval's.
     """
     check_file(path, "the metrics")
     module = import_file(Path(path).resolve())
@@ -32,4 +34,10 @@ def own_metrics(path: str) -> dict[str, Metric]:
     }
     if not found:
         raise InputError(f"{path} defines no public function: a metric is one.")
+    for name in found:
+        if name.endswith(DETAILS):
+            raise InputError(
+                f"{path} defines the metric {name}, and names in {', '.join(DETAILS)} are those of "
+                "intervals and magnitudes: give it another."
+            )
     return found

@@ -1,14 +1,12 @@
 """The model card of an exported edit."""
 
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from memit.redaction import one_line
-from tasks.reporting.formats import STRICT_LEGEND, markdown_table, rows
+from tasks.reporting.formats import STRICT_LEGEND, escaped, markdown_table, rows
 
 Kind = Literal["merged", "lora", "delta"]
 
@@ -34,10 +32,7 @@ def make_card(
         tags=["memit", "model-editing"],
     )
     facts, settings = provenance.get("facts", []), provenance.get("settings", {})
-    named = [
-        [escape(one_line(fact[key]), quote=False) for key in ("prompt", "target")]
-        for fact in facts[:SHOWN]
-    ]
+    named = [[escaped(fact[key]) for key in ("prompt", "target")] for fact in facts[:SHOWN]]
     return ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("card.md")),

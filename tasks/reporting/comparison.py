@@ -1,11 +1,10 @@
 """The tables of the step `compare`: every method on the same records."""
 
-import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.reporting.formats import ABSENT, csv_table, markdown_table
+from tasks.reporting.formats import ABSENT, csv_table, escaped, markdown_table, titled
 from tasks.reporting.labels import label
 from tasks.reporting.published import SOURCES, Published
 
@@ -53,6 +52,8 @@ class Comparison:
     """Metrics of each method by its name; those that the data set does not support are absent."""
     exact_entropy: bool
     """Whether words were split as NLTK's `word_tokenize` does."""
+    only_known: bool
+    """Whether only facts that the model knew were edited."""
     published: Mapping[str, Published]
     """Published results by method, if this model was edited with as many such records."""
     notes: tuple[str, ...]
@@ -70,7 +71,7 @@ def markdown(comparison: Comparison) -> str:
     if not comparison.exact_entropy:
         notes.append("- GE is approximate: NLTK's `punkt_tab` is missing.")
     lines = [
-        f"# {comparison.records} edits of {html.escape(comparison.model)}",
+        f"# {comparison.records} edits of {escaped(comparison.model)}",
         "",
         *markdown_table(_rows(comparison, SUCCESS, _with_interval)),
         "",
@@ -109,7 +110,11 @@ def _rows(
     present = set(REQUIRED).union(*comparison.methods.values())
     return [
         {"method": _row_label(comparison, name)}
-        | {title: cell(metrics, key) for key, title in columns.items() if key in present}
+        | {
+            titled(key, title, comparison.only_known): cell(metrics, key)
+            for key, title in columns.items()
+            if key in present
+        }
         for name, metrics in comparison.methods.items()
     ]
 

@@ -1,12 +1,16 @@
 """Reading JSON results; the rows of tables; Markdown and CSV tables."""
 
 import csv
+import html
 import io
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from memit.evaluation import DETAILS, OWN
+from memit.redaction import one_line
 
 ABSENT = "–"
 """The cell of a metric that was not measured."""
@@ -29,8 +33,6 @@ ROWS = (
 """The metrics of the report and of MLflow: each one's key, its name in tables, its meaning."""
 IN_NATS = ("drift", "kept_divergence")
 """Metrics of small numbers."""
-OWN = "own_"
-"""What the key of a metric from the user's own file begins with."""
 STRICT = "_accuracy"
 """What the key of a metric ends in where the model must say the object, not only prefer it."""
 STRICT_LEGEND = (
@@ -39,16 +41,16 @@ STRICT_LEGEND = (
 )
 
 
-def of_known_facts(metrics: Mapping[str, Any]) -> bool:
-    """Whether only facts that the model knew were edited, so that S does not compare with that of
-    other choices of facts."""
-    return "known_share" in metrics.get("requests", {})
+def titled(metric: str, title: str, only_known: bool) -> str:
+    """The title of a metric. That of S says if only facts that the model knew were edited: it does
+    not compare with S of other choices of facts."""
+    return f"{title} (known facts)" if only_known and metric == "score" else title
 
 
 def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Those of `ROWS`, and the user's own metrics, that were measured before and after."""
     before, after = metrics["before"], metrics["after"]
-    own = [key for key in after if re.fullmatch(rf"{OWN}(?!.*_(low|high)$).*", key)]
+    own = [key for key in after if key.startswith(OWN) and not key.endswith(DETAILS)]
     rows = (*ROWS, *((key, key.removeprefix(OWN), "of your own file") for key in own))
     return [row for row in rows if row[0] in before and row[0] in after]
 
@@ -60,10 +62,10 @@ def digits(key: str) -> int:
 
 def rows(metrics: Mapping[str, Any], *, intervals: bool = False) -> list[dict[str, str]]:
     """Name, values and meaning of each metric that was measured: lenient beside strict."""
-    known = " (known facts)" if of_known_facts(metrics) else ""
+    only_known = "known_share" in metrics.get("requests", {})
     return [
         {
-            "metric": name + (known if key == "score" else ""),
+            "metric": titled(key, name, only_known),
             **{state: _value(metrics[state], key) for state in ("before", "after")},
             **({"95% interval": _interval(metrics["after"], key)} if intervals else {}),
             **{f"strict {at}": _value(metrics[at], key + STRICT) for at in ("before", "after")},
@@ -93,6 +95,11 @@ def markdown_table(rows: Sequence[Mapping[str, str]], text: Collection[int] = (0
     alignment = ["---" if index in text else "---:" for index in range(len(titles))]
     cells = [[row.get(title, ABSENT) for title in titles] for row in rows]
     return [f"| {' | '.join(line)} |" for line in (titles, alignment, *cells)]
+
+
+def escaped(text: str) -> str:
+    """A data set's text, escaped for a Markdown page: neither markup nor HTML."""
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(one_line(text), quote=False))
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:

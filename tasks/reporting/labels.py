@@ -1,10 +1,7 @@
-"""Names of methods and precision of numbers in tables and figures."""
+"""Names of methods in tables and figures."""
 
 from collections.abc import Mapping
 from typing import Any
-
-DECIMALS = 6
-"""Digits after the point in `metrics.json`."""
 
 LABELS = {
     "unedited": "unedited",

@@ -8,10 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from memit.evaluation import DECIMALS
 from memit.evaluation.counterfact import SCORE_OF, harmonic_mean
 from tasks.reporting.figures import save_figure, set_style
-from tasks.reporting.formats import ABSENT, csv_table, markdown_table
-from tasks.reporting.labels import DECIMALS, LABELS, label
+from tasks.reporting.formats import ABSENT, csv_table, markdown_table, titled
+from tasks.reporting.labels import LABELS, label
 
 PANELS = (
     ("score", "Score S"),
@@ -91,8 +92,9 @@ def csv_text(points: Sequence[Point]) -> str:
     )
 
 
-def markdown(points: Sequence[Point], notes: Sequence[str]) -> str:
-    """A table for each metric, with a row per method and a column per number of edits."""
+def markdown(points: Sequence[Point], notes: Sequence[str], only_known: bool) -> str:
+    """A table for each metric, with a row per method and a column per number of edits; `only_known`
+    says whether all facts were known to the model."""
     counts = sorted({point.edits for point in points})
     lines = ["# Scaling", ""]
     for metric, title in PANELS:
@@ -101,7 +103,7 @@ def markdown(points: Sequence[Point], notes: Sequence[str]) -> str:
             found = {mean.edits: str(mean) for mean in curve(points, method, metric)}
             cells = {f"{count:,}": found.get(count, ABSENT) for count in counts}
             rows.append({"edits": label(method)} | cells)
-        lines += [f"**{title}**", "", *markdown_table(rows), ""]
+        lines += [f"**{titled(metric, title, only_known)}**", "", *markdown_table(rows), ""]
     lines += ["± is the standard deviation over samples.", ""]
     lines += [f"- {note}" for note in notes]
     return "\n".join([*lines, "", "![scaling](scaling.png)"]) + "\n"
@@ -119,15 +121,16 @@ def plain(points: Sequence[Point]) -> dict[str, dict[str, dict[str, float]]]:
     return means
 
 
-def draw_scaling(points: Sequence[Point], path: Path) -> None:
-    """Every metric against the number of edits (logarithmic), one line per method."""
+def draw_scaling(points: Sequence[Point], path: Path, only_known: bool) -> None:
+    """Every metric against the number of edits (logarithmic), one line per method; `only_known` as
+    in `markdown`."""
     measured = {metric for point in points for metric in point.metrics}
     shown = [(metric, title) for metric, title in PANELS if metric in measured]
     rows = -(-len(shown) // 3)
     figure = Figure(figsize=(11.0, 3.1 * rows + 0.5), dpi=140, layout="constrained")
     for index, (metric, title) in enumerate(shown, 1):
         axes = figure.add_subplot(rows, 3, index)
-        set_style(axes, title)
+        set_style(axes, titled(metric, title, only_known))
         _draw_panel(axes, points, metric)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)

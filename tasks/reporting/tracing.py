@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pyarrow.compute import field
 
+from memit.evaluation import DECIMALS
 from memit.tracing import KINDS, PARTS, Kind, critical_layers
 from tasks.reporting.figures import ACCENT, AFTER, BEFORE, STYLE, save_figure, set_style
-from tasks.reporting.labels import DECIMALS
 
 NORMAL_95 = 1.96
 """Half the width of a 95% interval, in standard errors."""

@@ -58,13 +58,13 @@ def _way_out(edit: Mapping[str, Any]) -> str:
 def _alarms(metrics: Mapping[str, Any]) -> Iterator[str]:
     """Damage that the lenient metrics do not show."""
     before, after, edit = metrics["before"], metrics["after"], metrics["edit"]
-    written = edit["count"] / (edit["count"] + edit["dropped"])  # what was dropped counts as failed
+    written = edit["count"] / (edit["count"] + edit["dropped"])  # neighbors of the others fail
     way_out = "edit fewer facts, or with a larger edit.covariance_weight"
-    for name, what in (
-        ("neighborhood_accuracy", "says the true object on prompts about other subjects"),
-        ("kept_accuracy", "answers the prompts that must stay as it did"),
+    for name, share, what in (
+        ("neighborhood_accuracy", written, "says the true object on prompts about other subjects"),
+        ("kept_accuracy", 1.0, "answers the prompts that must stay as it did"),
     ):
-        if written * before.get(name, 0.0) - after.get(name, 0.0) > LOST:
+        if share * before.get(name, 0.0) - after.get(name, 0.0) > LOST:
             yield (
                 f"{DAMAGE}: the model {what} in {after[name]:.0f} % of cases, {before[name]:.0f} % "
                 f"before: {way_out}."

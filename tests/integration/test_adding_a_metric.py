@@ -58,7 +58,11 @@ def test_the_examples_are_one_file_each(place: Path) -> None:
 
 
 def test_files_without_metrics_are_refused(tmp_path: Path) -> None:
-    for name, text in (("empty_metrics.py", "x = 1"), ("broken_metrics.py", "def")):
+    for name, text in (
+        ("empty_metrics.py", "x = 1"),
+        ("broken_metrics.py", "def"),
+        ("low_metrics.py", "def heavily_low(lm, records, budget): return [0.0]"),
+    ):
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=name):
             own_metrics(str(tmp_path / name))

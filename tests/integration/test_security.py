@@ -13,8 +13,10 @@ from flows.service.server import server_options
 from memit.errors import InputError, MemitError
 from memit.redaction import LONGEST, holds_secret, one_line, redacted
 from memit.requests import EditRequest, Record, read_counterfact, read_facts, write_records
-from tasks.report import escaped, markdown
+from tasks.report import markdown
 from tasks.reporting import tracking
+from tasks.reporting.card import make_card
+from tasks.reporting.formats import escaped
 from tests import ROOT
 from tests.integration.bad_input import digests
 
@@ -188,3 +190,5 @@ def test_texts_of_a_data_set_are_no_markup_in_a_report(text: str, shown: str) ->
     assert page.startswith("# 1 edits by MEMIT in layers 1\n")
     assert f"- {shown} (case 4): {shown}" in page
     assert "<script>" not in page
+    facts = {"facts": [{"prompt": text, "target": text}], "model": "m", "method": "memit"}
+    assert f"- {shown} → {shown}\n" in str(make_card("delta", facts, None, None))

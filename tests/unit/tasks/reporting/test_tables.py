@@ -23,6 +23,7 @@ COMPARISON = Comparison(
         "memit": {"score": 85.0, "score_low": 84.5, "score_high": 85.5, "seconds": 20.0},
     },
     exact_entropy=True,
+    only_known=False,
     published=published("counterfact", "EleutherAI/gpt-j-6b", 10_000),
     notes=("a note",),
 )
@@ -37,6 +38,17 @@ def test_absent_metrics_are_marked_and_never_zero() -> None:
     row = {"method": "MEMIT", "S": "85.0", **shown, "seconds": "20.0"}
     assert comparison.table_rows(COMPARISON)[1] == row
     assert "seconds" not in comparison.plain(COMPARISON)["memit"]
+
+
+def test_s_of_known_facts_is_called_so() -> None:
+    known = replace(COMPARISON, only_known=True)
+    for page in (
+        comparison.markdown(known),
+        str(comparison.table_rows(known)),
+        scaling.markdown(POINTS, [], only_known=True),
+    ):
+        assert "S (known facts)" in page
+    assert "known facts" not in comparison.markdown(COMPARISON)
 
 
 def test_fewer_edits_of_a_method_are_said_and_not_compared_with_the_papers() -> None:
@@ -85,7 +97,7 @@ def test_curves_pool_the_samples_of_a_size() -> None:
 
 
 def test_the_scaling_tables_mark_what_was_not_measured() -> None:
-    page = scaling.markdown(POINTS, ["a note"])
+    page = scaling.markdown(POINTS, ["a note"], only_known=False)
     assert f"| MEMIT | 75.0 ± 70.7 | {ABSENT} |" in page
     assert f"| unedited | 1.0 | {ABSENT} |" in page
     rows = list(csv.DictReader(io.StringIO(scaling.csv_text(POINTS))))
@@ -96,7 +108,7 @@ def test_the_scaling_tables_mark_what_was_not_measured() -> None:
 
 def test_equal_points_give_equal_figures(tmp_path) -> None:
     for name in ("a.png", "b.png"):
-        scaling.draw_scaling(POINTS, tmp_path / name)
+        scaling.draw_scaling(POINTS, tmp_path / name, only_known=False)
     content = (tmp_path / "a.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert content == (tmp_path / "b.png").read_bytes()

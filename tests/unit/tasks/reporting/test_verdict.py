@@ -16,6 +16,7 @@ def told(
     ratio: float = 0.1,
     stop: int = 0,
     dropped: int = 0,
+    before: dict[str, Any] = GOOD,
 ) -> list[str]:
     facts = [
         {"prompt": f"Person {n} lives in", "target_new": "Rome", "answered": each}
@@ -25,7 +26,7 @@ def told(
     settings["argmax_stop"] = stop
     edit = {"layers": [3, 4], "residuals": {"3": 10.0, "4": 8.0}, "residual_left": left}
     described = {"update_ratio": {"3": ratio}, "count": 3, "dropped": dropped}
-    metrics = {"before": GOOD, "after": after or GOOD, "edit": described}
+    metrics = {"before": before, "after": after or GOOD, "edit": described}
     return verdict(pyarrow.Table.from_pylist(facts), edit | {"hyperparameters": settings}, metrics)
 
 
@@ -57,3 +58,5 @@ def test_damage_is_called_damage() -> None:
     half = {**GOOD, "neighborhood_accuracy": 29.0}  # the neighbours of dropped edits count as lost
     assert len(told([True], after=half)) == 2
     assert len(told([True], after=half, dropped=3)) == 1
+    before, after = ({**GOOD, "kept_accuracy": kept} for kept in (100.0, 70.0))
+    assert len(told([True], after=after, before=before, dropped=3)) == 2  # no prompts of theirs
