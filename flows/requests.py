@@ -34,6 +34,11 @@ def requests(run: Run) -> None:
     )
     if chosen.count < chosen.available:
         console.print(_sample_note(section, chosen), soft_wrap=True)
+    if chosen.dropped:
+        console.print(
+            f"[yellow]warning:[/] {chosen.dropped:,} records contradict an earlier one and are "
+            "left out (`memit check` names the first)."
+        )
     if chosen.weak:
         console.print("[yellow]warning:[/]", Text(chosen.weak), soft_wrap=True)
     if chosen.known_share is not None:

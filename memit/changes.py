@@ -48,4 +48,4 @@ def changes_between(before: Iterable[Record], after: Iterable[Record]) -> Change
 def _names(record: Record) -> list[object]:
     """By what a fact whose object was changed is recognised: its id, or else its prompt."""
     names: list[object] = [(record.request.subject, record.request.prompt)]
-    return [record.origin.id, *names] if record.origin.id else names
+    return [record.origin["id"], *names] if record.origin.get("id") else names

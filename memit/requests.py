@@ -13,7 +13,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count as counter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +41,8 @@ _BETWEEN = {"none": None, "true": "", "false": " "}
 _PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts", "attribute_prompts")
 _KEPT = "kept_prompts"
 """The key of these prompts, which no published file has."""
+Placed = tuple[str, Any]
+"""Where a row stands in its file, and the row."""
 Read = TypeVar("Read")
 _ADVICE = {
     "requested_rewrite": " (which CounterFact's records have: set requests.source to counterfact "
@@ -120,21 +122,6 @@ class EditRequest:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a user's fact comes from, in the user's own words."""
-
-    id: str | None = None
-    source: str | None = None
-    date: str | None = None
-    note: str | None = None
-
-    @property
-    def given(self) -> dict[str, str]:
-        """What is known of it."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True)
 class Record:
     """An edit request with the prompts that measure it."""
 
@@ -148,7 +135,8 @@ class Record:
     """Identifier of the new object where the data set has one; reference texts may go by it."""
     kept_prompts: tuple[str, ...] = ()
     """Prompts about other things, to which the model's own answers must stay."""
-    origin: Origin = Origin()
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """Where a user's fact comes from, in the user's own words: some of `ORIGIN_COLUMNS`."""
 
 
 def fill(template: str, subject: str) -> str:
@@ -177,7 +165,7 @@ def read_counterfact(path: str | Path) -> list[Record]:
     rows = parse_json(read_text(path, "the records"), path)
     if not isinstance(rows, list):
         raise InputError(f"{path} holds no list of records: CounterFact is one JSON list.")
-    return _checked(rows, _counterfact_record, path)
+    return _checked(numbered(rows), _counterfact_record, path)
 
 
 def read_facts(path: str | Path) -> list[Record]:
@@ -188,15 +176,15 @@ def read_facts(path: str | Path) -> list[Record]:
         ConflictError: two of its records ask for different objects.
     """
     placed = _fact_rows(Path(path))
-    records = _checked([row for _, row in placed], _fact_record, path)
+    records = _checked(placed, _fact_record, path)
     places = [
-        place + (f" (source: {record.origin.source})" if record.origin.source else "")
+        f"{place} (source: {source})" if (source := record.origin.get("source")) else place
         for (place, _), record in zip(placed, records, strict=True)
     ]
     try:
         check_conflicts(records, places)
         _check_once(places, [record.request.digest for record in records], "hold the same fact")
-        _check_once(places, [record.origin.id for record in records], "have the same id")
+        _check_once(places, [record.origin.get("id") for record in records], "have the same id")
     except InputError as error:
         raise type(error)(f"{path}: {error}") from None
     return records
@@ -216,21 +204,17 @@ def write_records(records: Iterable[Record], path: str | Path) -> None:
     write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def conflict_groups(records: Iterable[Record]) -> list[list[Record]]:
-    """Groups of records that share subject and relation and do not all ask for one object."""
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault(record.request.fact, []).append(record)
-    return [group for group in groups.values() if len({r.request.target_new for r in group}) > 1]
-
-
-def drop_conflicts(records: Iterable[Record]) -> tuple[list[Record], int]:
-    """The first record of each subject and relation and those that agree with it, in their order,
-    and the number of the others."""
-    given = [(record, record.request.fact, record.request.target_new) for record in records]
+def drop_conflicts(records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
+    """The first record of each subject and relation and those that agree with it, and the others,
+    which contradict it; in their order."""
     first: dict[tuple[str, str], str] = {}
-    kept = [record for record, fact, new in given if first.setdefault(fact, new) == new]
-    return kept, len(given) - len(kept)
+    kept: list[Record] = []
+    dropped: list[Record] = []
+    for record in records:
+        new = record.request.target_new
+        agrees = first.setdefault(record.request.fact, new) == new
+        (kept if agrees else dropped).append(record)
+    return kept, dropped
 
 
 def check_conflicts(records: Iterable[Record], places: Sequence[str] = ()) -> None:
@@ -297,29 +281,34 @@ def requests_digest(requests: Iterable[EditRequest]) -> str:
 
 
 def read_rows(
-    rows: Iterable[Any], read: Callable[[Any, int], Read], path: str | Path
+    placed: Iterable[Placed], read: Callable[[Any, int], Read], path: str | Path
 ) -> Iterator[Read]:
-    """Read rows with their indices; an `InputError` names the file and the record."""
-    for index, row in enumerate(rows):
+    """Read rows with their indices; an `InputError` names the file and the place."""
+    for index, (place, row) in enumerate(placed):
         try:
             yield read(row, index)
         except InputError as error:
             case = row.get("case_id") if isinstance(row, Mapping) else None
-            where = f"{path}, record {index + 1}" + ("" if case is None else f" (case_id {case})")
+            where = f"{path}, {place}" + ("" if case is None else f" (case_id {case})")
             raise InputError(f"{where}: {error}") from None
 
 
-def _fact_rows(path: Path) -> list[tuple[str, Any]]:
-    """Each row of a user's file and where it stands."""
+def numbered(rows: Iterable[Any]) -> list[Placed]:
+    """Rows whose places are their numbers."""
+    return [(f"record {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _fact_rows(path: Path) -> list[Placed]:
+    """The rows of a user's file."""
     text = read_text(path, "the records")
     if text.lstrip().startswith("["):
-        return [(f"record {n}", row) for n, row in enumerate(parse_json(text, path), start=1)]
+        return numbered(parse_json(text, path))
     if text.lstrip().startswith("{"):
         return _json_lines(path, text)
     return _csv_rows(path, text) if text.strip() else []
 
 
-def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
+def _json_lines(path: Path, text: str) -> list[Placed]:
     rows, line = [], 1
     for part in re.split(r"\n(?=\s*{)", text):  # a record may take several lines
         if part.strip():
@@ -328,7 +317,7 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
     return rows
 
 
-def _csv_rows(path: Path, text: str) -> list[tuple[str, Any]]:
+def _csv_rows(path: Path, text: str) -> list[Placed]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     rows = []
     try:
@@ -405,11 +394,12 @@ def _fact_record(row: Any, index: int) -> Record:
     return Record(index, request, filled, kept_prompts=neighbors, origin=_origin(row))
 
 
-def _origin(row: Mapping[str, Any]) -> Origin:
-    """The origin in a row; an id may be a number."""
+def _origin(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a row says of its origin; an id may be a number."""
     number = row.get("id")
     named = {**row, "id": str(number)} if type(number) is int else row
-    return Origin(**{name: _optional(named, name, check_text) for name in ORIGIN_COLUMNS})
+    given = (name for name in ORIGIN_COLUMNS if named.get(name) is not None)
+    return {name: check_text(named[name], name) for name in given}
 
 
 def _with_slot(prompt: str, subject: str) -> str:
@@ -440,26 +430,28 @@ def _counterfact_row(record: Record) -> dict[str, Any]:
         "requested_rewrite": rewrite,
         **{key: list(getattr(record, key)) for key in _PROMPTS},
         **({_KEPT: list(record.kept_prompts)} if record.kept_prompts else {}),
-        **({"origin": given} if (given := record.origin.given) else {}),
+        **({"origin": dict(record.origin)} if record.origin else {}),
     }
 
 
-def _checked(rows: list[Any], read: Callable[[Any, int], Record], path: str | Path) -> list[Record]:
-    if not rows:
+def _checked(
+    placed: Sequence[Placed], read: Callable[[Any, int], Record], path: str | Path
+) -> list[Record]:
+    if not placed:
         raise InputError(f"{path} holds no records: give at least one.")
-    records = list(read_rows(rows, read, path))
-    numbers: dict[int, int] = {}
-    for number, record in enumerate(records, start=1):
+    records = list(read_rows(placed, read, path))
+    first: dict[int, str] = {}
+    for (place, _), record in zip(placed, records, strict=True):
         request = record.request
         if request.target_new == request.target_true:
             raise InputError(
-                f"{path}, record {number}: the new object {request.target_new!r} is the true one, "
+                f"{path}, {place}: the new object {request.target_new!r} is the true one, "
                 "so nothing would change: give another, or leave the record out."
             )
-        first = numbers.setdefault(record.case_id, number)
-        if first != number:
+        earlier = first.setdefault(record.case_id, place)
+        if earlier != place:
             raise InputError(
-                f"{path}, records {first} and {number} share the case_id {record.case_id}: "
+                f"{path}, {earlier} and {place} share the case_id {record.case_id}: "
                 "number the records differently."
             )
     return records

@@ -100,8 +100,7 @@ class WeightDelta:
         if len(records) > MOST_NAMED:
             return self
         facts = [
-            {"prompt": r.request.text, "target": r.request.target_new, **r.origin.given}
-            for r in records
+            {"prompt": r.request.text, "target": r.request.target_new, **r.origin} for r in records
         ]
         return WeightDelta(self.changes, {**self.provenance, "facts": facts})
 

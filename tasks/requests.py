@@ -111,8 +111,8 @@ def fetch(url: str, sha256: str, to: Path) -> Path:
     return to
 
 
-def read_source(source: Source, path: Path) -> tuple[list[Record], int]:
-    """All records of a file, and how many were dropped because they contradict an earlier one.
+def read_source(source: Source, path: Path) -> tuple[list[Record], list[Record]]:
+    """All records of a file, and apart from them those that contradict an earlier one.
 
     A user's own facts come in the order of their contents.
 
@@ -120,7 +120,7 @@ def read_source(source: Source, path: Path) -> tuple[list[Record], int]:
         ConflictError: a user's own facts contradict each other.
     """
     if source == "facts":
-        return in_content_order(read_facts(path)), 0
+        return in_content_order(read_facts(path)), []
     if source == "zsre":
         return drop_conflicts(as_records(read_zsre(path)))
     return drop_conflicts(read_counterfact(path))
@@ -172,7 +172,7 @@ def choose_requests(
         records=keep_records(chosen),
         count=len(chosen),
         available=len(records),
-        dropped=dropped,
+        dropped=len(dropped),
         weak=weak,
         known_share=share,
         neighbors_dropped=edited,
@@ -230,7 +230,7 @@ def split_records(source: Source, file: Artifact, training: int, seed: int) -> S
         training=keep_records(learnt),
         count=len(purged),
         training_count=len(learnt),
-        dropped=dropped,
+        dropped=len(dropped),
         prompts_dropped=before - after,
     )
 

@@ -101,7 +101,7 @@ def _described(changes: Changes) -> Text:
 
 def _named(record: Record) -> str:
     request = record.request
-    return fact_line({"prompt": request.text, "target": request.target_new, **record.origin.given})
+    return fact_line({"prompt": request.text, "target": request.target_new, **record.origin})
 
 
 def _answers(lm: LanguageModel, changes: Changes, runs: Sequence[PastRun]) -> Table:

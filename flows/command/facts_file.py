@@ -8,7 +8,7 @@ from rich.text import Text
 
 from flows.command.parameters import Parameters
 from flows.command.script import output
-from memit.requests import Record, conflict_groups, read_records, sample_records
+from memit.requests import Record, drop_conflicts, read_records, sample_records
 from tasks.engine.results import is_model_here
 
 
@@ -44,10 +44,11 @@ def check_requests(parameters: Parameters, file: Path) -> None:
 
 
 def _contradictions(records: Sequence[Record]) -> str:
-    groups = conflict_groups(records)
-    if not groups:
+    _, dropped = drop_conflicts(records)
+    if not dropped:
         return "none"
+    request = dropped[0].request
     return (
-        f"{len(groups)} subjects with several objects for one relation, the first is "
-        f"{groups[0][0].request.text!r}; only the first record of each would be kept"
+        f"{len(dropped)} records contradict an earlier one and would be left out, the first is "
+        f"{request.text + request.ending()!r}"
     )

@@ -18,7 +18,7 @@ from memit.evaluation.counterfact import SCORE_OF, means_by_record
 from memit.facts.easyedit import slot_at_first_mention
 from memit.files.reading import parse_json, read_text
 from memit.language_model import LanguageModel
-from memit.requests import EditRequest, Record, check_text, read_rows
+from memit.requests import EditRequest, Record, check_text, numbered, read_rows
 
 KINDS = ("efficacy", "paraphrase", "specificity")
 
@@ -56,7 +56,7 @@ def read_zsre(path: str | Path) -> list[ZsreRecord]:
     rows = parse_json(read_text(path, "the questions"), path)
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} holds no questions: zsRE is one JSON list of records.")
-    return list(read_rows(rows, _record, path))
+    return list(read_rows(numbered(rows), _record, path))
 
 
 def as_records(questions: Iterable[ZsreRecord]) -> list[Record]:

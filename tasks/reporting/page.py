@@ -69,6 +69,7 @@ def render(results: Results) -> str:
     pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pages.filters["shell"] = shlex.quote
     rows = _prompts(results.prompts) + list(_kept_prompts(results))
+    relations = _relations(results)
     return pages.get_template("page.html").render(
         results=results,
         editor=editor_label(results.edit),
@@ -76,7 +77,8 @@ def render(results: Results) -> str:
         digits=digits,
         facts=_facts(results, rows)[:FACTS],
         worst=_worst(rows),
-        relations=_relations(results),
+        relations=relations[:RELATIONS],
+        more_relations=len(relations) > RELATIONS,
         texts=_texts(results),
         settings=redacted(yaml.safe_dump(results.parameters, sort_keys=False, allow_unicode=True)),
         figures={name: _inlined(svg) for name, svg in results.figures.items()},
@@ -136,7 +138,7 @@ def _facts(results: Results, rows: Iterable[dict[str, Any]]) -> list[dict[str, A
     dropped = {edit["case_id"]: edit["reason"] for edit in results.edit["dropped"]}
     return [
         fact
-        | {"request": records[case].request, "origin": records[case].origin.given}
+        | {"request": records[case].request, "origin": records[case].origin}
         | {"prompts": prompts[case], "said": said[case], "dropped": dropped.get(case)}
         | {"outcome": "dropped" if case in dropped else prompts[case][0]["outcome"]}
         for fact in sorted(results.facts.to_pylist(), key=itemgetter("case_id"))
@@ -157,7 +159,8 @@ def _worst(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _relations(results: Results) -> list[dict[str, Any]]:
-    """Success after the edit, by relation or, where a record names none, by prompt."""
+    """Success after the edit, by relation or, where a record names none, by prompt; the commonest
+    first."""
     ordered = sorted(results.records, key=lambda record: record.case_id)
     relations = [record.request.relation_id or record.request.prompt for record in ordered]
     names, counts = np.unique(relations, return_counts=True)
@@ -170,7 +173,7 @@ def _relations(results: Results) -> list[dict[str, Any]]:
         {"name": name, "count": counts[index]} | {key: of[index] for key, of in means.items()}
         for index, name in enumerate(names.tolist())
     ]
-    return sorted(found, key=lambda row: -row["count"])[:RELATIONS]
+    return sorted(found, key=lambda row: -row["count"])
 
 
 def _texts(results: Results) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from memit.errors import InputError
 from memit.hyperparameters import preset
 from memit.language_model import load_model
 from memit.model_directory import applied_edits
-from memit.requests import EditRequest, Origin, Record, write_records
+from memit.requests import EditRequest, Record, write_records
 from memit.weight_delta import WeightDelta
 from tasks.engine.artifacts import copy_file, store_piece, write_file, write_json, write_text
 from tasks.engine.loaded_model import ModelFiles, ModelReference
@@ -186,7 +186,7 @@ def facts(*subjects: str) -> list[Record]:
             EditRequest(subject, "{} lives in", "Rome", "Oslo"),
             (f"The home of {subject} is",),
             ("Carl lives in",),
-            origin=Origin(id=subject, source="A. Smith"),
+            origin={"id": subject, "source": "A. Smith"},
         )
         for number, subject in enumerate(subjects)
     ]
@@ -346,6 +346,11 @@ def test_check_reads_counts_and_runs_nothing(
     facts.write_text(json.dumps(fact) + "\n" + json.dumps({**fact, "target": "Oslo"}))
     assert memit("check", "facts.jsonl") == 2
     assert "facts.jsonl" in said(capsys)
+    targets = ("Rome", "Lima", "Rome", "Bonn")
+    asking = [EditRequest("Ada", "{} lives in", target) for target in targets]
+    write_records([Record(*each) for each in enumerate(asking)], place / "records.json")
+    assert memit("check", "records.json") == 0
+    assert "2 records contradict an earlier one and would be left out" in said(capsys)
     assert memit("check", "gone.jsonl") == 2
     assert "gone.jsonl" in said(capsys)
     assert not (place / ".cache").exists()

@@ -4,11 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memit.changes import changes_between
-from memit.requests import EditRequest, Origin, Record
+from memit.requests import EditRequest, Record
 
 
 def fact(subject: str, target: str = "Rome", prompt: str = "{} is in", **origin: str) -> Record:
-    return Record(0, EditRequest(subject, prompt, target), origin=Origin(**origin))
+    return Record(0, EditRequest(subject, prompt, target), origin=origin)
 
 
 def test_facts_are_added_withdrawn_and_changed() -> None:

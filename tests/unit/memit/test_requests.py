@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from memit.errors import ConflictError, InputError
 from memit.requests import (
     EditRequest,
-    Origin,
     Record,
     check_conflicts,
-    conflict_groups,
     drop_conflicts,
     fill,
     in_content_order,
@@ -136,7 +134,7 @@ class TestCounterFact:
             (published_row(neighborhood_prompts=[""]), "'neighborhood_prompts' holds an empty"),
             (published_row(case_id="7"), "'case_id' is '7' where a whole number"),
             (["a"], "record 2: the record is"),
-            (published_row(case_id=1), "records 1 and 2 share the case_id 1"),
+            (published_row(case_id=1), "record 1 and record 2 share the case_id 1"),
         ],
     )
     def test_names_file_and_record_of_what_it_refuses(self, tmp_path, row, complaint: str):
@@ -189,9 +187,9 @@ class TestCounterFact:
         records = read_records(COUNTERFACT)
         kept, dropped = drop_conflicts(records)
         assert len(records) == 9918
-        assert len(conflict_groups(records)) == 126
-        assert conflict_groups(kept) == []
-        assert len(kept) + dropped == len(records)
+        assert len({record.request.fact for record in dropped}) == 126
+        assert drop_conflicts(kept) == (kept, [])
+        assert len(kept) + len(dropped) == len(records)
 
 
 class TestFacts:
@@ -235,14 +233,16 @@ class TestFacts:
     @pytest.mark.parametrize(
         ("text", "complaint"),
         [
-            ('{"subject": "Ann", "prompt": "{} is", "targt": "x"}', "record 1: .*'targt' is not"),
-            ('{"subject": "Ann", "prompt": "{} is"}', "record 1: the key 'target' is missing"),
-            ('{"subject": "Ann", "prompt": "is", "target": "x"}', "record 1: .*exactly one"),
+            ('{"subject": "Ann", "prompt": "{} is", "targt": "x"}', "line 1: .*'targt' is not"),
+            ('\n{"subject": "Ann", "prompt": "{} is"}', "line 2: the key 'target' is missing"),
+            ('{"subject": "Ann", "prompt": "is", "target": "x"}', "line 1: .*exactly one"),
+            ('[{"subject": "Ann", "prompt": "is", "target": "x"}]', "record 1: .*exactly one"),
+            ("subject,prompt,target,target_true\n\nAnn,{} is,x,x\n", "line 3: .*is the true one"),
             ('{"subject": "Ann", "prom', "line 1 is not whole JSON"),
             ("subject,prompt,target\nAnn,{} is\n", "line 2 has another number of fields"),
             ("subject,prompt,target\nAnn,{} is,a,b\n", "line 2 has another number of fields"),
             ('subject,prompt,target\nAnn,{} is,"a\n', "not CSV"),
-            ("subject,prompt,target\nAnn,{} is,\n", "record 1: the key 'target' is missing"),
+            ("subject,prompt,target\nAnn,{} is,\n", "line 2: the key 'target' is missing"),
             ("subject,prompt,target,extra\nAnn,{} is,x,y\n", "the column 'extra'"),
             ("", "holds no records"),
         ],
@@ -257,7 +257,7 @@ class TestFacts:
         head = "subject,prompt,target,id,source\n"
         text = head + "Ann,{} is,good,1,A.\nBo,{} is,bad,,\n"
         (record, _) = read_facts(saved(tmp_path, text, "facts.csv"))
-        assert record.origin == Origin(id="1", source="A.")
+        assert record.origin == {"id": "1", "source": "A."}
         for more, kind in {
             "Ann,{} is,bad,2,B.\n": r"\(source: A.\) and line 4 \(source: B.\) con",
             "Ann,{} is,good,2,\n": r"\(source: A.\) and line 4 hold the same fact",
@@ -316,14 +316,11 @@ class TestConflicts:
         ]
         kept, dropped = drop_conflicts(records)
         assert [record.case_id for record in kept] == [0, 2, 3, 4]
-        assert dropped == 1
-        assert [[record.case_id for record in group] for group in conflict_groups(records)] == [
-            [0, 1, 2]
-        ]
+        assert dropped == [records[1]]
 
     def test_without_a_relation_the_prompt_stands_for_it(self):
         records = [asking(0, "Rome", relation=None), asking(1, "Oslo", relation=None)]
-        assert drop_conflicts(records) == (records[:1], 1)
+        assert drop_conflicts(records) == (records[:1], records[1:])
 
     def test_agreeing_repetitions_are_no_contradiction(self):
         check_conflicts([asking(0, "Rome"), asking(1, "Rome"), asking(2, "Oslo", subject="Bo")])
