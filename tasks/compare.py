@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from memit.editors import known_editors
 from memit.editors.base import Editor, load_editors
@@ -104,17 +106,15 @@ def _with_settings(name: str, editor: Editor, settings: Mapping[str, Mapping[str
             available = f"it has {', '.join(known)}" if known else "it has none of its own"
             where = f" (those of {name} are in {SECTIONS[name]})" if name in SECTIONS else ""
             raise InputError(f"compare.settings.{name} has no {key}: {available}{where}.")
-        _check_setting(f"compare.settings.{name}.{key}", chosen[key], getattr(editor, key))
-    return replace(editor, **chosen)  # pyright: ignore[reportArgumentType]
-
-
-def _check_setting(name: str, value: Any, preset: Any) -> None:
-    """A value must be of the preset's kind; none of the settings is negative."""
-    kind = float if preset is None else type(preset)
-    fits = isinstance(value, (int, float) if kind is float else kind)
-    if fits and isinstance(value, bool) == (kind is bool):
-        if isinstance(value, str) or value >= 0:
-            return
-    elif value is None and preset is None:
-        return
-    raise InputError(f"{name} is {value!r} where the preset is {preset!r}: give a value like it.")
+        try:
+            kind = get_type_hints(type(editor), include_extras=True)[key]
+            TypeAdapter(kind).validate_python(chosen[key], strict=True)
+        except ValidationError:
+            raise InputError(
+                f"compare.settings.{name}.{key} is {chosen[key]!r} where the preset is "
+                f"{getattr(editor, key)!r}: give a value like it."
+            ) from None
+    try:
+        return replace(editor, **chosen)  # pyright: ignore[reportArgumentType]
+    except InputError as error:  # it begins with the setting's name
+        raise InputError(f"compare.settings.{name}.{error}") from None

@@ -72,6 +72,11 @@ def test_settings_override_published_ones():
     assert alphaedit.editor == AlphaEdit(HYPERPARAMETERS, energy=0.1)
     (rome,) = _methods(["rome"], {"rome": {"update": "consistent", "layer": 3}})
     assert rome.editor == replace(Rome(3), update="consistent")
+    published, free = _methods(
+        ["ft_w", "ft_l"], {"ft_w": {"weight_decay": "power_law"}, "ft_l": {"bound": None}}
+    )
+    assert published.editor.weight_decay == "power_law"
+    assert free.editor.bound is None
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,14 @@ def test_settings_override_published_ones():
         (["encore"], {"encore": {"layers": 1}}, "compare.settings.encore .*ridge, argmax_stop"),
         (["mend"], {"mend": {"steps": 1}}, "compare.settings.mend .*mend"),
         (["unedited"], {"unedited": {"layer": 1}}, "unedited"),
+        (
+            ["ft_w"],
+            {"ft_w": {"batch_size": True}},
+            "compare.settings.ft_w.batch_size is True where",
+        ),
+        (["ft_w"], {"ft_w": {"batch_size": 0.5}}, "compare.settings.ft_w.batch_size is 0.5 where"),
+        (["ft_w"], {"ft_w": {"bound": -1}}, "compare.settings.ft_w.bound is -1, but must be"),
+        (["ft_w"], {"ft_w": {"loss": "own"}}, "compare.settings.ft_w.loss is 'own' where"),
     ],
 )
 def test_unknown_methods_and_settings_are_refused_by_name(names, settings, key):
