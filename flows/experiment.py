@@ -44,9 +44,10 @@ def experiment(parameters: Parameters) -> None:
     steps = (model, requests, prefixes, statistics, targets, edit, evaluation)
     run_steps(steps, parameters, of=len(STEPS))
     # The report names the digest of dvc.lock, so the others are recorded there before.
-    commit_stages(parameters, STEPS[:-1], read)
+    is_recorded = commit_stages(parameters, STEPS[:-1], read)
     run_steps([report], parameters, first=len(STEPS), of=len(STEPS))
-    commit_stages(parameters, STEPS[-1:], read)
+    if is_recorded:
+        commit_stages(parameters, STEPS[-1:], read)
     metrics = read_json(METRICS_FILE)
     create_table_artifact(key="results", table=rows(metrics), description="before and after")
     for sentence in verdict(read_facts(), read_json(EDIT_FILE), metrics):

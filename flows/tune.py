@@ -61,8 +61,7 @@ class Facts:
     sample: Sample = field(init=False)
 
     def __post_init__(self) -> None:
-        records, _ = without_edited_neighbors(self.records)
-        self.sample = Sample(keep_records(records), tuple(records))
+        self.sample = Sample(keep_records(self.records), tuple(self.records))
 
     def metrics(self, edit: Artifact | None) -> dict[str, float]:
         """Of the model with an edit, or without one."""
@@ -153,10 +152,11 @@ def search_settings(
 
 
 def _known_facts(run: Run) -> tuple[list[Record], list[Record]]:
-    """Facts that the model knows, for the search and for the check, without a common subject.
+    """Facts that the model knows, for the search and for the check, without a common subject and
+    without neighbors that are edited.
 
     Raises:
-        InputError: there are fewer than `FEWEST`.
+        InputError: there are fewer than `FEWEST`, or one of the parts has no facts or no neighbors.
     """
     section, file = run.parameters.tune, write_embedded("choosing")
     if section.facts is not None:
@@ -174,7 +174,16 @@ def _known_facts(run: Run) -> tuple[list[Record], list[Record]]:
         )
     wanted = min(2 * section.count, len(known))
     others, search = split_by_subject(known, wanted // 2, section.seed)
-    return search, sample_records(others, min(wanted - wanted // 2, len(others)), section.seed)
+    count = min(wanted - wanted // 2, len(others))
+    checked = sample_records(others, count, section.seed) if others else []
+    parts = [without_edited_neighbors(part)[0] for part in (search, checked)]
+    if not all(any(one.neighborhood_prompts for one in part) for part in parts):
+        raise InputError(
+            f"the facts that {run.model.model.id} knows are about too few subjects, or their "
+            "neighbors are all edited themselves, so that nothing shows what an edit spares: "
+            "choose a smaller tune.count, or name other facts in tune.facts."
+        )
+    return parts[0], parts[1]
 
 
 def _check_budget(run: Run, settings: Hyperparameters, count: int) -> None:

@@ -41,27 +41,27 @@ def users_files(parameters: Parameters) -> dict[str, tuple[int, int]]:
 
 def commit_stages(
     parameters: Parameters, stages: Sequence[str], read: Mapping[str, tuple[int, int]]
-) -> None:
-    """Record finished stages in `dvc.lock` (`dvc commit`). `read` are the `users_files` before the
-    run.
+) -> bool:
+    """Record finished stages in `dvc.lock` (`dvc commit`); whether that was done. `read` are the
+    `users_files` before the run.
 
     Does nothing if DVC itself runs the flow, outside of a DVC project, and if the run's parameters
     or files are not those that are here now, which DVC would record.
     """
     if "DVC_STAGE" in os.environ or not (Path(".dvc").is_dir() and Path("dvc.yaml").exists()):
-        return
+        return False
     if not matches_params_file(parameters):
         console.print(
-            f"[yellow]note:[/] the parameters are not those of params.yaml, so dvc.lock does not "
-            f"record {', '.join(stages)}; `dvc checkout` restores the results that it does record."
+            "[yellow]note:[/] the parameters are not those of params.yaml, so dvc.lock does not "
+            "record these results; `dvc checkout` restores those that it does record."
         )
-        return
+        return False
     if users_files(parameters) != read:
         console.print(
             "[yellow]note:[/] files that params.yaml names were changed during the run, so "
-            f"dvc.lock does not record {', '.join(stages)}: run it again."
+            "dvc.lock does not record these results: run it again."
         )
-        return
+        return False
     _delete_torn_rwlock()
     error = _commit(stages)
     if isinstance(error, YAMLFileCorruptedError | YAMLValidationError) and LOCK.exists():
@@ -73,6 +73,7 @@ def commit_stages(
             f"[yellow]warning:[/] DVC did not record the results ({said}); they are complete: "
             f"{remedy}run `dvc commit -f`."
         )
+    return not error
 
 
 def _commit_to_new_lock(stages: Sequence[str]) -> Exception | None:

@@ -1,11 +1,18 @@
 """The search of `memit tune`: which trials it makes, and when it ends."""
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from flows import tune
 from flows.tune import search_settings
+from memit.errors import InputError
 from memit.hyperparameters import AUTO, Hyperparameters
+from memit.requests import EditRequest, Record
+from tasks.requests import keep_records
 from tasks.tune import Trial
 
 START = Hyperparameters((4, 5, 6), AUTO)
@@ -61,3 +68,23 @@ def test_one_trial_is_made_in_any_case_and_none_after_the_time() -> None:
 def test_layers_without_second_moments_are_not_tried() -> None:
     for trial in _search(10, dict.fromkeys(range(10))):
         assert trial.settings.layers[-1] < 10
+
+
+@pytest.mark.parametrize("subjects", [1, 40])
+def test_facts_that_leave_nothing_to_be_spared_are_refused(
+    subjects: int, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are all of one subject, or their neighbors are edited themselves."""
+    known = [
+        Record(n, EditRequest(f"Ann {n % subjects}", "{} is", f"in town {n}"), ("x",), ("x",))
+        for n in range(40)
+    ]
+    chosen = SimpleNamespace(records=keep_records(known))
+    parameters = SimpleNamespace(
+        tune=SimpleNamespace(facts=None, seed=0, count=20), model=SimpleNamespace(source="hub")
+    )
+    model = SimpleNamespace(model=SimpleNamespace(id="a model"))
+    run: Any = SimpleNamespace(parameters=parameters, model=model, compute=lambda *_: chosen)
+    monkeypatch.setattr(tune, "write_embedded", lambda _: None)
+    with pytest.raises(InputError, match=r"a model knows .*tune\.count"):
+        tune._known_facts(run)
