@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from memit.errors import InputError
 from memit.files.reading import parse_json, read_text
 from memit.requests import Record
@@ -78,8 +80,8 @@ def reference_scores(
     vectorizer = TfidfVectorizer().fit(text for texts in references.values() for text in texts)
     written = vectorizer.transform([" ".join(generated[i]) for i in scored])
     wanted = vectorizer.transform([" ".join(own[i]) for i in scored])
-    cosines = written.multiply(wanted).sum(axis=1)  # rows have unit length
-    for index, cosine in zip(scored, cosines.A1, strict=True):
+    cosines = np.asarray(written.multiply(wanted).sum(axis=1)).ravel()  # rows have unit length
+    for index, cosine in zip(scored, cosines, strict=True):
         scores[index] = 100.0 * float(cosine)
     return scores
 

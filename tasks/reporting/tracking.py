@@ -26,6 +26,7 @@ from mlflow import MlflowClient, entities
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
+from mlflow.utils.uri import is_http_uri
 from sqlalchemy.exc import SQLAlchemyError
 
 from memit.errors import ResourceError, UnreachableError
@@ -61,6 +62,8 @@ LOGGED_FILES = (
     results.PROMPTS_FILE,
     results.FACTS_FILE,
     results.KEPT_FILE,
+    results.ANSWERS_FILE,
+    results.GENERATED_FILE,
     results.METRICS_FILE,
     results.DETAILS_FILE,
     results.TIMINGS_FILE,
@@ -146,7 +149,7 @@ class ParentRun:
     step: str
     """The step that made the results."""
     digest: str
-    """Of the step's parameters and results; equal for a repetition."""
+    """Of the step's results; equal for a repetition."""
     parameters: Mapping[str, Any]
     tags: Mapping[str, str]
     files: Sequence[Path]
@@ -277,7 +280,9 @@ def store_errors_as_unreachable(uri: str, step: str) -> Iterator[None]:
 def _experiment_id(client: MlflowClient, name: str) -> str:
     known = client.get_experiment_by_name(name)
     if known is None:
-        place = _artifact_directory(name).as_uri()
+        # A server has its own place for artifacts; what it is told, its clients would write to.
+        is_ours = not is_http_uri(client.tracking_uri)
+        place = _artifact_directory(name).as_uri() if is_ours else None
         number = client.create_experiment(name, artifact_location=place, tags=KIND)
     else:
         number = known.experiment_id
