@@ -4,14 +4,10 @@ Results: `artifacts/model/model.json` and, of a model made here, its weights and
 """
 
 from flows.service.step import Run, step
-from tasks.engine.artifacts import describe
 from tasks.engine.checkpoints import forget_work
-from tasks.engine.loaded_model import ModelFiles, ModelReference
+from tasks.engine.loaded_model import ModelFiles
 from tasks.engine.results import MODEL_FILE, WEIGHTS, WORLD
-from tasks.model import describe_model, find_model, measure_recall, train_small_model
-
-RECALL_TOKEN_BUDGET = 4_096
-"""Tokens in a batch while a model trained here is asked for its facts."""
+from tasks.model import describe_model, find_model, train_small_model
 
 
 @step("model")
@@ -37,16 +33,6 @@ def _train(run: Run) -> ModelFiles:
     for folder, artifacts in ((WEIGHTS, made.weights), (WORLD, made.world)):
         for name, artifact in artifacts.items():
             run.copy(artifact, folder / name)
-    described = describe_model("synthetic", "synthetic", None, WEIGHTS).model_copy(
+    return describe_model("synthetic", "synthetic", None, WEIGHTS).model_copy(
         update={"files": {name: artifact.sha256 for name, artifact in made.weights.items()}}
     )
-    reference = ModelReference(
-        directory=str(WEIGHTS.resolve()),
-        model=described,
-        dtype="float32",
-        device="cpu",
-        threads=section.threads,
-    )
-    records = describe(WORLD / "records.json")
-    recall = run.compute(measure_recall, reference, records, RECALL_TOKEN_BUDGET)
-    return described.model_copy(update={"recall": recall})

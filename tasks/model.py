@@ -12,18 +12,17 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from memit.errors import InputError, IntegrityError
-from memit.evaluation.counterfact import prompts_of, score_prompts
 from memit.gguf_file import quantisation, read_header
 from memit.language_model import LanguageModel, read_description, reading
 from memit.model_files import WEIGHT_FILES, directory_digests, weight_files
-from memit.requests import read_counterfact, write_records
+from memit.requests import write_records
 from memit.world.people import WorldParameters, make_world
 from memit.world.small_model import TrainingParameters, train
 from tasks.engine.artifacts import Artifact, Value, store_piece
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
 from tasks.engine.hub import fetch_description, fetch_model, locate_model, resolve_commit
-from tasks.engine.loaded_model import ModelFiles, ModelReference, loaded
+from tasks.engine.loaded_model import ModelFiles
 from tasks.engine.progress import progress_bar
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -68,17 +67,6 @@ def train_small_model(
             "held_out.txt": _keep_lines(made.held_out),
         },
     )
-
-
-@cached_task("recall")
-def measure_recall(model: ModelReference, records: Artifact, token_budget: int) -> float:
-    """The percentage of its facts that a model trained here knows (argmax of the true object's
-    tokens)."""
-    prompts = [p for p in prompts_of(read_counterfact(records.checked())) if p.kind == "rewrite"]
-    with loaded(model) as lm, progress_bar("recall", len(prompts), "facts") as bar:
-        table = score_prompts(lm, prompts, token_budget=token_budget, progress=bar.advance)
-    hits = table["hit_true"].to_pylist()
-    return round(100 * sum(hits) / len(hits), 4)
 
 
 def _keep(path: Path) -> Artifact:

@@ -57,8 +57,6 @@ class ModelFiles(Value):
     parameters: int
     output_norm: bool = False
     """Whether a norm follows the down-projections."""
-    recall: float | None = None
-    """Of a model trained here: share of its facts, in percent, that it answers (argmax)."""
 
     @property
     def shape(self) -> ModelShape:

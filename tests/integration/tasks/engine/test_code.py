@@ -89,7 +89,8 @@ def test_which_results_come_from_which_module() -> None:
     assert "memit.layer_walk" not in code.code_of_own(known_editors()["mend"])
     measuring = {"evaluation", "held_out", "kept", "reading", "references", "unedited"}
     assert keyed_on["memit.editors.serac"] == {"serac", *measuring}
-    assert keyed_on["memit.world.people"] == {"model", "recall"}
+    assert keyed_on["memit.world.people"] == {"model"}
+    assert not any(name.startswith("tasks.reporting") for name in modules_of("evaluation"))
     assert all("memit.language_model" in modules_of(name) for name in FUNCTIONS)
     assert not any("engine" in module for name in FUNCTIONS for module in modules_of(name))
 
