@@ -32,7 +32,6 @@ from memit.editors.memit_sequence import MemitSequence
 from memit.errors import NumericsError
 from memit.evaluation.counterfact import prompts_of, score_prompts, summarise
 from memit.evaluation.drift import Reading, drift, read_text
-from memit.evaluation.perplexity import perplexity
 from memit.facts.neighbors import without_edited_neighbors
 from memit.facts.records import Part, embedded_records, held_out_documents
 from memit.facts.subjects import default_share, subjects_to_keep
@@ -256,7 +255,7 @@ def retention(
         done = len(edits) * len(batches[0])
         found.append(study.scores(batches[0]))
         told(f"{editor.name}, first of {done}", found[-1])
-    ppl = perplexity(study.lm, held_out_documents(), token_budget=BUDGET)
+    ppl = read_text(study.lm, held_out_documents(), token_budget=BUDGET).perplexity
     everything = [record for batch in batches for record in batch]
     told(f"{editor.name}, all", study.scores(everything), f"PPL {ppl:.2f}")
     for edit in reversed(edits):

@@ -19,6 +19,7 @@ from flows.requests import records_source
 from flows.service.step import Run, chunks, steady_chunks, step
 from flows.statistics import corpus_inputs
 from memit.errors import NumericsError
+from memit.evaluation import DECIMALS, OWN
 from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
 from memit.evaluation.free_generation import free_record_means
 from memit.evaluation.generations import ANSWERS, SCHEMA
@@ -34,6 +35,7 @@ from tasks.evaluation import (
     KEPT_PER_PIECE,
     KEPT_TOGETHER,
     RECORDS_PER_PIECE,
+    ROUNDED_TOGETHER,
     Measure,
     OwnMetric,
     answer_kept,
@@ -49,8 +51,6 @@ from tasks.evaluation import (
     read_references,
     without_details,
 )
-from tasks.reporting.formats import OWN
-from tasks.reporting.labels import DECIMALS
 from tasks.statistics import collect_corpus
 
 EXAMPLES = 5
@@ -189,7 +189,8 @@ class Subject:
         prompts = dict.fromkeys(prompt for record in records for prompt in record.kept_prompts)
         pieces = steady_chunks(list(prompts), KEPT_PER_PIECE)
         before = self.run.map("kept prompts", answer_kept, pieces, **self._model)
-        asked = chunks(list(zip(pieces, before, strict=True)), KEPT_TOGETHER)
+        together = ROUNDED_TOGETHER if self._model["model"].is_rounded else KEPT_TOGETHER
+        asked = chunks(list(zip(pieces, before, strict=True)), together)
         found = self.run.map(
             "kept prompts",
             compare_kept,
@@ -287,7 +288,7 @@ def _write_answers(run: Run) -> None:
 
 def _write_tables(run: Run, before: Measured, after: Measured) -> None:
     prompts = before_and_after(before.prompts, after.prompts)
-    origins = {record.case_id: record.origin.given for record in run.records}
+    origins = {record.case_id: record.origin for record in run.records}
     facts = facts_table(before.prompts, after.prompts, after.kept.to_pylist(), origins)
     texts = before_and_after(before.texts, after.texts)
     run.write_table(results.PROMPTS_FILE, prompts)

@@ -14,6 +14,7 @@ import pyarrow
 
 from memit.editors.saved_edit import load_edit
 from memit.errors import InputError
+from memit.evaluation import DECIMALS, DETAILS
 from memit.evaluation.counterfact import (
     SCORE_OF,
     harmonic_mean,
@@ -38,7 +39,6 @@ from memit.evaluation.kept import (
     unedited_answers,
 )
 from memit.evaluation.own_metrics import Metric, own_metrics
-from memit.evaluation.perplexity import perplexity
 from memit.evaluation.reference import References, references_from_corpus
 from memit.evaluation.zsre import score_zsre, zsre_record_means
 from memit.language_model import LanguageModel
@@ -51,18 +51,17 @@ from tasks.engine.edited_model import with_edit
 from tasks.engine.loaded_model import ModelReference
 from tasks.engine.progress import advance, progress_bar
 from tasks.engine.tables import store_table
-from tasks.reporting.labels import DECIMALS
 from tasks.requests import Source, read_source
 from tasks.statistics import Corpus, read_texts
 
-DETAILS = ("_low", "_high", "_magnitude")
-"""What the keys of intervals and magnitudes end in."""
 RECORDS_PER_PIECE = 16
 """Records whose texts are generated in a piece: a text takes a hundred steps."""
 KEPT_PER_PIECE = 16
 """Prompts that the unedited model answers in a piece, at most: a fact more costs one of them."""
 KEPT_TOGETHER = 6
 """So many of these pieces are one for the edited model, all of whose answers are new anyway."""
+ROUNDED_TOGETHER = 24
+"""The same where weights are rounded: then each such piece loads both models from the disk."""
 
 
 @dataclass(frozen=True)
@@ -195,14 +194,14 @@ def measure_text(
     tokens from the unedited model, in nats, of which `reading` is what `read_held_out` has found;
     without it, the perplexity alone."""
     documents = read_texts(held_out.checked())
-    moving = load_edit(edit.checked()) if reading else None
     with (
-        with_edit(model, None if moving else edit) as lm,
+        with_edit(model, None if reading else edit) as lm,
         _token_bar("perplexity", lm, documents) as count,
     ):
-        if reading is None or moving is None:
-            return perplexity(lm, documents, token_budget=token_budget, progress=count), None
-        read = Reading.load(reading.checked())
+        if reading is None:
+            found = read_text(lm, documents, token_budget=token_budget, progress=count)
+            return found.perplexity, None
+        read, moving = Reading.load(reading.checked()), load_edit(edit.checked())
         return drift(lm, moving, documents, read, token_budget=token_budget, progress=count)
 
 

@@ -24,7 +24,7 @@ from memit.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Reading:
-    """What the unedited model makes of documents."""
+    """What a model makes of documents."""
 
     nll: Tensor
     """Sum of −log p over the predicted tokens of each document (float64, documents)."""
@@ -69,7 +69,7 @@ def read_text(
     token_budget: int,
     progress: Callable[[int], None] | None = None,
 ) -> Reading:
-    """Read documents with the unedited model.
+    """Read documents with a model as it is.
 
     Raises:
         InputError: no document has two tokens.
@@ -92,7 +92,7 @@ def drift(
     lm: LanguageModel,
     edit: Edit,
     documents: Sequence[str],
-    reading: Reading | None = None,
+    reading: Reading,
     *,
     token_budget: int,
     progress: Callable[[int], None] | None = None,
@@ -104,8 +104,7 @@ def drift(
     Raises:
         InputError: no document has two tokens.
     """
-    read = reading or read_text(lm, documents, token_budget=token_budget)
-    states = read.states.split(read.tokens.tolist())
+    states = reading.states.split(reading.tokens.tolist())
 
     def divergence(batch: Predictions) -> Tensor:
         unedited = torch.cat([states[document] for document in batch.documents])

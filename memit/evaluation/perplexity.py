@@ -1,8 +1,8 @@
-"""Perplexity on held-out text: how an edit affects the model as a language model."""
+"""What a model predicts of held-out text, summed up: the basis of perplexity and drift."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, exp
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -10,44 +10,10 @@ from torch import Tensor
 from memit.batches import run_in_batches
 from memit.errors import InputError
 from memit.evaluation.continuations import head_cost
-from memit.forward.passes import Padded, logits_at, pad
+from memit.forward.passes import Padded, pad
 from memit.language_model import LanguageModel
 from memit.placement import solving_device
 from memit.positions import open_ids
-
-
-def perplexity(
-    lm: LanguageModel,
-    documents: Sequence[str],
-    *,
-    token_budget: int,
-    progress: Callable[[int], None] | None = None,
-) -> float:
-    """exp of the mean over all predicted tokens of −log p; see `document_losses`.
-
-    Raises:
-        InputError: no document has two tokens.
-    """
-    nll, tokens = document_losses(lm, documents, token_budget=token_budget, progress=progress)
-    return exp(float(nll.sum() / tokens.sum()))
-
-
-@torch.no_grad()
-def document_losses(
-    lm: LanguageModel,
-    documents: Sequence[str],
-    *,
-    token_budget: int,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sum of −log p (float64, documents) and number of predicted tokens (documents); see
-    `document_sums`, also for what is raised."""
-
-    def losses(batch: Predictions) -> Tensor:
-        logits = logits_at(lm, batch.padded, batch.rows, batch.columns)
-        return token_losses(logits, batch.wanted)
-
-    return document_sums(lm, documents, losses, token_budget=token_budget, progress=progress)
 
 
 @dataclass(frozen=True)

@@ -459,7 +459,7 @@ def test_requests_are_sampled_checked_and_completed(
     assert any(answers)  # a random model has no answer to some
     assert "Rome" not in answers
     facts.write_text('{"subject": "Ada", "prompt": "lives in", "target": "Rome"}\n')
-    with pytest.raises(InputError, match="record 1"):
+    with pytest.raises(InputError, match="line 1"):
         choose_requests.uncached("facts", describe(facts), None, 0, reference)
 
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from memit.editing import ask
 from memit.errors import InputError
-from memit.evaluation.perplexity import document_losses
+from memit.evaluation.drift import read_text
 from memit.generation import generate_texts
 from memit.language_model import LanguageModel
 from memit.prefixes import sample_prefixes
@@ -173,7 +173,7 @@ def test_a_closing_token_is_not_continued(family: str):
         lambda lm: generate_texts(lm, PROMPTS, new_tokens=9, top_k=5, seed=0, token_budget=400),
         lambda lm: sample_prefixes(lm, 0),
         lambda lm: [(answer.text, answer.probability) for answer in ask(lm, PROMPTS[0])],
-        lambda lm: document_losses(lm, DOCUMENTS[:3], token_budget=400)[0].tolist(),
+        lambda lm: read_text(lm, DOCUMENTS[:3], token_budget=400).nll.tolist(),
         lambda lm: with_true_objects(lm, [MISSING], token_budget=400),
     ):
         assert ask_it(closing) == ask_it(lm)

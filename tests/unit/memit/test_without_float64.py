@@ -13,6 +13,7 @@ from memit.editors import rome
 from memit.editors.base import Resources
 from memit.editors.rome import Rome
 from memit.evaluation import perplexity
+from memit.evaluation.drift import read_text
 from memit.placement import solving_device
 from memit.second_moment import SecondMoment
 from memit.spread import spread
@@ -95,9 +96,9 @@ def test_an_edit(device: WithoutFloat64) -> None:
 
 def test_perplexity(device: WithoutFloat64) -> None:
     lm = build("gpt2")
-    expected = perplexity.perplexity(lm, DOCUMENTS, token_budget=2000)
+    expected = read_text(lm, DOCUMENTS, token_budget=2000).perplexity
     with device:
-        assert perplexity.perplexity(lm, DOCUMENTS, token_budget=2000) == expected
+        assert read_text(lm, DOCUMENTS, token_budget=2000).perplexity == expected
 
 
 def test_rome(device: WithoutFloat64) -> None:

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from memit.errors import InputError
-from memit.evaluation import continuations
-from memit.evaluation import perplexity as module
-from memit.evaluation.perplexity import document_losses, perplexity
+from memit.evaluation import continuations, drift
+from memit.evaluation.drift import read_text
 from memit.language_model import LanguageModel
 from tests.families import DOCUMENTS, families
 
@@ -37,35 +36,36 @@ DOCS = [*DOCUMENTS[:6], "Paul " * 300, "a", "P"]
 def test_agrees_with_one_forward_a_document(family: str, token_budget: int):
     lm = model(family)
     finished: list[int] = []
-    nll, tokens = document_losses(lm, DOCS, token_budget=token_budget, progress=finished.append)
+    found = read_text(lm, DOCS, token_budget=token_budget, progress=finished.append)
     expected = [literal(lm, document) for document in DOCS]
-    assert nll.tolist() == pytest.approx([loss for loss, _ in expected], rel=1e-5)
-    assert tokens.tolist() == [count for _, count in expected]
-    assert sum(finished) == tokens.sum()
-    assert perplexity(lm, DOCS, token_budget=token_budget) == pytest.approx(
+    assert found.nll.tolist() == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    assert found.tokens.tolist() == [count for _, count in expected]
+    assert sum(finished) == found.tokens.sum()
+    assert found.perplexity == pytest.approx(
         exp(sum(loss for loss, _ in expected) / sum(count for _, count in expected)), rel=1e-5
     )
 
 
 def test_a_large_vocabulary_makes_small_batches(monkeypatch: pytest.MonkeyPatch):
     lm = model("gpt2")
-    expected = perplexity(lm, DOCS, token_budget=4096)
+    expected = read_text(lm, DOCS, token_budget=4096).perplexity
     most = 200 * lm.model.config.vocab_size
     monkeypatch.setattr(continuations, "LOGITS_AT_ONCE", most)
     seen: list[int] = []
-    plain = module.logits_at
+    plain = drift.logits_of
 
     def watch(*args, **kwargs):
         logits = plain(*args, **kwargs)
         seen.append(logits.numel())
         return logits
 
-    monkeypatch.setattr(module, "logits_at", watch)
-    assert perplexity(lm, DOCS, token_budget=4096) == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(drift, "logits_of", watch)
+    found = read_text(lm, DOCS, token_budget=4096).perplexity
+    assert found == pytest.approx(expected, rel=1e-6)
     assert max(seen) <= most
     assert len(seen) > 2
 
 
 def test_text_without_two_tokens_has_none():
     with pytest.raises(InputError, match="held-out text"):
-        perplexity(model("gpt2"), ["", "a"], token_budget=100)
+        read_text(model("gpt2"), ["", "a"], token_budget=100)
