@@ -6,6 +6,7 @@ and `metrics.json`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,21 @@ class Setup:
             ).records
         return Sample(file, tuple(read_counterfact(file.checked())))
 
+    @cached_property
+    def available(self) -> int:
+        """How many records `draw` can give: all, or those that the model knows if only these are
+        edited."""
+        if self.questions is not None or not self.run.parameters.requests.only_known:
+            return self.split.count
+        return len(self.draw(None, 0).records)
+
+    def size(self, method: Method) -> int | None:
+        """How many records a comparison lets a method edit; None: all of them."""
+        section = self.run.parameters.compare
+        most = section.at_most.get(method.name)
+        limits = section.count or (most and self.available), most
+        return min(filter(None, limits), default=None)
+
     def most(self, method: Method) -> int:
         """How many of the records a method may edit."""
         return self.run.parameters.compare.at_most.get(method.name, self.split.count)
@@ -112,8 +128,7 @@ def compare(run: Run) -> None:
     section = run.parameters.compare
     tried: dict[str, Tried] = {}
     for method in setup.methods:
-        limits = filter(None, (section.count, section.at_most.get(method.name)))
-        sample = setup.draw(min(limits, default=None), section.seed)
+        sample = setup.draw(setup.size(method), section.seed)
         targets = shared_targets(run, method, sample.records)
         one = try_method(
             setup, method, sample, targets, section.generation_records, section.seed, thorough=True
@@ -349,7 +364,8 @@ def show_results(comparison: Comparison) -> None:
 
 def _compare(setup: Setup, tried: Mapping[str, Tried]) -> Comparison:
     parameters, model = setup.run.parameters, setup.run.model.model
-    references = references_of(parameters) if setup.questions is None else {}
+    has_texts = any(len(one.measured.texts) for one in tried.values())
+    references = references_of(parameters) if has_texts and setup.questions is None else {}
     edits = {name: len(one.sample.records) for name, one in tried.items()}
     data_set = parameters.requests.source if setup.questions is None else "zsre"
     return Comparison(

@@ -9,6 +9,7 @@ from pathlib import Path
 from flows.command.script import console
 from flows.compare import Sample, Setup, finish, prepare, shared_targets, try_method
 from flows.service.step import Run, step
+from memit.errors import InputError
 from memit.requests import Record
 from tasks.reporting.labels import label
 from tasks.reporting.scaling import (
@@ -39,20 +40,27 @@ def scaling(run: Run) -> None:
 
 
 def _draw(setup: Setup) -> list[tuple[int, Sample]]:
-    """Each sample with its seed, as far as the records go."""
-    section, available = setup.run.parameters.scaling, setup.split.count
+    """Each sample with its seed, as far as the records go.
+
+    Raises:
+        InputError: they are too few for any size.
+    """
+    section, available = setup.run.parameters.scaling, setup.available
     for count in section.counts:
         if count is not None and count > available:
             console.print(
                 f"[yellow]warning:[/] scaling.counts names {count} edits, and only {available} "
                 "records can be edited: this size is left out."
             )
-    if None in section.counts:
-        available = len(setup.draw(None, section.seed).records)
-    sizes = {count or available for count in section.counts}
+    sizes = {count or available for count in section.counts if (count or 0) <= available}
+    if not sizes:
+        raise InputError(
+            f"scaling.counts is {list(section.counts)}, but only {available} records can be "
+            "edited: add a smaller size."
+        )
     return [
         (seed, setup.draw(count, seed))
-        for count in sorted(size for size in sizes if size <= available)
+        for count in sorted(sizes)
         for seed in range(section.seed, section.seed + section.repeated(count, available))
     ]
 

@@ -1,11 +1,15 @@
 """The comparison of methods: which records are edited, with which settings, and their metrics."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from flows import scaling
+from flows.command.parameters import check_parameters
+from flows.compare import Setup
 from memit.editors.alphaedit import AlphaEdit
 from memit.editors.fine_tuning import FineTuning
 from memit.editors.memit import Memit
@@ -17,6 +21,7 @@ from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record
 from tasks.compare import make_methods
+from tasks.edit import Method
 from tasks.evaluation import metrics_of
 from tasks.requests import split_by_subject, without_prompts
 
@@ -89,6 +94,50 @@ def test_settings_override_published_ones():
 def test_unknown_methods_and_settings_are_refused_by_name(names, settings, key):
     with pytest.raises(InputError, match=key):
         _methods(names, settings)
+
+
+def _setup(count, counts=(1,), known=None):
+    """A comparison of 40 records, of which the model knows some if only these are edited."""
+    parameters = check_parameters(
+        {
+            "requests": {"source": "counterfact", "path": "x.json", "known": known is not None},
+            "compare": {"count": count, "at_most": {"rome": 16}},
+            "scaling": {"counts": counts, "least_records": 1},
+        }
+    )
+    setup = Setup(
+        SimpleNamespace(parameters=parameters), (), SimpleNamespace(count=40), {}, {}, None
+    )
+    drawn = [SimpleNamespace(records=RECORDS[:known])]
+    object.__setattr__(setup, "draw", lambda count, seed: count if count else drawn[0])
+    return setup
+
+
+@pytest.mark.parametrize(
+    ("count", "known", "rome", "memit"),
+    [(48, None, 16, 48), (12, None, 12, 12), (None, None, 16, None), (None, 9, 9, None)],
+)
+def test_a_method_edits_what_there_is_up_to_its_limit(count, known, rome, memit):
+    setup = _setup(count, known=known)
+    assert setup.size(Method("rome", Rome(5))) == rome
+    assert setup.size(Method("memit", Memit(HYPERPARAMETERS))) == memit
+
+
+@pytest.mark.parametrize(
+    ("counts", "known", "sizes", "left_out"),
+    [
+        ((1, 30, 41), None, [1, 30], 1),
+        ((1, 30, None), None, [1, 30, 40], 0),
+        ((1, 30, 41, None), 9, [1, 9], 2),
+        ((1, 30), 9, [1], 1),
+    ],
+)
+def test_sizes_that_the_records_do_not_reach_are_left_out(capsys, counts, known, sizes, left_out):
+    drawn = scaling._draw(_setup(None, counts, known))
+    assert drawn == [(0, size) for size in sizes]
+    assert capsys.readouterr().err.count("is left out") == left_out
+    with pytest.raises(InputError, match=r"scaling\.counts"):
+        scaling._draw(_setup(None, (41,), known))
 
 
 def _table(kinds: tuple[str, ...], records: list[Record]) -> pa.Table:
