@@ -22,7 +22,7 @@ from memit.language_model import DTYPES, LanguageModel, load_model
 from memit.model_shape import ModelShape
 from memit.rounding import round_to_int8
 from memit.weight_delta import WeightDelta, check_rounded
-from tasks.engine.artifacts import Artifact, Value, cache_directory, describe, fetch_stored
+from tasks.engine.artifacts import Artifact, Value, cache_directory, fetch_stored
 from tasks.engine.cost import unmetered
 from tasks.engine.store import shared_store
 
@@ -102,8 +102,9 @@ class ModelReference(Value):
 
     def share(self) -> None:
         """Put the model's files into the store, if there is one, for machines that lack them."""
-        for name in self.model.files:
-            describe(Path(self.directory) / name).share()
+        for name, digest in self.model.files.items():
+            path = Path(self.directory, name).absolute()
+            Artifact(path=str(path), sha256=digest, size=path.stat().st_size).share()
 
     @property
     def threads_of_a_piece(self) -> int:
