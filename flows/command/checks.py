@@ -50,15 +50,6 @@ CHECKED_DOCUMENTS = 10_000
 """Documents of a corpus that are read before the run; all of a large one would take too long."""
 
 
-def check_inputs(parameters: Parameters) -> None:
-    """Read the user's files, inspect the model, and compare costs with the machine.
-
-    Raises:
-        MemitError: the first thing that would stop the experiment later.
-    """
-    _check(parameters)
-
-
 def check_list(parameters: Parameters) -> None:
     """`check_inputs`, and that a list of facts was not truncated since the last run; batches of a
     history replace one another.
@@ -126,8 +117,14 @@ def _say_time(
         console.print(f"[bold]estimated:[/] {time}", soft_wrap=True)
 
 
-def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
-    """The records of the user's file, and the model without weights unless it is trained here."""
+def check_inputs(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
+    """Read the user's files, inspect the model, and compare costs with the machine.
+
+    Gives the records, and the model without weights unless it is trained here.
+
+    Raises:
+        MemitError: the first thing that would stop the experiment later.
+    """
     section = parameters.requests
     _check_surroundings()
     check_workers(workers_of(parameters))
@@ -152,6 +149,8 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
     _check_disk(parameters, described)
     _check_memory(parameters.model, described)
     lm = model_without_weights(described.id, described.revision, place)
+    if note := parameters.settings_note(lm.name, lm.shape):
+        console.print("[yellow]settings:[/]", Text(note), soft_wrap=True)
     _check_layers(parameters, lm, ())
     check_records(lm, chosen, written=parameters.evaluation.generation_records)
     edit_rows(lm, [record.request for record in chosen], ())
@@ -163,7 +162,7 @@ def _check_compared(parameters: Parameters) -> tuple[int, list[Method]]:
     methods."""
     section = parameters.compare
     questions = () if section.zsre is None else read_zsre(section.zsre)
-    records, lm = _check(parameters)
+    records, lm = check_inputs(parameters)
     if lm is None:
         methods = compared_methods(parameters, "synthetic", parameters.model.synthetic_shape)
     else:
@@ -256,10 +255,8 @@ def compared_methods(parameters: Parameters, model: str, shape: ModelShape) -> l
 
 def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[Method]) -> None:
     """Check that MEMIT and `methods` can edit their layers, and that published statistics exist,
-    or that the model can write texts; say which settings nobody has checked."""
+    or that the model can write texts."""
     section, hyperparameters = parameters.statistics, parameters.hyperparameters(lm.name, lm.shape)
-    if note := parameters.settings_note(lm.name, lm.shape):
-        console.print("[yellow]settings:[/]", Text(note), soft_wrap=True)
     layers = set(hyperparameters.layers)
     layers.update(*(method.editor.moment_layers for method in methods))
     others = {getattr(method.editor, "layer", min(layers)) for method in methods}

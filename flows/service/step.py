@@ -228,7 +228,7 @@ def step(
 
 
 def chain(
-    name: str, check: Callable[[Parameters], None]
+    name: str, check: Callable[[Parameters], object]
 ) -> Callable[[Callable[[Parameters], None]], Flow[[Parameters], None]]:
     """A flow of several steps, the only one at work in its directory.
 
