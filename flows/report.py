@@ -114,8 +114,9 @@ def show_results(seconds: float | None = None) -> None:
 
 
 def _command(name: str, prompt: str = "") -> str:
-    """How a command is typed in this shell: `memit` itself is there in an active environment."""
-    if shutil.which("memit"):
+    """How a command is typed in this shell: `memit` itself is there in an active environment, which
+    cannot be told from the PATH that make sets."""
+    if shutil.which("memit") and "MAKELEVEL" not in os.environ:
         return f"memit {name} {shlex.quote(prompt)}" if prompt else f"memit {name}"
     in_make = shlex.quote(prompt.replace("$", "$$"))
     return f"make {name} PROMPT={in_make}" if prompt else f"make {name}"

@@ -159,7 +159,7 @@ def tune() -> None:
     Tries layers, λ and the effort for targets, for as long as `tune.minutes` says, and leaves a
     preset and the trials in tuning/. A search that was stopped goes on.
     """
-    given_parameters()
+    ready_parameters()
     from flows.command.checks import check_inputs
     from flows.experiment import tuning
 
@@ -202,14 +202,15 @@ def ask(
     lines = [*prompts, *(read_text(file, "the prompts").splitlines() if file else ())]
     if not all(prompt.strip() for prompt in prompts) or (file and not lines):
         raise InputError("a prompt is empty: write the beginning of a sentence.")
-    path = _delta_file(delta)
+    # An exported model needs no edit beside it.
+    path = _delta_file(delta) if delta or not model or DELTA_FILE.is_file() else None
     from flows.command.answers import Questions, fitting_delta
     from memit.requests import read_counterfact
 
     lm, facts = _open_model(model), []
     if delta is None and REQUESTS_FILE.is_file():
         facts = [record.request for record in read_counterfact(REQUESTS_FILE)]
-    fitting = fitting_delta(lm, path, is_given=delta is not None)
+    fitting = path and fitting_delta(lm, path, is_given=delta is not None)
     asked = Questions(lm, fitting, facts, top, tokens, chat)
     for given in [lines] if lines else _typed():
         for table in asked.tables([line for line in given if line.strip()]):
