@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.reporting.labels import OWN
+
 ABSENT = "–"
 """The cell of a metric that was not measured."""
 ROWS = (
@@ -29,8 +31,6 @@ ROWS = (
 """The metrics of the report and of MLflow: each one's key, its name in tables, its meaning."""
 IN_NATS = ("drift", "kept_divergence")
 """Metrics of small numbers."""
-OWN = "own_"
-"""What the key of a metric from the user's own file begins with."""
 STRICT = "_accuracy"
 """What the key of a metric ends in where the model must say the object, not only prefer it."""
 STRICT_LEGEND = (

@@ -1,10 +1,12 @@
-"""Names of methods and precision of numbers in tables and figures."""
+"""Names of methods and of metrics, and precision of numbers, in tables and figures."""
 
 from collections.abc import Mapping
 from typing import Any
 
 DECIMALS = 6
 """Digits after the point in `metrics.json`."""
+OWN = "own_"
+"""What the key of a metric from the user's own file begins with."""
 
 LABELS = {
     "unedited": "unedited",

@@ -22,7 +22,7 @@ from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record
 from tasks.compare import make_methods
 from tasks.edit import Method
-from tasks.evaluation import metrics_of
+from tasks.evaluation import Measured
 from tasks.requests import split_by_subject, without_prompts
 
 HYPERPARAMETERS = Hyperparameters((1, 2), 5.0)
@@ -151,13 +151,17 @@ def _table(kinds: tuple[str, ...], records: list[Record]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-KEPT = KEPT_SCHEMA.empty_table()
 TEXTS = pa.table({"case_id": [1, 0], "prompt": ["a", "b"], "text": ["a red fox d", "a a a a"]})
+
+
+def _metrics(prompts, texts, records, references=None):
+    measured = Measured(prompts, texts, KEPT_SCHEMA.empty_table(), TEXTS[:0], None, None, {})
+    return measured.metrics(records, references or {})
 
 
 def test_metrics_have_intervals_and_are_absent_where_the_records_lack_them():
     records = RECORDS[:4]
-    metrics = metrics_of(_table(("rewrite", "paraphrase"), records), TEXTS[:0], KEPT, records, {})
+    metrics = _metrics(_table(("rewrite", "paraphrase"), records), TEXTS[:0], records)
     assert metrics["efficacy"] == 50.0
     assert metrics["efficacy_low"] < 50.0 < metrics["efficacy_high"]
     missing = {"score", "neighborhood", "neighborhood_plus", "entropy", "reference"}
@@ -168,11 +172,11 @@ def test_texts_are_measured_for_the_records_that_have_them():
     records = RECORDS[:4]
     references = {("P1", "Rome"): ["red fox", "in town"], ("P1", "Oslo"): ["blue ox"]}
     table = _table(("rewrite",), records)
-    metrics = metrics_of(table, TEXTS, KEPT, records, references)
+    metrics = _metrics(table, TEXTS, records, references)
     a, b = (-sum(p * np.log2(p) for p in np.full(n, 1 / n)) for n in (3, 2))
     assert metrics["entropy"] == pytest.approx(100 * (2 / 3 * a + 4 / 3 * b) / 2 / 2, abs=1e-3)
     assert 0 < metrics["reference"] < 100
-    assert "reference" not in metrics_of(table, TEXTS, KEPT, records, {})
+    assert "reference" not in _metrics(table, TEXTS, records)
 
 
 def test_zsre_has_its_own_metrics_under_the_same_names():
@@ -184,7 +188,7 @@ def test_zsre_has_its_own_metrics_under_the_same_names():
         for kind in kinds
     ]
     answers = pa.Table.from_pylist(rows, schema=zsre.SCHEMA)
-    metrics = metrics_of(answers, TEXTS[:0], KEPT, RECORDS[:3], {})
+    metrics = _metrics(answers, TEXTS[:0], RECORDS[:3])
     assert metrics["score"] == pytest.approx(harmonic_mean([100.0, 50.0, 50.0]))
     assert [metrics[name] for name in ("efficacy", "paraphrase", "neighborhood")] == [100, 50, 50]
     assert metrics["neighborhood_low"] == metrics["neighborhood_high"] == 50.0
