@@ -7,7 +7,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from flows.command.script import given_parameters, ready_parameters, run_flow, slow_imports
+from flows.command.script import (
+    given_parameters,
+    ready_parameters,
+    reporting,
+    run_flow,
+    slow_imports,
+)
 
 CHECKS = {
     "experiment": "check_list",
@@ -32,4 +38,4 @@ if __name__ == "__main__":
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
     if len(sys.argv) != 2 or sys.argv[1] not in names:
         sys.exit(f"usage: python -m flows FLOW, where FLOW is one of {', '.join(names)}")
-    main(sys.argv[1])
+    reporting(lambda: main(sys.argv[1]))

@@ -43,6 +43,7 @@ app = App(
     help_format="markdown",
     version=lambda: version("memit"),
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # `reporting` says how to go on
 )
 
 
@@ -95,7 +96,7 @@ def repro(
     status = reproduce_here(arguments)
     if status == 0 and not arguments:  # else other stages may have been asked for
         show_results()
-        reporting(lambda: check_limits(parameters.limits))
+        check_limits(parameters.limits)
     sys.exit(status)
 
 
