@@ -15,7 +15,7 @@ from prefect.artifacts import create_table_artifact
 from rich.box import SIMPLE
 from rich.table import Table
 
-from flows.command.checks import compared_methods
+from flows.command.checks import check_comparison, compared_methods
 from flows.command.script import console, output
 from flows.evaluation import Measured, held_out_text, measure, references_of
 from flows.report import log
@@ -121,7 +121,7 @@ class SharedTargets:
         return select_targets(self.pieces, rows), self.seconds * len(rows) / len(self.rows)
 
 
-@step("compare", reads=("model", "prefixes", "statistics"))
+@step("compare", reads=("model", "prefixes", "statistics"), check=check_comparison)
 def compare(run: Run) -> None:
     """Edit with each method, measure it, and put all of them into one table."""
     setup = prepare(run, COMPARISON)

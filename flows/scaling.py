@@ -6,6 +6,7 @@ Results: `scaling/` with the table (Markdown and CSV), the figure, and `metrics.
 from collections.abc import Iterator
 from pathlib import Path
 
+from flows.command.checks import check_scaling
 from flows.command.script import console
 from flows.compare import Sample, Setup, finish, prepare, shared_targets, try_method
 from flows.service.step import Run, step
@@ -26,7 +27,7 @@ from tasks.reporting.scaling import (
 SCALING = Path("scaling")
 
 
-@step("scaling", reads=("model", "prefixes", "statistics"))
+@step("scaling", reads=("model", "prefixes", "statistics"), check=check_scaling)
 def scaling(run: Run) -> None:
     """Edit samples of every size with each method, measure it, and draw the curves."""
     setup = prepare(run, SCALING)

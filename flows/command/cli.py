@@ -61,10 +61,10 @@ def run(*, yes: bool = False) -> None:
     """
     ready_parameters()
     with slow_imports():
-        from flows.command.checks import check_inputs, check_list
+        from flows.command.checks import check_inputs
         from flows.experiment import experiment
 
-    run_flow(experiment, check_inputs if yes else check_list)
+    run_flow(experiment, check_inputs if yes else None)
 
 
 @app.command
@@ -104,18 +104,18 @@ def repro(
 def compare() -> None:
     """Edit the same records with every method of `compare.methods`: the table in comparison/."""
     ready_parameters()
-    from flows.experiment import check_comparison, comparison
+    from flows.experiment import comparison
 
-    run_flow(comparison, check_comparison)
+    run_flow(comparison)
 
 
 @app.command
 def scale() -> None:
     """Edit more and more records with every method of `compare.methods`: curves in scaling/."""
     ready_parameters()
-    from flows.experiment import check_scaling, scaling_run
+    from flows.experiment import scaling_run
 
-    run_flow(scaling_run, check_scaling)
+    run_flow(scaling_run)
 
 
 @app.command
@@ -161,10 +161,9 @@ def tune() -> None:
     preset and the trials in tuning/. A search that was stopped goes on.
     """
     ready_parameters()
-    from flows.command.checks import check_inputs
     from flows.experiment import tuning
 
-    run_flow(tuning, check_inputs)
+    run_flow(tuning)
 
 
 @app.command

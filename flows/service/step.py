@@ -34,6 +34,10 @@ from tasks.engine.signals import resend_swallowed
 from tasks.engine.workers import mapping_over, scatter, thread_runner
 
 Item = TypeVar("Item")
+Check = Callable[[Parameters], object]
+
+CHECKS: dict[str, Check] = {}
+"""What is checked before a command starts a flow, by the flow's name."""
 
 STEADY_PIECES = 8
 """Pieces into which few items are cut, in the mean."""
@@ -205,12 +209,15 @@ class Run:
 
 
 def step(
-    name: str, *, reads: Sequence[str] = ()
+    name: str, *, reads: Sequence[str] = (), check: Check | None = None
 ) -> Callable[[Callable[[Run], None]], Flow[[Parameters], None]]:
     """A flow that checks what it reads, does a step's work, and records what that left.
 
-    A step that leaves no files to others (`report`) records nothing.
+    A step that leaves no files to others (`report`) records nothing. The `check` is made before it
+    is run by itself; others only check the results that they read.
     """
+    if check is not None:
+        CHECKS[name] = check
 
     def decorate(work: Callable[[Run], None]) -> Flow[[Parameters], None]:
         # Not typed: a step is never deployed, and Prefect would build its form in every process.
@@ -228,12 +235,13 @@ def step(
 
 
 def chain(
-    name: str, check: Callable[[Parameters], object]
+    name: str, check: Check
 ) -> Callable[[Callable[[Parameters], None]], Flow[[Parameters], None]]:
     """A flow of several steps, the only one at work in its directory.
 
     A deployment hands over plain values, which are checked here; a command has checked its own.
     """
+    CHECKS[name] = check
 
     def decorate(work: Callable[[Parameters], None]) -> Flow[[Parameters], None]:
         def body(parameters: Parameters) -> None:
