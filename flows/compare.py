@@ -28,9 +28,9 @@ from memit.evaluation.counterfact import plus_prompts_of, prompts_of
 from memit.evaluation.entropy import word_tokenizer
 from memit.evaluation.reference import References
 from memit.evaluation.zsre import ZsreRecord, read_zsre
-from memit.requests import Record, read_counterfact
+from memit.requests import EditRequest, Record, read_counterfact
 from tasks.edit import Method, MethodEdit, edit_with
-from tasks.engine.artifacts import Artifact, describe
+from tasks.engine.artifacts import Artifact, describe, store_piece
 from tasks.engine.checkpoints import forget_work
 from tasks.engine.cost import total_cost
 from tasks.engine.results import STATISTICS
@@ -43,7 +43,7 @@ from tasks.reporting.tracking import ParentRun
 from tasks.requests import Split, choose_requests, sample_questions
 from tasks.serac import pinned, train_serac_models
 from tasks.statistics import collect_corpus
-from tasks.targets import select_targets
+from tasks.targets import StoredTargets
 
 COMPARISON = Path("comparison")
 
@@ -110,15 +110,17 @@ class Setup:
 class SharedTargets:
     """Targets of many records, from which each sample takes its own."""
 
-    rows: Mapping[int, int]
-    """The row of each case."""
+    plan: Sequence[Sequence[EditRequest]]
     pieces: Sequence[Artifact]
+    """The targets of each part of the plan."""
     seconds: float
 
     def of(self, sample: Sample) -> tuple[Artifact, float]:
         """The targets of a sample, and its share of the seconds."""
-        rows = [self.rows[record.case_id] for record in sample.records]
-        return select_targets(self.pieces, rows), self.seconds * len(rows) / len(self.rows)
+        stored = StoredTargets("", {}, None).with_pieces(self.plan, self.pieces)
+        chosen = stored.of([record.request for record in sample.records])
+        share = len(sample.records) / sum(map(len, self.plan))
+        return store_piece("targets", ".safetensors", chosen.save), self.seconds * share
 
 
 @step("compare", reads=("model", "prefixes", "statistics"), check=check_comparison)
@@ -238,10 +240,9 @@ def shared_targets(run: Run, method: Method, records: Sequence[Record]) -> Share
     if hyperparameters is None:
         return None
     requests, known = [record.request for record in records], len(run.costs)
-    size = run.parameters.targets.requests_per_piece
-    pieces = optimise(run, chunks(requests, size), hyperparameters)
-    rows = {record.case_id: row for row, record in enumerate(records)}
-    return SharedTargets(rows, pieces, total_cost(run.costs[known:]).seconds)
+    plan = chunks(requests, run.parameters.targets.requests_per_piece)
+    pieces = optimise(run, plan, hyperparameters)
+    return SharedTargets(plan, pieces, total_cost(run.costs[known:]).seconds)
 
 
 def edit_sample(
