@@ -15,7 +15,6 @@ from flows.command.comparison_time import comparison_time
 from flows.command.costs import delta_bytes, moment_bytes, solve_bytes
 from flows.command.parameters import ModelSection, Parameters, StatisticsSection
 from flows.command.script import console
-from flows.service.workers import workers_of
 from memit.corpus import read_documents
 from memit.editors.__init__ import known_editors
 from memit.editors.joint import editor_for
@@ -127,7 +126,7 @@ def check_inputs(parameters: Parameters) -> tuple[list[Record], LanguageModel | 
     """
     section = parameters.requests
     _check_surroundings()
-    check_workers(workers_of(parameters))
+    check_workers(parameters.runner.kind)
     _check_device(parameters.model.device)
     records: list[Record] = []
     if section.source == "embedded":
