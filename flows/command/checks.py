@@ -26,7 +26,7 @@ from memit.evaluation.reference import read_snippets
 from memit.evaluation.zsre import as_records, read_zsre
 from memit.facts.records import embedded_records
 from memit.files.reading import check_file
-from memit.language_model import LanguageModel
+from memit.language_model import DTYPES, LanguageModel
 from memit.model_shape import ModelShape
 from memit.requests import Record, drop_conflicts
 from memit.room import check_records
@@ -37,7 +37,7 @@ from tasks.compare import make_methods
 from tasks.edit import Method
 from tasks.engine.artifacts import project_root
 from tasks.engine.hub import resolve_commit
-from tasks.engine.loaded_model import BYTES, ModelFiles
+from tasks.engine.loaded_model import ModelFiles
 from tasks.engine.results import is_model_here
 from tasks.engine.workers import check_workers
 from tasks.model import find_model, model_without_weights
@@ -291,7 +291,7 @@ def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
 def _check_memory(section: ModelSection, model: ModelFiles) -> None:
     """Compare the weights and one layer's equations with the memory of the device."""
     is_sharded = section.device == "sharded"  # then weights that do not fit stay on the disk
-    weights = 0 if is_sharded else model.parameters * BYTES[section.dtype]
+    weights = 0 if is_sharded else model.parameters * DTYPES[section.dtype].itemsize
     solve = solve_bytes(model.shape)
     available = psutil.virtual_memory().available
     if section.device not in ("cpu", "mps") and torch.cuda.is_available():

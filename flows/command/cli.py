@@ -11,6 +11,7 @@ from cyclopts.types import ExistingFile, ExistingPath
 from cyclopts.validators import Number
 
 from flows.command.facts_file import check_requests
+from flows.command.parameters import Precision
 from flows.command.script import (
     console,
     given_parameters,
@@ -29,7 +30,6 @@ Model = Annotated[
     ExistingPath | None,
     Parameter(help="A model directory or GGUF file; by default the model of params.yaml."),
 ]
-Precision = Literal["float32", "bfloat16", "float16"]
 Kind = Literal["merged", "lora", "delta"]
 Force = Annotated[bool, Parameter(help="Also take an edit beyond the limits of params.yaml.")]
 

@@ -473,7 +473,7 @@ class Parameters(Section):
             for name in needed if section.source == source else ():
                 if getattr(section, name) is None:
                     yield f"{key}.source is {source!r}, which needs {key}.{name}: set it as well."
-        has_file = requests.source in ("counterfact", "facts")
+        has_file = requests.source in FILE_SOURCES["requests"]
         if has_file and (requests.path is None) == (requests.url is None):
             yield f"requests.source is {requests.source!r}: set one of requests.path, requests.url."
         if requests.url is not None and requests.sha256 is None:

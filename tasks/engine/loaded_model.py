@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from memit.batches import auto_token_budget
 from memit.errors import IntegrityError, ResourceError
-from memit.files.digests import file_sha256
+from memit.files.digests import content_digest, file_sha256
 from memit.language_model import DTYPES, LanguageModel, load_model
 from memit.model_shape import ModelShape
 from memit.rounding import round_to_int8
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from memit.editors.base import Edit
 
 
-BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
-"""Size of a number."""
 INT8 = "int8"
 """Weights in eight bits, computed with in the model's dtype."""
 
@@ -74,7 +70,7 @@ class ModelFiles(Value):
     @property
     def digest(self) -> str:
         """SHA-256 over the names and contents of all files."""
-        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+        return content_digest(self.files)
 
 
 class ModelReference(Value):
@@ -244,7 +240,7 @@ def token_budget(
     """
     if isinstance(setting, int):
         return setting
-    shape, size = reference.model.shape, BYTES[reference.dtype]
+    shape, size = reference.model.shape, DTYPES[reference.dtype].itemsize
     return auto_token_budget(shape, size, reference.device, trained_blocks=trained_blocks)
 
 

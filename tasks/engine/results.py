@@ -5,7 +5,6 @@ of the results that it read, and its cost. A later step checks the digests befor
 so that a damaged file or one of another experiment is refused by name.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from memit.errors import IntegrityError
-from memit.files.digests import file_sha256
+from memit.files.digests import content_digest, file_sha256
 from tasks.engine.artifacts import (
     Artifact,
     Value,
@@ -86,8 +85,7 @@ class Manifest(Value):
 
         So a step is up to date for `upstream` whenever it is for DVC.
         """
-        canonical = json.dumps([self.step, self.files], sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return content_digest([self.step, self.files])
 
     def file(self, path: Path) -> Artifact:
         """One of the results, as the input of a task.
