@@ -42,7 +42,7 @@ PARAMS ?=
 export MEMIT_PARAMS := $(PARAMS)
 
 run: $(STAMP) ## the experiment that params.yaml describes (PARAMS=params/...: another file)
-	@$(BIN)/python -m flows experiment
+	@$(BIN)/python -m flows.command.cli run
 
 export PROMPT ?= The capital of France is
 ask: $(STAMP) ## PROMPT="...": how the model goes on before and after the edit

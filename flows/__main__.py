@@ -7,29 +7,19 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from flows.command.script import given_parameters, ready_parameters, run_flow, slow_imports
-
-CHECKS = {
-    "experiment": "check_list",
-    "compare": "check_comparison",
-    "scaling": "check_scaling",
-}
-"""What is checked before a flow starts, in `flows.command.checks`; the other steps check the
-results that they read."""
+from flows.command.script import given_parameters, reporting, run_flow, slow_imports
 
 
 def main(name: str) -> None:
     """Run a flow."""
-    check = CHECKS.get(name)
-    ready_parameters() if check else given_parameters()
+    given_parameters()
     with slow_imports():
         flow = getattr(import_module(f"flows.{name}"), name)
-        checks = import_module("flows.command.checks") if check else None
-    run_flow(flow, getattr(checks, check) if check else None)
+    run_flow(flow)
 
 
 if __name__ == "__main__":
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
     if len(sys.argv) != 2 or sys.argv[1] not in names:
         sys.exit(f"usage: python -m flows FLOW, where FLOW is one of {', '.join(names)}")
-    main(sys.argv[1])
+    reporting(lambda: main(sys.argv[1]))

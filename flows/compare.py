@@ -6,6 +6,7 @@ and `metrics.json`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from prefect.artifacts import create_table_artifact
 from rich.box import SIMPLE
 from rich.table import Table
 
-from flows.command.checks import compared_methods
+from flows.command.checks import check_comparison, compared_methods
 from flows.command.script import console, output
 from flows.evaluation import Measured, held_out_text, measure, references_of
 from flows.report import log
@@ -27,9 +28,9 @@ from memit.evaluation.counterfact import plus_prompts_of, prompts_of
 from memit.evaluation.entropy import word_tokenizer
 from memit.evaluation.reference import References
 from memit.evaluation.zsre import ZsreRecord, read_zsre
-from memit.requests import Record, read_counterfact
+from memit.requests import EditRequest, Record, read_counterfact
 from tasks.edit import Method, MethodEdit, edit_with
-from tasks.engine.artifacts import Artifact, describe
+from tasks.engine.artifacts import Artifact, describe, store_piece
 from tasks.engine.checkpoints import forget_work
 from tasks.engine.cost import total_cost
 from tasks.engine.results import STATISTICS
@@ -42,7 +43,7 @@ from tasks.reporting.tracking import ParentRun
 from tasks.requests import Split, choose_requests, sample_questions
 from tasks.serac import pinned, train_serac_models
 from tasks.statistics import collect_corpus
-from tasks.targets import select_targets
+from tasks.targets import StoredTargets
 
 COMPARISON = Path("comparison")
 
@@ -90,6 +91,21 @@ class Setup:
             ).records
         return Sample(file, tuple(read_counterfact(file.checked())))
 
+    @cached_property
+    def available(self) -> int:
+        """How many records `draw` can give: all, or those that the model knows if only these are
+        edited."""
+        if not self.only_known:
+            return self.split.count
+        return len(self.draw(None, 0).records)
+
+    def size(self, method: Method) -> int | None:
+        """How many records a comparison lets a method edit; None: all of them."""
+        section = self.run.parameters.compare
+        most = section.at_most.get(method.name)
+        limits = section.count or (most and self.available), most
+        return min(filter(None, limits), default=None)
+
     def most(self, method: Method) -> int:
         """How many of the records a method may edit."""
         return self.run.parameters.compare.at_most.get(method.name, self.split.count)
@@ -99,26 +115,27 @@ class Setup:
 class SharedTargets:
     """Targets of many records, from which each sample takes its own."""
 
-    rows: Mapping[int, int]
-    """The row of each case."""
+    plan: Sequence[Sequence[EditRequest]]
     pieces: Sequence[Artifact]
+    """The targets of each part of the plan."""
     seconds: float
 
     def of(self, sample: Sample) -> tuple[Artifact, float]:
         """The targets of a sample, and its share of the seconds."""
-        rows = [self.rows[record.case_id] for record in sample.records]
-        return select_targets(self.pieces, rows), self.seconds * len(rows) / len(self.rows)
+        stored = StoredTargets("", {}, None).with_pieces(self.plan, self.pieces)
+        chosen = stored.of([record.request for record in sample.records])
+        share = len(sample.records) / sum(map(len, self.plan))
+        return store_piece("targets", ".safetensors", chosen.save), self.seconds * share
 
 
-@step("compare", reads=("model", "prefixes", "statistics"))
+@step("compare", reads=("model", "prefixes", "statistics"), check=check_comparison)
 def compare(run: Run) -> None:
     """Edit with each method, measure it, and put all of them into one table."""
     setup = prepare(run, COMPARISON)
     section = run.parameters.compare
     tried: dict[str, Tried] = {}
     for method in setup.methods:
-        limits = filter(None, (section.count, section.at_most.get(method.name)))
-        sample = setup.draw(min(limits, default=None), section.seed)
+        sample = setup.draw(setup.size(method), section.seed)
         targets = shared_targets(run, method, sample.records)
         one = try_method(
             setup, method, sample, targets, section.generation_records, section.seed, thorough=True
@@ -228,10 +245,9 @@ def shared_targets(run: Run, method: Method, records: Sequence[Record]) -> Share
     if hyperparameters is None:
         return None
     requests, known = [record.request for record in records], len(run.costs)
-    size = run.parameters.targets.requests_per_piece
-    pieces = optimise(run, chunks(requests, size), hyperparameters)
-    rows = {record.case_id: row for row, record in enumerate(records)}
-    return SharedTargets(rows, pieces, total_cost(run.costs[known:]).seconds)
+    plan = chunks(requests, run.parameters.targets.requests_per_piece)
+    pieces = optimise(run, plan, hyperparameters)
+    return SharedTargets(plan, pieces, total_cost(run.costs[known:]).seconds)
 
 
 def edit_sample(
@@ -354,7 +370,8 @@ def show_results(comparison: Comparison) -> None:
 
 def _compare(setup: Setup, tried: Mapping[str, Tried]) -> Comparison:
     parameters, model = setup.run.parameters, setup.run.model.model
-    references = references_of(parameters) if setup.questions is None else {}
+    has_texts = any(len(one.measured.texts) for one in tried.values())
+    references = references_of(parameters) if has_texts and setup.questions is None else {}
     edits = {name: len(one.sample.records) for name, one in tried.items()}
     data_set = parameters.requests.source if setup.questions is None else "zsre"
     results = published(data_set, model.id, max(edits.values()))

@@ -6,22 +6,17 @@ Results: `evaluation/prompts.parquet`, `evaluation/generations.parquet`, `evalua
 """
 
 import json
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow
 
 from flows.command.parameters import Parameters
 from flows.requests import records_source
 from flows.service.step import Run, chunks, steady_chunks, step
 from flows.statistics import corpus_inputs
-from memit.errors import NumericsError
-from memit.evaluation import DECIMALS, OWN
 from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
-from memit.evaluation.free_generation import free_record_means
 from memit.evaluation.generations import ANSWERS, SCHEMA
 from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.evaluation.kept import kept_by_record
@@ -37,6 +32,7 @@ from tasks.evaluation import (
     RECORDS_PER_PIECE,
     ROUNDED_TOGETHER,
     Measure,
+    Measured,
     OwnMetric,
     answer_kept,
     collect_references,
@@ -46,7 +42,6 @@ from tasks.evaluation import (
     having_prompts,
     measure_piece,
     measure_text,
-    metrics_of,
     read_held_out,
     read_references,
     without_details,
@@ -61,49 +56,6 @@ COUNTS: dict[str, Callable[[Sequence[Record]], int]] = {
     "texts": lambda records: sum(len(record.generation_prompts) for record in records),
 }
 """What the progress bar counts, other than items."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of a model, edited or not; every metric follows from it."""
-
-    prompts: pyarrow.Table
-    """Scored prompts, or answers to zsRE's questions."""
-    texts: pyarrow.Table
-    """Generated texts; no rows where no record has generation prompts."""
-    kept: pyarrow.Table
-    """Prompts whose answers must stay; no rows where no record has any."""
-    said: pyarrow.Table
-    """Free answers of the unedited model and of this one; no rows if they were not asked for."""
-    perplexity: float | None
-    """None where there is no held-out text."""
-    drift: float | None
-    """KL from the unedited model; None where there is no held-out text."""
-    own: Mapping[str, pyarrow.Table]
-    """Metrics of the user's own file: cases and values."""
-
-    def metrics(
-        self, records: Sequence[Record], references: References, failed: Collection[int] = ()
-    ) -> dict[str, float]:
-        """All metrics; generated texts are compared with the references. `failed` are the cases
-        whose edits could not be written."""
-        cases = sorted(record.case_id for record in records)
-        more = free_record_means(self.said, records) if self.said else {}
-        for name, table in self.own.items():
-            found = dict(zip(table["case_id"].to_pylist(), table["value"].to_numpy(), strict=True))
-            values = np.array([found[case] for case in cases])
-            if not np.isnan(values).all():
-                more[OWN + name] = values
-        tables = self.prompts, self.texts, self.kept
-        metrics = metrics_of(*tables, records, references, failed, more)
-        of_text = {"perplexity": self.perplexity, "drift": self.drift}
-        known = {name: value for name, value in of_text.items() if value is not None}
-        if not all(map(math.isfinite, known.values())):
-            raise NumericsError(
-                "the perplexity is not a finite number: use another model.dtype or "
-                "evaluation.dtype, or a smaller edit."
-            )
-        return metrics | {name: round(value, DECIMALS) for name, value in known.items()}
 
 
 @step("evaluation", reads=("model", "requests", "statistics", "edit"))

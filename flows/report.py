@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import shutil
+from collections.abc import Mapping, Sequence
 
 from prefect.artifacts import create_link_artifact
 from rich.box import SIMPLE
@@ -97,38 +98,39 @@ def show_results(seconds: float | None = None) -> None:
     output.print()
     output.print(table)
     output.print(STRICT_LEGEND, style="dim")
-    output.print(answers_table())
+    with open(ANSWERS_FILE, encoding="utf-8", newline="") as file:
+        answers = list(csv.DictReader(file))
+    output.print(answers_table(answers))
     output.print()
     for sentence in verdict(read_facts(), edit, metrics):
         style = "bold red" if sentence.startswith(DAMAGE) else ""
         output.print(Text(f"• {one_line(sentence)}", style=style))
-    with open(ANSWERS_FILE, encoding="utf-8", newline="") as file:
-        prompt = next(csv.DictReader(file))["prompt"]
     console.print("\nWhere to look next:")
     for meaning, command in (
         ("what became of each fact", f"{PAGE_FILE} in a browser"),
         ("all experiments", _command("ui")),
-        ("how both models go on", _command("ask", prompt)),
+        ("how both models go on", _command("ask", answers[0]["prompt"])),
     ):
         console.print(Text.assemble(f"  {meaning:<25}", (command, "bold")), soft_wrap=True)
 
 
 def _command(name: str, prompt: str = "") -> str:
-    """How a command is typed in this shell: `memit` itself is there in an active environment."""
-    if shutil.which("memit"):
+    """How a command is typed in this shell: `memit` itself is there in an active environment, which
+    cannot be told from the PATH that make sets."""
+    if shutil.which("memit") and "MAKELEVEL" not in os.environ:
         return f"memit {name} {shlex.quote(prompt)}" if prompt else f"memit {name}"
     in_make = shlex.quote(prompt.replace("$", "$$"))
     return f"make {name} PROMPT={in_make}" if prompt else f"make {name}"
 
 
-def answers_table() -> Table:
-    """What both models say to prompts of some facts."""
+def answers_table(answers: Sequence[Mapping[str, str]]) -> Table:
+    """What both models say to prompts of some facts, out of `answers.csv`."""
     table = Table(title="What the model says", title_justify="left")
     for name in ("", "prompt", "before", "after"):
         table.add_column(name, overflow="fold")
-    for row in csv.DictReader(ANSWERS_FILE.read_text(encoding="utf-8").splitlines(True)):
+    for row in answers:
         if row["kind"] == "rewrite" and table.row_count:
             table.add_section()
-        answers = (row[f"answer_{state}"].strip() for state in ("before", "after"))
-        table.add_row(KINDS[row["kind"]], *map(Text, map(one_line, (row["prompt"], *answers))))
+        said = (row[f"answer_{state}"].strip() for state in ("before", "after"))
+        table.add_row(KINDS[row["kind"]], *map(Text, map(one_line, (row["prompt"], *said))))
     return table

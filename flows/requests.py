@@ -76,9 +76,10 @@ def records_to_keep(parameters: Parameters, *, tuning: bool) -> Artifact:
     if tuning and given is None:
         return keep_records(subjects_to_keep((), "reported"))
     if tuning or section.source != "embedded":
-        source, file = records_source(parameters)
         if tuning:
             source, file = "counterfact", describe(locate_records(given, None, None))
+        else:
+            source, file = records_source(parameters)
         edited = [record.request.subject for record in read_source(source, file.checked())[0]]
         return keep_records(subjects_to_keep(edited))
     return keep_records(subjects_to_keep((), "choosing"))

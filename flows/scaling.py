@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from math import nan
 from pathlib import Path
 
+from flows.command.checks import check_scaling
 from flows.command.script import console
 from flows.compare import Sample, Setup, finish, prepare, shared_targets, try_method
 from flows.service.step import Run, step
+from memit.errors import InputError
 from memit.requests import Record
 from tasks.reporting.formats import titled
 from tasks.reporting.labels import label
@@ -27,7 +29,7 @@ from tasks.reporting.scaling import (
 SCALING = Path("scaling")
 
 
-@step("scaling", reads=("model", "prefixes", "statistics"))
+@step("scaling", reads=("model", "prefixes", "statistics"), check=check_scaling)
 def scaling(run: Run) -> None:
     """Edit samples of every size with each method, measure it, and draw the curves."""
     setup = prepare(run, SCALING)
@@ -42,20 +44,27 @@ def scaling(run: Run) -> None:
 
 
 def _draw(setup: Setup) -> list[tuple[int, Sample]]:
-    """Each sample with its seed, as far as the records go."""
-    section, available = setup.run.parameters.scaling, setup.split.count
+    """Each sample with its seed, as far as the records go.
+
+    Raises:
+        InputError: they are too few for any size.
+    """
+    section, available = setup.run.parameters.scaling, setup.available
     for count in section.counts:
         if count is not None and count > available:
             console.print(
                 f"[yellow]warning:[/] scaling.counts names {count} edits, and only {available} "
                 "records can be edited: this size is left out."
             )
-    if None in section.counts:
-        available = len(setup.draw(None, section.seed).records)
-    sizes = {count or available for count in section.counts}
+    sizes = {count or available for count in section.counts if (count or 0) <= available}
+    if not sizes:
+        raise InputError(
+            f"scaling.counts is {list(section.counts)}, but only {available} records can be "
+            "edited: add a smaller size."
+        )
     return [
         (seed, setup.draw(count, seed))
-        for count in sorted(size for size in sizes if size <= available)
+        for count in sorted(sizes)
         for seed in range(section.seed, section.seed + section.repeated(count, available))
     ]
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flows.command.parameters import Parameters
+from flows.command.parameters import Parameters, StatisticsSection
 from flows.requests import records_to_keep
 from flows.service.step import Run, step
 from memit.corpus import read_documents
@@ -26,6 +26,7 @@ from tasks.model import model_without_weights
 from tasks.statistics import (
     Corpus,
     CorpusSource,
+    Range,
     Shard,
     collect_corpus,
     collect_shard,
@@ -34,6 +35,7 @@ from tasks.statistics import (
     find_published,
     held_out_file,
     import_moment,
+    keep_texts,
     merge_shards,
     sampled_corpus,
     write_texts,
@@ -135,8 +137,7 @@ def _sample(run: Run) -> Corpus:
     """Texts that the model writes until they have the wanted tokens, and held-out text."""
     section, batches = run.parameters.statistics, []
     wanted = wanted_tokens(section.tokens, run.model.model.inner_width)
-    held_out = read_documents(held_out_file(section.held_out), column=section.column)
-    documents = list(islice(held_out, section.held_out_documents))
+    held_out = _held_out(section)
     while numbers := missing_batches(wanted, [batch.tokens for batch in batches]):
         batches += run.map(
             "texts",
@@ -146,7 +147,13 @@ def _sample(run: Run) -> Corpus:
             model=run.model,
             seed=section.seed,
         )
-    return sampled_corpus(batches, section.documents_per_shard, documents)
+    return sampled_corpus(batches, section.documents_per_shard, held_out)
+
+
+def _held_out(section: StatisticsSection) -> Range:
+    """The text for the perplexity that the user names, or that of the package."""
+    documents = read_documents(held_out_file(section.held_out), column=section.column)
+    return keep_texts(list(islice(documents, section.held_out_documents)))
 
 
 def _import_layers(run: Run, directory: Path, layers: Sequence[int]) -> Collected:
@@ -163,6 +170,8 @@ def _import_layers(run: Run, directory: Path, layers: Sequence[int]) -> Collecte
         layer: [run.compute(import_moment, file, provenance[layer], model.model.inner_width)]
         for layer, file in files.items()
     }
+    section = run.parameters.statistics
+    held_out = _held_out(section) if section.held_out and section.held_out_documents else None
     together = "".join(file.sha256 for file in files.values())
     return Collected(
         shards=shards,
@@ -170,10 +179,10 @@ def _import_layers(run: Run, directory: Path, layers: Sequence[int]) -> Collecte
         described={
             "corpus": hashlib.sha256(together.encode()).hexdigest(),
             "documents": None,
-            "held_out_documents": 0,
+            "held_out_documents": held_out.count if held_out else 0,
             "published": {names[layer]: file.sha256 for layer, file in files.items()},
         },
-        held_out=None,
+        held_out=held_out and held_out.texts,
     )
 
 

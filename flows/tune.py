@@ -78,10 +78,11 @@ class Facts:
         targets = shared_targets(self.run, method, self.sample.records)
         try:
             made, _ = edit_sample(self.run, method, self.sample, targets, moments)
+            metrics = self.metrics(made.edit)
         except NumericsError as error:
             return Trial(settings, failure=str(error))
         used = WeightDelta.load(made.edit.checked()).provenance["settings"]["hyperparameters"]
-        return Trial(settings, used["covariance_weight"], self.metrics(made.edit))
+        return Trial(settings, used["covariance_weight"], metrics)
 
 
 @step("tune", reads=("model", "prefixes"))

@@ -7,14 +7,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count as counter
+from math import isfinite
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow
 
 from memit.editors.saved_edit import load_edit
-from memit.errors import InputError
-from memit.evaluation import DECIMALS, DETAILS
+from memit.errors import InputError, NumericsError
+from memit.evaluation import DECIMALS, DETAILS, OWN
 from memit.evaluation.counterfact import (
     SCORE_OF,
     harmonic_mean,
@@ -23,7 +24,7 @@ from memit.evaluation.counterfact import (
     summarise,
 )
 from memit.evaluation.drift import Reading, drift, read_text
-from memit.evaluation.free_generation import answer_freely
+from memit.evaluation.free_generation import answer_freely, free_record_means
 from memit.evaluation.generations import (
     TOTAL_TOKENS,
     answer_briefly,
@@ -215,30 +216,66 @@ def _token_bar(
         yield bar.advance
 
 
-def metrics_of(
-    prompts: pyarrow.Table,
-    texts: pyarrow.Table,
-    kept: pyarrow.Table,
-    records: Sequence[Record],
-    references: References,
-    failed: Collection[int] = (),
-    more: Mapping[str, np.ndarray] | None = None,
-) -> dict[str, float]:
-    """All metrics that tables of prompts (or zsRE's answers), generated texts and kept prompts
-    support, and `more` of each record, each with its 95% bootstrap interval over records, and the
-    number of records. Records whose edit has `failed` count as failures in each metric of
-    prompts."""
-    if "answer" in prompts.column_names:
-        means, summary = _of_answers(prompts, failed)
-    else:
-        means, summary = dict(record_means(prompts, failed)), summarise(prompts, failed)
-    ordered = sorted(records, key=lambda record: record.case_id)
-    others = generation_record_means(texts, ordered, references)
-    others |= kept_record_means(kept, ordered) | dict(more or {})
-    means |= others
-    summary |= {name: float(np.nanmean(values)) for name, values in others.items()}
-    intervals = bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)
-    return {name: _rounded(value) for name, value in (summary | intervals).items()}
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a model, edited or not; every metric follows from it."""
+
+    prompts: pyarrow.Table
+    """Scored prompts, or answers to zsRE's questions."""
+    texts: pyarrow.Table
+    """Generated texts; no rows where no record has generation prompts."""
+    kept: pyarrow.Table
+    """Prompts whose answers must stay; no rows where no record has any."""
+    said: pyarrow.Table
+    """Free answers of the unedited model and of this one; no rows if they were not asked for."""
+    perplexity: float | None
+    """None where there is no held-out text."""
+    drift: float | None
+    """KL from the unedited model; None where there is no held-out text."""
+    own: Mapping[str, pyarrow.Table]
+    """Metrics of the user's own file: cases and values."""
+
+    def metrics(
+        self, records: Sequence[Record], references: References, failed: Collection[int] = ()
+    ) -> dict[str, float]:
+        """All metrics that the tables support, those of records with their 95% bootstrap intervals
+        over these, and the number of records. Generated texts are compared with the references;
+        cases whose edits have `failed` count as failures in each metric of prompts.
+
+        Raises:
+            NumericsError: the perplexity or the drift is not finite.
+        """
+        if "answer" in self.prompts.column_names:
+            means, summary = _of_answers(self.prompts, failed)
+        else:
+            means = dict(record_means(self.prompts, failed))
+            summary = summarise(self.prompts, failed)
+        ordered = sorted(records, key=lambda record: record.case_id)
+        others = generation_record_means(self.texts, ordered, references)
+        others |= kept_record_means(self.kept, ordered)
+        others |= free_record_means(self.said, records) if self.said else {}
+        others |= self._own_means(ordered)
+        means |= others
+        summary |= {name: float(np.nanmean(values)) for name, values in others.items()}
+        summary |= bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)
+        of_text = {"perplexity": self.perplexity, "drift": self.drift}
+        known = {name: value for name, value in of_text.items() if value is not None}
+        if not all(map(isfinite, known.values())):
+            raise NumericsError(
+                "the perplexity is not a finite number: use another model.dtype or "
+                "evaluation.dtype, or a smaller edit."
+            )
+        return {name: _rounded(value) for name, value in (summary | known).items()}
+
+    def _own_means(self, ordered: Sequence[Record]) -> dict[str, np.ndarray]:
+        """The user's metrics of each record, without those that no record has."""
+        means = {}
+        for name, table in self.own.items():
+            found = dict(zip(table["case_id"].to_pylist(), table["value"].to_numpy(), strict=True))
+            values = np.array([found[record.case_id] for record in ordered])
+            if not np.isnan(values).all():
+                means[OWN + name] = values
+        return means
 
 
 def _of_answers(

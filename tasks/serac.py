@@ -1,11 +1,10 @@
 """The task that trains SERAC before it edits: a scope classifier and a counterfactual model."""
 
-import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from memit.editors.serac import SeracSettings, train_serac
+from memit.files.digests import content_digest
 from memit.model_files import directory_digests
 from memit.requests import read_counterfact
 from tasks.engine.artifacts import Artifact
@@ -21,18 +20,13 @@ def pinned(settings: SeracSettings) -> SeracSettings:
     """The settings with the commits of models from the hub, and the digests of those in
     directories, so that cache keys name them."""
     revisions = {
-        f"{part}_revision": _directory_digest(Path(name))
+        f"{part}_revision": content_digest(directory_digests(Path(name)))
         if Path(name).is_dir()
         else resolve_commit(name, getattr(settings, f"{part}_revision") or "main")
         for part in ("encoder", "counterfactual")
         if (name := getattr(settings, part)) is not None
     }
     return replace(settings, **revisions)
-
-
-def _directory_digest(directory: Path) -> str:
-    files = json.dumps(directory_digests(directory), sort_keys=True)
-    return hashlib.sha256(files.encode()).hexdigest()
 
 
 @cached_task("serac")

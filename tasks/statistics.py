@@ -118,9 +118,9 @@ def _write_down(
     first = texts if documents is None else islice(texts, documents)
     ranges = []
     while group := list(islice(first, documents_per_shard)):
-        ranges.append(_keep(group))
+        ranges.append(keep_texts(group))
     rest = source.read(source.held_out) if source.held_out else texts
-    return ranges, _keep(list(islice(rest, held_out_documents)))
+    return ranges, keep_texts(list(islice(rest, held_out_documents)))
 
 
 class SampledTexts(Value):
@@ -141,14 +141,14 @@ def write_texts(number: int, model: ModelReference, seed: int) -> SampledTexts:
 
 
 def sampled_corpus(
-    batches: Sequence[SampledTexts], texts_per_shard: int, held_out: Sequence[str]
+    batches: Sequence[SampledTexts], texts_per_shard: int, held_out: Range
 ) -> Corpus:
     """The texts of all batches, in ranges as those of another corpus."""
     texts = read_tables(batch.texts for batch in batches)
     starts = range(0, len(texts), texts_per_shard)
     return Corpus(
         ranges=tuple(_keep_table(texts.slice(start, texts_per_shard)) for start in starts),
-        held_out=_keep(list(held_out)),
+        held_out=held_out,
     )
 
 
@@ -168,7 +168,8 @@ def read_texts(path: Path) -> list[str]:
     return parquet.read_table(path)["text"].to_pylist()
 
 
-def _keep(texts: list[str]) -> Range:
+def keep_texts(texts: list[str]) -> Range:
+    """The range of some documents."""
     return _keep_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}))
 
 

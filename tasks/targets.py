@@ -1,4 +1,4 @@
-"""The tasks of the step `targets`: optimise targets in pieces, keep them, and select some."""
+"""The task of the step `targets`: optimise targets in pieces; and targets that are kept."""
 
 from __future__ import annotations
 
@@ -48,17 +48,6 @@ def optimise_targets(
             lm, requests, prefixes, hyperparameters, token_budget=token_budget, progress=advance
         )
     return store_piece("targets", ".safetensors", targets.save)
-
-
-def read_targets(pieces: Sequence[Artifact]) -> Targets:
-    """The targets of all pieces, in order."""
-    return Targets.concatenate([Targets.load(piece.checked()) for piece in pieces])
-
-
-@cached_task("select_targets")
-def select_targets(pieces: Sequence[Artifact], rows: Sequence[int]) -> Artifact:
-    """Targets of some requests, each given by its row in all of the pieces, as one file."""
-    return store_piece("targets", ".safetensors", read_targets(pieces).chosen(rows).save)
 
 
 # --- targets of facts that come and go ------------------------------------------------------------

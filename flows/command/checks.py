@@ -15,7 +15,6 @@ from flows.command.comparison_time import comparison_time
 from flows.command.costs import delta_bytes, moment_bytes, solve_bytes
 from flows.command.parameters import ModelSection, Parameters, StatisticsSection
 from flows.command.script import console
-from flows.service.workers import workers_of
 from memit.corpus import read_documents
 from memit.editors.__init__ import known_editors
 from memit.editors.joint import editor_for
@@ -27,7 +26,7 @@ from memit.evaluation.reference import read_snippets
 from memit.evaluation.zsre import as_records, read_zsre
 from memit.facts.records import embedded_records
 from memit.files.reading import check_file
-from memit.language_model import LanguageModel
+from memit.language_model import DTYPES, LanguageModel
 from memit.model_shape import ModelShape
 from memit.requests import Record, drop_conflicts
 from memit.room import check_records
@@ -38,7 +37,7 @@ from tasks.compare import make_methods
 from tasks.edit import Method
 from tasks.engine.artifacts import project_root
 from tasks.engine.hub import resolve_commit
-from tasks.engine.loaded_model import BYTES, ModelFiles
+from tasks.engine.loaded_model import ModelFiles
 from tasks.engine.results import is_model_here
 from tasks.engine.workers import check_workers
 from tasks.model import find_model, model_without_weights
@@ -48,15 +47,6 @@ from tasks.statistics import find_published, held_out_file
 
 CHECKED_DOCUMENTS = 10_000
 """Documents of a corpus that are read before the run; all of a large one would take too long."""
-
-
-def check_inputs(parameters: Parameters) -> None:
-    """Read the user's files, inspect the model, and compare costs with the machine.
-
-    Raises:
-        MemitError: the first thing that would stop the experiment later.
-    """
-    _check(parameters)
 
 
 def check_list(parameters: Parameters) -> None:
@@ -126,11 +116,17 @@ def _say_time(
         console.print(f"[bold]estimated:[/] {time}", soft_wrap=True)
 
 
-def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
-    """The records of the user's file, and the model without weights unless it is trained here."""
+def check_inputs(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
+    """Read the user's files, inspect the model, and compare costs with the machine.
+
+    Gives the records, and the model without weights unless it is trained here.
+
+    Raises:
+        MemitError: the first thing that would stop the experiment later.
+    """
     section = parameters.requests
     _check_surroundings()
-    check_workers(workers_of(parameters))
+    check_workers(parameters.runner.kind)
     _check_device(parameters.model.device)
     records: list[Record] = []
     if section.source == "embedded":
@@ -152,6 +148,8 @@ def _check(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
     _check_disk(parameters, described)
     _check_memory(parameters.model, described)
     lm = model_without_weights(described.id, described.revision, place)
+    if note := parameters.settings_note(lm.name, lm.shape):
+        console.print("[yellow]settings:[/]", Text(note), soft_wrap=True)
     _check_layers(parameters, lm, ())
     check_records(lm, chosen, written=parameters.evaluation.generation_records)
     edit_rows(lm, [record.request for record in chosen], ())
@@ -163,7 +161,7 @@ def _check_compared(parameters: Parameters) -> tuple[int, list[Method]]:
     methods."""
     section = parameters.compare
     questions = () if section.zsre is None else read_zsre(section.zsre)
-    records, lm = _check(parameters)
+    records, lm = check_inputs(parameters)
     if lm is None:
         methods = compared_methods(parameters, "synthetic", parameters.model.synthetic_shape)
     else:
@@ -256,10 +254,8 @@ def compared_methods(parameters: Parameters, model: str, shape: ModelShape) -> l
 
 def _check_layers(parameters: Parameters, lm: LanguageModel, methods: Sequence[Method]) -> None:
     """Check that MEMIT and `methods` can edit their layers, and that published statistics exist,
-    or that the model can write texts; say which settings nobody has checked."""
+    or that the model can write texts."""
     section, hyperparameters = parameters.statistics, parameters.hyperparameters(lm.name, lm.shape)
-    if note := parameters.settings_note(lm.name, lm.shape):
-        console.print("[yellow]settings:[/]", Text(note), soft_wrap=True)
     layers = set(hyperparameters.layers)
     layers.update(*(method.editor.moment_layers for method in methods))
     others = {getattr(method.editor, "layer", min(layers)) for method in methods}
@@ -295,7 +291,7 @@ def _check_disk(parameters: Parameters, model: ModelFiles) -> None:
 def _check_memory(section: ModelSection, model: ModelFiles) -> None:
     """Compare the weights and one layer's equations with the memory of the device."""
     is_sharded = section.device == "sharded"  # then weights that do not fit stay on the disk
-    weights = 0 if is_sharded else model.parameters * BYTES[section.dtype]
+    weights = 0 if is_sharded else model.parameters * DTYPES[section.dtype].itemsize
     solve = solve_bytes(model.shape)
     available = psutil.virtual_memory().available
     if section.device not in ("cpu", "mps") and torch.cuda.is_available():

@@ -11,6 +11,7 @@ from cyclopts.types import ExistingFile, ExistingPath
 from cyclopts.validators import Number
 
 from flows.command.facts_file import check_requests
+from flows.command.parameters import Precision
 from flows.command.script import (
     console,
     given_parameters,
@@ -29,7 +30,6 @@ Model = Annotated[
     ExistingPath | None,
     Parameter(help="A model directory or GGUF file; by default the model of params.yaml."),
 ]
-Precision = Literal["float32", "bfloat16", "float16"]
 Kind = Literal["merged", "lora", "delta"]
 Force = Annotated[bool, Parameter(help="Also take an edit beyond the limits of params.yaml.")]
 
@@ -43,6 +43,7 @@ app = App(
     help_format="markdown",
     version=lambda: version("memit"),
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # `reporting` says how to go on
 )
 
 
@@ -60,10 +61,10 @@ def run(*, yes: bool = False) -> None:
     """
     ready_parameters()
     with slow_imports():
-        from flows.command.checks import check_inputs, check_list
+        from flows.command.checks import check_inputs
         from flows.experiment import experiment
 
-    run_flow(experiment, check_inputs if yes else check_list)
+    run_flow(experiment, check_inputs if yes else None)
 
 
 @app.command
@@ -95,7 +96,7 @@ def repro(
     status = reproduce_here(arguments)
     if status == 0 and not arguments:  # else other stages may have been asked for
         show_results()
-        reporting(lambda: check_limits(parameters.limits))
+        check_limits(parameters.limits)
     sys.exit(status)
 
 
@@ -103,18 +104,18 @@ def repro(
 def compare() -> None:
     """Edit the same records with every method of `compare.methods`: the table in comparison/."""
     ready_parameters()
-    from flows.experiment import check_comparison, comparison
+    from flows.experiment import comparison
 
-    run_flow(comparison, check_comparison)
+    run_flow(comparison)
 
 
 @app.command
 def scale() -> None:
     """Edit more and more records with every method of `compare.methods`: curves in scaling/."""
     ready_parameters()
-    from flows.experiment import check_scaling, scaling_run
+    from flows.experiment import scaling_run
 
-    run_flow(scaling_run, check_scaling)
+    run_flow(scaling_run)
 
 
 @app.command
@@ -159,11 +160,10 @@ def tune() -> None:
     Tries layers, λ and the effort for targets, for as long as `tune.minutes` says, and leaves a
     preset and the trials in tuning/. A search that was stopped goes on.
     """
-    given_parameters()
-    from flows.command.checks import check_inputs
+    ready_parameters()
     from flows.experiment import tuning
 
-    run_flow(tuning, check_inputs)
+    run_flow(tuning)
 
 
 @app.command
@@ -202,14 +202,15 @@ def ask(
     lines = [*prompts, *(read_text(file, "the prompts").splitlines() if file else ())]
     if not all(prompt.strip() for prompt in prompts) or (file and not lines):
         raise InputError("a prompt is empty: write the beginning of a sentence.")
-    path = _delta_file(delta)
+    # An exported model needs no edit beside it.
+    path = _delta_file(delta) if delta or not model or DELTA_FILE.is_file() else None
     from flows.command.answers import Questions, fitting_delta
     from memit.requests import read_counterfact
 
     lm, facts = _open_model(model), []
     if delta is None and REQUESTS_FILE.is_file():
         facts = [record.request for record in read_counterfact(REQUESTS_FILE)]
-    fitting = fitting_delta(lm, path, is_given=delta is not None)
+    fitting = path and fitting_delta(lm, path, is_given=delta is not None)
     asked = Questions(lm, fitting, facts, top, tokens, chat)
     for given in [lines] if lines else _typed():
         for table in asked.tables([line for line in given if line.strip()]):

@@ -26,7 +26,7 @@ from memit.sampled_corpus import wanted_tokens
 from memit.targets import plain_rows, weak_keys
 from tasks.engine.artifacts import project_root
 from tasks.engine.hub import open_model
-from tasks.engine.loaded_model import BYTES, ModelFiles, ModelReference
+from tasks.engine.loaded_model import ModelFiles, ModelReference
 from tasks.engine.results import is_model_here
 from tasks.model import find_model, model_without_weights
 
@@ -110,7 +110,7 @@ def estimate_edit(
     model: ModelReference,
 ) -> Estimate:
     """Time from the number of operations and the device's speed; memory and disk from shapes."""
-    shape, layers, size = files.shape, hyperparameters.layers, BYTES[model.dtype]
+    shape, layers, size = files.shape, hyperparameters.layers, DTYPES[model.dtype].itemsize
     walks = TRIALS if hyperparameters.covariance_weight == AUTO else 1
     passes = costs.targets_operations(
         shape, layers[-1], hyperparameters.evaluations, count, lengths

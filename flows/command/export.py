@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from importlib.metadata import metadata
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -80,7 +81,9 @@ def license_of(place: Path | None, section: ModelSection | None) -> str | None:
     """The licence of the model in a directory, or of that of params.yaml, as the card there
     or the package says; None: not known."""
     if section is not None and section.source == "package":
-        return str(metadata(str(section.package)).json.get("license", "")).lower() or None
+        with suppress(PackageNotFoundError):  # a delta is exported without the model
+            return str(metadata(str(section.package)).json.get("license", "")).lower() or None
+        return None
     if place is None and section is not None and section.source == "local":
         place = Path(str(section.path))
     if place is None:

@@ -473,7 +473,7 @@ class Parameters(Section):
             for name in needed if section.source == source else ():
                 if getattr(section, name) is None:
                     yield f"{key}.source is {source!r}, which needs {key}.{name}: set it as well."
-        has_file = requests.source in ("counterfact", "facts")
+        has_file = requests.source in FILE_SOURCES["requests"]
         if has_file and (requests.path is None) == (requests.url is None):
             yield f"requests.source is {requests.source!r}: set one of requests.path, requests.url."
         if requests.url is not None and requests.sha256 is None:
@@ -560,15 +560,16 @@ def _parse_yaml(text: str, path: Path) -> object:
         raise InputError(f"{path} is not YAML: {line}{problem}.") from None
 
 
-def check_files(parameters: Parameters) -> None:
-    """Raise `InputError` if a file that is used is not there: known before slow imports."""
-    for key in USERS_FILES:
-        section, name = key.split(".")
+def check_files(parameters: Parameters, name: str = "params.yaml") -> None:
+    """Raise `InputError` if a file that is used is not there, and name the file of parameters that
+    does: known before slow imports."""
+    for key in (*USERS_FILES, "tune.facts"):
+        section, setting = key.split(".")
         values = getattr(parameters, section)
-        is_used = name != "path" or values.source in FILE_SOURCES[section]
-        path = getattr(values, name)
+        is_used = setting != "path" or values.source in FILE_SOURCES[section]
+        path = getattr(values, setting)
         if is_used and path is not None and not Path(path).exists():
-            raise InputError(f"{path} does not exist: correct {key} in params.yaml.")
+            raise InputError(f"{path} does not exist: correct {key} in {name}.")
 
 
 def check_parameters(tree: object, name: str = "params.yaml") -> Parameters:

@@ -1,5 +1,7 @@
 """Validate params.yaml before slow imports, run a flow, and print known errors on one line."""
 
+from __future__ import annotations
+
 import atexit
 import errno
 import gc
@@ -11,8 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from rich.console import Console
 
@@ -28,6 +29,9 @@ from tasks.engine.signals import (
     exit_on_signal,
     resend_swallowed,
 )
+
+if TYPE_CHECKING:
+    from prefect import Flow
 
 PARAMETERS = "MEMIT_PARAMS"
 """Environment variable with a file to take instead of `params.yaml`."""
@@ -47,35 +51,39 @@ output = Console()
 
 @cache
 def given_parameters() -> Parameters:
-    """The parameters in `params.yaml`, read once; if they are wrong, print why and exit.
+    """The parameters in `params.yaml`, read once.
 
-    Commands call this first: from then on Ctrl-C and SIGTERM end them without a traceback.
+    Commands call this first: from then on SIGTERM ends them without a traceback.
+
+    Raises:
+        InputError: the parameters are wrong.
     """
     # Prefect marks its run as crashed and then calls the handler that was set before its own.
     signal.signal(signal.SIGTERM, lambda *_: exit_now(TERMINATED))
-    sys.excepthook = _without_trace
     resend_swallowed()
-    given = os.environ.get(PARAMETERS)
-    if given and "DVC_STAGE" in os.environ:
-        fail(_not_for_dvc(given))
-    return reporting(lambda: read_parameters(Path(given or "params.yaml")))
+    return read_parameters(_parameters_file(of_dvc="DVC_STAGE" in os.environ))
 
 
 def ready_parameters(*, only_of_dvc: bool = False) -> Parameters:
     """`given_parameters` for a run, after a look for the files that they name; those of another
-    file than `params.yaml` only if not `only_of_dvc`, which takes no other."""
+    file than `params.yaml` only if not `only_of_dvc`, which takes no other.
+
+    Raises:
+        InputError: the parameters are wrong, or a file is missing.
+    """
     parameters = given_parameters()
-    if only_of_dvc and (given := os.environ.get(PARAMETERS)):
-        fail(_not_for_dvc(given))
-    reporting(lambda: check_files(parameters))
+    check_files(parameters, _parameters_file(of_dvc=only_of_dvc).name)
     return parameters
 
 
-def _not_for_dvc(given: str) -> InputError:
-    return InputError(
-        f"DVC and deployments take their settings from params.yaml alone: copy {given} over it "
-        f"instead of naming it (PARAMS, {PARAMETERS})."
-    )
+def _parameters_file(*, of_dvc: bool) -> Path:
+    given = os.environ.get(PARAMETERS)
+    if given and of_dvc:
+        raise InputError(
+            f"DVC and deployments take their settings from params.yaml alone: copy {given} over it "
+            f"instead of naming it (PARAMS, {PARAMETERS})."
+        )
+    return Path(given or "params.yaml")
 
 
 @contextmanager
@@ -89,42 +97,29 @@ def slow_imports() -> Iterator[None]:
         gc.enable()
 
 
-def _without_trace(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """Ctrl-C during imports prints no traceback either."""
-    if issubclass(kind, KeyboardInterrupt):
-        exit_now(INTERRUPTED)
-    sys.__excepthook__(kind, error, trace)
-
-
 def run_flow(
-    flow: Callable[[Parameters], object], check: Callable[[Parameters], object] | None = None
+    flow: Flow[[Parameters], None], check: Callable[[Parameters], object] | None = None
 ) -> None:
-    """Run a flow with `params.yaml`, under a Prefect server; print known errors on one line.
+    """Run a flow with `params.yaml`, under a Prefect server, which is started after the flow's own
+    check, or another one."""
+    from flows.service.server import exit_without_server, prefect_server
+    from flows.service.step import CHECKS
 
-    `check` runs before Prefect's server is started.
-    """
     parameters = given_parameters()
     exit_on_signal()
     logging.raiseExceptions = False  # a lost server is reported once, not for each record
-    if check is not None:
-        reporting(lambda: check(parameters))
-    reporting(lambda: _run_served(flow, parameters))
-
-
-def _run_served(flow: Callable[[Parameters], object], parameters: Parameters) -> object:
-    from flows.service.server import exit_without_server, prefect_server
+    if check := check or CHECKS.get(flow.name):
+        check(parameters)
 
     with alone():
         server = ExitStack()
         atexit.register(server.close)  # Prefect's threads send what is left before that
         exit_without_server(server.enter_context(prefect_server()))
-        return flow(parameters)
+        flow(parameters)
 
 
 def reporting(work: Callable[[], Result]) -> Result:
-    """Do the work; print known errors on one line and exit."""
+    """Do the work; on Ctrl-C or a known error print one line and exit. Entry points call this."""
     try:
         return work()
     except MemitError as error:

@@ -26,7 +26,11 @@ def with_code(text: str) -> str:
     form.width = 1_000
     tree = form.load(text)
     for name, stage in tree["stages"].items():
-        by_hand = [dep for dep in stage["deps"] if not dep.endswith((".py", ".toml", LIBRARIES))]
+        by_hand = [
+            dep
+            for dep in stage["deps"]
+            if not dep.endswith((".py", ".toml", LIBRARIES)) and dep not in DATA.values()
+        ]
         libraries = [] if name in WITHOUT_LIBRARIES else [LIBRARIES]
         stage["deps"] = list(dict.fromkeys([*_code(name), *libraries, *by_hand]))
     out = io.StringIO()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import torch
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
@@ -41,7 +42,5 @@ def gpu_slot(device: str) -> Iterator[None]:
 def is_gpu(device: str) -> bool:
     """Whether a value of `model.device` means a GPU on this machine."""
     if device in ("auto", "sharded"):
-        import torch
-
         return torch.cuda.is_available()
     return device != "cpu"

@@ -19,7 +19,6 @@ from pyarrow import csv, parquet
 from flows.command.parameters import Parameters, complete_parameters
 from flows.service.gpu_slot import gpu_slot
 from flows.service.run_lock import alone
-from flows.service.workers import workers_of
 from memit.history import State, state_before
 from memit.hyperparameters import Hyperparameters
 from memit.requests import Record, read_counterfact, requests_digest
@@ -27,16 +26,27 @@ from tasks.engine.artifacts import Artifact, copy_file, describe, write_file, wr
 from tasks.engine.cache import CachedTask
 from tasks.engine.cost import Cost
 from tasks.engine.hub import open_model
-from tasks.engine.loaded_model import ModelReference, token_budget
+from tasks.engine.loaded_model import ModelReference, pieces_at_once, token_budget
 from tasks.engine.progress import gather
 from tasks.engine.results import PREFIXES_FILE, REQUESTS_FILE, Manifest, finish_step, upstream
 from tasks.engine.signals import resend_swallowed
-from tasks.engine.workers import mapping_over, scatter, thread_runner
+from tasks.engine.workers import Workers, mapping_over, scatter, thread_runner
 
 Item = TypeVar("Item")
+Check = Callable[[Parameters], object]
+
+CHECKS: dict[str, Check] = {}
+"""What is checked before a command starts a flow, by the flow's name."""
 
 STEADY_PIECES = 8
 """Pieces into which few items are cut, in the mean."""
+
+
+def workers_of(parameters: Parameters) -> Workers:
+    """The workers of the section `runner`, and what a piece of this model occupies."""
+    device, threads = parameters.model.device, parameters.model.threads
+    threads //= pieces_at_once(device, threads)
+    return Workers(**parameters.runner.model_dump(), threads=threads, device=device)
 
 
 def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
@@ -205,12 +215,15 @@ class Run:
 
 
 def step(
-    name: str, *, reads: Sequence[str] = ()
+    name: str, *, reads: Sequence[str] = (), check: Check | None = None
 ) -> Callable[[Callable[[Run], None]], Flow[[Parameters], None]]:
     """A flow that checks what it reads, does a step's work, and records what that left.
 
-    A step that leaves no files to others (`report`) records nothing.
+    A step that leaves no files to others (`report`) records nothing. The `check` is made before it
+    is run by itself; others only check the results that they read.
     """
+    if check is not None:
+        CHECKS[name] = check
 
     def decorate(work: Callable[[Run], None]) -> Flow[[Parameters], None]:
         # Not typed: a step is never deployed, and Prefect would build its form in every process.
@@ -228,12 +241,13 @@ def step(
 
 
 def chain(
-    name: str, check: Callable[[Parameters], None]
+    name: str, check: Check
 ) -> Callable[[Callable[[Parameters], None]], Flow[[Parameters], None]]:
     """A flow of several steps, the only one at work in its directory.
 
     A deployment hands over plain values, which are checked here; a command has checked its own.
     """
+    CHECKS[name] = check
 
     def decorate(work: Callable[[Parameters], None]) -> Flow[[Parameters], None]:
         def body(parameters: Parameters) -> None:

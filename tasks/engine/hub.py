@@ -72,7 +72,7 @@ def locate_model(
     if source == "local":
         place = Path(str(path))
         if not place.exists():
-            raise InputError(f"{place} does not exist: correct model.path in params.yaml.")
+            raise InputError(f"{place} does not exist: correct model.path.")
         return place, place.name if place.is_file() else place.resolve().name, None
     try:
         found = distribution(str(package))
@@ -158,7 +158,7 @@ def _asking_hub(name: str, revision: str) -> Iterator[None]:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise InputError(
-            f"the hub has no {name} at revision {revision}: check both in params.yaml (a private "
+            f"the hub has no {name} at revision {revision}: correct either (a private "
             "repository needs a login: hf auth login)."
         ) from None
     except HFValidationError:
@@ -174,6 +174,7 @@ def _asking_hub(name: str, revision: str) -> Iterator[None]:
         ) from error
 
 
+@retry_unreachable
 def _check_room(name: str, commit: str) -> None:
     with _asking_hub(name, commit):
         info = huggingface_hub.HfApi().model_info(name, revision=commit, files_metadata=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +15,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from memit.batches import auto_token_budget
 from memit.errors import IntegrityError, ResourceError
-from memit.files.digests import file_sha256
+from memit.files.digests import content_digest, file_sha256
 from memit.language_model import DTYPES, LanguageModel, load_model
 from memit.model_shape import ModelShape
 from memit.rounding import round_to_int8
 from memit.weight_delta import WeightDelta, check_rounded
-from tasks.engine.artifacts import Artifact, Value, cache_directory, describe, fetch_stored
+from tasks.engine.artifacts import Artifact, Value, cache_directory, fetch_stored
 from tasks.engine.cost import unmetered
 from tasks.engine.store import shared_store
 
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from memit.editors.base import Edit
 
 
-BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
-"""Size of a number."""
 INT8 = "int8"
 """Weights in eight bits, computed with in the model's dtype."""
 
@@ -72,7 +68,7 @@ class ModelFiles(Value):
     @property
     def digest(self) -> str:
         """SHA-256 over the names and contents of all files."""
-        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+        return content_digest(self.files)
 
 
 class ModelReference(Value):
@@ -100,8 +96,9 @@ class ModelReference(Value):
 
     def share(self) -> None:
         """Put the model's files into the store, if there is one, for machines that lack them."""
-        for name in self.model.files:
-            describe(Path(self.directory) / name).share()
+        for name, digest in self.model.files.items():
+            path = Path(self.directory, name).absolute()
+            Artifact(path=str(path), sha256=digest, size=path.stat().st_size).share()
 
     @property
     def threads_of_a_piece(self) -> int:
@@ -148,20 +145,23 @@ class LoadedModel:
     def held(
         self,
         reference: ModelReference,
-        edit: str | None,
-        read: Callable[[], Edit] | None,
-        shared: bool,
+        edit: Artifact | None = None,
+        *,
+        load: Callable[[Path], Edit] = WeightDelta.load,
+        shared: bool = False,
     ) -> Iterator[LanguageModel]:
-        """The model with the edit of this SHA-256, as soon as no other thread is in the way.
+        """The model, unedited or with the edit that `load` reads from a file, by default a change
+        of its weights, as soon as no other thread is in the way: for this one alone, or `shared`
+        with other pieces, which must change no weights then.
 
-        `read` reads the edit if it is not applied yet; both are None for the unedited model. Who
-        gets it `shared` must change no weights.
+        Raises:
+            IntegrityError: a file of the model or the edit is not what it was.
         """
         shared = shared and reference.threads_of_a_piece < reference.threads
         with unmetered(), self._changed:
             self._changed.wait_for(lambda: self._users == 0 or self._fits(reference, edit, shared))
             _use_threads(reference.threads)  # the last bits of edited weights depend on them
-            main = self._loaded(reference, edit, read)
+            main = self._loaded(reference, edit, load)
             _use_threads(reference.threads_of_a_piece if shared else reference.threads)
             # Edits that route to another model, and devices that fetch weights, serve one thread.
             self._is_shared = shared and main.router is None and not main.is_offloaded
@@ -176,55 +176,43 @@ class LoadedModel:
                     self._twins.append(lm)
                 self._changed.notify_all()
 
-    def _fits(self, reference: ModelReference, edit: str | None, shared: bool) -> bool:
-        is_here = (self._reference, self._edit) == (reference, edit)
+    def _fits(self, reference: ModelReference, edit: Artifact | None, shared: bool) -> bool:
+        is_here = (self._reference, self._edit) == (reference, edit and edit.sha256)
         at_once = pieces_at_once(reference.device, reference.threads)
         return shared and self._is_shared and is_here and self._users < at_once
 
     def _loaded(
-        self, reference: ModelReference, edit: str | None, read: Callable[[], Edit] | None
+        self, reference: ModelReference, edit: Artifact | None, load: Callable[[Path], Edit]
     ) -> LanguageModel:
         """The model, loaded if it is another one, with the edit in its weights."""
-        if self._reference != reference or (reference.is_rounded and self._edit != edit):
+        is_other = self._edit != (edit and edit.sha256)
+        if self._reference != reference or (reference.is_rounded and is_other):
             self._reference = self._model = self._edit = self._applied = None  # makes room
             self._twins.clear()
             self._model = load_reference(reference)
-            self._put(self._model, edit, read)
+            self._put(self._model, edit, load)
             if reference.is_rounded:
                 _round_weights(self._model, reference)
             self._reference = reference
         assert self._model is not None
-        self._put(self._model, edit, read)
+        self._put(self._model, edit, load)
         return self._model
 
-    def _put(self, lm: LanguageModel, edit: str | None, read: Callable[[], Edit] | None) -> None:
+    def _put(self, lm: LanguageModel, edit: Artifact | None, load: Callable[[Path], Edit]) -> None:
         """Replace the edit in the weights, unless it is this one already."""
-        if self._edit == edit:
+        if self._edit == (edit and edit.sha256):
             return
         if self._applied is not None:
             self._applied.revert(lm)
             self._edit = self._applied = None
-        if read is not None:
-            applied = read()
+        if edit is not None:
+            applied = load(edit.checked())
             applied.apply(lm)
-            self._edit, self._applied = edit, applied
+            self._edit, self._applied = edit.sha256, applied
 
 
-LOADED = LoadedModel()
-
-
-def loaded(
-    reference: ModelReference, delta: Artifact | None = None, *, shared: bool = False
-) -> AbstractContextManager[LanguageModel]:
-    """The model, unedited or with a change of its weights, for this thread alone or `shared` with
-    other pieces.
-
-    Raises:
-        IntegrityError: a file of the model or the change is not what it was.
-    """
-    if delta is None:
-        return LOADED.held(reference, None, None, shared)
-    return LOADED.held(reference, delta.sha256, lambda: WeightDelta.load(delta.checked()), shared)
+loaded = LoadedModel().held
+"""The model in this process's memory, see there."""
 
 
 def _use_threads(count: int) -> None:
@@ -250,7 +238,7 @@ def token_budget(
     """
     if isinstance(setting, int):
         return setting
-    shape, size = reference.model.shape, BYTES[reference.dtype]
+    shape, size = reference.model.shape, DTYPES[reference.dtype].itemsize
     return auto_token_budget(shape, size, reference.device, trained_blocks=trained_blocks)
 
 

@@ -41,10 +41,6 @@ class Records(LocalFileSystem):
             raise IntegrityError(f"{file} is another piece's, or files that it names are damaged.")
         return content
 
-    async def aread_path(self, path: str) -> bytes:
-        """The same for an asynchronous caller."""
-        return self.read_path(path)
-
     def write_path(self, path: str, content: bytes, _sync: bool = True) -> str:
         """Write a record, and put it into the shared store.
 
@@ -57,10 +53,6 @@ class Records(LocalFileSystem):
         if store is not None:
             store.put(file, f"records/{file.name}")
         return str(file)
-
-    async def awrite_path(self, path: str, content: bytes) -> str:
-        """The same for an asynchronous caller."""
-        return self.write_path(path, content)
 
 
 def _checksum(content: bytes) -> bytes:

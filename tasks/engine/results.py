@@ -5,7 +5,6 @@ of the results that it read, and its cost. A later step checks the digests befor
 so that a damaged file or one of another experiment is refused by name.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from memit.errors import IntegrityError
-from memit.files.digests import file_sha256
+from memit.files.digests import content_digest, file_sha256
 from tasks.engine.artifacts import (
     Artifact,
     Value,
@@ -86,11 +85,16 @@ class Manifest(Value):
 
         So a step is up to date for `upstream` whenever it is for DVC.
         """
-        canonical = json.dumps([self.step, self.files], sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return content_digest([self.step, self.files])
 
     def file(self, path: Path) -> Artifact:
-        """One of the results, as the input of a task."""
+        """One of the results, as the input of a task.
+
+        Raises:
+            IntegrityError: the step has not made it.
+        """
+        if str(path) not in self.files:
+            raise IntegrityError(f"{path} is missing: run the step {self.step} again.")
         return Artifact(
             path=str(path.absolute()), sha256=self.files[str(path)], size=path.stat().st_size
         )
@@ -123,13 +127,16 @@ def finish_step(
 
 
 def _remove_stale(manifest: Manifest) -> None:
-    """Delete what the step wrote beside its results with other settings, unless it was changed."""
+    """Delete what the step wrote beside or below its results with other settings, unless it was
+    changed."""
     folders = {Path(name).parent for name in manifest.files}
     with suppress(IntegrityError):
         for name, digest in _read_manifest(manifest.step).files.items():
-            is_stale = name not in manifest.files and Path(name).parent in folders
-            if is_stale and Path(name).is_file() and file_sha256(name) == digest:
-                Path(name).unlink()
+            path = Path(name)
+            is_below = ".." not in path.parts and not folders.isdisjoint(path.parents)
+            is_stale = name not in manifest.files and is_below
+            if is_stale and path.is_file() and file_sha256(path) == digest:
+                path.unlink()
 
 
 def flow_runs(manifests: Mapping[str, Manifest]) -> dict[str, str]:

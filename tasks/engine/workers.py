@@ -44,7 +44,7 @@ class Workers(Value):
     kind: Kind
     address: str | None
     """Of a running cluster; None starts one on this machine."""
-    count: int
+    workers: int
     """Processes of a cluster that is started here."""
     store: str | None
     """Shared by all workers; None: they see this project's `.cache/` under the same path."""
@@ -59,17 +59,17 @@ def thread_runner() -> TaskRunner[Any]:
     return ThreadPoolTaskRunner(max_workers=WORKERS)  # pyright: ignore[reportReturnType]
 
 
-def check_workers(workers: Workers) -> None:
+def check_workers(kind: Kind) -> None:
     """Check that the packages for this kind of workers are installed.
 
     Raises:
         InputError: they are not.
     """
     modules = {"dask": "prefect_dask", "ray": "prefect_ray"}
-    if workers.kind in modules and find_spec(modules[workers.kind]) is None:
+    if kind in modules and find_spec(modules[kind]) is None:
         raise InputError(
-            f"runner.kind is {workers.kind}, which is not installed: "
-            f'pip install -c constraints.txt -e ".[{workers.kind}]".'
+            f"runner.kind is {kind}, which is not installed: "
+            f'pip install -c constraints.txt -e ".[{kind}]".'
         )
 
 
@@ -84,7 +84,7 @@ def mapping_over(workers: Workers) -> Iterator[None]:
         InputError: an extra is not installed.
         UnreachableError: the cluster does not answer.
     """
-    check_workers(workers)
+    check_workers(workers.kind)
     context = FlowRunContext.get()
     assert context is not None, "pieces are mapped inside a flow"
     with ExitStack() as stack:
@@ -136,7 +136,7 @@ def _dask(workers: Workers) -> Iterator[TaskRunner[Any]]:
         address = workers.address
         if address is None:
             cluster = LocalCluster(
-                n_workers=workers.count,
+                n_workers=workers.workers,
                 threads_per_worker=1,
                 dashboard_address=None,  # pyright: ignore[reportArgumentType]
                 memory_limit=None,  # a model cannot be spilled to disk
@@ -182,7 +182,7 @@ def _ray(workers: Workers) -> Iterator[TaskRunner[Any]]:
     from prefect_ray.context import remote_options
 
     started: dict[str, Any] = {
-        "num_cpus": workers.count * workers.threads,
+        "num_cpus": workers.workers * workers.threads,
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
     }

@@ -15,12 +15,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from flows import report
 from flows.command import cli, estimate
 from flows.command import script as command
 from flows.command.answers import Questions
 from flows.command.changes import check_losses
 from flows.command.costs import Lengths
-from flows.command.parameters import RequestsSection
+from flows.command.export import license_of
+from flows.command.parameters import ModelSection, RequestsSection
 from memit.errors import InputError
 from memit.hyperparameters import preset
 from memit.language_model import load_model
@@ -124,6 +126,38 @@ def test_a_model_that_the_edit_was_not_made_for_is_asked_as_it_is(
     assert "as it is" in captured.err
     assert "unedited" not in captured.out
     assert memit("ask", "Paris", "--model", "model", "--delta", "delta.safetensors") == 2
+
+
+def test_an_exported_model_is_asked_as_it_is(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert memit("ask", "Paris", "--model", "model") == 0
+    captured = capsys.readouterr()
+    assert "Paris" in captured.out
+    assert "edited" not in captured.out + captured.err
+
+
+def test_a_file_that_is_missing_is_told_with_the_parameters_that_name_it(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "mine.yaml").write_text("tune: {facts: gone.json}")
+    monkeypatch.setenv(command.PARAMETERS, "mine.yaml")
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    assert memit("tune") == 2
+    assert "gone.json does not exist: correct tune.facts in mine.yaml" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("level", "shown"), [(None, "memit ask 'a $b'"), ("1", "make ask PROMPT='a $$b'")]
+)
+def test_commands_are_shown_as_they_are_typed(
+    level: str | None, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f".venv/bin/{name}")
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+    if level:
+        monkeypatch.setenv("MAKELEVEL", level)
+    assert report._command("ask", "a $b") == shown
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,6 +327,7 @@ def test_an_adapter_or_a_delta_is_exported_with_a_card(
         ):
             assert said_of in card.text or folder == "bare"
     assert memit("export", "other", "--as", "gguf", *words) != 0
+    assert license_of(None, ModelSection(package="no-such-package")) is None
 
 
 def test_an_edit_beyond_the_limits_is_taken_by_force_only(

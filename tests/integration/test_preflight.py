@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.command.checks import check_inputs
+from flows.command.checks import check_comparison, check_inputs
 from flows.command.parameters import Parameters, check_parameters
 from memit.errors import InputError, ResourceError, UnreachableError
 from tasks.engine import workers as runners
@@ -37,6 +37,14 @@ def test_good_input_passes(place: Path) -> None:
     check_inputs(parameters())
     check_inputs(Parameters())
     assert not (place / ".cache").exists()
+
+
+def test_settings_that_nobody_has_checked_are_told_once(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for check in (check_inputs, check_comparison):
+        check(parameters())
+        assert capsys.readouterr().err.count("settings:") == 1
 
 
 def test_a_sharded_model_needs_no_gpu_and_may_exceed_the_memory(

@@ -16,6 +16,7 @@ from memit.errors import InputError, IntegrityError
 from memit.second_moment import read_moment
 from tasks.engine.cache import CachedTask
 from tasks.engine.loaded_model import ModelReference
+from tasks.statistics import read_texts
 from tests.integration.small_model import small_model
 
 FAMILIES = {"gpt2": "transformer.h.{}.mlp.c_proj", "gptj": "transformer.h.{}.mlp.fc_out"}
@@ -46,19 +47,19 @@ def publish(family: str, layer: int, width: int, **changes: np.ndarray) -> np.nd
     return content["mom2.mom2"]
 
 
-def parameters(**evaluation: str) -> Parameters:
+def parameters(held_out: str | None = None, **evaluation: str) -> Parameters:
     return check_parameters(
         {
             "model": {"source": "local", "path": "model"},
             "requests": {"source": "facts", "path": "facts.jsonl"},
-            "statistics": {"source": "published", "path": "moments"},
+            "statistics": {"source": "published", "path": "moments", "held_out": held_out},
             "evaluation": evaluation,
         }
     )
 
 
-def run_of(model: ModelReference) -> Run:
-    run = Run("statistics", parameters(), ExitStack())
+def run_of(model: ModelReference, held_out: str | None = None) -> Run:
+    run = Run("statistics", parameters(held_out), ExitStack())
     run.model = model
     return run
 
@@ -79,6 +80,15 @@ def test_they_are_imported_with_their_origin(family: str, model: ModelReference)
     before = found.described["corpus"]
     publish(family, 1, model.model.inner_width, **{"mom2.count": np.array(7)})
     assert collect_layers(run_of(model), (0, 1)).described["corpus"] != before
+
+
+def test_a_text_for_the_perplexity_may_be_named(family: str, model: ModelReference) -> None:
+    publish(family, 1, model.model.inner_width)
+    Path("held_out.txt").write_text("one\ntwo\n")
+    found = collect_layers(run_of(model, "held_out.txt"), (1,))
+    assert found.held_out is not None
+    assert read_texts(found.held_out.checked()) == ["one", "two"]
+    assert found.described["held_out_documents"] == 2
 
 
 def test_references_come_from_snippets_only(model: ModelReference) -> None:

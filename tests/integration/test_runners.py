@@ -26,7 +26,7 @@ from flows.evaluation import evaluation
 from flows.model import model
 from flows.prefixes import prefixes
 from flows.requests import requests
-from flows.service.workers import workers_of
+from flows.service.step import workers_of
 from flows.statistics import statistics
 from flows.targets import targets
 from memit.errors import ResourceError

@@ -132,7 +132,7 @@ def made(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_make_runs_in_any_directory(tmp_path: Path, name: str) -> None:
     said = made(tmp_path / name, "-n", "run")
     assert said.returncode == 0, said.stderr
-    assert said.stdout == ".venv/bin/python -m flows experiment\n"
+    assert said.stdout == ".venv/bin/python -m flows.command.cli run\n"
 
 
 def test_stages_find_the_environments_python(tmp_path: Path) -> None:

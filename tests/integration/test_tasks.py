@@ -33,10 +33,10 @@ from tasks.engine.edited_model import with_edit
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.tables import read_tables
 from tasks.evaluation import (
+    Measured,
     described_edit,
     examples,
     measure_piece,
-    metrics_of,
     read_held_out,
     without_details,
 )
@@ -366,7 +366,9 @@ def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
         for column in ("nll_new", "nll_true"):
             assert abs(whole[column].to_numpy() - parts[column].to_numpy()).max() < 1e-4
     assert abs(before["nll_new"].to_numpy() - after["nll_new"].to_numpy()).max() > 0.1
-    metrics = metrics_of(after, SCHEMA.empty_table(), KEPT_SCHEMA.empty_table(), RECORDS, {})
+    none = SCHEMA.empty_table()
+    measured = Measured(after, none, KEPT_SCHEMA.empty_table(), none, None, None, {})
+    metrics = measured.metrics(RECORDS, {})
     assert metrics["records"] == len(RECORDS)
     assert metrics["score_low"] <= metrics["score"] <= metrics["score_high"]
     assert "entropy" not in metrics

@@ -1,11 +1,15 @@
 """The comparison of methods: which records are edited, with which settings, and their metrics."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from flows import scaling
+from flows.command.parameters import check_parameters
+from flows.compare import Setup
 from memit.editors.alphaedit import AlphaEdit
 from memit.editors.fine_tuning import FineTuning
 from memit.editors.memit import Memit
@@ -17,7 +21,8 @@ from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest, Record
 from tasks.compare import make_methods
-from tasks.evaluation import metrics_of
+from tasks.edit import Method
+from tasks.evaluation import Measured
 from tasks.requests import split_by_subject, without_prompts
 
 HYPERPARAMETERS = Hyperparameters((1, 2), 5.0)
@@ -104,6 +109,50 @@ def test_unknown_methods_and_settings_are_refused_by_name(names, settings, key):
         _methods(names, settings)
 
 
+def _setup(count, counts=(1,), known=None):
+    """A comparison of 40 records, of which the model knows some if only these are edited."""
+    parameters = check_parameters(
+        {
+            "requests": {"source": "counterfact", "path": "x.json", "known": known is not None},
+            "compare": {"count": count, "at_most": {"rome": 16}},
+            "scaling": {"counts": counts, "least_records": 1},
+        }
+    )
+    setup = Setup(
+        SimpleNamespace(parameters=parameters), (), SimpleNamespace(count=40), {}, {}, None
+    )
+    drawn = [SimpleNamespace(records=RECORDS[:known])]
+    object.__setattr__(setup, "draw", lambda count, seed: count if count else drawn[0])
+    return setup
+
+
+@pytest.mark.parametrize(
+    ("count", "known", "rome", "memit"),
+    [(48, None, 16, 48), (12, None, 12, 12), (None, None, 16, None), (None, 9, 9, None)],
+)
+def test_a_method_edits_what_there_is_up_to_its_limit(count, known, rome, memit):
+    setup = _setup(count, known=known)
+    assert setup.size(Method("rome", Rome(5))) == rome
+    assert setup.size(Method("memit", Memit(HYPERPARAMETERS))) == memit
+
+
+@pytest.mark.parametrize(
+    ("counts", "known", "sizes", "left_out"),
+    [
+        ((1, 30, 41), None, [1, 30], 1),
+        ((1, 30, None), None, [1, 30, 40], 0),
+        ((1, 30, 41, None), 9, [1, 9], 2),
+        ((1, 30), 9, [1], 1),
+    ],
+)
+def test_sizes_that_the_records_do_not_reach_are_left_out(capsys, counts, known, sizes, left_out):
+    drawn = scaling._draw(_setup(None, counts, known))
+    assert drawn == [(0, size) for size in sizes]
+    assert capsys.readouterr().err.count("is left out") == left_out
+    with pytest.raises(InputError, match=r"scaling\.counts"):
+        scaling._draw(_setup(None, (41,), known))
+
+
 def _table(kinds: tuple[str, ...], records: list[Record]) -> pa.Table:
     objects = {"target_new": "Rome", "target_true": "Paris", "hit_new": True, "hit_true": False}
     rows = [
@@ -115,13 +164,17 @@ def _table(kinds: tuple[str, ...], records: list[Record]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-KEPT = KEPT_SCHEMA.empty_table()
 TEXTS = pa.table({"case_id": [1, 0], "prompt": ["a", "b"], "text": ["a red fox d", "a a a a"]})
+
+
+def _metrics(prompts, texts, records, references=None):
+    measured = Measured(prompts, texts, KEPT_SCHEMA.empty_table(), TEXTS[:0], None, None, {})
+    return measured.metrics(records, references or {})
 
 
 def test_metrics_have_intervals_and_are_absent_where_the_records_lack_them():
     records = RECORDS[:4]
-    metrics = metrics_of(_table(("rewrite", "paraphrase"), records), TEXTS[:0], KEPT, records, {})
+    metrics = _metrics(_table(("rewrite", "paraphrase"), records), TEXTS[:0], records)
     assert metrics["efficacy"] == 50.0
     assert metrics["efficacy_low"] < 50.0 < metrics["efficacy_high"]
     missing = {"score", "neighborhood", "neighborhood_plus", "entropy", "reference"}
@@ -132,11 +185,11 @@ def test_texts_are_measured_for_the_records_that_have_them():
     records = RECORDS[:4]
     references = {("P1", "Rome"): ["red fox", "in town"], ("P1", "Oslo"): ["blue ox"]}
     table = _table(("rewrite",), records)
-    metrics = metrics_of(table, TEXTS, KEPT, records, references)
+    metrics = _metrics(table, TEXTS, records, references)
     a, b = (-sum(p * np.log2(p) for p in np.full(n, 1 / n)) for n in (3, 2))
     assert metrics["entropy"] == pytest.approx(100 * (2 / 3 * a + 4 / 3 * b) / 2 / 2, abs=1e-3)
     assert 0 < metrics["reference"] < 100
-    assert "reference" not in metrics_of(table, TEXTS, KEPT, records, {})
+    assert "reference" not in _metrics(table, TEXTS, records)
 
 
 def test_zsre_has_its_own_metrics_under_the_same_names():
@@ -148,7 +201,7 @@ def test_zsre_has_its_own_metrics_under_the_same_names():
         for kind in kinds
     ]
     answers = pa.Table.from_pylist(rows, schema=zsre.SCHEMA)
-    metrics = metrics_of(answers, TEXTS[:0], KEPT, RECORDS[:3], {})
+    metrics = _metrics(answers, TEXTS[:0], RECORDS[:3])
     assert metrics["score"] == pytest.approx(harmonic_mean([100.0, 50.0, 50.0]))
     assert [metrics[name] for name in ("efficacy", "paraphrase", "neighborhood")] == [100, 50, 50]
     assert metrics["neighborhood_low"] == metrics["neighborhood_high"] == 50.0

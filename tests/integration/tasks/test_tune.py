@@ -3,13 +3,13 @@
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from flows import tune
 from flows.tune import search_settings
-from memit.errors import InputError
+from memit.errors import InputError, NumericsError
 from memit.hyperparameters import AUTO, Hyperparameters
 from memit.requests import EditRequest, Record
 from tasks.requests import keep_records
@@ -42,6 +42,18 @@ def _search(minutes: float, moments: dict[int, Any] = MOMENTS) -> list[Trial]:
     assert [trial.settings for trial in trials] == tried
     assert len(set(tried)) == len(tried)
     return trials
+
+
+def test_an_edit_that_leaves_no_finite_perplexity_is_a_failed_trial(monkeypatch: Any) -> None:
+    def diverged(*_: object) -> None:
+        raise NumericsError("the perplexity is not a finite number")
+
+    monkeypatch.setattr(tune, "shared_targets", lambda *_: None)
+    monkeypatch.setattr(tune, "edit_sample", lambda *_: (SimpleNamespace(edit=None), 0.0))
+    monkeypatch.setattr(tune.Facts, "metrics", diverged)
+    facts = object.__new__(tune.Facts)
+    facts.run, facts.sample = cast("Any", None), cast("Any", SimpleNamespace(records=()))
+    assert "finite" in facts.trial(START, MOMENTS).failure
 
 
 def test_each_stage_starts_from_the_best_trial_so_far() -> None:

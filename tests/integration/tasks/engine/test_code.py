@@ -204,3 +204,10 @@ def test_a_file_of_editors_that_cannot_be_used_is_named(
 def test_stages_depend_on_the_code_behind_them(file: Path) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
     assert stages.with_code(text) == text, "run make stages"
+
+
+def test_a_stage_depends_no_more_on_folders_that_it_does_not_read() -> None:
+    stage = "stages:\n  report:\n    deps:\n      - {}\n"
+    text = stages.with_code(stage.format("memit/facts/relations\n      - artifacts/mine"))
+    assert "artifacts/mine" in text
+    assert "memit/facts/relations\n" not in text

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from memit.errors import IntegrityError
 from memit.files.atomic import PARTIAL, temporary, write_whole
 from memit.files.tensors import save_tensors
 from memit.requests import EditRequest, Record, write_records
@@ -129,6 +130,19 @@ def test_a_step_takes_back_what_it_wrote_and_nothing_else(project: Path) -> None
     assert files(folder) == before | kept
     finish(1)
     assert files(folder) == before | kept - {"layer-05.parquet"}
+
+
+def test_a_step_takes_back_what_lies_below_its_results(project: Path) -> None:
+    model, weights = Path("artifacts/model/model.json"), Path("artifacts/model/weights/a.json")
+    other = Path("artifacts/other.json")
+    for path in (model, weights, other):
+        write_json(path, 1)
+    (project / "artifacts/model/weights/notes.md").write_text("mine")
+    astray = Path("artifacts/model/../other.json")
+    finish_step("model", [model, weights, astray], {}, [])
+    finish_step("model", [model], {}, [])
+    assert files(project / "artifacts/model") == {"model.json", "weights", "weights/notes.md"}
+    assert other.exists()
 
 
 def test_dvc_sees_the_results_alone(project: Path) -> None:
@@ -252,3 +266,5 @@ def test_a_manifest_names_the_files_and_not_what_they_link_to(project: Path) -> 
     assert manifest.file(Path("evaluation/facts.csv")).path == str(project / "evaluation/facts.csv")
     assert manifest.files.keys() == {"evaluation/facts.csv"}
     assert upstream("evaluation") == {"evaluation": manifest}
+    with pytest.raises(IntegrityError, match=r"facts\.txt .* the step evaluation again"):
+        manifest.file(Path("evaluation/facts.txt"))

@@ -16,7 +16,7 @@ import torch.hub
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from memit.errors import InputError, MemitError, UnreachableError
-from tasks.engine.hub import fetch_description, resolve_commit
+from tasks.engine.hub import _check_room, fetch_description, resolve_commit
 from tasks.engine.retry import ATTEMPTS
 from tasks.requests import locate_records
 
@@ -62,6 +62,12 @@ def test_a_hub_that_comes_back_is_asked_until_it_does(monkeypatch, slept: list[f
     assert hub.asked == 3
     assert len(slept) == 2
     assert 1 <= slept[0] < slept[1] < 3
+
+
+def test_a_hub_that_comes_back_says_how_large_a_model_is(monkeypatch) -> None:
+    hub = Hub(monkeypatch, httpx.ConnectError("no route"), SimpleNamespace(siblings=[]))
+    _check_room("owner/name", COMMIT)
+    assert hub.asked == 2
 
 
 def test_a_hub_that_stays_away_is_left_after_some_tries(monkeypatch, slept: list[float]) -> None:

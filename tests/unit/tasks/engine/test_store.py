@@ -7,7 +7,9 @@ import fsspec
 import pytest
 
 from memit.errors import IntegrityError, UnreachableError
+from tasks.engine import artifacts
 from tasks.engine.artifacts import Artifact, store_piece, write_text
+from tasks.engine.loaded_model import ModelFiles, ModelReference
 from tasks.engine.store import VARIABLE, Store, shared_store
 
 
@@ -55,6 +57,18 @@ def test_a_named_file_is_shared_when_asked(machine) -> None:
     elsewhere = named.model_copy(update={"path": "/not/on/this/machine"})
     machine("two")
     assert elsewhere.checked().read_text() == "some text"
+
+
+def test_a_model_that_is_shared_already_is_not_read_again(
+    machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = machine("one") / "model"
+    files = {"config.json": write_text(place / "config.json", "{}").sha256}
+    described = ModelFiles.model_construct(files=files)
+    model = ModelReference.model_construct(directory=str(place), model=described)
+    model.share()
+    monkeypatch.setattr(artifacts, "file_sha256", None)
+    model.share()
 
 
 def test_the_store_is_written_once_and_leaves_nothing_half_done(machine, address: str) -> None:
