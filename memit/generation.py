@@ -50,20 +50,20 @@ def generate_texts(
     *,
     new_tokens: int | None = None,
     total_tokens: int | None = None,
-    top_k: int,
-    seed: int,
+    top_k: int = 1,
+    seed: int = 0,
     token_budget: int,
     repetitions: Sequence[int] | None = None,
-    whole: bool = True,
     stops: Sequence[str] = (),
     first: Callable[[Sequence[int], Tensor], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Continue each prompt, by `new_tokens` or until it has `total_tokens`, prompt included.
+    """Continue each prompt, by default greedily: what follows it in `new_tokens`, or the whole text
+    of `total_tokens`, prompt included.
 
-    Texts have no special tokens, and begin with their prompts if `whole`; an end-of-text token does
-    not end one. With `stops`, single characters, a text without its prompt begins with a visible
-    character and ends before the first of them or before a special token. The checkpoint's own
+    Texts have no special tokens; an end-of-text token does not end one. With `stops`, single
+    characters, what follows a prompt begins with a visible character, ends before the first of them
+    or before a special token, and has no space around it. The checkpoint's own
     generation settings are ignored. `repetitions` numbers the texts of one prompt; by default they
     are counted in the order of the call. `token_budget` bounds texts × tokens at a time; `first`
     is called with the indices of some prompts and the float32 logits of the tokens behind them
@@ -84,6 +84,7 @@ def generate_texts(
         lm.check_room(ids, f"the prompt {prompt[:60]!r}", more)
         digest = hashlib.sha256(f"{seed}\n{number}\n{prompt}".encode()).digest()
         texts.append(_Text(index, ids, more, int.from_bytes(digest[:8], "big", signed=True)))
+    whole = total_tokens is not None
     written = _write_all(lm, texts, top_k, token_budget, whole, stops, progress, first)
     routed = lm.routed(prompts)
     if lm.router is not None and routed:
@@ -138,7 +139,7 @@ def _write_all(
                 answer = _decode(lm, ids).removeprefix(prompt)
                 for stop in stops:
                     answer = answer.lstrip().partition(stop)[0]
-                written[text.index] = answer
+                written[text.index] = answer.strip() if stops else answer
             if progress is not None:
                 progress(len(batch))
     return written

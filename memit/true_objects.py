@@ -26,10 +26,7 @@ def with_true_objects(
             lm,
             [record.request.text for record in group],
             new_tokens=TOKENS_A_WORD * words,
-            top_k=1,
-            seed=0,
             token_budget=token_budget,
-            whole=False,
         )
         for record, text in zip(group, texts, strict=True):
             answers[record.case_id] = _first_words(text, words)

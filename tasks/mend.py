@@ -78,7 +78,6 @@ def _examples(lm: LanguageModel, learnt_from: Artifact | Continuations) -> list[
         top_k=TOP_K,
         seed=learnt_from.seed,
         token_budget=TOKEN_BUDGET,
-        whole=False,
     )
     kept = [pair for pair in zip(beginnings, written, strict=True) if pair[1].strip()]
     return examples_from_texts(kept)

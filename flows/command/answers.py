@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -64,28 +65,16 @@ class Questions:
     def _answers(self, prompt: str) -> list[str]:
         """Next words with their probabilities, then the continuation."""
         answers = ask(self.lm, prompt, self.top)
-        more = _continued(self.lm, [prompt + each.text for each in answers], WORD_TOKENS)
+        write = partial(generate_texts, self.lm, token_budget=TOKEN_BUDGET)
+        more = write([prompt + each.text for each in answers], new_tokens=WORD_TOKENS)
         special = self.lm.tokenizer.all_special_tokens
         words = [
             "(end of the text)" if each.text in special else _word(each.text + rest)
             for each, rest in zip(answers, more, strict=True)
         ]
-        (text,) = _continued(self.lm, [prompt], self.tokens)
+        (text,) = write([prompt], new_tokens=self.tokens)
         pairs = zip(answers, words, strict=True)
         return [*(f"{each.probability:6.1%}  {word}" for each, word in pairs), f"… {text.strip()}"]
-
-
-def _continued(lm: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
-    """How the model goes on (greedily)."""
-    return generate_texts(
-        lm,
-        prompts,
-        new_tokens=tokens,
-        top_k=1,
-        seed=0,
-        token_budget=TOKEN_BUDGET,
-        whole=False,
-    )
 
 
 def _word(text: str) -> str:

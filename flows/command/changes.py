@@ -140,9 +140,7 @@ def _ask(
     delta = run and WeightDelta.load(run.delta.checked())
     if delta:
         delta.apply(lm)
-    texts = generate_texts(
-        lm, prompts, new_tokens=ANSWER_TOKENS, top_k=1, seed=0, token_budget=budget, whole=False
-    )
+    texts = generate_texts(lm, prompts, new_tokens=ANSWER_TOKENS, token_budget=budget)
     scores = score_prompts(lm, asked, token_budget=budget).to_pylist()
     if delta:
         delta.revert(lm)

@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from memit.errors import InputError
 from memit.evaluation.counterfact import means_by_record
-from memit.evaluation.generations import ANSWERS
-from memit.generation import generate_texts
+from memit.evaluation.generations import answer_all
 from memit.joining import WITHOUT_SPACES
 from memit.language_model import LanguageModel
 from memit.requests import Record
@@ -40,20 +39,13 @@ def answer_freely(
     """What the model says, until it stops, to all prompts of `asked_of` each record: a table of
     `ANSWERS`. `progress` is called with the number of newly written answers."""
     asked = [(r.case_id, kind, prompt) for r in records for kind, prompt in asked_of(lm, r)]
-    texts = generate_texts(
+    return answer_all(
         lm,
-        [prompt for _, _, prompt in asked],
+        asked,
         new_tokens=NEW_TOKENS,
         stops=STOPS,
-        top_k=1,
-        seed=0,
         token_budget=token_budget,
-        whole=False,
         progress=progress,
-    )
-    rows = [(*question, text.strip()) for question, text in zip(asked, texts, strict=True)]
-    return pa.Table.from_pylist(
-        [dict(zip(ANSWERS.names, row, strict=True)) for row in rows], schema=ANSWERS
     )
 
 

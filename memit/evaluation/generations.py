@@ -1,6 +1,7 @@
 """Texts that a model generates about edited subjects, and their metrics."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,16 +50,14 @@ def answer_briefly(lm: LanguageModel, records: Sequence[Record], *, token_budget
         )
         for prompt in prompts
     ]
-    answers = generate_texts(
-        lm,
-        [prompt for _, _, prompt in asked],
-        new_tokens=ANSWER_TOKENS,
-        top_k=1,
-        seed=0,
-        token_budget=token_budget,
-        whole=False,
-    )
-    rows = [(*question, answer) for question, answer in zip(asked, answers, strict=True)]
+    return answer_all(lm, asked, new_tokens=ANSWER_TOKENS, token_budget=token_budget)
+
+
+def answer_all(lm: LanguageModel, asked: Sequence[tuple[int, str, str]], **length: Any) -> pa.Table:
+    """What the model says (greedily) to prompts that are given with their cases and kinds: a table
+    of `ANSWERS`. How long it is, and in which batches it is written, is for `generate_texts`."""
+    texts = generate_texts(lm, [prompt for _, _, prompt in asked], **length)
+    rows = [(*question, text) for question, text in zip(asked, texts, strict=True)]
     return pa.Table.from_pylist(
         [dict(zip(ANSWERS.names, row, strict=True)) for row in rows], schema=ANSWERS
     )

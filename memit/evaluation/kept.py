@@ -98,7 +98,9 @@ def unedited_answers(
     progress: Callable[[int], None] | None = None,
 ) -> Unedited:
     """What the unedited model says to prompts, in order."""
-    answers = answers_to(lm, prompts, token_budget=token_budget, progress=progress)
+    texts = generate_texts(
+        lm, prompts, new_tokens=ANSWER_TOKENS, token_budget=token_budget, progress=progress
+    )
     ids = open_ids(lm.tokenizer, prompts)
     states = torch.empty(len(ids), lm.width, dtype=lm.dtype)
     for batch, found in run_in_batches(
@@ -108,7 +110,7 @@ def unedited_answers(
         lambda indices: _last_states(lm, [ids[index] for index in indices]),
     ):
         states[torch.tensor(batch)] = found
-    return Unedited(answers.texts, states)
+    return Unedited(texts, states)
 
 
 @torch.no_grad()
@@ -135,10 +137,7 @@ def answers_to(
         lm,
         prompts,
         new_tokens=ANSWER_TOKENS,
-        top_k=1,
-        seed=0,
         token_budget=token_budget,
-        whole=False,
         first=keep,
         progress=progress,
     )

@@ -477,8 +477,7 @@ def test_facts_that_the_model_answers_are_traced_in_pieces(
     requests = [EditRequest(f"Person {n}", "{} lives in", "-", between="") for n in range(7)]
     with loaded(reference) as lm:
         texts = [request.text for request in requests]
-        settings: dict = {"top_k": 1, "seed": 0, "token_budget": BUDGET, "whole": False}
-        words = generate_texts(lm, texts, new_tokens=1, **settings)
+        words = generate_texts(lm, texts, new_tokens=1, token_budget=BUDGET)
     answered = [
         Record(number, replace(request, target_true=word))
         for number, (request, word) in enumerate(zip(requests, words, strict=True))

@@ -36,15 +36,8 @@ def test_it_finds_the_first_records_that_the_model_knows() -> None:
 
 def test_answered_facts_are_those_whose_object_the_model_gives() -> None:
     lm, requests = build("gpt2"), [record.request for record in RECORDS[:9]]
-    said = generate_texts(
-        lm,
-        [request.text for request in requests],
-        new_tokens=1,
-        top_k=1,
-        seed=0,
-        token_budget=64,
-        whole=False,
-    )
+    texts = [request.text for request in requests]
+    said = generate_texts(lm, texts, new_tokens=1, token_budget=64)
     records = [
         Record(index, replace(request, target_true=text if index % 3 else "Oslo", between=""))
         for index, (request, text) in enumerate(zip(requests, said, strict=True))

@@ -56,9 +56,7 @@ def test_a_generation_prompt_that_just_fits() -> None:
     lm = build("gpt2")
     fits = Record(3, REQUEST, generation_prompts=(longest(lm, None),))
     check_records(lm, [fits], written=None)
-    generate_texts(
-        lm, fits.generation_prompts, total_tokens=100, top_k=1, seed=0, token_budget=1000
-    )
+    generate_texts(lm, fits.generation_prompts, total_tokens=100, token_budget=1000)
     over = Record(3, REQUEST, generation_prompts=(longest(lm, None) + "q",))
     with pytest.raises(InputError, match="the generation prompt of record 3"):
         check_records(lm, [fits, over], written=2)
