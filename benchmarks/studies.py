@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.resources import files
 from importlib.metadata import distribution
 from pathlib import Path
 from time import process_time
@@ -33,7 +34,7 @@ from memit.errors import NumericsError
 from memit.evaluation.counterfact import prompts_of, score_prompts, summarise
 from memit.evaluation.drift import Reading, drift, read_text
 from memit.facts.neighbors import without_edited_neighbors
-from memit.facts.records import Part, embedded_records, held_out_documents
+from memit.facts.records import Part, embedded_records
 from memit.facts.subjects import default_share, subjects_to_keep
 from memit.hyperparameters import (
     AUTO,
@@ -60,6 +61,8 @@ from memit.targets import Targets, compute_targets
 matplotlib.use("Agg")
 BUDGET, TRAINED_BUDGET = 4096, 2048
 """Padded tokens at a time, without and with gradients."""
+HELD_OUT = (files("memit.facts") / "held_out.txt").read_text("utf-8").splitlines()
+"""The package's text for the perplexity, a document a line."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Study:
     @cached_property
     def reading(self) -> Reading:
         """What the unedited model makes of the held-out text."""
-        return read_text(self.lm, held_out_documents(), token_budget=BUDGET)
+        return read_text(self.lm, HELD_OUT, token_budget=BUDGET)
 
     def resources(
         self, moments: Mapping[int, SecondMoment], targets: Targets | None = None
@@ -137,7 +140,7 @@ class Study:
         edit.apply(self.lm)
         scores = self.scores(records)
         edit.revert(self.lm)
-        ppl, moved = drift(self.lm, edit, held_out_documents(), self.reading, token_budget=BUDGET)
+        ppl, moved = drift(self.lm, edit, HELD_OUT, self.reading, token_budget=BUDGET)
         left = edit.provenance.get("residual_left", float("nan"))
         told(name, scores, f"PPL {ppl:.2f}  KL {moved:.5f}  left {left:.2f}")
 
@@ -255,7 +258,7 @@ def retention(
         done = len(edits) * len(batches[0])
         found.append(study.scores(batches[0]))
         told(f"{editor.name}, first of {done}", found[-1])
-    ppl = read_text(study.lm, held_out_documents(), token_budget=BUDGET).perplexity
+    ppl = read_text(study.lm, HELD_OUT, token_budget=BUDGET).perplexity
     everything = [record for batch in batches for record in batch]
     told(f"{editor.name}, all", study.scores(everything), f"PPL {ppl:.2f}")
     for edit in reversed(edits):

@@ -241,14 +241,17 @@ def _check_once(places: Sequence[str], keys: Sequence[str | None], what: str) ->
             raise InputError(f"{first[key]} and {place} {what}: keep one of them.")
 
 
-def sample_records(records: Sequence[Record], count: int, seed: int) -> list[Record]:
-    """Draw `count` records without replacement, in the order in which they were given.
+def sample_records(records: Sequence[Record], count: int | None, seed: int) -> list[Record]:
+    """Draw `count` records without replacement, in the order in which they were given; None takes
+    all.
 
     With one seed a smaller sample is part of a larger one.
 
     Raises:
         InputError: there are fewer records.
     """
+    if count is None:
+        return list(records)
     if not 1 <= count <= len(records):
         raise InputError(
             f"the count is {count}, but {len(records)} records are available: choose 1 to "

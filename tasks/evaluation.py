@@ -265,7 +265,7 @@ class Measured:
                 "the perplexity is not a finite number: use another model.dtype or "
                 "evaluation.dtype, or a smaller edit."
             )
-        return {name: _rounded(value) for name, value in (summary | known).items()}
+        return {name: round(value, DECIMALS) for name, value in (summary | known).items()}
 
     def _own_means(self, ordered: Sequence[Record]) -> dict[str, np.ndarray]:
         """The user's metrics of each record, without those that no record has."""
@@ -302,10 +302,6 @@ def described_edit(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What `metrics.json` says of an edit, out of `edit.json`."""
     described = ("count", "layers", "target_shift", "residual_left", "update_ratio")
     return {name: summary[name] for name in described} | {"dropped": len(summary["dropped"])}
-
-
-def _rounded(value: float) -> float:
-    return value if isinstance(value, int) else round(value, DECIMALS)
 
 
 @cached_task("references")

@@ -136,11 +136,6 @@ def keep_records(records: Sequence[Record]) -> Artifact:
     return store_piece("requests", ".json", lambda path: write_records(records, path))
 
 
-def sample(records: list[Record], count: int | None, seed: int) -> list[Record]:
-    """`count` of the records, or all of them."""
-    return records if count is None else sample_records(records, count, seed)
-
-
 @cached_task("requests")
 def choose_requests(
     source: Source,
@@ -158,7 +153,7 @@ def choose_requests(
         InputError: the model knows fewer facts than are wanted.
     """
     records, dropped = read_source(source, file.checked())
-    chosen, share, edited = sample(records, None if known else count, seed), None, 0
+    chosen, share, edited = sample_records(records, None if known else count, seed), None, 0
     with loaded(model) as lm:
         chosen = with_true_objects(lm, chosen, token_budget=TOKEN_BUDGET)
         if known:
@@ -273,4 +268,4 @@ def sample_questions(edited: Artifact, count: int | None, seed: int) -> Artifact
     Raises:
         InputError: there are fewer.
     """
-    return keep_records(sample(read_counterfact(edited.checked()), count, seed))
+    return keep_records(sample_records(read_counterfact(edited.checked()), count, seed))

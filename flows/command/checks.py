@@ -28,7 +28,7 @@ from memit.facts.records import embedded_records
 from memit.files.reading import check_file
 from memit.language_model import DTYPES, LanguageModel
 from memit.model_shape import ModelShape
-from memit.requests import Record, drop_conflicts
+from memit.requests import Record, drop_conflicts, sample_records
 from memit.room import check_records
 from memit.sampled_corpus import TOKENS_PER_TEXT, start_token, wanted_tokens
 from memit.targets import edit_rows
@@ -42,7 +42,7 @@ from tasks.engine.results import is_model_here
 from tasks.engine.workers import check_workers
 from tasks.model import find_model, model_without_weights
 from tasks.reporting.labels import LABELS
-from tasks.requests import locate_records, read_source, sample, split_by_subject
+from tasks.requests import locate_records, read_source, split_by_subject
 from tasks.statistics import find_published, held_out_file
 
 CHECKED_DOCUMENTS = 10_000
@@ -134,7 +134,7 @@ def check_inputs(parameters: Parameters) -> tuple[list[Record], LanguageModel | 
     elif section.source != "synthetic":
         file = locate_records(section.path, section.url, section.sha256)
         records = read_source(section.source, file)[0]
-    chosen = sample(records, section.wanted, section.seed) if records else []
+    chosen = sample_records(records, section.wanted, section.seed) if records else []
     _check_corpus(parameters.statistics)
     if parameters.evaluation.metrics is not None:
         own_metrics(parameters.evaluation.metrics)

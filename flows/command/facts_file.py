@@ -28,7 +28,7 @@ def check_requests(parameters: Parameters, file: Path) -> None:
     table.add_row("with neighbours", f"{neighbors}")
     table.add_row("contradictions", Text(_contradictions(records)))
     count = parameters.requests.count
-    wanted = len(records) if count in ("auto", None) else int(count)
+    wanted = None if count == "auto" else count
     edited = sample_records(records, wanted, parameters.requests.seed)
     how = "all" if len(edited) == len(records) else f"{len(edited)}, a sample (requests.count)"
     table.add_row("edited", how)

@@ -99,8 +99,3 @@ def _ranked(candidates: Iterable[str], *key: str) -> list[str]:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()
-
-
-def held_out_documents() -> list[str]:
-    """Plain English prose for the perplexity, a paragraph per document."""
-    return (files("memit.facts") / "held_out.txt").read_text("utf-8").splitlines()

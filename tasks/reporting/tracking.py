@@ -31,6 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from memit.errors import ResourceError, UnreachableError
 from memit.files.atomic import write_whole
+from memit.files.digests import content_digest
 from memit.redaction import redacted
 from tasks.engine import results
 from tasks.engine.artifacts import cache_directory, project_root
@@ -99,7 +100,7 @@ class Experiment:
             "parameters": {k: v for k, v in self.parameters.items() if k != "report"},
             "results": {step: manifest.digest for step, manifest in self.manifests.items()},
         }
-        return _sha256(json.dumps(content, sort_keys=True))
+        return content_digest(content)
 
     def log(self, client: MlflowClient, experiment_id: str, run_id: str) -> None:
         """Log parameters, metrics, files, and the edited model."""
@@ -361,17 +362,13 @@ def _parameters(tree: Mapping[str, Any], prefix: str = "") -> list[entities.Para
 def origin_tags(flow_runs: Mapping[str, str]) -> dict[str, str]:
     """Provenance of an experiment: git commit, `dvc.lock`, DVC experiment, Prefect flow runs."""
     tags = {
-        "git.commit": _git_commit(),
+        # ends in -dirty if tracked files were changed
+        "git.commit": git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"),
         "dvc.lock": _lock_digest(Path("dvc.lock")),
         "dvc.experiment": os.environ.get("DVC_EXP_NAME", ""),
         **{f"prefect.{step}": run for step, run in flow_runs.items()},
     }
     return {name: value for name, value in tags.items() if value}
-
-
-def _git_commit() -> str:
-    """The checked-out commit, ending in `-dirty` if tracked files were changed."""
-    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
 
 
 def code_commit() -> str:
@@ -387,7 +384,7 @@ def _lock_digest(path: Path) -> str:
     except (OSError, yaml.YAMLError):
         return ""
     stages = {name: stage for name, stage in lock.get("stages", {}).items() if name != "report"}
-    return _sha256(json.dumps(stages, sort_keys=True))
+    return content_digest(stages)
 
 
 def _sha256(text: str) -> str:
