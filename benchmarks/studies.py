@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.resources import files
 from importlib.metadata import distribution
+from importlib.resources import files
 from pathlib import Path
 from time import process_time
 from typing import Any
