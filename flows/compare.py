@@ -27,7 +27,7 @@ from flows.targets import optimise
 from memit.evaluation.counterfact import plus_prompts_of, prompts_of
 from memit.evaluation.entropy import word_tokenizer
 from memit.evaluation.reference import References
-from memit.evaluation.zsre import ZsreRecord, read_zsre
+from memit.evaluation.zsre import ZsreRecord, questions_of, read_zsre
 from memit.requests import EditRequest, Record, read_counterfact
 from tasks.edit import Method, MethodEdit, edit_with
 from tasks.engine.artifacts import Artifact, describe, store_piece
@@ -312,11 +312,10 @@ def try_method(
         training=setup.split.training,
         trained=setup.learnt.get(method.name),
     )
-    asked: list[Any] = []
     if setup.questions is not None:
-        asked += [setup.questions[record.case_id] for record in sample.records]
+        asked = questions_of(setup.questions[record.case_id] for record in sample.records)
     else:
-        asked += prompts_of(sample.records)
+        asked = prompts_of(sample.records)
         asked += plus_prompts_of(sample.records) if thorough else []
     measured = measure(
         setup.run,
@@ -326,7 +325,6 @@ def try_method(
         sample.records,
         held_out_text(setup.run) if thorough else None,
         seed,
-        questions=setup.questions is not None,
     )
     return Tried(sample, edit, seconds, measured)
 

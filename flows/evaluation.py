@@ -16,7 +16,7 @@ from flows.command.parameters import Parameters
 from flows.requests import records_source
 from flows.service.step import Run, chunks, steady_chunks, step
 from flows.statistics import corpus_inputs
-from memit.evaluation.counterfact import before_and_after, facts_table, prompts_of
+from memit.evaluation.counterfact import ScoredPrompt, before_and_after, facts_table, prompts_of
 from memit.evaluation.generations import ANSWERS, SCHEMA
 from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.evaluation.kept import kept_by_record
@@ -179,30 +179,25 @@ class Subject:
 def measure(
     run: Run,
     edit: Artifact | None,
-    asked: Sequence[Any],
+    asked: Sequence[ScoredPrompt],
     described: Sequence[Record],
     records: Sequence[Record],
     held_out: Artifact | None,
     seed: int,
     *,
-    questions: bool = False,
     served_in: str | None = None,
 ) -> Measured:
-    """Score the prompts, or zsRE's `questions`, that the model, with the edit in it, is `asked`;
-    let it write about the records that are to be `described`; compare its answers to the kept
-    prompts of all `records`, and its free answers, with the unedited model's; take its perplexity
-    and its drift on the held-out text. Weights are rounded to `served_in`, by default to
-    `evaluation.dtype`."""
+    """Score the prompts that the model, with the edit in it, is `asked`; let it write about the
+    records that are to be `described`; compare its answers to the kept prompts of all `records`,
+    and its free answers, with the unedited model's; take its perplexity and its drift on the
+    held-out text. Weights are rounded to `served_in`, by default to `evaluation.dtype`."""
     section = run.parameters.evaluation
     subject = Subject(run, edit, served_in or section.dtype)
     answered, unedited = _pieces(records[: section.free_generation]), replace(subject, edit=None)
     own = own_metrics(section.metrics) if section.metrics and records else ()
     perplexity, moved = subject.text(held_out)
     return Measured(
-        prompts=subject.table(
-            "questions" if questions else "prompts",
-            steady_chunks(asked, section.prompts_per_piece),
-        ),
+        prompts=subject.table("prompts", steady_chunks(asked, section.prompts_per_piece)),
         texts=subject.table("texts", _pieces(described), seed=seed),
         kept=subject.kept(records),
         said=before_and_after(

@@ -62,11 +62,10 @@ def _asked(
     plus: bool,
     written: int | None,
 ) -> Iterator[Asked]:
-    for one in prompts_of(records) + (plus_prompts_of(records) if plus else []):
+    behind_facts = plus_prompts_of(records) if plus else []
+    for one in (*prompts_of(records), *behind_facts, *questions_of(questions)):
         for answer in objects_of(one):
             yield one.case_id, one.kind, one.prompt, answer, 0
-    for row in (row for question in questions for row in questions_of(question)):
-        yield row["case_id"], row["kind"], row["prompt"], f" {row['answer'].strip()}", 0
     first = f"{WORDS[0]}."  # of a prefix, whose other tokens are not known yet
     more = TOKENS + 1 - len(lm.tokenizer(first, add_special_tokens=False)["input_ids"])
     for record in (*records, *as_records(questions)):

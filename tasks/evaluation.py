@@ -16,13 +16,7 @@ import pyarrow
 from memit.editors.saved_edit import load_edit
 from memit.errors import InputError, NumericsError
 from memit.evaluation import DECIMALS, DETAILS, OWN
-from memit.evaluation.counterfact import (
-    SCORE_OF,
-    harmonic_mean,
-    record_means,
-    score_prompts,
-    summarise,
-)
+from memit.evaluation.counterfact import SCORE_OF, overall, record_means, score_prompts
 from memit.evaluation.drift import Reading, drift, read_text
 from memit.evaluation.free_generation import answer_freely, free_record_means
 from memit.evaluation.generations import (
@@ -41,7 +35,7 @@ from memit.evaluation.kept import (
 )
 from memit.evaluation.own_metrics import Metric, own_metrics
 from memit.evaluation.reference import References, references_from_corpus
-from memit.evaluation.zsre import score_zsre, zsre_record_means
+from memit.evaluation.zsre import zsre_record_means
 from memit.language_model import LanguageModel
 from memit.positions import open_ids
 from memit.requests import Record
@@ -100,9 +94,9 @@ class OwnMetric:
         return pyarrow.table({"case_id": [r.case_id for r in records], "value": values})
 
 
-Measure = Literal["prompts", "questions", "texts", "answers", "examples"] | OwnMetric
-"""What a model is asked: to score prompts, to answer zsRE's questions, to write about records, to
-answer records in full, or briefly as text for people; or a metric of the user's own."""
+Measure = Literal["prompts", "texts", "answers", "examples"] | OwnMetric
+"""What a model is asked: to score prompts, to write about records, to answer records in full, or
+briefly as text for people; or a metric of the user's own."""
 
 
 @cached_task("evaluation")
@@ -115,7 +109,7 @@ def measure_piece(
     seed: int = 0,
 ) -> Artifact:
     """What is found of some prompts or records, on the unedited model or with an edit in it."""
-    with with_edit(model, edit, shared=measure in ("prompts", "questions")) as lm:
+    with with_edit(model, edit, shared=measure == "prompts") as lm:
         return store_table("evaluation", _measured(lm, measure, items, seed, token_budget))
 
 
@@ -132,7 +126,6 @@ def _measured(
         return answer_briefly(lm, items, token_budget=token_budget)
     measures: dict[str, Callable[..., pyarrow.Table]] = {
         "prompts": score_prompts,
-        "questions": score_zsre,
         "answers": answer_freely,
         "texts": partial(write_about, seed=seed, total_tokens=min(TOTAL_TOKENS, lm.context_length)),
     }
@@ -221,7 +214,7 @@ class Measured:
     """What was measured of a model, edited or not; every metric follows from it."""
 
     prompts: pyarrow.Table
-    """Scored prompts, or answers to zsRE's questions."""
+    """Scored prompts: those of records, or zsRE's questions."""
     texts: pyarrow.Table
     """Generated texts; no rows where no record has generation prompts."""
     kept: pyarrow.Table
@@ -245,18 +238,14 @@ class Measured:
         Raises:
             NumericsError: the perplexity or the drift is not finite.
         """
-        if "answer" in self.prompts.column_names:
-            means, summary = _of_answers(self.prompts, failed)
-        else:
-            means = dict(record_means(self.prompts, failed))
-            summary = summarise(self.prompts, failed)
+        is_zsre = "specificity" in self.prompts["kind"].to_pylist()
+        means = (zsre_record_means if is_zsre else record_means)(self.prompts, failed)
         ordered = sorted(records, key=lambda record: record.case_id)
-        others = generation_record_means(self.texts, ordered, references)
-        others |= kept_record_means(self.kept, ordered)
-        others |= free_record_means(self.said, records) if self.said else {}
-        others |= self._own_means(ordered)
-        means |= others
-        summary |= {name: float(np.nanmean(values)) for name, values in others.items()}
+        means |= generation_record_means(self.texts, ordered, references)
+        means |= kept_record_means(self.kept, ordered)
+        means |= free_record_means(self.said, records) if self.said else {}
+        means |= self._own_means(ordered)
+        summary = overall(means, self.prompts)
         summary |= bootstrap_intervals(means, harmonic={"score": SCORE_OF}, seed=0)
         of_text = {"perplexity": self.perplexity, "drift": self.drift}
         known = {name: value for name, value in of_text.items() if value is not None}
@@ -276,15 +265,6 @@ class Measured:
             if not np.isnan(values).all():
                 means[OWN + name] = values
         return means
-
-
-def _of_answers(
-    answers: pyarrow.Table, failed: Collection[int]
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """zsRE's metrics under the names that they have in all tables; NS is its specificity."""
-    means = zsre_record_means(answers, failed)
-    values = {name: float(of.mean()) for name, of in means.items()}
-    return means, {"score": harmonic_mean(list(values.values()))} | values
 
 
 def without_details(

@@ -17,7 +17,8 @@ from memit.joining import ending
 from memit.language_model import LanguageModel
 from memit.requests import Record
 
-Kind = Literal["rewrite", "paraphrase", "neighborhood", "neighborhood_plus"]
+Kind = Literal["rewrite", "paraphrase", "neighborhood", "neighborhood_plus", "specificity"]
+"""What a prompt asks about; the last one is zsRE's question about something else."""
 
 METRICS: Mapping[Kind, str] = {
     "rewrite": "efficacy",
@@ -41,13 +42,15 @@ SCHEMA = pa.schema(
         pa.field("nll_true", pa.float64()),
         pa.field("hit_new", pa.bool_(), nullable=False),
         pa.field("hit_true", pa.bool_()),
+        pa.field("share_new", pa.float64(), nullable=False),
     ]
 )
 """Columns of the table of scored prompts: nll is the mean over tokens in nats, hit is whether the
-model would have given the whole object (argmax, teacher-forced)."""
+model would have given the whole object (argmax, teacher-forced), and share is that of its tokens
+that it would have given."""
 
 _QUESTION = ("case_id", "kind", "prompt", "target_new", "target_true")
-_MEASURED = ("nll_new", "nll_true", "hit_new", "hit_true")
+_MEASURED = ("nll_new", "nll_true", "hit_new", "hit_true", "share_new")
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,16 @@ def summarise(table: pa.Table, failed: Collection[int] = ()) -> dict[str, float]
     direction of success, `_accuracy` the share of prompts whose object the model would give.
     `failed` is as in `record_means`.
     """
-    summary: dict[str, float] = {}
-    of_records = record_means(table, failed)
-    means = {name: float(np.nanmean(values)) for name, values in of_records.items()}
-    if all(name in means for name in SCORE_OF):
-        summary["score"] = harmonic_mean([means[name] for name in SCORE_OF])
-    return summary | means | {"records": len(set(table["case_id"].to_pylist()))}
+    return overall(record_means(table, failed), table)
+
+
+def overall(means: Mapping[str, np.ndarray], table: pa.Table) -> dict[str, float]:
+    """The mean of each metric over the records that have it, S as `score` if its parts are there,
+    and the number of records in the table."""
+    summary = {name: float(np.nanmean(values)) for name, values in means.items()}
+    if all(name in summary for name in SCORE_OF):
+        summary = {"score": harmonic_mean([summary[name] for name in SCORE_OF]), **summary}
+    return summary | {"records": len(set(table["case_id"].to_pylist()))}
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
@@ -256,7 +263,8 @@ def objects_of(prompt: ScoredPrompt) -> tuple[str, ...]:
 
 def _row(prompt: ScoredPrompt, scores: Sequence[Score]) -> dict[str, Any]:
     new, true = scores[0], scores[1] if len(scores) > 1 else None
-    measured = (new.nll, true and true.nll, new.hit, true and true.hit)
+    share = new.right / new.tokens
+    measured = (new.nll, true and true.nll, new.hit, true and true.hit, share)
     asked = {name: getattr(prompt, name) for name in _QUESTION}
     return asked | dict(zip(_MEASURED, measured, strict=True))
 

@@ -4,7 +4,7 @@ Records are in the schema of MEND's split. Each metric is the share of an answer
 model would choose, a mean within a record and then over records.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,27 +13,17 @@ import numpy as np
 import pyarrow as pa
 
 from memit.errors import InputError
-from memit.evaluation.continuations import Question, score_continuations
-from memit.evaluation.counterfact import SCORE_OF, means_by_record
+from memit.evaluation.counterfact import Kind, ScoredPrompt, means_by_record
 from memit.facts.easyedit import slot_at_first_mention
 from memit.files.reading import parse_json, read_text
-from memit.language_model import LanguageModel
 from memit.requests import EditRequest, Record, check_text, numbered, read_rows
 
-KINDS = ("efficacy", "paraphrase", "specificity")
-
-SCHEMA = pa.schema(
-    [
-        pa.field("case_id", pa.int64(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("answer", pa.string(), nullable=False),
-        pa.field("nll", pa.float64(), nullable=False),
-        pa.field("right", pa.int64(), nullable=False),
-        pa.field("tokens", pa.int64(), nullable=False),
-    ]
-)
-"""Columns of the table of answered questions: `right` of the answer's `tokens` are argmax."""
+METRICS: Mapping[Kind, str] = {
+    "rewrite": "efficacy",
+    "paraphrase": "paraphrase",
+    "specificity": "neighborhood",
+}
+"""What the questions of each kind measure, under the names that it has in all tables."""
 
 
 @dataclass(frozen=True)
@@ -64,52 +54,29 @@ def as_records(questions: Iterable[ZsreRecord]) -> list[Record]:
     return [Record(q.case_id, q.request, paraphrase_prompts=(q.paraphrase,)) for q in questions]
 
 
-def score_zsre(
-    lm: LanguageModel,
-    records: Sequence[ZsreRecord],
-    *,
-    token_budget: int,
-    progress: Callable[[int], None] | None = None,
-) -> pa.Table:
-    """Answer all questions under teacher forcing; a table of `SCHEMA`, three rows a record.
-
-    `progress` is called with the number of newly answered questions.
-    """
-    rows = [row for record in records for row in questions_of(record)]
-    scores = score_continuations(
-        lm,
-        [Question(row["prompt"], (f" {row['answer'].strip()}",)) for row in rows],
-        token_budget=token_budget,
-        progress=progress,
-    )
-    for row, (score,) in zip(rows, scores, strict=True):
-        row |= {"nll": score.nll, "right": score.right, "tokens": score.tokens}
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+def questions_of(records: Iterable[ZsreRecord]) -> list[ScoredPrompt]:
+    """The three questions of each record, to be scored with their answers as new objects."""
+    return [
+        ScoredPrompt(one.case_id, kind, prompt, answer, None, between=" ")
+        for one in records
+        for kind, prompt, answer in (
+            ("rewrite", one.request.text, one.request.target_new),
+            ("paraphrase", one.paraphrase, one.request.target_new),
+            ("specificity", one.locality_prompt, one.locality_answer.strip()),
+        )
+    ]
 
 
 def zsre_record_means(table: pa.Table, failed: Collection[int] = ()) -> dict[str, np.ndarray]:
     """Efficacy, paraphrase and, as `neighborhood`, specificity of each record (0–100), in the order
-    of the case ids; 0 where the edit has `failed`."""
+    of the case ids; 0 where the edit has `failed`. The table is that of the scored questions."""
     kinds = np.array(table["kind"].to_pylist())
-    shares = 100.0 * table["right"].to_numpy() / table["tokens"].to_numpy()
+    shares = 100.0 * table["share_new"].to_numpy()
     shares[np.isin(table["case_id"].to_numpy(), list(failed))] = 0.0
     return {
         name: means_by_record(table, np.where(kinds == kind, shares, np.nan))
-        for name, kind in zip(SCORE_OF, KINDS, strict=True)
+        for kind, name in METRICS.items()
     }
-
-
-def questions_of(record: ZsreRecord) -> list[dict[str, Any]]:
-    """The first columns of its three rows in the table."""
-    prompts = (
-        (record.request.text, record.request.target_new),
-        (record.paraphrase, record.request.target_new),
-        (record.locality_prompt, record.locality_answer),
-    )
-    return [
-        {"case_id": record.case_id, "kind": kind, "prompt": prompt, "answer": answer}
-        for kind, (prompt, answer) in zip(KINDS, prompts, strict=True)
-    ]
 
 
 def _record(row: Any, index: int) -> ZsreRecord:

@@ -15,7 +15,6 @@ from memit.editors.fine_tuning import FineTuning
 from memit.editors.memit import Memit
 from memit.editors.rome import Rome
 from memit.errors import InputError
-from memit.evaluation import zsre
 from memit.evaluation.counterfact import SCHEMA, harmonic_mean
 from memit.evaluation.kept import SCHEMA as KEPT_SCHEMA
 from memit.hyperparameters import Hyperparameters
@@ -155,6 +154,7 @@ def test_sizes_that_the_records_do_not_reach_are_left_out(capsys, counts, known,
 
 def _table(kinds: tuple[str, ...], records: list[Record]) -> pa.Table:
     objects = {"target_new": "Rome", "target_true": "Paris", "hit_new": True, "hit_true": False}
+    objects |= {"share_new": 1.0}
     rows = [
         {"case_id": record.case_id, "kind": kind, "prompt": f"{kind} {record.case_id}", **objects}
         | {"nll_new": 1.0 + record.case_id % 2, "nll_true": 1.5}
@@ -193,15 +193,12 @@ def test_texts_are_measured_for_the_records_that_have_them():
 
 
 def test_zsre_has_its_own_metrics_under_the_same_names():
-    kinds = ("efficacy", "paraphrase", "specificity")
-    rows = [
-        {"case_id": case, "kind": kind, "prompt": "?", "answer": "a b"}
-        | {"nll": 1.0, "right": 2 if kind == "efficacy" else 1, "tokens": 2}
-        for case in range(3)
-        for kind in kinds
-    ]
-    answers = pa.Table.from_pylist(rows, schema=zsre.SCHEMA)
+    answers = _table(("rewrite", "paraphrase", "specificity"), RECORDS[:3])
+    shares = pa.array([1.0, 0.5, 0.5] * 3)
+    answers = answers.set_column(answers.schema.get_field_index("share_new"), "share_new", shares)
     metrics = _metrics(answers, TEXTS[:0], RECORDS[:3])
+    assert metrics["records"] == 3
+    assert "efficacy_accuracy" not in metrics
     assert metrics["score"] == pytest.approx(harmonic_mean([100.0, 50.0, 50.0]))
     assert [metrics[name] for name in ("efficacy", "paraphrase", "neighborhood")] == [100, 50, 50]
     assert metrics["neighborhood_low"] == metrics["neighborhood_high"] == 50.0

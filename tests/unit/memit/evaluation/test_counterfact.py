@@ -174,6 +174,7 @@ def row(case_id: int, kind: str, nll: float, rival: float | None, **hits: bool) 
         "nll_true": rival,
         "hit_new": hits.get("new", False),
         "hit_true": None if rival is None else hits.get("true", False),
+        "share_new": float(hits.get("new", False)),
     }
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from memit.errors import InputError
-from memit.evaluation.zsre import as_records, read_zsre, score_zsre, zsre_record_means
+from memit.evaluation.counterfact import score_prompts
+from memit.evaluation.zsre import as_records, questions_of, read_zsre, zsre_record_means
 from memit.language_model import LanguageModel
 from tests import SHARED
 from tests.families import families
@@ -87,9 +88,8 @@ def test_shares_agree_with_one_forward_a_token(tmp_path: Path):
         question(rephrase=prompt, answers=[f"{said} or São Paulo"], loc_ans="São Paulo"),
     ]
     records = read_zsre(saved(tmp_path, rows))
-    finished: list[int] = []
-    table = score_zsre(lm, records, token_budget=64, progress=finished.append)
-    assert sum(finished) == len(table) == 6
+    table = score_prompts(lm, questions_of(records), token_budget=64)
+    assert len(table) == 6
     shares = [
         share(lm, prompt, answer)
         for record in records
@@ -99,8 +99,7 @@ def test_shares_agree_with_one_forward_a_token(tmp_path: Path):
             (record.locality_prompt, record.locality_answer),
         )
     ]
-    found = table["right"].to_numpy() / table["tokens"].to_numpy()
-    assert found.tolist() == pytest.approx(shares)
+    assert table["share_new"].to_pylist() == pytest.approx(shares)
     assert 0 < max(shares) < 1
     assert zsre_record_means(table)["paraphrase"].tolist() == pytest.approx(
         [100 * shares[1], 100 * shares[4]]
