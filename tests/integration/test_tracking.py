@@ -3,8 +3,9 @@
 import json
 import shutil
 import sqlite3
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -190,3 +191,39 @@ def test_an_experiment_is_identified_by_parameters_and_results() -> None:
     same = replace(EXPERIMENT, experiment="y", tags={"t": "1"}, parameters={"a": 1, "report": 3})
     assert EXPERIMENT.digest == same.digest
     assert EXPERIMENT.digest != replace(EXPERIMENT, parameters={"a": 2}).digest
+
+
+@pytest.fixture
+def server(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """The address of an MLflow server that keeps artifacts itself."""
+    from mlflow import server  # it takes a second
+    from werkzeug.serving import make_server
+
+    place = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store(), place)
+    monkeypatch.setenv(server.BACKEND_STORE_URI_ENV_VAR, uri(place))
+    monkeypatch.setenv(server.ARTIFACT_ROOT_ENV_VAR, "mlflow-artifacts:/")
+    monkeypatch.setenv(server.ARTIFACTS_DESTINATION_ENV_VAR, str(place / "artifacts"))
+    monkeypatch.setenv(server.SERVE_ARTIFACTS_ENV_VAR, "true")
+    for name in ("_tracking_store", "_model_registry_store", "_artifact_repo"):
+        monkeypatch.setattr(server.handlers, name, None)
+    listening = make_server("127.0.0.1", 0, server.app, threaded=True)
+    thread = threading.Thread(target=listening.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.port}"
+    listening.shutdown()
+    thread.join()
+
+
+def test_a_server_keeps_the_files_of_runs(project: Path, server: str) -> None:
+    note = project / "note.txt"
+    note.write_text("first")
+    run = log_run(ParentRun("x", "compare", "digest", {}, {}, [note], {}), server)
+    client = MlflowClient(server)
+    assert client.get_run(run).info.artifact_uri.startswith("mlflow-artifacts:")
+    (folder,) = client.list_artifacts(run)
+    (file,) = client.list_artifacts(run, folder.path)
+    assert file.file_size == len("first")
+    assert not (project / "mlartifacts").exists()
