@@ -107,14 +107,14 @@ def _with_settings(name: str, editor: Editor, settings: Mapping[str, Mapping[str
             where = f" (those of {name} are in {SECTIONS[name]})" if name in SECTIONS else ""
             raise InputError(f"compare.settings.{name} has no {key}: {available}{where}.")
         try:
-            kind = get_type_hints(type(editor), include_extras=True)[key]
-            TypeAdapter(kind).validate_python(chosen[key], strict=True)
-        except ValidationError:
+            TypeAdapter(get_type_hints(type(editor))[key]).validate_python(chosen[key], strict=True)
+        except ValidationError as error:
+            wanted = (each["msg"].removeprefix("Input should be ") for each in error.errors())
             raise InputError(
-                f"compare.settings.{name}.{key} is {chosen[key]!r} where the preset is "
-                f"{getattr(editor, key)!r}: give a value like it."
+                f"compare.settings.{name}.{key} is {chosen[key]!r}, but must be "
+                f"{' or '.join(wanted)}, such as the preset's {getattr(editor, key)!r}."
             ) from None
     try:
         return replace(editor, **chosen)  # pyright: ignore[reportArgumentType]
-    except InputError as error:  # it begins with the setting's name
-        raise InputError(f"compare.settings.{name}.{error}") from None
+    except InputError as error:  # a number out of its range
+        raise InputError(f"compare.settings.{name}: {error}") from None

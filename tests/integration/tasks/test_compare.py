@@ -96,11 +96,23 @@ def test_settings_override_published_ones():
         (
             ["ft_w"],
             {"ft_w": {"batch_size": True}},
-            "compare.settings.ft_w.batch_size is True where",
+            "ft_w.batch_size is True, but must be a valid integer",
         ),
-        (["ft_w"], {"ft_w": {"batch_size": 0.5}}, "compare.settings.ft_w.batch_size is 0.5 where"),
-        (["ft_w"], {"ft_w": {"bound": -1}}, "compare.settings.ft_w.bound is -1, but must be"),
-        (["ft_w"], {"ft_w": {"loss": "own"}}, "compare.settings.ft_w.loss is 'own' where"),
+        (
+            ["ft_w"],
+            {"ft_w": {"batch_size": 0.5}},
+            "ft_w.batch_size is 0.5, but must be a valid integer",
+        ),
+        (
+            ["ft_w"],
+            {"ft_w": {"bound": -1}},
+            "compare.settings.ft_w: bound is -1, but must be between 0",
+        ),
+        (
+            ["ft_w"],
+            {"ft_w": {"loss": "own"}},
+            "loss is 'own', but must be 'teacher_forced' or 'published', such as",
+        ),
     ],
 )
 def test_unknown_methods_and_settings_are_refused_by_name(names, settings, key):
