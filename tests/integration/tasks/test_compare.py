@@ -79,8 +79,8 @@ def test_settings_override_published_ones():
     published, free = _methods(
         ["ft_w", "ft_l"], {"ft_w": {"weight_decay": "power_law"}, "ft_l": {"bound": None}}
     )
-    assert published.editor.weight_decay == "power_law"
-    assert free.editor.bound is None
+    assert published.editor == FineTuning(21, weight_decay="power_law")
+    assert free.editor == FineTuning(0, parameters="down_projection", bound=None)
 
 
 @pytest.mark.parametrize(
