@@ -31,7 +31,6 @@ from memit.evaluation.zsre import ZsreRecord, questions_of, read_zsre
 from memit.requests import EditRequest, Record, read_counterfact
 from tasks.edit import Method, MethodEdit, edit_with
 from tasks.engine.artifacts import Artifact, describe, store_piece
-from tasks.engine.checkpoints import forget_work
 from tasks.engine.cost import total_cost
 from tasks.engine.results import STATISTICS
 from tasks.evaluation import having_prompts
@@ -193,17 +192,15 @@ def _learn(run: Run, split: Split, folder: Path) -> dict[str, Artifact]:
     parameters, model = run.parameters, run.model.model.id
     found: dict[str, Artifact] = {}
     for name in parameters.compare.methods:
-        inputs: tuple[Any, ...]
         if name == "mend":
-            task = train_mend_network
-            inputs = run.model, _mend_examples(run, split), parameters.mend_settings(model)
+            settings = parameters.mend_settings(model)
+            examples = _mend_examples(run, split)
+            trained = run.compute(train_mend_network, run.model, examples, settings)
         elif name == "serac":
-            task = train_serac_models
-            inputs = run.model, split.training, pinned(parameters.serac_settings(model))
+            settings = pinned(parameters.serac_settings(model))
+            trained = run.compute(train_serac_models, run.model, split.training, settings)
         else:
             continue
-        trained = run.compute(task, *inputs)
-        forget_work(name, *inputs)
         run.copy(trained.losses, folder / f"{name}-losses.json")
         found[name] = trained.file
     return found
@@ -268,22 +265,19 @@ def edit_sample(
     else:  # it may train any block
         blocks = run.model.model.layers
         budget = run.token_budget(parameters.targets.token_budget, trained_blocks=blocks)
-    needed = {layer: moments[layer] for layer in method.editor.moment_layers}
     made = run.compute(
         edit_with,
         method,
         run.model,
         sample.file,
         prefixes=run.prefixes,
-        moments=needed,
+        moments={layer: moments[layer] for layer in method.editor.moment_layers},
         targets=ready,
         token_budget=budget,
         on_failure=parameters.edit.on_failure,
         seed=seed,
         **learning,
     )
-    learnt = (learning.get(name) for name in ("training", "trained"))
-    forget_work("edit", method, run.model, sample.file, seed, run.prefixes, needed, *learnt)
     return made, round(seconds + run.costs[-1].seconds, 3)
 
 

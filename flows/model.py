@@ -4,7 +4,6 @@ Results: `artifacts/model/model.json` and, of a model made here, its weights and
 """
 
 from flows.service.step import Run, step
-from tasks.engine.checkpoints import forget_work
 from tasks.engine.loaded_model import ModelFiles
 from tasks.engine.results import MODEL_FILE, WEIGHTS, WORLD
 from tasks.model import describe_model, find_model, train_small_model
@@ -23,13 +22,12 @@ def model(run: Run) -> None:
 
 def _train(run: Run) -> ModelFiles:
     section = run.parameters.model
-    given = (
+    made = run.compute(
+        train_small_model,
         {"seed": section.seed, **section.world.model_dump()},
         {"seed": section.seed, **section.training.model_dump()},
         section.threads,
     )
-    made = run.compute(train_small_model, *given)
-    forget_work("model", *given)
     for folder, artifacts in ((WEIGHTS, made.weights), (WORLD, made.world)):
         for name, artifact in artifacts.items():
             run.copy(artifact, folder / name)

@@ -11,7 +11,9 @@ from flows.service.step import Run, step
 from memit.hyperparameters import Hyperparameters
 from memit.requests import EditRequest
 from tasks.engine.artifacts import Artifact, write_file
-from tasks.engine.checkpoints import forget_work, work_directory
+from tasks.engine.cache import content_key
+from tasks.engine.checkpoints import forget_work, unfinished_work
+from tasks.engine.code import code_of
 from tasks.engine.results import STORED_TARGETS_FILE, TARGETS_FILE, read_timings
 from tasks.targets import (
     StoredTargets,
@@ -28,18 +30,19 @@ def targets(run: Run) -> None:
     earlier = run.earlier if run.parameters.targets.upon == "edited" else None
     inputs = (run.model, run.prefixes, target_settings(run.hyperparameters))
     inputs += (earlier,) if earlier else ()
-    folder = work_directory("targets", *inputs)
-    stored = StoredTargets.load(STORED_TARGETS_FILE, folder.name)
+    key = content_key("targets", code_of(optimise_targets.uncached), {"": inputs})[:32]
+    work = f"targets/{key}"
+    stored = StoredTargets.load(STORED_TARGETS_FILE, key)
     if stored.rows:
         run.costs += read_timings([run.step]).values()
     size = run.parameters.targets.requests_per_piece
-    plan = plan_pieces(stored.missing(requests), size, folder / "plan.json")
+    plan = plan_pieces(stored.missing(requests), size, unfinished_work(work) / "plan.json")
     pieces = optimise(run, plan, run.hyperparameters, earlier) if plan else []
     stored = stored.with_pieces(plan, pieces)
     # No result of the step, whose results must not tell which facts were withdrawn.
     write_file(STORED_TARGETS_FILE, stored.save)
     run.write(TARGETS_FILE, stored.of(requests).save)
-    forget_work("targets", *inputs)
+    forget_work(work)
 
 
 def optimise(

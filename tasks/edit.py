@@ -107,9 +107,6 @@ def edit_with(
     asked = read_counterfact(records.checked())
     requests = [record.request for record in asked]
     goals = None if targets is None else Targets.load(targets.checked())
-    checkpoints = work_directory(
-        "edit", method, model, records, seed, prefixes, moments, training, trained
-    )
     editor = method.editor
     if trained is not None:
         editor = replace(editor, trained=trained.checked())  # type: ignore[type-var]
@@ -126,7 +123,7 @@ def edit_with(
                     targets=goals and goals.chosen(kept),
                     training=read_counterfact(training.checked()) if training else (),
                     seed=seed,
-                    checkpoints=checkpoints,
+                    checkpoints=work_directory(),
                     progress=bar.advance,
                 )
                 return editor.edit(lm, [requests[index] for index in kept], resources)

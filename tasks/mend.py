@@ -60,7 +60,7 @@ def train_mend_network(
             lm,
             _examples(lm, learnt_from),
             settings,
-            directory=work_directory("mend", model, learnt_from, settings),
+            directory=work_directory(),
             progress=bar.advance,
         )
     return finished("mend", network.save, losses)

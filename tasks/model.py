@@ -48,6 +48,8 @@ def train_small_model(
 
     `world` and `training` hold the fields of `WorldParameters` and `TrainingParameters`.
     """
+    checkpoints = work_directory()
+    assert checkpoints is not None, "the small model is trained inside of Prefect"
     disable_progress_bar()
     torch.set_num_threads(threads)
     made = make_world(WorldParameters(**world))
@@ -56,7 +58,7 @@ def train_small_model(
         directory = train(
             made,
             parameters,
-            checkpoint_dir=work_directory("model", world, training, threads),
+            checkpoint_dir=checkpoints,
             progress=bar.advance,
         )
     return SmallModel(

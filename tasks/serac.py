@@ -40,7 +40,7 @@ def train_serac_models(
             lm,
             read_counterfact(records.checked()),
             settings,
-            directory=work_directory("serac", model, records, settings),
+            directory=work_directory(),
             progress=bar.advance,
         )
     return finished("serac", models.save, losses)

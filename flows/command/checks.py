@@ -49,6 +49,46 @@ CHECKED_DOCUMENTS = 10_000
 """Documents of a corpus that are read before the run; all of a large one would take too long."""
 
 
+def check_inputs(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
+    """Read the user's files, inspect the model, and compare costs with the machine.
+
+    Gives the records, and the model without weights unless it is trained here.
+
+    Raises:
+        MemitError: the first thing that would stop the experiment later.
+    """
+    section = parameters.requests
+    _check_surroundings()
+    check_workers(parameters.runner.kind)
+    _check_device(parameters.model.device)
+    records: list[Record] = []
+    if section.source == "embedded":
+        records = embedded_records("reported")
+    elif section.source != "synthetic":
+        file = locate_records(section.path, section.url, section.sha256)
+        records = read_source(section.source, file)[0]
+    chosen = sample_records(records, section.wanted, section.seed) if records else []
+    _check_corpus(parameters.statistics)
+    if parameters.evaluation.metrics is not None:
+        own_metrics(parameters.evaluation.metrics)
+    if parameters.evaluation.snippets is not None:
+        read_snippets(parameters.evaluation.snippets)
+    if parameters.model.source == "synthetic":
+        if parameters.statistics.source == "sampled":
+            wanted_tokens(parameters.statistics.tokens, 4 * parameters.model.training.width)
+        return records, None
+    described, place = find_model(**parameters.model.identity())
+    _check_disk(parameters, described)
+    _check_memory(parameters.model, described)
+    lm = model_without_weights(described.id, described.revision, place)
+    if note := parameters.settings_note(lm.name, lm.shape):
+        console.print("[yellow]settings:[/]", Text(note), soft_wrap=True)
+    _check_layers(parameters, lm, ())
+    check_records(lm, chosen, written=parameters.evaluation.generation_records)
+    edit_rows(lm, [record.request for record in chosen], ())
+    return records, lm
+
+
 def check_list(parameters: Parameters) -> None:
     """`check_inputs`, and that a list of facts was not truncated since the last run; batches of a
     history replace one another.
@@ -114,46 +154,6 @@ def _say_time(
     if model.source != "synthetic" or is_model_here(model.source, model.name):
         time = comparison_time(parameters, methods, sizes, texts, documents)
         console.print(f"[bold]estimated:[/] {time}", soft_wrap=True)
-
-
-def check_inputs(parameters: Parameters) -> tuple[list[Record], LanguageModel | None]:
-    """Read the user's files, inspect the model, and compare costs with the machine.
-
-    Gives the records, and the model without weights unless it is trained here.
-
-    Raises:
-        MemitError: the first thing that would stop the experiment later.
-    """
-    section = parameters.requests
-    _check_surroundings()
-    check_workers(parameters.runner.kind)
-    _check_device(parameters.model.device)
-    records: list[Record] = []
-    if section.source == "embedded":
-        records = embedded_records("reported")
-    elif section.source != "synthetic":
-        file = locate_records(section.path, section.url, section.sha256)
-        records = read_source(section.source, file)[0]
-    chosen = sample_records(records, section.wanted, section.seed) if records else []
-    _check_corpus(parameters.statistics)
-    if parameters.evaluation.metrics is not None:
-        own_metrics(parameters.evaluation.metrics)
-    if parameters.evaluation.snippets is not None:
-        read_snippets(parameters.evaluation.snippets)
-    if parameters.model.source == "synthetic":
-        if parameters.statistics.source == "sampled":
-            wanted_tokens(parameters.statistics.tokens, 4 * parameters.model.training.width)
-        return records, None
-    described, place = find_model(**parameters.model.identity())
-    _check_disk(parameters, described)
-    _check_memory(parameters.model, described)
-    lm = model_without_weights(described.id, described.revision, place)
-    if note := parameters.settings_note(lm.name, lm.shape):
-        console.print("[yellow]settings:[/]", Text(note), soft_wrap=True)
-    _check_layers(parameters, lm, ())
-    check_records(lm, chosen, written=parameters.evaluation.generation_records)
-    edit_rows(lm, [record.request for record in chosen], ())
-    return records, lm
 
 
 def _check_compared(parameters: Parameters) -> tuple[int, list[Method]]:

@@ -20,9 +20,6 @@ from tasks.engine.locks import FileLocks
 from tasks.engine.progress import piece_progress
 from tasks.engine.records import Records
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {}
-"""What each cached task runs."""
-
 
 def cached_task(name: str) -> Callable[[Callable[..., Any]], CachedTask]:
     """A Prefect task whose result is remembered under its name, code and inputs' content.
@@ -38,8 +35,6 @@ def cached_task(name: str) -> Callable[[Callable[..., Any]], CachedTask]:
     """
 
     def decorate(function: Callable[..., Any]) -> CachedTask:
-        FUNCTIONS[name] = function
-
         @wraps(function)
         def metered(*arguments: Any, **named: Any) -> list[Any]:
             with Meter() as meter, piece_progress(name):

@@ -3,18 +3,24 @@
 import shutil
 from pathlib import Path
 
+from prefect.transactions import get_transaction
+
 from tasks.engine.artifacts import cache_directory
-from tasks.engine.cache import FUNCTIONS, content_key
-from tasks.engine.code import code_of
 
 
-def work_directory(task: str, *inputs: object) -> Path:
-    """The directory for the checkpoints of a cached task on these inputs."""
-    key = content_key(task, code_of(FUNCTIONS[task]), {"": inputs})
-    return cache_directory() / "unfinished" / task / key[:32]
+def unfinished_work(key: str) -> Path:
+    """The directory for unfinished work of this key."""
+    return cache_directory() / "unfinished" / key
 
 
-def forget_work(task: str, *inputs: object) -> None:
-    """Delete the checkpoints. Call it when the task's result is stored: a process that is killed
+def work_directory() -> Path | None:
+    """The directory for the checkpoints of the cached task that runs, under the key of its record,
+    with which they are deleted; None outside of Prefect, where nothing has a key."""
+    transaction = get_transaction()
+    return transaction and unfinished_work(transaction.key)
+
+
+def forget_work(key: str) -> None:
+    """Delete the checkpoints of a task. Call it when its record is stored: a process that is killed
     between the two then loses nothing."""
-    shutil.rmtree(work_directory(task, *inputs), ignore_errors=True)
+    shutil.rmtree(unfinished_work(key), ignore_errors=True)

@@ -9,11 +9,13 @@ from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportU
 from memit.errors import IntegrityError
 from memit.files.atomic import write_whole
 from tasks.engine.artifacts import artifacts_in, cache_directory
+from tasks.engine.checkpoints import forget_work
 from tasks.engine.store import shared_store
 
 
 class Records(LocalFileSystem):
-    """The records in `.cache/records/`, each under its key and after its own SHA-256.
+    """The records in `.cache/records/`, each under its key and after its own SHA-256. Where there
+    is one, the checkpoints of its task are deleted.
 
     Where reading a record fails, for whatever reason, Prefect computes its piece again.
     """
@@ -39,6 +41,7 @@ class Records(LocalFileSystem):
         is_own = Path(record.metadata.storage_key or "").name == file.name
         if not (is_own and all(artifact.intact() for artifact in artifacts_in(record.result))):
             raise IntegrityError(f"{file} is another piece's, or files that it names are damaged.")
+        forget_work(file.name)  # of a process that was killed after it had written the record
         return content
 
     def write_path(self, path: str, content: bytes, _sync: bool = True) -> str:
@@ -52,6 +55,7 @@ class Records(LocalFileSystem):
         write_whole(file, lambda partial: partial.write_bytes(_checksum(content) + b"\n" + content))
         if store is not None:
             store.put(file, f"records/{file.name}")
+        forget_work(file.name)
         return str(file)
 
 

@@ -331,7 +331,7 @@ class Chaos:
         again = [key for key, identity in before.items() if now.get(key) != identity]
         if again:
             self.faults.append(f"{len(again)} pieces that were kept were computed again")
-        unfinished = list((project.path / ".cache" / "unfinished" / "model").glob("*/*"))
+        unfinished = list((project.path / ".cache" / "unfinished").glob("model-*/*"))
         if trained < steps and unfinished:  # what has ended is forgotten
             self.faults.append(f"training went back from step {steps} to {trained}")
         return now, trained

@@ -8,10 +8,50 @@ from prefect import flow, unmapped
 
 import tasks.statistics
 from tasks.engine.artifacts import write_text
+from tasks.engine.cache import cached_task
+from tasks.engine.checkpoints import work_directory
 from tasks.engine.workers import thread_runner
 from tasks.statistics import Corpus, CorpusSource, collect_corpus
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.usefixtures("api")]
+
+
+@cached_task("interrupted")
+def interrupted(number: int) -> list[str]:
+    """What an earlier process has left; ends the first one that computes it."""
+    place = work_directory()
+    assert place is not None
+    found = sorted(path.name for path in place.glob("*"))
+    (place / f"checkpoint-{number}").parent.mkdir(parents=True, exist_ok=True)
+    (place / f"checkpoint-{number}").touch()
+    if not found:
+        raise SystemExit("killed")
+    return found
+
+
+@flow
+def go_on(number: int) -> list[str]:
+    """The task in a flow."""
+    return interrupted(number)
+
+
+def test_unfinished_work_is_found_again_and_forgotten_with_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    unfinished = tmp_path / ".cache" / "unfinished"
+    for number in (1, 2):
+        with pytest.raises(SystemExit):
+            go_on(number)
+    one, two = sorted(unfinished.iterdir())
+    assert go_on(1) == ["checkpoint-1"]
+    (left,) = unfinished.iterdir()
+    assert [path.name for path in left.iterdir()] == ["checkpoint-2"]
+    (record,) = (tmp_path / ".cache" / "records").iterdir()
+    assert record.name in {one.name, two.name}
+    (unfinished / record.name).mkdir()  # of a process that was killed after it wrote the record
+    assert go_on(1) == ["checkpoint-1"]
+    assert list(unfinished.iterdir()) == [left]
 
 
 @flow(task_runner=thread_runner())

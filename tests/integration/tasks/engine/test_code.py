@@ -22,14 +22,23 @@ from tasks import (
     serac,
     statistics,
     targets,
+    tracing,
 )
 from tasks.compare import make_methods
 from tasks.engine import code
-from tasks.engine.cache import FUNCTIONS, content_key
+from tasks.engine.cache import CachedTask, content_key
 from tests import ROOT
 
 TASKS = (edit, evaluation, history, mend, model, prefixes, requests, serac, statistics, targets)
+TASKS += (tracing,)
 """The modules of all cached tasks."""
+FUNCTIONS = {
+    task.name: task.uncached
+    for module in TASKS
+    for task in vars(module).values()
+    if isinstance(task, CachedTask)
+}
+"""What each of them runs."""
 CACHED = (code._path, code._imports, code.modules_behind, code.library_versions)
 
 
