@@ -20,7 +20,7 @@ from memit.editors.memit_sequence import MemitSequence
 from memit.errors import InputError, IntegrityError, LimitError
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import load_model
-from memit.requests import EditRequest, read_counterfact
+from memit.requests import EditRequest, Record, read_counterfact, write_records
 from memit.second_moment import read_moment
 from memit.sequence import edit_in_batches
 from memit.targets import Targets
@@ -88,6 +88,17 @@ def batches(place: None) -> list[tuple[list[EditRequest], Targets]]:
         requests = [record.request for record in read_counterfact(REQUESTS_FILE)]
         found.append((requests, Targets.load(TARGETS_FILE)))
     return found
+
+
+def test_records_that_contradict_others_are_said_to_be_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asking = [EditRequest("Ada", "{} lives in", name, "Paris") for name in ("Rome", "Oslo")]
+    write_records([Record(*each) for each in enumerate(asking)], tmp_path / "records.json")
+    source = {"source": "counterfact", "path": str(tmp_path / "records.json"), "count": None}
+    run([requests], requests=source, edit={"history": None})
+    assert len(read_counterfact(REQUESTS_FILE)) == 1
+    assert "1 records contradict an earlier one" in capsys.readouterr().err
 
 
 def test_batches_are_those_of_the_library(batches: list[tuple[list[EditRequest], Targets]]) -> None:
