@@ -50,7 +50,7 @@ model would have given the whole object (argmax, teacher-forced), and share is t
 that it would have given."""
 
 _QUESTION = ("case_id", "kind", "prompt", "target_new", "target_true")
-_MEASURED = ("nll_new", "nll_true", "hit_new", "hit_true", "share_new")
+_MEASURED = ("nll_new", "nll_true", "hit_new", "hit_true")
 
 
 @dataclass(frozen=True)
@@ -263,10 +263,10 @@ def objects_of(prompt: ScoredPrompt) -> tuple[str, ...]:
 
 def _row(prompt: ScoredPrompt, scores: Sequence[Score]) -> dict[str, Any]:
     new, true = scores[0], scores[1] if len(scores) > 1 else None
-    share = new.right / new.tokens
-    measured = (new.nll, true and true.nll, new.hit, true and true.hit, share)
+    measured = (new.nll, true and true.nll, new.hit, true and true.hit)
     asked = {name: getattr(prompt, name) for name in _QUESTION}
-    return asked | dict(zip(_MEASURED, measured, strict=True))
+    share = {"share_new": new.right / new.tokens}
+    return asked | dict(zip(_MEASURED, measured, strict=True)) | share
 
 
 def _values(kind: Kind, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
