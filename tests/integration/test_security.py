@@ -88,6 +88,8 @@ def test_an_experiment_named_like_a_path_is_none(monkeypatch: pytest.MonkeyPatch
     asked: dict[str, str] = {}
 
     class Client:
+        tracking_uri = "sqlite:///mlflow.db"
+
         def get_experiment_by_name(self, name: str) -> None:
             return None
 
