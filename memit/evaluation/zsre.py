@@ -56,15 +56,13 @@ def as_records(questions: Iterable[ZsreRecord]) -> list[Record]:
 
 def questions_of(records: Iterable[ZsreRecord]) -> list[ScoredPrompt]:
     """The three questions of each record, to be scored with their answers as new objects."""
-    return [
-        ScoredPrompt(one.case_id, kind, prompt, answer, None, between=" ")
-        for one in records
-        for kind, prompt, answer in (
-            ("rewrite", one.request.text, one.request.target_new),
-            ("paraphrase", one.paraphrase, one.request.target_new),
-            ("specificity", one.locality_prompt, one.locality_answer.strip()),
-        )
-    ]
+    questions: list[ScoredPrompt] = []
+    for record in records:
+        new, unchanged = record.request.target_new, record.locality_answer.strip()
+        questions.append(_question(record, "rewrite", record.request.text, new))
+        questions.append(_question(record, "paraphrase", record.paraphrase, new))
+        questions.append(_question(record, "specificity", record.locality_prompt, unchanged))
+    return questions
 
 
 def zsre_record_means(table: pa.Table, failed: Collection[int] = ()) -> dict[str, np.ndarray]:
@@ -77,6 +75,10 @@ def zsre_record_means(table: pa.Table, failed: Collection[int] = ()) -> dict[str
         name: means_by_record(table, np.where(kinds == kind, shares, np.nan))
         for kind, name in METRICS.items()
     }
+
+
+def _question(record: ZsreRecord, kind: Kind, prompt: str, answer: str) -> ScoredPrompt:
+    return ScoredPrompt(record.case_id, kind, prompt, answer, None, between=" ")
 
 
 def _record(row: Any, index: int) -> ZsreRecord:

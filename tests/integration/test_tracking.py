@@ -198,18 +198,18 @@ def server(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
     """The address of an MLflow server that keeps artifacts itself."""
-    from mlflow import server  # it takes a second
+    from mlflow.server import app, constants, handlers  # it takes a second
     from werkzeug.serving import make_server
 
     place = tmp_path_factory.mktemp("server")
     shutil.copy(empty_store(), place)
-    monkeypatch.setenv(server.BACKEND_STORE_URI_ENV_VAR, uri(place))
-    monkeypatch.setenv(server.ARTIFACT_ROOT_ENV_VAR, "mlflow-artifacts:/")
-    monkeypatch.setenv(server.ARTIFACTS_DESTINATION_ENV_VAR, str(place / "artifacts"))
-    monkeypatch.setenv(server.SERVE_ARTIFACTS_ENV_VAR, "true")
+    monkeypatch.setenv(constants.BACKEND_STORE_URI_ENV_VAR, uri(place))
+    monkeypatch.setenv(constants.ARTIFACT_ROOT_ENV_VAR, "mlflow-artifacts:/")
+    monkeypatch.setenv(constants.ARTIFACTS_DESTINATION_ENV_VAR, str(place / "artifacts"))
+    monkeypatch.setenv(constants.SERVE_ARTIFACTS_ENV_VAR, "true")
     for name in ("_tracking_store", "_model_registry_store", "_artifact_repo"):
-        monkeypatch.setattr(server.handlers, name, None)
-    listening = make_server("127.0.0.1", 0, server.app, threaded=True)
+        monkeypatch.setattr(handlers, name, None)
+    listening = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=listening.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{listening.port}"
@@ -222,7 +222,7 @@ def test_a_server_keeps_the_files_of_runs(project: Path, server: str) -> None:
     note.write_text("first")
     run = log_run(ParentRun("x", "compare", "digest", {}, {}, [note], {}), server)
     client = MlflowClient(server)
-    assert client.get_run(run).info.artifact_uri.startswith("mlflow-artifacts:")
+    assert str(client.get_run(run).info.artifact_uri).startswith("mlflow-artifacts:")
     (folder,) = client.list_artifacts(run)
     (file,) = client.list_artifacts(run, folder.path)
     assert file.file_size == len("first")
