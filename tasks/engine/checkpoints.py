@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prefect.transactions import get_transaction
 
+from memit.errors import IntegrityError
 from tasks.engine.artifacts import cache_directory
 
 
@@ -15,9 +16,17 @@ def unfinished_work(key: str) -> Path:
 
 def work_directory() -> Path | None:
     """The directory for the checkpoints of the cached task that runs, under the key of its record,
-    with which they are deleted; None outside of Prefect, where nothing has a key."""
+    with which they are deleted; None outside of Prefect, where nothing has a record.
+
+    Raises:
+        IntegrityError: Prefect has found no key, since code has changed while it was used.
+    """
     transaction = get_transaction()
-    return transaction and unfinished_work(transaction.key)
+    if transaction is None:
+        return None
+    if transaction.key is None:
+        raise IntegrityError("source code was changed while it was used: start the run again.")
+    return unfinished_work(transaction.key)
 
 
 def forget_work(key: str) -> None:

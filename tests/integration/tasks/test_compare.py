@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -105,11 +106,10 @@ def _setup(count, counts=(1,), known=None):
             "scaling": {"counts": counts, "least_records": 1},
         }
     )
-    setup = Setup(
-        SimpleNamespace(parameters=parameters), (), SimpleNamespace(count=40), {}, {}, None
-    )
-    drawn = [SimpleNamespace(records=RECORDS[:known])]
-    object.__setattr__(setup, "draw", lambda count, seed: count if count else drawn[0])
+    run: Any = SimpleNamespace(parameters=parameters)
+    split: Any = SimpleNamespace(count=40)
+    setup, drawn = Setup(run, (), split, {}, {}, None), SimpleNamespace(records=RECORDS[:known])
+    object.__setattr__(setup, "draw", lambda count, seed: count if count else drawn)
     return setup
 
 
