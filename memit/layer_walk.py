@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from memit.batches import split_into_batches
-from memit.forward.key_values import KeyValues, Recorder
+from memit.forward.key_values import KeyValues, recorded
 from memit.forward.passes import Padded, block_output, mlp_at, pad, reading_keys
 from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
@@ -166,11 +167,9 @@ class Walk:
         if not self.resumes:
             return None, None
         start, hidden = self.block, self.shared_states
-        recorder = Recorder(self.lm, start)
-        output = block_output(
-            self.lm, self.shared, stop, start=start, hidden=hidden, recorder=recorder
-        )
-        return output, recorder.before(self.lengths)
+        cache = DynamicCache()
+        output = block_output(self.lm, self.shared, stop, start=start, hidden=hidden, record=cache)
+        return output, recorded(cache, start, self.lengths)
 
     def _run(
         self, index: int, stop: int, before: KeyValues | None, count: int | None = None

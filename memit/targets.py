@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from memit.batches import release_memory, run_in_batches
 from memit.errors import EditError, InputError, IntegrityError
 from memit.files.tensors import load_tensors, save_tensors
-from memit.forward.key_values import KeyValues, Recorder
+from memit.forward.key_values import KeyValues, recorded
 from memit.forward.passes import (
     Padded,
     attending_in_steps,
@@ -448,11 +449,11 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
     # One pass over whole rows. Where the model can be resumed, it records the input of the site's
     # first block and that block's and later ones' keys and values.
     resumed = site.first < lm.depth and can_resume(lm)
-    recorder = Recorder(lm, site.first) if resumed else None
+    cache = DynamicCache() if resumed else None
     below = lm.blocks[max(0, site.first - 1)]
     with reading_module(below) as entering, ExitStack() as stack:
         outputs = [stack.enter_context(reading_module(module)) for module in site.modules(lm)]
-        block_output(lm, padded, lm.depth - 1 if resumed else site.layers[-1], recorder=recorder)
+        block_output(lm, padded, lm.depth - 1 if resumed else site.layers[-1], record=cache)
     # h_i: the site's output at the subject's last token of the plain row. Some modules flatten
     # rows × tokens, so the position is counted over both.
     plain = torch.tensor(starts, device=device)
@@ -474,7 +475,7 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
         edit=torch.tensor([i for i, edit in enumerate(edits) for _ in edit.rows], device=device),
         column=last - offset,
         hidden=entry,
-        before=recorder.before(last) if recorder is not None else None,
+        before=None if cache is None else recorded(cache, site.first, last),
         target_row=target_row,
         target_column=target_column - offset[target_row],
         target_id=target_id,
