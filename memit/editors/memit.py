@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from memit.covariance_weight import MARGIN, Choice, choose_covariance_weight, drift
+from memit.covariance_weight import MARGIN, Choice, choose_covariance_weight
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError
 from memit.hyperparameters import AUTO, Hyperparameters
@@ -108,7 +108,6 @@ class Memit(Editor):
         found = choose_covariance_weight(
             lm.inner_width,
             lambda weight: self._weighing(weight)._spread(lm, requests, silent),
-            lambda made: drift(lm, made, resources.moments),
             self.margin,
         )
         if progress is not None:
