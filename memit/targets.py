@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from memit.batches import release_memory, run_in_batches
-from memit.errors import EditError, InputError, IntegrityError
+from memit.errors import EditError, InputError
+from memit.files.reading import holding
 from memit.files.tensors import load_tensors, save_tensors
 from memit.forward.key_values import KeyValues, recorded
 from memit.forward.passes import (
@@ -96,12 +97,8 @@ class Targets:
         Raises:
             IntegrityError: the file is no such file, or damaged.
         """
-        try:
+        with holding(path, "target vectors", "delete it and run `targets` again"):
             return Targets(**load_tensors(path)[0])
-        except Exception as error:
-            raise IntegrityError(
-                f"{path} does not hold target vectors ({error}); delete it and run `targets` again."
-            ) from error
 
 
 def check_targets(requests: Sequence[EditRequest], targets: Targets) -> None:
