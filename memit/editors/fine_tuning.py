@@ -18,7 +18,7 @@ from torch import Tensor
 from memit.batches import split_into_batches
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError, NumericsError
-from memit.forward.passes import Padded, block_output, logits_at, pad
+from memit.forward.passes import Padded, block_output, logits_at, pad, target_positions
 from memit.forward.probes import can_resume
 from memit.hyperparameters import published_layer
 from memit.language_model import LanguageModel
@@ -193,20 +193,15 @@ class _Chunk:
 
 @torch.no_grad()
 def _chunk(lm: LanguageModel, rows: Sequence[TokenRow], layer: int, loss: Loss) -> _Chunk:
-    # A token is predicted at the position before it; the published loss asks for all tokens of the
-    # object at the prompt's last position.
-    scored = [
-        (index, (row.target[0] if loss == "published" else position) - 1, row.ids[position])
-        for index, row in enumerate(rows)
-        for position in row.target
-    ]
-    row, column, wanted = torch.tensor(scored, device=lm.device).T
-    weight = torch.tensor([1 / len(rows[index].target) for index, _, _ in scored])
+    row, column, wanted = target_positions(rows, lm.device)
+    if loss == "published":  # all tokens of the object are asked for at the prompt's last position
+        column = torch.tensor([r.target[0] - 1 for r in rows], device=lm.device)[row]
+    weight = torch.tensor([1 / len(r.target) for r in rows], device=lm.device)[row]
     # Blocks below the tuned one do not change: run them once and keep what enters it.
     padded = pad([r.ids[:-1] for r in rows], lm.device)
     held = layer > 0 and can_resume(lm)
     hidden = block_output(lm, padded, layer - 1).cpu() if held else None
-    return _Chunk(padded, hidden, row, column, wanted, weight.to(lm.device))
+    return _Chunk(padded, hidden, row, column, wanted, weight)
 
 
 def _backward(lm: LanguageModel, batch: Sequence[_Chunk], size: int, layer: int) -> float:

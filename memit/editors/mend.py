@@ -19,11 +19,11 @@ from memit.batches import run_in_batches
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.mend_network import Factors, Matrix, MendNetwork
 from memit.editors.settings import MendSettings
-from memit.editors.teacher_forcing import Pair, mean_nll, row_means, target_positions
+from memit.editors.teacher_forcing import Pair, mean_nll, row_means
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError
 from memit.files.digests import content_digest, file_sha256
-from memit.forward.passes import logits_at, pad
+from memit.forward.passes import logits_at, pad, target_positions
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, continuation_rows
 from memit.requests import EditRequest, Record
@@ -227,7 +227,7 @@ def _loss_at(
         unrelated = [random.choice(e.unrelated) for e in edits if e.unrelated]
         unrelated += [random.choice((e.edit, *e.unrelated)) for e in others]
         kept = continuation_rows(lm.tokenizer, unrelated)
-        owner, columns, _ = target_positions(kept)
+        owner, columns, _ = target_positions(kept, lm.device)
         padded = pad([row.ids[:-1] for row in kept], lm.device)
         with torch.no_grad():
             before = logits_at(lm, padded, owner, columns).log_softmax(-1)

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from memit.forward.key_values import KeyValues
 from memit.language_model import LanguageModel
+from memit.positions import TokenRow
 
 WORTH_PACKING = 0.9
 """Above this share of real positions, leaving out the others costs as much as it saves."""
@@ -44,6 +45,16 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
     lengths = torch.tensor([len(row) for row in rows], device=device)
     columns = torch.arange(width, device=device)
     return Padded(ids, (columns[None] < lengths[:, None]).long())
+
+
+def target_positions(
+    rows: Sequence[TokenRow], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and next token of every position that predicts a target's token (k each)."""
+    # The logits at a position predict the token after it; a row's first token has none before it.
+    found = [(i, at - 1, row.ids[at]) for i, row in enumerate(rows) for at in row.target if at]
+    owner, columns, wanted = torch.tensor(found, device=device).T
+    return owner, columns, wanted
 
 
 # --- hooks -----------------------------------------------------------------------------------
