@@ -290,16 +290,15 @@ def mend_changes(
     modules = _modules_of(lm, network)
     edits = [(request.text, request.ending()) for request in requests]
     rows = continuation_rows(lm.tokenizer, edits)
-    sums = {name: _Sum(matrix) for name, matrix in network.matrices.items()}
+    changes: dict[str, LowRank | Dense] = {}
     gradients = partial(gradient_factors, lm, modules)
     for batch, factors in run_in_batches(
         rows, lambda row: (1, len(row.ids)), token_budget, gradients
     ):
         for name, found in factors.items():
-            sums[name].add(network.update(name, found))
+            changes[name] = _added(changes.get(name), network.update(name, found))
         if progress is not None:
             progress(len(batch))
-    changes = {name: total.change() for name, total in sums.items()}
     return {
         name: change if isinstance(modules[name], nn.Linear) else change.transposed()
         for name, change in changes.items()
@@ -317,22 +316,12 @@ def _modules_of(lm: LanguageModel, network: MendNetwork) -> dict[str, nn.Module]
     return {name: everywhere[name] for name in network.matrices}
 
 
-class _Sum:
-    """Updates of one matrix: factors while these are smaller than the matrix, then their sum."""
-
-    def __init__(self, matrix: Matrix):
-        self.largest_rank = matrix.inputs * matrix.outputs // (matrix.inputs + matrix.outputs)
-        self.parts: list[LowRank] = []
-        self.total: Tensor | None = None
-
-    def add(self, update: LowRank) -> None:
-        self.parts.append(update)
-        rank = sum(part.left.shape[1] for part in self.parts)
-        if self.total is not None or rank > self.largest_rank:
-            for part in self.parts:
-                added = part.left @ part.right.T
-                self.total = added if self.total is None else self.total + added
-            self.parts = []
-
-    def change(self) -> LowRank | Dense:
-        return LowRank.concatenated(self.parts) if self.total is None else Dense(self.total)
+def _added(total: LowRank | Dense | None, update: LowRank) -> LowRank | Dense:
+    """The sum of updates of one matrix: factors while these are smaller than the matrix."""
+    if isinstance(total, Dense):
+        return Dense(total.delta + update.left @ update.right.T)
+    found = update if total is None else LowRank.concatenated([total, update])
+    (rows, rank), columns = found.left.shape, len(found.right)
+    if rank * (rows + columns) <= rows * columns:
+        return found
+    return Dense(found.left @ found.right.T)
