@@ -100,10 +100,7 @@ def collect_second_moments(
         InputError: the documents have no token.
         NumericsError: a sum is not finite.
     """
-    fitters = {
-        layer: SecondMomentFitter(lm.weight(layer).shape[1], lm.block_device(layer))
-        for layer in layers
-    }
+    fitters = _fitters(lm, layers)
 
     @torch.no_grad()
     def run(rows: Sequence[list[int]]) -> None:
@@ -147,10 +144,7 @@ def collect_subject_moments(
     found = locate(lm.tokenizer, [mark(each.prompt, each.subject) for each in requests])
     rows = [row for row in found if row.subject_last < lm.context_length]
     rows.sort(key=lambda row: row.subject_last)
-    fitters = {
-        layer: SecondMomentFitter(lm.weight(layer).shape[1], lm.block_device(layer))
-        for layer in layers
-    }
+    fitters = _fitters(lm, layers)
     for _, keys in run_in_batches(
         rows,
         lambda row: (1, row.subject_last + 1),
@@ -160,6 +154,13 @@ def collect_subject_moments(
         for layer, fitter in fitters.items():
             fitter.update(keys[layer])
     return {layer: fitter.result() for layer, fitter in fitters.items()}
+
+
+def _fitters(lm: LanguageModel, layers: Sequence[int]) -> dict[int, SecondMomentFitter]:
+    return {
+        layer: SecondMomentFitter(lm.weight(layer).shape[1], lm.block_device(layer))
+        for layer in layers
+    }
 
 
 def with_subjects(moment: SecondMoment, subjects: SecondMoment, share: float) -> SecondMoment:
