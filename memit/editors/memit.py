@@ -39,12 +39,18 @@ class Memit(Editor):
         return self.hyperparameters
 
     def check(self, lm: LanguageModel) -> None:
-        """Raise `InputError` for a model that does not add its MLPs' outputs as they are."""
+        """Raise `InputError` for a model that does not add its MLPs' outputs as they are, and for
+        targets that are not at a block's output."""
         if lm.has_output_norm:
             raise InputError(
                 f"{lm.name} passes its MLPs' outputs through a norm, behind which {self.name} "
                 "cannot write: use joint, that is targets.site: down_projections, and in "
                 "compare.methods joint in place of it."
+            )
+        if self.hyperparameters.site == "down_projections":
+            raise InputError(
+                f"{self.name} has no targets at down-projections (targets.site): use joint, in "
+                "compare.methods in place of it, or set targets.site to block."
             )
 
     def quadratic(self, layer: int, resources: Resources) -> Quadratic:
@@ -66,8 +72,10 @@ class Memit(Editor):
 
         Raises:
             EditError: some edits cannot be written.
+            InputError: it cannot edit this model with these settings, see `check`.
             NumericsError: none can.
         """
+        self.check(lm)
         hyperparameters, budget = self.target_hyperparameters, resources.token_budget
         targets, progress = resources.targets, resources.progress
         if targets is None:
@@ -84,6 +92,7 @@ class Memit(Editor):
         sizes: dict[str, Any] = {
             "residuals": {str(layer): round(norm, 6) for layer, norm in result.residuals.items()},
             "residual_left": round(result.residual_left, 6),
+            "share_left": round(result.share_left, 6),
             "update_ratio": {str(layer): round(r, 6) for layer, r in result.update_ratios.items()},
         }
         if result.ranks:
