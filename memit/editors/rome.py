@@ -151,7 +151,9 @@ class Rome(Editor):
         # v* − (W k + b): what the output at the key still lacks (d).
         with torch.no_grad():
             output = lm.down_projection(self.layer)(reached.to(lm.dtype)[None])[0].float()
-        residual = found.z[0].to(reached.device) - output
+        # A search that met a loss that is not finite has found no value.
+        value = found.z[0].where(found.finite, torch.nan)
+        residual = value.to(reached.device) - output
         average, reached, residual = (
             part.to(factor.device).double() for part in (average, reached, residual)
         )
