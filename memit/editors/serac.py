@@ -163,9 +163,12 @@ def _new_classifier(lm: LanguageModel, settings: SeracSettings) -> ScopeClassifi
 
 def _new_counterfactual(lm: LanguageModel, settings: SeracSettings) -> LanguageModel:
     if settings.counterfactual is not None:
+        # Loading sets TF32 for the whole process: it stays as it is.
+        tf32 = torch.backends.cuda.matmul.allow_tf32
         return load_model(
             settings.counterfactual,
             revision=settings.counterfactual_revision,
+            dtype="tf32" if tf32 else "float32",
             device=str(lm.device),
         )
     config = GPT2Config(
