@@ -122,6 +122,11 @@ def test_states_that_wait_on_disk_give_the_same():
             assert torch.equal(_delta(lm, result, layer), _delta(lm, results[0], layer))
 
 
+def test_a_disk_that_cannot_hold_them_is_named(tmp_path):
+    with pytest.raises(ResourceError, match="TMPDIR"):
+        walk.HeldStates(0, tmp_path / "gone").put(0, torch.zeros(1))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "opt_projected", "bloom"])
 def test_whole_rows_give_the_same(family, monkeypatch):
     """The way of a family that cannot be resumed."""
