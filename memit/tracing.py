@@ -128,8 +128,11 @@ def embedding_deviation(lm: LanguageModel, subjects: Sequence[str]) -> float:
 
 def critical_layers(state: Sequence[float], severed: Sequence[float]) -> range:
     """The consecutive layers around the one where severing the MLPs costs a restored state most,
-    in which it costs at least half as much; the arguments are mean effects (layers)."""
+    in which it costs at least half as much; none if it costs nothing anywhere. The arguments are
+    mean effects (layers)."""
     gaps = np.subtract(state, severed)
+    if gaps.max() <= 0:
+        return range(0)
     below = [-1, *np.flatnonzero(gaps < gaps.max() / 2), len(gaps)]
     end = np.searchsorted(below, gaps.argmax())
     return range(int(below[end - 1]) + 1, int(below[end]))
