@@ -25,6 +25,8 @@ class Memit(Editor):
 
     hyperparameters: Hyperparameters
     """Layers, λ and the settings of the optimisation."""
+    site: ClassVar[str] = "block"
+    """`Hyperparameters.site` of its targets."""
     margin: ClassVar[float] = MARGIN
     """See `choose_covariance_weight`."""
 
@@ -47,10 +49,13 @@ class Memit(Editor):
                 "cannot write: use joint, that is targets.site: down_projections, and in "
                 "compare.methods joint in place of it."
             )
-        if self.hyperparameters.site == "down_projections":
+        self._check_site()
+
+    def _check_site(self) -> None:
+        if self.target_hyperparameters.site != self.site:
             raise InputError(
-                f"{self.name} has no targets at down-projections (targets.site): use joint, in "
-                "compare.methods in place of it, or set targets.site to block."
+                f"{self.name} has no targets at {self.target_hyperparameters.site} (targets.site): "
+                "use joint, in compare.methods in place of it, or set targets.site to block."
             )
 
     def quadratic(self, layer: int, resources: Resources) -> Quadratic:
@@ -72,10 +77,10 @@ class Memit(Editor):
 
         Raises:
             EditError: some edits cannot be written.
-            InputError: it cannot edit this model with these settings, see `check`.
+            InputError: the settings have targets elsewhere than this method.
             NumericsError: none can.
         """
-        self.check(lm)
+        self._check_site()
         hyperparameters, budget = self.target_hyperparameters, resources.token_budget
         targets, progress = resources.targets, resources.progress
         if targets is None:

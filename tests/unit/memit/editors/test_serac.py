@@ -208,10 +208,13 @@ def test_requests_that_were_trained_on_are_refused(lm: LanguageModel, models_fil
         editor.edit(lm, [*REQUESTS, LEARNED[0].request], Resources(token_budget=256))
 
 
-def test_a_counterfactual_model_that_is_loaded_leaves_tf32_as_it_is(lm, monkeypatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    _new_counterfactual(lm, replace(SETTINGS, counterfactual=str(GOLDEN / "model")))
-    assert torch.backends.cuda.matmul.allow_tf32
+def test_a_counterfactual_model_that_is_loaded_leaves_tf32_as_it_is(lm: LanguageModel) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        _new_counterfactual(lm, replace(SETTINGS, counterfactual=str(GOLDEN / "model")))
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def test_damaged_models_and_unknown_encoders_are_named(
