@@ -21,6 +21,7 @@ from memit.errors import InputError
 from memit.evaluation.counterfact import prompts_of, score_prompts
 from memit.facts.subjects import default_share, subjects_to_keep
 from memit.files.atomic import write_whole
+from memit.files.digests import content_digest
 from memit.files.tensors import tensor_digest
 from memit.hyperparameters import Hyperparameters, preset, settings_note
 from memit.language_model import LanguageModel
@@ -134,10 +135,10 @@ def _preset(lm: LanguageModel) -> Hyperparameters:
 
 def _sampled(lm: LanguageModel, tokens: int, seed: int, path: Path | None) -> list[list[int]]:
     """Texts that the model writes, or that it has written for the same question with the same
-    weights, by those of its last block."""
+    down-projections."""
     asked = f"{tokens} tokens of {lm.name} by seed {seed}, written with its present weights"
-    digest = tensor_digest(lm.weight(lm.editable_layers[-1]))
-    origin = {b"sampled": asked.encode(), b"weights": digest.encode()}
+    weights = content_digest([tensor_digest(lm.weight(layer)) for layer in lm.editable_layers])
+    origin = {b"sampled": asked.encode(), b"weights": weights.encode()}
     if path is not None and path.exists():
         with reading_parquet(path):
             table = pq.read_table(path)
