@@ -5,7 +5,6 @@ from pathlib import Path
 
 from prefect.transactions import get_transaction
 
-from memit.errors import IntegrityError
 from tasks.engine.artifacts import cache_directory
 
 
@@ -16,17 +15,10 @@ def unfinished_work(key: str) -> Path:
 
 def work_directory() -> Path | None:
     """The directory for the checkpoints of the cached task that runs, under the key of its record,
-    with which they are deleted; None outside of Prefect, where nothing has a record.
-
-    Raises:
-        IntegrityError: Prefect has found no key, since code has changed while it was used.
-    """
-    transaction = get_transaction()
-    if transaction is None:
-        return None
-    if transaction.key is None:
-        raise IntegrityError("source code was changed while it was used: start the run again.")
-    return unfinished_work(transaction.key)
+    with which they are deleted. None where there is no key: outside of Prefect, and where Prefect
+    has logged why none was found."""
+    key = getattr(get_transaction(), "key", None)
+    return key and unfinished_work(key)
 
 
 def forget_work(key: str) -> None:
