@@ -188,15 +188,14 @@ def _moments(run: Run, methods: Sequence[Method], folder: Path) -> dict[int, Art
 def _learn(run: Run, split: Split, folder: Path) -> dict[str, Artifact]:
     """Train what compared methods need, on records that are not edited, or find what was trained on
     these inputs; the losses of each training are left in `folder`."""
-    parameters, model = run.parameters, run.model.model.id
+    parameters = run.parameters
     found: dict[str, Artifact] = {}
     for name in parameters.compare.methods:
         if name == "mend":
-            settings = parameters.mend_settings(model)
-            examples = _mend_examples(run, split)
-            trained = run.compute(train_mend_network, run.model, examples, settings)
+            inputs = run.model, _mend_examples(run, split), parameters.mend_settings
+            trained = run.compute(train_mend_network, *inputs)
         elif name == "serac":
-            settings = pinned(parameters.serac_settings(model))
+            settings = pinned(parameters.serac_settings)
             trained = run.compute(train_serac_models, run.model, split.training, settings)
         else:
             continue

@@ -9,19 +9,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from memit.editors import known_editors
 from memit.editors.base import Editor, load_editors
-from memit.editors.fine_tuning import (
-    PUBLISHED_LAYERS,
-    FineTuning,
-    breadth_first_fine_tuning,
-    constrained_fine_tuning,
-    fine_tuning_with_decay,
-)
+from memit.editors.fine_tuning import VARIANTS, fine_tuning_preset
 from memit.editors.joint import Joint
 from memit.editors.memit import Memit
 from memit.editors.rome import rome_preset
 from memit.errors import InputError
 from memit.files.reading import check_file
-from memit.hyperparameters import Hyperparameters, joint_settings, published_layer
+from memit.hyperparameters import Hyperparameters, joint_settings
 from tasks.edit import Method
 from tasks.reporting.labels import LABELS, label
 
@@ -71,14 +65,8 @@ def make_methods(
 def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int) -> Editor:
     if name == "rome":
         return rome_preset(model, depth)
-    if name == "ft":
-        return FineTuning(published_layer(PUBLISHED_LAYERS, model, depth))
-    if name == "ft_w":
-        return fine_tuning_with_decay(published_layer(PUBLISHED_LAYERS, model, depth))
-    if name == "ft_bf":
-        return breadth_first_fine_tuning(published_layer(PUBLISHED_LAYERS, model, depth))
-    if name == "ft_l":
-        return constrained_fine_tuning()
+    if name in VARIANTS:
+        return fine_tuning_preset(name, model, depth)
     if name == "joint":
         return Joint(joint_settings(hyperparameters))
     editors = known_editors()

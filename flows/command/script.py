@@ -1,7 +1,5 @@
 """Validate params.yaml before slow imports, run a flow, and print known errors on one line."""
 
-from __future__ import annotations
-
 import atexit
 import errno
 import gc
@@ -13,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from rich.console import Console
 
@@ -29,9 +27,6 @@ from tasks.engine.signals import (
     exit_on_signal,
     resend_swallowed,
 )
-
-if TYPE_CHECKING:
-    from prefect import Flow
 
 PARAMETERS = "MEMIT_PARAMS"
 """Environment variable with a file to take instead of `params.yaml`."""
@@ -98,7 +93,7 @@ def slow_imports() -> Iterator[None]:
 
 
 def run_flow(
-    flow: Flow[[Parameters], None], check: Callable[[Parameters], object] | None = None
+    flow: Callable[[Parameters], object], check: Callable[[Parameters], object] | None = None
 ) -> None:
     """Run a flow with `params.yaml`, under a Prefect server, which is started after the flow's own
     check, or another one."""
@@ -108,7 +103,7 @@ def run_flow(
     parameters = given_parameters()
     exit_on_signal()
     logging.raiseExceptions = False  # a lost server is reported once, not for each record
-    if check := check or CHECKS.get(flow.name):
+    if check := check or CHECKS.get(flow):
         check(parameters)
 
     with alone():

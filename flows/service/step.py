@@ -35,8 +35,8 @@ from tasks.engine.workers import Workers, mapping_over, scatter, thread_runner
 Item = TypeVar("Item")
 Check = Callable[[Parameters], object]
 
-CHECKS: dict[str, Check] = {}
-"""What is checked before a command starts a flow, by the flow's name."""
+CHECKS: dict[object, Check] = {}
+"""What is checked before a command starts a flow."""
 
 STEADY_PIECES = 8
 """Pieces into which few items are cut, in the mean."""
@@ -222,8 +222,6 @@ def step(
     A step that leaves no files to others (`report`) records nothing. The `check` is made before it
     is run by itself; others only check the results that they read.
     """
-    if check is not None:
-        CHECKS[name] = check
 
     def decorate(work: Callable[[Run], None]) -> Flow[[Parameters], None]:
         # Not typed: a step is never deployed, and Prefect would build its form in every process.
@@ -235,7 +233,7 @@ def step(
                 if run.files:
                     run.finish()
 
-        return _flow(name, body, work)
+        return _flow(name, body, work, check)
 
     return decorate
 
@@ -247,7 +245,6 @@ def chain(
 
     A deployment hands over plain values, which are checked here; a command has checked its own.
     """
-    CHECKS[name] = check
 
     def decorate(work: Callable[[Parameters], None]) -> Flow[[Parameters], None]:
         def body(parameters: Parameters) -> None:
@@ -260,19 +257,25 @@ def chain(
             with alone(), mapping_over(workers_of(parameters)), silent:
                 work(parameters)
 
-        return _flow(name, body, work)
+        return _flow(name, body, work, check)
 
     return decorate
 
 
 def _flow(
-    name: str, body: Callable[[Parameters], None], work: Callable[..., None]
+    name: str,
+    body: Callable[[Parameters], None],
+    work: Callable[..., None],
+    check: Check | None,
 ) -> Flow[[Parameters], None]:
     for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(body, attribute, getattr(work, attribute))
-    return flow(
+    made = flow(
         name=name,
         flow_run_name=lambda: f"{name} {datetime.now():%d %b %H:%M}",
         validate_parameters=False,
         task_runner=thread_runner(),
     )(body)
+    if check is not None:
+        CHECKS[made] = check
+    return made

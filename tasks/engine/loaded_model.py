@@ -141,6 +141,10 @@ class LoadedModel:
         """SHA-256 of the edit's file."""
         self._applied: Edit | None = None
 
+    def __reduce__(self) -> str:
+        """Tasks that travel to another process find the model of that one."""
+        return "LOADED"
+
     @contextmanager
     def held(
         self,
@@ -211,7 +215,8 @@ class LoadedModel:
             self._edit, self._applied = edit.sha256, applied
 
 
-loaded = LoadedModel().held
+LOADED = LoadedModel()
+loaded = LOADED.held
 """The model in this process's memory, see there."""
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -100,8 +101,8 @@ def test_settings_override_published_ones():
         ),
         (
             ["ft_w"],
-            {"ft_w": {"batch_size": 0.5}},
-            "ft_w.batch_size is 0.5, but must be a valid integer",
+            {"ft_w": {"weight_decay": "power"}},
+            "ft_w.weight_decay is 'power', but must be a valid number or 'power_law', such as",
         ),
         (
             ["ft_w"],
@@ -129,11 +130,10 @@ def _setup(count, counts=(1,), known=None):
             "scaling": {"counts": counts, "least_records": 1},
         }
     )
-    setup = Setup(
-        SimpleNamespace(parameters=parameters), (), SimpleNamespace(count=40), {}, {}, None
-    )
-    drawn = [SimpleNamespace(records=RECORDS[:known])]
-    object.__setattr__(setup, "draw", lambda count, seed: count if count else drawn[0])
+    run: Any = SimpleNamespace(parameters=parameters)
+    split: Any = SimpleNamespace(count=40)
+    setup, drawn = Setup(run, (), split, {}, {}, None), SimpleNamespace(records=RECORDS[:known])
+    object.__setattr__(setup, "draw", lambda count, seed: count if count else drawn)
     return setup
 
 
