@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def python(
-    *words: str | Path, environment: dict[str, str] | None = None, **options: Any
+    *words: str, env: Mapping[str, str] = os.environ, check: bool = False, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """A new interpreter that finds the project: what it said, and how it ended.
-
-    `environment` is added to this process's own; `options` are those of `subprocess.run`.
-    """
+    """What a new interpreter, which finds the project, said, and how it ended; the `options` are
+    those of `subprocess.run`."""
     return subprocess.run(
         [sys.executable, *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        env={**env, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        check=False,
+        check=check,
         **options,
     )
+
+
+def imported(ended: subprocess.CompletedProcess[str]) -> set[str]:
+    """The modules that an interpreter with `-X importtime` has imported."""
+    return {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}

@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +36,7 @@ from tasks.engine.results import (
     finish_step,
     remember_run,
 )
-from tests import ROOT
+from tests import imported, python
 from tests.families import save_model
 from tests.integration.test_model_directory import content, make_delta
 
@@ -135,17 +132,9 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 def test_what_needs_no_model_imports_none(place: Path, words: tuple[str, ...]) -> None:
     """A mistake in a file of facts, and an edit to undo, are found without the slow libraries."""
     (place / "f.jsonl").write_text("{}")
-    run = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "flows.command.cli", *words],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 2
-    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
-    assert not imported & {"prefect", "mlflow", "transformers", "sklearn"}
+    ended = python("-X", "importtime", "-m", "flows.command.cli", *words, cwd=place)
+    assert ended.returncode == 2
+    assert not imported(ended) & {"prefect", "mlflow", "transformers", "sklearn"}
 
 
 def test_apply_and_revert(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
