@@ -43,6 +43,12 @@ def test_parts_are_found(family):
         assert lm.down_projection(layer) is oracle.down_projection(lm.model, layer)
         assert lm.weight(layer).data_ptr() == oracle.weight(lm.model, layer).data_ptr()
         assert lm.weight(layer).shape == (lm.width, lm.inner_width)
+        assert lm.is_transposed(layer) == family.startswith("gpt2")
+        stored = lm.parameter(lm.weight_name(layer))
+        assert stored is lm.down_projection(layer).weight
+        assert stored.shape == lm.weight(layer).shape[:: -1 if lm.is_transposed(layer) else 1]
+    with pytest.raises(InputError, match="nowhere"):
+        lm.parameter("nowhere.weight")
     assert lm.width == 32
     assert lm.inner_width in (56, 64, 128)
     assert lm.head is lm.model.get_output_embeddings()
@@ -92,20 +98,6 @@ def test_set_weight_rounds_to_the_dtype_of_the_model():
     lm.set_weight(0, value)
     assert lm.weight(0).dtype == torch.bfloat16
     assert torch.equal(lm.weight(0), value.to(torch.bfloat16))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_weights_have_names(family):
-    lm = build(family)
-    for layer in range(lm.depth):
-        stored = lm.parameter(lm.weight_name(layer))
-        assert stored is oracle.down_projection(lm.model, layer).weight
-        assert (
-            stored.shape
-            == (lm.weight(layer).T if family[:5] in ("gpt2", "gpt2_") else lm.weight(layer)).shape
-        )
-    with pytest.raises(InputError, match="nowhere"):
-        lm.parameter("nowhere.weight")
 
 
 def test_digest_depends_on_dtype_shape_and_bytes():

@@ -73,7 +73,9 @@ def gradients(lm: LanguageModel, names, requests) -> dict[str, torch.Tensor]:
     try:
         logits = (lm.model(input_ids=torch.tensor([row.ids])).logits[0] for row in rows)
         losses = [oracle.nll(found, row) for found, row in zip(logits, rows, strict=True)]
-        return dict(zip(names, torch.autograd.grad(torch.stack(losses).sum(), weights), strict=True))
+        return dict(
+            zip(names, torch.autograd.grad(torch.stack(losses).sum(), weights), strict=True)
+        )
     finally:
         for weight in weights:
             weight.requires_grad_(False)
