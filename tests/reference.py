@@ -193,6 +193,10 @@ def build(family: str) -> LanguageModel:
     return LanguageModel(model, tokenizer, name=family)
 
 
+shared = functools.cache(build)
+"""A model of a family for all tests that leave it as it was."""
+
+
 @contextmanager
 def short_of_memory(block: nn.Module, *, rows: int) -> Iterator[None]:
     """Pretend that the device cannot hold more than `rows` rows in one of the blocks."""

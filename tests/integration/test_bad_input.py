@@ -20,7 +20,7 @@ from tests.integration.bad_input import FACT, GOOD, KINDS, Kind, check, digests,
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a good experiment in it."""
     place = tmp_path_factory.mktemp("good")
-    save_model("gpt2", place / "model")
+    save_model("gpt2", place / "my-net")
     (place / "empty").mkdir()
     (place / "corpus.txt").write_text("Some text.\n" * 9)
     (place / "facts.jsonl").write_text(json.dumps(FACT) + "\n")
@@ -97,7 +97,7 @@ def test_as_a_process(place: Path) -> None:
     program = "from flows.command.cli import main; main()"
     result = python("-c", program, "run", cwd=place, env={**os.environ, "COLUMNS": "80"})
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: model")
+    assert result.stderr.startswith("error: my-net")
     assert len(result.stderr.strip().splitlines()) == 1
     assert result.stdout == ""
     assert digests(place) == before

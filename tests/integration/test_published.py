@@ -12,7 +12,6 @@ from flows.command.parameters import Parameters, check_parameters
 from flows.evaluation import references_of
 from flows.service.step import Run
 from flows.statistics import collect_layers
-from memit.errors import InputError, IntegrityError
 from memit.second_moment import read_moment
 from tasks.engine.cache import CachedTask
 from tasks.engine.loaded_model import ModelReference
@@ -86,12 +85,3 @@ def test_references_come_from_snippets_only(model: ModelReference) -> None:
     snippet = {"relation_id": "P1", "target_id": "Q1", "samples": [{"text": "Some text."}]}
     Path("snippets.json").write_text(json.dumps([snippet]))
     assert references_of(parameters(snippets="snippets.json"))
-
-
-@pytest.mark.parametrize("family", ["gpt2"], indirect=True)
-def test_a_file_that_is_wrong_is_named(family: str, model: ModelReference) -> None:
-    publish(family, 1, model.model.inner_width, **{"mom2.mom2": np.eye(3, dtype=np.float32)})
-    with pytest.raises(IntegrityError, match=r"c_proj_float32_mom2"):
-        collect_layers(run_of(model), (1,))
-    with pytest.raises(InputError, match="layer 2"):
-        collect_layers(run_of(model), (2,))

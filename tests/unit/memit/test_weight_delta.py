@@ -10,7 +10,6 @@ from torch import Tensor
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.language_model import LanguageModel
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
-from tests.families import families
 from tests.reference import build
 
 LAYERS = (1, 2)
@@ -149,8 +148,8 @@ def test_one_changed_bit_of_the_model_is_noticed():
 
 def test_delta_made_in_bfloat16_fits_the_same_model_in_float32():
     lm = build("llama")
-    model, tokenizer = families()["llama"]()
-    half = LanguageModel(model.bfloat16(), tokenizer, name="llama")
+    half = build("llama")
+    half.model.bfloat16()
     delta = _delta(half)
     before = _state(lm)
     delta.apply(lm)
@@ -163,8 +162,8 @@ def test_delta_made_in_bfloat16_fits_the_same_model_in_float32():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_delta_made_in_float32_fits_the_rounded_weights_of_the_same_model(dtype):
     delta = _delta(build("llama"))
-    model, tokenizer = families()["llama"]()
-    rounded = LanguageModel(model.to(dtype), tokenizer, name="llama")
+    rounded = build("llama")
+    rounded.model.to(dtype)
     before = _state(rounded)
     delta.apply(rounded)
     for name, change in delta.changes.items():

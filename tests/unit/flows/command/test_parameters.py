@@ -7,7 +7,13 @@ import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
 
-from flows.command.parameters import USERS_FILES, Parameters, check_parameters, read_parameters
+from flows.command.parameters import (
+    NO_FILE,
+    USERS_FILES,
+    Parameters,
+    check_parameters,
+    read_parameters,
+)
 from memit.errors import InputError
 from memit.hyperparameters import preset
 from memit.model_shape import ModelShape
@@ -162,7 +168,12 @@ def test_beside_dvc_yaml_a_path_is_never_null(tmp_path: Path) -> None:
 def test_the_file_of_the_project_states_every_default() -> None:
     path = ROOT / "params.yaml"
     assert read_parameters(path) == Parameters()
-    assert yaml.safe_load(path.read_text()) == Parameters().model_dump(mode="json")
+    tree = yaml.safe_load(path.read_text())
+    assert tree == Parameters().model_dump(mode="json")
+    # DVC needs a file wherever a user's own may stand.
+    for section, name in (key.split(".") for key in USERS_FILES):
+        assert tree[section][name] == NO_FILE
+    assert (ROOT / NO_FILE).is_file()
 
 
 @pytest.mark.parametrize("name", ["params.yaml", "params/world.yaml"])

@@ -21,6 +21,7 @@ from memit.evaluation.counterfact import (
 )
 from memit.requests import EditRequest, Record
 from tests.families import CITIES, SENTENCES, SUBJECTS
+from tests.reference import shared
 
 
 def records(true_objects: bool = True) -> list[Record]:
@@ -45,7 +46,7 @@ class TestScores:
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("token_budget", [24, 4096])
     def test_agree_with_one_forward_a_prompt_and_object(self, family: str, token_budget: int):
-        lm = model(family)
+        lm = shared(family)
         prompts = prompts_of(records())
         finished: list[int] = []
         table = score_prompts(
@@ -61,7 +62,7 @@ class TestScores:
 
     def test_hits_are_found(self):
         """Random models miss what is asked of them, so ask for what this one would say."""
-        lm = model("mistral")
+        lm = shared("mistral")
         prompt = "Paul Smith lives in the city of"
         ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -78,7 +79,7 @@ class TestScores:
             assert score.nll == pytest.approx(alone.nll, abs=2e-4)
 
     def test_models_that_cannot_be_resumed_give_the_same(self, monkeypatch: pytest.MonkeyPatch):
-        lm = model("llama")
+        lm = shared("llama")
         prompts = prompts_of(records())
         fast = score_prompts(lm, prompts, token_budget=4096)
         monkeypatch.setattr(continuations, "can_resume", lambda lm: False)
@@ -86,7 +87,7 @@ class TestScores:
         assert fast["nll_new"].to_pylist() == pytest.approx(whole["nll_new"].to_pylist(), abs=2e-4)
 
     def test_equal_prompts_are_run_once(self, monkeypatch: pytest.MonkeyPatch):
-        lm = model("gpt2")
+        lm = shared("gpt2")
         prompts = prompts_of(records())
         run: list[int] = []
         counted = continuations.logits_at
@@ -108,7 +109,7 @@ class TestScores:
         assert once < sum(lengths) + 2 * len(prompts) * max(objects)
 
     def test_without_a_true_object(self):
-        table = score_prompts(model("gpt2"), prompts_of(records(False)), token_budget=4096)
+        table = score_prompts(shared("gpt2"), prompts_of(records(False)), token_budget=4096)
         assert table["nll_true"].null_count == table["hit_true"].null_count == len(table)
         assert set(summarise(table)) == {"efficacy_accuracy", "paraphrase_accuracy", "records"}
 

@@ -1,6 +1,5 @@
 """Perplexity against one forward a document."""
 
-import functools
 from math import exp
 
 import pytest
@@ -11,13 +10,8 @@ from memit.evaluation import continuations
 from memit.evaluation import perplexity as module
 from memit.evaluation.perplexity import document_losses, perplexity
 from memit.language_model import LanguageModel
-from tests.families import DOCUMENTS, families
-
-
-@functools.cache
-def model(family: str) -> LanguageModel:
-    network, tokenizer = families()[family]()
-    return LanguageModel(network, tokenizer, name=family)
+from tests.families import DOCUMENTS
+from tests.reference import shared
 
 
 @torch.no_grad()
@@ -35,7 +29,7 @@ DOCS = [*DOCUMENTS[:6], "Paul " * 300, "a", "P"]
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("token_budget", [1, 200, 4096])
 def test_agrees_with_one_forward_a_document(family: str, token_budget: int):
-    lm = model(family)
+    lm = shared(family)
     finished: list[int] = []
     nll, tokens = document_losses(lm, DOCS, token_budget=token_budget, progress=finished.append)
     expected = [literal(lm, document) for document in DOCS]
@@ -48,7 +42,7 @@ def test_agrees_with_one_forward_a_document(family: str, token_budget: int):
 
 
 def test_a_large_vocabulary_makes_small_batches(monkeypatch: pytest.MonkeyPatch):
-    lm = model("gpt2")
+    lm = shared("gpt2")
     expected = perplexity(lm, DOCS, token_budget=4096)
     most = 200 * lm.model.config.vocab_size
     monkeypatch.setattr(continuations, "LOGITS_AT_ONCE", most)
@@ -68,4 +62,4 @@ def test_a_large_vocabulary_makes_small_batches(monkeypatch: pytest.MonkeyPatch)
 
 def test_text_without_two_tokens_has_none():
     with pytest.raises(InputError, match="held-out text"):
-        perplexity(model("gpt2"), ["", "a"], token_budget=100)
+        perplexity(shared("gpt2"), ["", "a"], token_budget=100)
