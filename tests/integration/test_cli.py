@@ -36,9 +36,10 @@ from tasks.engine.results import (
     finish_step,
     remember_run,
 )
-from tests import imported, python
+from tests import contents, imported, python
 from tests.families import save_model
-from tests.integration.test_model_directory import content, make_delta
+from tests.integration.command import memit, said
+from tests.integration.small_model import make_delta
 
 
 @pytest.fixture
@@ -49,18 +50,6 @@ def place(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_model("gpt2", "model")
     make_delta(load_model("model", device="cpu"), project / "delta.safetensors")
     return project
-
-
-def memit(*words: str) -> int:
-    """Run a command; gives its exit status."""
-    with pytest.raises(SystemExit) as exit_:
-        command.reporting(lambda: cli.app(list(words)))
-    return int(exit_.value.code or 0)
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    return " ".join((captured.out + captured.err).split())
 
 
 @pytest.mark.parametrize(
@@ -138,12 +127,12 @@ def test_what_needs_no_model_imports_none(place: Path, words: tuple[str, ...]) -
 
 
 def test_apply_and_revert(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = content(place / "model")
+    before = contents(place / "model")
     assert memit("apply", "model", "--delta", "delta.safetensors") == 0
     assert "memit-edits/0001" in said(capsys)
-    assert content(place / "model") != before
+    assert contents(place / "model") != before
     assert memit("revert", "model") == 0
-    assert content(place / "model") == before
+    assert contents(place / "model") == before
     assert memit("revert", "model") == 2
     assert memit("revert", "nowhere") != 0
     assert memit("apply", "model") == 2
@@ -248,12 +237,12 @@ def test_export_writes_a_model_that_anything_loads(
     assert edited.keys() == exported.keys()
     for name, tensor in exported.items():
         assert torch.equal(tensor, edited[name].to(torch.bfloat16))
-    before = content(place / "out" / "here")
+    before = contents(place / "out" / "here")
     assert {path.stat().st_mode & 0o044 for path in (place / "out" / "here").iterdir()} == {0o044}
     capsys.readouterr()
     assert memit("export", "out/here", *words) == 2
     assert "out/here" in said(capsys)
-    assert content(place / "out" / "here") == before
+    assert contents(place / "out" / "here") == before
     assert [path.name for path in (place / "out").iterdir()] == ["here"]
 
 

@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows.command.parameters import Parameters, check_parameters
 from flows.evaluation import references_of
-from flows.service.step import Run
 from flows.statistics import collect_layers
 from memit.second_moment import read_moment
 from tasks.engine.cache import CachedTask
 from tasks.engine.loaded_model import ModelReference
-from tests.integration.small_model import small_model
+from tests.integration.small_model import parameters, small_model, statistics_run
 
 FAMILIES = {"gpt2": "transformer.h.{}.mlp.c_proj", "gptj": "transformer.h.{}.mlp.fc_out"}
+PUBLISHED = {"source": "published", "path": "moments"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -45,26 +44,10 @@ def publish(family: str, layer: int, width: int, **changes: np.ndarray) -> np.nd
     return content["mom2.mom2"]
 
 
-def parameters(**evaluation: str) -> Parameters:
-    return check_parameters(
-        {
-            "model": {"source": "local", "path": "model"},
-            "requests": {"source": "facts", "path": "facts.jsonl"},
-            "statistics": {"source": "published", "path": "moments"},
-            "evaluation": evaluation,
-        }
-    )
-
-
-def run_of(model: ModelReference) -> Run:
-    run = Run("statistics", parameters(), ExitStack())
-    run.model = model
-    return run
-
-
 def test_they_are_imported_with_their_origin(family: str, model: ModelReference) -> None:
     sums = {layer: publish(family, layer, model.model.inner_width) for layer in (0, 1, 11)}
-    found = collect_layers(run_of(model), (0, 1))
+    run = statistics_run(model, ExitStack(), PUBLISHED)
+    found = collect_layers(run, (0, 1))
     paths, tokens = found.write(Path("artifacts"))
     assert tokens == 2 * model.model.inner_width
     assert found.held_out is None
@@ -77,11 +60,12 @@ def test_they_are_imported_with_their_origin(family: str, model: ModelReference)
         assert said["corpus"] == found.described["published"][said["published"]]
     before = found.described["corpus"]
     publish(family, 1, model.model.inner_width, **{"mom2.count": np.array(7)})
-    assert collect_layers(run_of(model), (0, 1)).described["corpus"] != before
+    assert collect_layers(run, (0, 1)).described["corpus"] != before
 
 
 def test_references_come_from_snippets_only(model: ModelReference) -> None:
-    assert references_of(parameters()) == {}
+    assert references_of(parameters(statistics=PUBLISHED)) == {}
     snippet = {"relation_id": "P1", "target_id": "Q1", "samples": [{"text": "Some text."}]}
     Path("snippets.json").write_text(json.dumps([snippet]))
-    assert references_of(parameters(snippets="snippets.json"))
+    evaluation = {"snippets": "snippets.json"}
+    assert references_of(parameters(statistics=PUBLISHED, evaluation=evaluation))
