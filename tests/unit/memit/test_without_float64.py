@@ -1,5 +1,6 @@
 """A device that has no float64 leaves equations to the CPU: acted out, as there is none here."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from memit import covariance_weight
 from memit import layer_walk as walk
 from memit.editors import rome
+from memit.editors.alphaedit import AlphaEdit
 from memit.editors.base import Resources
+from memit.editors.encore import Encore
+from memit.editors.memit import Memit
 from memit.editors.rome import Rome
 from memit.evaluation import perplexity
+from memit.hyperparameters import AUTO
 from memit.placement import solving_device
 from memit.second_moment import SecondMoment
 from memit.spread import spread
@@ -58,7 +64,7 @@ def is_moved(tensor: Tensor) -> bool:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> WithoutFloat64:
-    for module in (walk, perplexity, rome):
+    for module in (walk, perplexity, rome, covariance_weight):
         monkeypatch.setattr(module, "solving_device", lambda _: ELSEWHERE)
     return WithoutFloat64()
 
@@ -91,6 +97,24 @@ def test_an_edit(device: WithoutFloat64) -> None:
             lm, REQUESTS, PREFIXES, z, memit_form(given), HYPERPARAMETERS, token_budget=1 << 20
         )
     assert found.residual_left == expected.residual_left
+
+
+@pytest.mark.parametrize(
+    "editor",
+    [
+        Memit(replace(HYPERPARAMETERS, covariance_weight=AUTO)),
+        AlphaEdit(HYPERPARAMETERS),
+        Encore(HYPERPARAMETERS),
+    ],
+    ids=lambda editor: editor.name,
+)
+def test_an_editor(device: WithoutFloat64, editor: Memit) -> None:
+    """Also one that tries several λ, and measures how far each moves the outputs of the corpus."""
+    lm, resources = build("gpt2"), Resources(2000, prefixes=PREFIXES, moments=moments())
+    expected = editor.edit(lm, REQUESTS, resources)
+    with device:
+        found = editor.edit(lm, REQUESTS, resources)
+    assert found.provenance == expected.provenance
 
 
 def test_perplexity(device: WithoutFloat64) -> None:
