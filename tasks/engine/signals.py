@@ -4,6 +4,8 @@ A piece in progress cannot be interrupted, only abandoned: files are written ato
 nothing but that piece is lost.
 """
 
+from __future__ import annotations
+
 import atexit
 import os
 import signal
