@@ -371,7 +371,7 @@ RECORDS = kinds(
 PARAMETERS = [
     Kind("a device", setting(requests={"path": "/dev/zero"}), "/dev/zero"),
     Kind("a name too long", setting(requests={"path": "x" * 999}), "xxx"),
-    Kind("too many records", setting(requests={"count": 2}), "requests.count"),
+    Kind("too many records", setting(requests={"count": 2}), "the count is 2"),
     Kind("another checksum", setting(requests={"sha256": "0" * 64}), "facts.jsonl", IntegrityError),
     Kind(
         "an address with half a bracket",
@@ -525,7 +525,12 @@ MODELS = (
         Kind("an encoder-decoder", configuration(model_type="t5"), "my-net", ModelStructureError),
         Kind("experts", experts, "mixtures of experts", ModelStructureError),
         Kind("a file as model", setting(model={"path": "facts.jsonl"}), "facts.jsonl"),
-        Kind("a model for no disk", configuration(n_embd=1 << 20, n_head=1), "GB", ResourceError),
+        Kind(
+            "a model for no disk",
+            configuration(n_embd=1 << 20, n_head=1),
+            "statistics.documents_per_shard",
+            ResourceError,
+        ),
     ]
 )
 
