@@ -46,9 +46,10 @@ def server() -> Iterator[str]:
 
 
 def test_a_file_is_downloaded(server: str, tmp_path: Path):
-    path = fetch(f"{server}/facts", DIGEST.upper(), tmp_path / "deep/facts")
+    path = fetch(f"{server}/facts", DIGEST, tmp_path / "deep/facts")
     assert path.read_bytes() == CONTENT
     assert [p.name for p in path.parent.iterdir()] == ["facts"]
+    verify_sha256(path, DIGEST.upper())
     with pytest.raises(IntegrityError, match=DIGEST):
         verify_sha256(path, "00")
 
