@@ -20,12 +20,7 @@ from matplotlib import pyplot as plt
 
 from memit.editors.alphaedit import AlphaEdit
 from memit.editors.base import Edit, Editor, Resources
-from memit.editors.fine_tuning import (
-    PUBLISHED_LAYERS,
-    FineTuning,
-    breadth_first_fine_tuning,
-    fine_tuning_with_decay,
-)
+from memit.editors.fine_tuning import fine_tuning_preset
 from memit.editors.joint import editor_for
 from memit.editors.memit import Memit
 from memit.editors.memit_sequence import MemitSequence
@@ -36,14 +31,7 @@ from memit.evaluation.perplexity import perplexity
 from memit.facts.neighbors import without_edited_neighbors
 from memit.facts.records import Part, embedded_records, held_out_documents
 from memit.facts.subjects import default_share, subjects_to_keep
-from memit.hyperparameters import (
-    AUTO,
-    Hyperparameters,
-    joint_settings,
-    preset,
-    published_layer,
-    summary,
-)
+from memit.hyperparameters import AUTO, Hyperparameters, joint_settings, preset, summary
 from memit.known_facts import known_facts
 from memit.language_model import LanguageModel, load_model
 from memit.prefixes import sample_prefixes
@@ -302,13 +290,8 @@ def rates(study: Study) -> None:
     records = study.records(study.count or 48, "choosing")
     requests = [record.request for record in records]
     study.unedited(records)
-    layer = published_layer(PUBLISHED_LAYERS, study.lm.name, study.lm.depth)
-    editors = {
-        "ft_bf": breadth_first_fine_tuning(layer),
-        "ft": FineTuning(layer),
-        "ft_w": fine_tuning_with_decay(layer),
-    }
-    for name, editor in editors.items():
+    for name in ("ft_bf", "ft", "ft_w"):
+        editor = fine_tuning_preset(name, study.lm.name, study.lm.depth)
         for rate in (1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5):
             tuned = replace(editor, learning_rate=rate)
             edit = tuned.edit(study.lm, requests, Resources(TRAINED_BUDGET))

@@ -168,16 +168,16 @@ def _moments(run: Run, methods: Sequence[Method], folder: Path) -> dict[int, Art
 def _learn(run: Run, split: Split, folder: Path) -> dict[str, Artifact]:
     """Train what compared methods need, on records that are not edited, or find what was trained on
     these inputs; the losses of each training are left in `folder`."""
-    parameters, model = run.parameters, run.model.model.id
+    parameters = run.parameters
     found: dict[str, Artifact] = {}
     for name in parameters.compare.methods:
         inputs: tuple[Any, ...]
         if name == "mend":
             task = train_mend_network
-            inputs = run.model, _mend_examples(run, split), parameters.mend_settings(model)
+            inputs = run.model, _mend_examples(run, split), parameters.mend_settings
         elif name == "serac":
             task = train_serac_models
-            inputs = run.model, split.training, pinned(parameters.serac_settings(model))
+            inputs = run.model, split.training, pinned(parameters.serac_settings)
         else:
             continue
         trained = run.compute(task, *inputs)

@@ -41,11 +41,12 @@ def tracing(run: Run) -> None:
     run.write_table(TRACING / "traces.parquet", table)
     run.write_json(TRACING / "effects.json", found)
     run.write(TRACING / "tracing.png", lambda path: draw_tracing(table, path))
+    critical = ", ".join(map(str, found["critical_layers"]))
+    where = f"matter most in the layers {critical}" if critical else "matter in no layer"
     console.print(
         f"\n  {found['facts']} facts: the answer's probability is {found['clean']:.2f}, and "
-        f"{found['noised']:.2f} with noise on the subject; MLPs matter most in the layers "
-        f"{', '.join(map(str, found['critical_layers']))}\n  [bold]{TRACING}/tracing.png[/], "
-        "effects.json and traces.parquet beside it"
+        f"{found['noised']:.2f} with noise on the subject; MLPs {where}\n"
+        f"  [bold]{TRACING}/tracing.png[/], effects.json and traces.parquet beside it"
     )
 
 

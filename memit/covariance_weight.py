@@ -12,17 +12,13 @@ edit itself is tried, in half decades of λ:
 - The largest λ is taken that leaves at most `MARGIN` more than the one that leaves least.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 from memit.errors import NumericsError
-from memit.language_model import LanguageModel
-from memit.placement import solving_device
-from memit.second_moment import SecondMoment
 from memit.spread import Spread
-from memit.weight_delta import LowRank
 
 LOWEST, HIGHEST = -5, 2
 """Half decades from f: λ is from f/316 to 10 f."""
@@ -42,8 +38,6 @@ class Trial:
     """λ."""
     left: float
     """Mean ‖z − h‖ after it, as a share of that before it."""
-    drift: float
-    """See `drift`."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +53,13 @@ class Choice:
     """All λ that were tried, ascending."""
 
     def described(self) -> dict[str, Any]:
-        """For an edit's provenance: λ, why, and the curve of λ, the share left and the drift."""
-        curve = [[t.weight, round(t.left, 4), round(t.drift, 4)] for t in self.trials]
+        """For an edit's provenance: λ, why, and the curve of λ and the share left."""
+        curve = [[trial.weight, round(trial.left, 4)] for trial in self.trials]
         return {"weight": self.weight, "reason": self.reason, "curve": curve}
 
 
 def choose_covariance_weight(
-    width: int,
-    attempt: Callable[[float], Spread],
-    drift_of: Callable[[Spread], float],
-    margin: float = MARGIN,
+    width: int, attempt: Callable[[float], Spread], margin: float = MARGIN
 ) -> Choice:
     """Choose λ for keys of `width` dimensions. `attempt` makes the edit with one λ.
 
@@ -92,7 +83,7 @@ def choose_covariance_weight(
             if step == HIGHEST and not trials:
                 raise
             return False
-        trials[step] = Trial(weight, found.share_left, drift_of(found))
+        trials[step] = Trial(weight, found.share_left)
         made[step] = found
         for other in [n for n in made if trials[n].left > least() + margin]:
             del made[other]  # a Δ takes memory
@@ -110,23 +101,3 @@ def choose_covariance_weight(
     reason = f"the largest that leaves at most {margin:.0%} more of the way than the best one tried"
     ascending = tuple(trials[step] for step in sorted(trials))
     return Choice(made[best], trials[best].weight, reason, ascending)
-
-
-def drift(lm: LanguageModel, made: Spread, moments: Mapping[int, SecondMoment]) -> float:
-    """How far an edit moves the outputs at ordinary keys: √(E‖Δk‖² / E‖Wk‖²) over the keys of the
-    corpus, which is √(tr ΔCΔᵀ / tr WCWᵀ); the largest of all layers."""
-    shares = []
-    for layer in made.residuals:
-        change, W = made.delta.changes[lm.weight_name(layer)], lm.weight(layer)
-        W = W.to(solving_device(W.device)).double()
-        if lm.is_transposed(layer):
-            change = change.transposed()
-        C = moments[layer].mean.to(W.device)
-        if isinstance(change, LowRank):  # Δ = R Aᵀ: tr ΔCΔᵀ = ⟨AᵀCA, RᵀR⟩
-            R, A = change.left.to(W.device).double(), change.right.to(W.device).double()
-            moved = ((A.T @ C @ A) * (R.T @ R)).sum()
-        else:
-            delta = change.delta.to(W.device).double()
-            moved = ((delta @ C) * delta).sum()
-        shares.append(float(moved / ((W @ C) * W).sum()))
-    return max(shares) ** 0.5

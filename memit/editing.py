@@ -21,6 +21,8 @@ from memit.errors import InputError
 from memit.evaluation.counterfact import prompts_of, score_prompts
 from memit.facts.subjects import default_share, subjects_to_keep
 from memit.files.atomic import write_whole
+from memit.files.digests import content_digest
+from memit.files.tensors import tensor_digest
 from memit.hyperparameters import Hyperparameters, preset, settings_note
 from memit.language_model import LanguageModel
 from memit.positions import open_ids
@@ -132,13 +134,16 @@ def _preset(lm: LanguageModel) -> Hyperparameters:
 
 
 def _sampled(lm: LanguageModel, tokens: int, seed: int, path: Path | None) -> list[list[int]]:
-    """Texts that the model writes, or that it has written for the same question."""
-    origin = {b"sampled": f"{tokens} tokens of {lm.name} by seed {seed}".encode()}
+    """Texts that the model writes, or that it has written for the same question with the same
+    down-projections."""
+    asked = f"{tokens} tokens of {lm.name} by seed {seed}, written with its present weights"
+    weights = content_digest([tensor_digest(lm.weight(layer)) for layer in lm.editable_layers])
+    origin = {b"sampled": asked.encode(), b"weights": weights.encode()}
     if path is not None and path.exists():
         with reading_parquet(path):
             table = pq.read_table(path)
         if table.schema.metadata != origin:
-            raise InputError(f"{path} does not hold {origin[b'sampled'].decode()}: name another.")
+            raise InputError(f"{path} does not hold {asked}: name another.")
         return table["ids"].to_pylist()
     with _bar("sampling", tokens, "tokens") as advance:
         rows = sample_texts(lm, tokens, seed, advance)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import takewhile
 from typing import Any, cast
 
@@ -70,10 +70,8 @@ def generate_texts(
     (k × vocabulary), `progress` with the number of newly written texts.
 
     Raises:
-        InputError: not exactly one of the lengths is given, or one exceeds the model's context.
+        InputError: a length exceeds the model's context, or a prompt has no tokens.
     """
-    if (new_tokens is None) == (total_tokens is None):
-        raise InputError("give either new_tokens or total_tokens: one of them sets the length.")
     texts = []
     numbers = repetitions if repetitions is not None else count_repetitions(prompts)
     rows = open_ids(lm.tokenizer, prompts)
@@ -186,7 +184,7 @@ def _write(
             max_new_tokens=steps, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0
         ),
         logits_processor=LogitsProcessorList([_TopKSampler(noise.to(lm.device), width, told)]),
-        stopping_criteria=StoppingCriteriaList([_AllStopped(lm, stops)] if stops else []),
+        stopping_criteria=StoppingCriteriaList([_AllStopped(lm, width, stops)] if stops else []),
     )
     return [
         row[width - len(text.ids) : width + text.new_tokens]
@@ -225,22 +223,17 @@ class _AllStopped(StoppingCriteria):
     """Ends a batch once each of its rows has written a stop, behind more than white space, or a
     special token."""
 
-    def __init__(self, lm: LanguageModel, stops: Sequence[str]):
-        self.special, self.stops = set(lm.tokenizer.all_special_ids), stops
-        self.text = cache(lambda token: _decode(lm, [token]))
-        self.begun: set[int] = set()
-        self.stopped: set[int] = set()
+    def __init__(self, lm: LanguageModel, prompt_width: int, stops: Sequence[str]):
+        self.lm, self.prompt_width, self.stops = lm, prompt_width, stops
+        self.special = set(lm.tokenizer.all_special_ids)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            text = self.text(token)
-            if text.strip():
-                self.begun.add(row)
-            is_stop = row in self.begun and any(stop in text for stop in self.stops)
-            if is_stop or token in self.special:
-                self.stopped.add(row)
-        stopped = [row in self.stopped for row in range(len(input_ids))]
-        return torch.tensor(stopped, device=input_ids.device)
+        written = input_ids[:, self.prompt_width :].tolist()
+        return torch.tensor([self._ends(ids) for ids in written], device=input_ids.device)
+
+    def _ends(self, ids: list[int]) -> bool:
+        text = _decode(self.lm, ids).lstrip()
+        return not self.special.isdisjoint(ids) or any(stop in text for stop in self.stops)
 
 
 def _decode(lm: LanguageModel, ids: list[int]) -> str:

@@ -120,7 +120,8 @@ def _name(layer: int) -> str:
 
 
 def _states(directory: Path) -> list[State]:
-    return [_read(path) for path in sorted(directory.glob("*")) if path.name.isdigit()]
+    numbered = [path for path in directory.glob("*") if path.name.isdigit()]
+    return [_read(path) for path in sorted(numbered, key=lambda path: int(path.name))]
 
 
 def _read(folder: Path) -> State:

@@ -139,11 +139,11 @@ def short_name(model_name: str) -> str:
 
 def published_layer(layers: Mapping[str, int], model_name: str, depth: int) -> int:
     """The layer of a model of `depth` blocks in a table by `short_name`; of other models the one at
-    the relative depth of GPT-J's."""
+    the relative depth of GPT-J's, or the last one of very few."""
     known = layers.get(short_name(model_name))
     if known is not None and known < depth:
         return known
-    return round(layers["gpt-j-6b"] * depth / GPT_J_BLOCKS)
+    return min(round(layers["gpt-j-6b"] * depth / GPT_J_BLOCKS), depth - 1)
 
 
 def find_preset(model_name: str, shape: ModelShape) -> Preset | None:

@@ -14,11 +14,14 @@ from operator import eq
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from memit.batches import split_into_batches
-from memit.forward.key_values import KeyValues, Recorder
+from memit.errors import ResourceError
+from memit.forward.key_values import KeyValues, recorded
 from memit.forward.passes import Padded, block_output, mlp_at, pad, reading_keys
 from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
@@ -42,14 +45,27 @@ class HeldStates:
         self.in_memory: dict[int, Tensor] = {}
 
     def put(self, index: int, hidden: Tensor) -> None:
-        """Store the states of a batch, replacing its earlier ones."""
+        """Store the states of a batch, replacing its earlier ones.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
         hidden = hidden.cpu()
         self.in_memory.pop(index, None)
         used = sum(part.nbytes for part in self.in_memory.values())
         if used + hidden.nbytes <= self.limit:
             self.in_memory[index] = hidden
         else:
-            save_file({"hidden": hidden.contiguous()}, self.directory / str(index))
+            self._write(index, hidden.contiguous())
+
+    def _write(self, index: int, hidden: Tensor) -> None:
+        try:
+            save_file({"hidden": hidden}, self.directory / str(index))
+        except (OSError, SafetensorError) as error:
+            raise ResourceError(
+                f"{self.directory} cannot hold the hidden states of all edits ({error}): make room "
+                "there, or name another disk in TMPDIR."
+            ) from error
 
     def get(self, index: int) -> Tensor:
         """The stored states of a batch."""
@@ -166,11 +182,9 @@ class Walk:
         if not self.resumes:
             return None, None
         start, hidden = self.block, self.shared_states
-        recorder = Recorder(self.lm, start)
-        output = block_output(
-            self.lm, self.shared, stop, start=start, hidden=hidden, recorder=recorder
-        )
-        return output, recorder.before(self.lengths)
+        cache = DynamicCache()
+        output = block_output(self.lm, self.shared, stop, start=start, hidden=hidden, record=cache)
+        return output, recorded(cache, start, self.lengths)
 
     def _run(
         self, index: int, stop: int, before: KeyValues | None, count: int | None = None

@@ -62,7 +62,8 @@ def start_token(lm: LanguageModel) -> int:
             return token
     raise InputError(
         f"the tokenizer of {lm.name} has no token that begins or ends a text, so that the model "
-        "cannot write texts of its own: give statistics a corpus."
+        "cannot write texts of its own: set bos_token in the tokenizer, or give statistics a "
+        "corpus."
     )
 
 

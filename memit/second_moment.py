@@ -23,6 +23,7 @@ from torch import Tensor
 from memit.batches import run_in_batches
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.files.atomic import write_whole
+from memit.files.reading import holding
 from memit.forward.passes import keys_of, pad
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, locate, mark
@@ -99,10 +100,7 @@ def collect_second_moments(
         InputError: the documents have no token.
         NumericsError: a sum is not finite.
     """
-    fitters = {
-        layer: SecondMomentFitter(lm.weight(layer).shape[1], lm.block_device(layer))
-        for layer in layers
-    }
+    fitters = _fitters(lm, layers)
 
     @torch.no_grad()
     def run(rows: Sequence[list[int]]) -> None:
@@ -146,10 +144,7 @@ def collect_subject_moments(
     found = locate(lm.tokenizer, [mark(each.prompt, each.subject) for each in requests])
     rows = [row for row in found if row.subject_last < lm.context_length]
     rows.sort(key=lambda row: row.subject_last)
-    fitters = {
-        layer: SecondMomentFitter(lm.weight(layer).shape[1], lm.block_device(layer))
-        for layer in layers
-    }
+    fitters = _fitters(lm, layers)
     for _, keys in run_in_batches(
         rows,
         lambda row: (1, row.subject_last + 1),
@@ -159,6 +154,13 @@ def collect_subject_moments(
         for layer, fitter in fitters.items():
             fitter.update(keys[layer])
     return {layer: fitter.result() for layer, fitter in fitters.items()}
+
+
+def _fitters(lm: LanguageModel, layers: Sequence[int]) -> dict[int, SecondMomentFitter]:
+    return {
+        layer: SecondMomentFitter(lm.weight(layer).shape[1], lm.block_device(layer))
+        for layer in layers
+    }
 
 
 def with_subjects(moment: SecondMoment, subjects: SecondMoment, share: float) -> SecondMoment:
@@ -226,16 +228,12 @@ def read_moment(path: Path) -> tuple[SecondMoment, dict[str, Any]]:
     Raises:
         IntegrityError: the file is no such file, or damaged.
     """
-    try:
+    with holding(path, "a second moment", "delete it and collect it again"):
         table = pq.read_table(path, page_checksum_verification=True)
         metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
         column = table.column("sum").combine_chunks()
         matrix = column.values.to_numpy().reshape(len(column), -1)
         count, provenance = int(metadata["count"]), json.loads(metadata["provenance"])
-    except Exception as error:
-        raise IntegrityError(
-            f"{path} does not hold a second moment ({error}); delete it and collect it again."
-        ) from error
     moment = SecondMoment(torch.from_numpy(matrix.copy()), count)
     check_moment(moment, str(path), matrix.shape[0])
     return moment, provenance
@@ -248,14 +246,12 @@ def import_published(path: Path, width: int) -> SecondMoment:
         IntegrityError: it is not a symmetric `width` × `width` matrix.
         NumericsError: it is not positive definite.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            matrix, count = torch.from_numpy(file["mom2.mom2"]), int(file["mom2.count"])
-    except Exception as error:
-        raise IntegrityError(
-            f"{path} does not hold published second moments ({error}); it must be a .npz with "
-            "'mom2.mom2' and 'mom2.count'."
-        ) from error
+    way_out = "it must be a .npz with 'mom2.mom2' and 'mom2.count'"
+    with (
+        holding(path, "published second moments", way_out),
+        np.load(path, allow_pickle=False) as file,
+    ):
+        matrix, count = torch.from_numpy(file["mom2.mom2"]), int(file["mom2.count"])
     moment = SecondMoment(matrix, count)
     check_moment(moment, str(path), width)
     cholesky(moment.mean, str(path))

@@ -58,16 +58,14 @@ def spread(
     *,
     token_budget: int,
     held_bytes: int = HELD_IN_MEMORY,
-    column_bytes: int = COLUMNS_IN_MEMORY,
-    observe: Callable[[int, Tensor, Tensor], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Spread:
     """Compute Δ for each layer of S so that the model's output of block L approaches z (n × d), or
     that each down-projection's output changes as a z of its own says.
 
     `form` gives a layer's closed form when it is needed. Hidden states beyond `held_bytes` go to
-    disk; `observe` is called with each layer, its K (f × n) and its R (d × n), which are read batch
-    by batch where they and z take more than `column_bytes`. The model keeps its own weights.
+    disk. Keys and residuals are read batch by batch where they and z take more than
+    `COLUMNS_IN_MEMORY`. The model keeps its own weights.
 
     Raises:
         EditError: keys or residuals of some edits are not finite, or their share alone makes an
@@ -78,16 +76,14 @@ def spread(
     """
     edits = edit_rows(lm, requests, prefixes)
     # K is f × n, and z, h and R are d × n, in float64.
-    whole = 8 * len(edits) * (lm.inner_width + 3 * lm.width) <= column_bytes
+    whole = 8 * len(edits) * (lm.inner_width + 3 * lm.width) <= COLUMNS_IN_MEMORY
     base = {layer: lm.weight(layer).clone() for layer in hyperparameters.layers}
     while True:
         try:
             with tempfile.TemporaryDirectory() as directory:
                 held = HeldStates(held_bytes, Path(directory))
                 walk = Walk(lm, edits, hyperparameters.layers[-1], token_budget, held)
-                return _walk_layers(
-                    walk, requests, z, form, hyperparameters, whole, observe, progress
-                )
+                return _walk_layers(walk, requests, z, form, hyperparameters, whole, progress)
         except torch.OutOfMemoryError as error:
             if token_budget < MIN_TOKENS:
                 raise ResourceError(
@@ -139,7 +135,6 @@ def _walk_layers(
     form: Callable[[int], Quadratic],
     hyperparameters: Hyperparameters,
     whole: bool,
-    observe: Callable[[int, Tensor, Tensor], None] | None,
     progress: Callable[[int], None] | None,
 ) -> Spread:
     """Algorithm 1, lines 5-15; leaves the updates in the model's weights."""
@@ -157,7 +152,7 @@ def _walk_layers(
         read = partial(_columns, walk, z, hyperparameters, whole)
         held = list(read()) if whole else None  # else each look reads them again
         lacking = torch.empty(count, dtype=torch.float64)
-        columns = _checked(held or read(), requests, layer, lacking, observe)
+        columns = _checked(held or read(), requests, layer, lacking)
         quadratic = form(layer)
         if quadratic.basis is not None:
             ranks[layer] = quadratic.basis.shape[1]
@@ -198,18 +193,20 @@ def _walk_layers(
 
 
 def _checked(
-    columns: Iterable[_Columns],
-    requests: Sequence[EditRequest],
-    layer: int,
-    lacking: Tensor,
-    observe: Callable[[int, Tensor, Tensor], None] | None,
+    columns: Iterable[_Columns], requests: Sequence[EditRequest], layer: int, lacking: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """K and R of columns that are finite; writes how much each edit lacks (n)."""
+    """K and R of columns that are finite; writes how much each edit lacks (n). Raises `EditError`
+    for edits whose key or residual is not finite."""
     for part in columns:
         lacking[part.edits] = part.lacking.norm(dim=0).cpu()
-        _check_columns(part, requests, layer)
-        if observe is not None:
-            observe(layer, part.K, part.R)
+        finite = part.K.isfinite().all(0).cpu() & part.R.isfinite().all(0).cpu()
+        broken = part.edits[~finite].tolist()
+        if broken:
+            raise EditError(
+                f"key or residual of {_named(requests, broken)} at layer {layer} is not finite: "
+                "run the model in float32 or bfloat16.",
+                broken,
+            )
         yield part.K, part.R
 
 
@@ -219,18 +216,6 @@ def _mean_size(columns: Iterable[tuple[Tensor, Tensor]], count: int) -> float:
     for edits, part in columns:
         sizes[edits] = part.norm(dim=0).cpu()
     return float(sizes.mean())
-
-
-def _check_columns(part: _Columns, requests: Sequence[EditRequest], layer: int) -> None:
-    """Raise `EditError` for edits whose key or residual is not finite."""
-    finite = part.K.isfinite().all(0).cpu() & part.R.isfinite().all(0).cpu()
-    broken = part.edits[~finite].tolist()
-    if broken:
-        raise EditError(
-            f"key or residual of {_named(requests, broken)} at layer {layer} is not finite: run "
-            "the model in float32 or bfloat16.",
-            broken,
-        )
 
 
 def _check_fallen(before: float, left: float) -> None:

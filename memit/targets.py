@@ -18,11 +18,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from memit.batches import release_memory, run_in_batches
-from memit.errors import EditError, InputError, IntegrityError
+from memit.errors import EditError, InputError
+from memit.files.reading import holding
 from memit.files.tensors import load_tensors, save_tensors
-from memit.forward.key_values import KeyValues, Recorder
+from memit.forward.key_values import KeyValues, recorded
 from memit.forward.passes import (
     Padded,
     attending_in_steps,
@@ -32,6 +34,7 @@ from memit.forward.passes import (
     pad,
     reading_module,
     recomputing,
+    target_positions,
 )
 from memit.forward.probes import can_resume
 from memit.hyperparameters import Hyperparameters
@@ -67,17 +70,6 @@ class Targets:
         """The targets of some of the requests."""
         return Targets(**{name: part[list(rows)] for name, part in self.__dict__.items()})
 
-    def put(self, rows: Sequence[int], part: Targets) -> None:
-        """Write the targets of some requests into their rows."""
-        for name, whole in self.__dict__.items():
-            whole[list(rows)] = getattr(part, name)
-
-    @staticmethod
-    def empty(count: int, width: int, evaluations: int) -> Targets:
-        """Uninitialised targets of `count` requests."""
-        z, hidden = torch.empty(2, count, width)
-        return Targets(z, hidden, torch.empty(count, evaluations), torch.empty(count).bool())
-
     @staticmethod
     def concatenate(parts: Sequence[Targets]) -> Targets:
         """Targets of consecutive chunks of requests as one."""
@@ -95,12 +87,8 @@ class Targets:
         Raises:
             IntegrityError: the file is no such file, or damaged.
         """
-        try:
+        with holding(path, "target vectors", "delete it and run `targets` again"):
             return Targets(**load_tensors(path)[0])
-        except Exception as error:
-            raise IntegrityError(
-                f"{path} does not hold target vectors ({error}); delete it and run `targets` again."
-            ) from error
 
 
 def check_targets(requests: Sequence[EditRequest], targets: Targets) -> None:
@@ -239,13 +227,13 @@ def compute_targets(
         chosen = [edits[index] for index in indices]
         return _optimise(lm, chosen, where, hyperparameters, progress)
 
-    found = Targets.empty(len(edits), len(where.layers) * lm.width, hyperparameters.evaluations)
+    parts: list[Targets] = []
     with attending_in_steps(lm):
-        batches = run_in_batches(order, lambda i: _shape(edits[i]), token_budget, optimise)
-        for indices, part in batches:
-            found.put(indices, part)
+        for _, part in run_in_batches(order, lambda i: _shape(edits[i]), token_budget, optimise):
+            parts.append(part)
             release_memory()
-    return found
+    places = sorted(range(len(order)), key=order.__getitem__)  # where each request's target is
+    return Targets.concatenate(parts).chosen(places)
 
 
 def _site(hyperparameters: Hyperparameters) -> Site:
@@ -448,11 +436,11 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
     # One pass over whole rows. Where the model can be resumed, it records the input of the site's
     # first block and that block's and later ones' keys and values.
     resumed = site.first < lm.depth and can_resume(lm)
-    recorder = Recorder(lm, site.first) if resumed else None
+    cache = DynamicCache() if resumed else None
     below = lm.blocks[max(0, site.first - 1)]
     with reading_module(below) as entering, ExitStack() as stack:
         outputs = [stack.enter_context(reading_module(module)) for module in site.modules(lm)]
-        block_output(lm, padded, lm.depth - 1 if resumed else site.layers[-1], recorder=recorder)
+        block_output(lm, padded, lm.depth - 1 if resumed else site.layers[-1], record=cache)
     # h_i: the site's output at the subject's last token of the plain row. Some modules flatten
     # rows × tokens, so the position is counted over both.
     plain = torch.tensor(starts, device=device)
@@ -465,7 +453,12 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
     if columns is not None and site.first > 0:
         which = torch.arange(len(rows), device=entering[0].device)[:, None]
         entry = entering[0][which, columns.to(entering[0].device)]
-    target_row, target_column, target_id, target_weight = _scored(edits, device)
+    target_row, target_column, target_id = target_positions(rows, device)
+    weights = [
+        1 / ((1 + len(edit.prefixed)) * max(1, len(row.target)))
+        for edit in edits
+        for row in edit.rows
+    ]
     # The essence row is an edit's last row, or else the plain row's beginning.
     pairs = zip(edits, starts, ends, strict=True)
     essence = [start if edit.essence_is_plain else end - 1 for edit, start, end in pairs]
@@ -474,11 +467,11 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
         edit=torch.tensor([i for i, edit in enumerate(edits) for _ in edit.rows], device=device),
         column=last - offset,
         hidden=entry,
-        before=recorder.before(last) if recorder is not None else None,
+        before=None if cache is None else recorded(cache, site.first, last),
         target_row=target_row,
         target_column=target_column - offset[target_row],
         target_id=target_id,
-        target_weight=target_weight,
+        target_weight=torch.tensor(weights, device=device)[target_row],
         essence_row=torch.tensor(essence, device=device),
         initial=None,
     )
@@ -488,19 +481,6 @@ def _prepare(lm: LanguageModel, edits: Sequence[EditRows], site: Site) -> tuple[
 def _rows_at(states: Tensor, flat: Tensor) -> Tensor:
     """States at positions that are counted over rows × tokens (positions × d, float32)."""
     return states.reshape(-1, states.shape[-1])[flat.to(states.device)].float()
-
-
-def _scored(edits: Sequence[EditRows], device: torch.device) -> tuple[Tensor, ...]:
-    """Row, column, token and weight of each target token."""
-    rows = [(row, 1 + len(edit.prefixed)) for edit in edits for row in edit.rows]
-    found = [
-        (index, position - 1, row.ids[position], 1 / (count * len(row.target)))
-        for index, (row, count) in enumerate(rows)
-        for position in row.target
-    ]
-    which, columns, ids, weights = zip(*found, strict=True)
-    integers = (torch.tensor(part, device=device) for part in (which, columns, ids))
-    return (*integers, torch.tensor(weights, device=device))
 
 
 def _from(padded: Padded, first: Tensor) -> tuple[Padded, Tensor]:

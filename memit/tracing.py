@@ -17,9 +17,10 @@ from typing import Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
 
 from memit.batches import run_in_batches
-from memit.forward.key_values import Recorder
+from memit.forward.key_values import recorded
 from memit.forward.passes import (
     Padded,
     changing_module,
@@ -127,8 +128,11 @@ def embedding_deviation(lm: LanguageModel, subjects: Sequence[str]) -> float:
 
 def critical_layers(state: Sequence[float], severed: Sequence[float]) -> range:
     """The consecutive layers around the one where severing the MLPs costs a restored state most,
-    in which it costs at least half as much; the arguments are mean effects (layers)."""
+    in which it costs at least half as much; none if it costs nothing anywhere. The arguments are
+    mean effects (layers)."""
     gaps = np.subtract(state, severed)
+    if gaps.max() <= 0:
+        return range(0)
     below = [-1, *np.flatnonzero(gaps < gaps.max() / 2), len(gaps)]
     end = np.searchsorted(below, gaps.argmax())
     return range(int(below[end - 1]) + 1, int(below[end]))
@@ -190,9 +194,9 @@ class _NoisedRuns:
         self.clean_mlps = [_at(hidden, own, at[own]) for hidden in found.mlps]
 
         resumes = can_resume(lm)
-        recorder = Recorder(lm, 0) if resumes else None
+        cache = DynamicCache() if resumes else None
         with self._noise():
-            found = _run(lm, padded[own.to(lm.device)], recorder)
+            found = _run(lm, padded[own.to(lm.device)], cache)
         self.noised = self._probability(found.logits)
         self.noised_mlps = [_at(hidden, every, at[own]) for hidden in found.mlps]
 
@@ -201,7 +205,8 @@ class _NoisedRuns:
         rest = [p.ids[start:] for p, start in zip(prompts, first.tolist(), strict=True)]
         self.rest = pad([rest[row] for row in own.tolist()], lm.device)
         self.column, self.ends = (at - first)[own], self.rest.mask.sum(1) - 1
-        self.before = recorder and recorder.before(first[own].to(lm.device))
+        starts = first[own].to(lm.device)
+        self.before = None if cache is None else recorded(cache, 0, starts)
         columns = first[own][:, None] + torch.arange(self.rest.ids.shape[1])
         columns = columns.clamp(max=padded.ids.shape[1] - 1)  # of padding, which is masked
         self.entering = [_at(hidden, every[:, None], columns) for hidden in found.entering]
@@ -278,14 +283,14 @@ class _Pass:
     """What leaves each down-projection."""
 
 
-def _run(lm: LanguageModel, padded: Padded, recorder: Recorder | None = None) -> _Pass:
+def _run(lm: LanguageModel, padded: Padded, record: Cache | None = None) -> _Pass:
     with ExitStack() as stack:
         entry = stack.enter_context(entering_block(lm, 0))
         blocks = [stack.enter_context(reading_module(block)) for block in lm.blocks]
         downs = [lm.down_projection(layer) for layer in range(lm.depth)]
         mlps = [stack.enter_context(reading_module(down)) for down in downs]
         rows, ends = torch.arange(len(padded.ids)), padded.mask.sum(1) - 1
-        logits = logits_at(lm, padded, rows, ends, recorder=recorder)
+        logits = logits_at(lm, padded, rows, ends, record=record)
     left = [found for (found,) in blocks]
     # Some families flatten rows and tokens in front of their MLPs.
     outputs = [found.reshape(len(rows), -1, found.shape[-1]) for (found,) in mlps]

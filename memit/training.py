@@ -73,10 +73,9 @@ def run_training(
             group["lr"] = training.schedule(peak, step)
         loss = _seeded(loss_at, step, training.name, network)
         losses.append(loss.item())
-        _check(training, losses)
         if not _update(network, optimizer, loss, training.largest_gradient):
             losses[-1] = math.nan
-            _check(training, losses)
+        _check(training, losses)
         if path and ((step + 1) % every == 0 or step + 1 == training.steps):
             save_checkpoint(path, network, optimizer, losses, training.name)
         progress(1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memit.errors import InputError, IntegrityError, NumericsError
+from memit.files.reading import holding
 from memit.files.tensors import load_tensors, save_tensors, tensor_digest
 from memit.requests import Record
 
@@ -179,7 +180,7 @@ class WeightDelta:
             IntegrityError: the file is no such file, or damaged.
         """
         parts: dict[str, dict[str, Tensor]] = {}
-        try:
+        with holding(path, "a weight delta", "make or fetch it again"):
             tensors, metadata = load_tensors(path)
             for key, tensor in tensors.items():
                 name, part = key.split(":")
@@ -189,10 +190,6 @@ class WeightDelta:
                 for name, found in parts.items()
             }
             return WeightDelta(changes, json.loads(metadata["provenance"]))
-        except Exception as error:
-            raise IntegrityError(
-                f"{path} does not hold a weight delta ({error}); make or fetch it again."
-            ) from error
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from memit.editors import known_editors
 from memit.editors.base import Editor, load_editors
-from memit.editors.fine_tuning import (
-    PUBLISHED_LAYERS,
-    FineTuning,
-    breadth_first_fine_tuning,
-    constrained_fine_tuning,
-    fine_tuning_with_decay,
-)
+from memit.editors.fine_tuning import VARIANTS, fine_tuning_preset
 from memit.editors.joint import Joint
 from memit.editors.memit import Memit
 from memit.editors.rome import rome_preset
 from memit.errors import InputError
 from memit.files.reading import check_file
-from memit.hyperparameters import Hyperparameters, joint_settings, published_layer
+from memit.hyperparameters import Hyperparameters, joint_settings
 from tasks.edit import Method
 from tasks.reporting.labels import LABELS, label
 
@@ -69,14 +63,8 @@ def make_methods(
 def _preset(name: str, hyperparameters: Hyperparameters, model: str, depth: int) -> Editor:
     if name == "rome":
         return rome_preset(model, depth)
-    if name == "ft":
-        return FineTuning(published_layer(PUBLISHED_LAYERS, model, depth))
-    if name == "ft_w":
-        return fine_tuning_with_decay(published_layer(PUBLISHED_LAYERS, model, depth))
-    if name == "ft_bf":
-        return breadth_first_fine_tuning(published_layer(PUBLISHED_LAYERS, model, depth))
-    if name == "ft_l":
-        return constrained_fine_tuning()
+    if name in VARIANTS:
+        return fine_tuning_preset(name, model, depth)
     if name == "joint":
         return Joint(joint_settings(hyperparameters))
     editors = known_editors()
@@ -104,8 +92,17 @@ def _with_settings(name: str, editor: Editor, settings: Mapping[str, Mapping[str
             available = f"it has {', '.join(known)}" if known else "it has none of its own"
             where = f" (those of {name} are in {SECTIONS[name]})" if name in SECTIONS else ""
             raise InputError(f"compare.settings.{name} has no {key}: {available}{where}.")
-        _check_setting(f"compare.settings.{name}.{key}", chosen[key], getattr(editor, key))
+        value, preset = chosen[key], getattr(editor, key)
+        if not isinstance(value, str) or value not in _words(editor, key):
+            _check_setting(f"compare.settings.{name}.{key}", value, preset)
     return replace(editor, **chosen)  # pyright: ignore[reportArgumentType]
+
+
+def _words(editor: Editor, key: str) -> set[Any]:
+    """The words that a setting may hold, alone or in place of a number."""
+    kind = get_type_hints(type(editor))[key]
+    choices = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
+    return {word for part in choices for word in get_args(part)}
 
 
 def _check_setting(name: str, value: Any, preset: Any) -> None:

@@ -194,7 +194,10 @@ def describe_edit(
         "count": len(kept),
         "layers": hyperparameters["layers"],
         "target_shift": round(float(shift), 6),
-        **{name: origin[name] for name in ("residuals", "residual_left", "update_ratio")},
+        **{
+            name: origin[name]
+            for name in ("residuals", "residual_left", "share_left", "update_ratio")
+        },
         "hyperparameters": hyperparameters,
         **({"covariance_weight": rule} if rule else {}),
         **({"notes": notes} if notes else {}),

@@ -238,7 +238,7 @@ def compared_methods(parameters: Parameters, model: str, shape: ModelShape) -> l
         InputError: there is no such method, setting or layer.
     """
     section, depth = parameters.compare, shape.depth
-    mend = parameters.mend_settings(model)
+    mend = parameters.mend_settings
     if "mend" in section.methods and mend.blocks > depth:
         raise InputError(
             f"mend.blocks is {mend.blocks}, but {model} has {depth} blocks: use fewer."
@@ -250,7 +250,7 @@ def compared_methods(parameters: Parameters, model: str, shape: ModelShape) -> l
     for name in section.at_most:
         if name not in LABELS and name not in known_editors():
             raise InputError(f"compare.at_most names {name}, and there is no such method.")
-    learning = {"mend": Mend(mend), "serac": Serac(parameters.serac_settings(model))}
+    learning = {"mend": Mend(mend), "serac": Serac(parameters.serac_settings)}
     return [Method(one.name, learning.get(one.name, one.editor)) for one in methods]
 
 

@@ -30,7 +30,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from memit.editors.settings import MendSettings, SeracSettings, mend_preset, serac_preset
+from memit.editors.settings import MendSettings, SeracSettings
 from memit.errors import InputError
 from memit.files.reading import read_text
 from memit.hyperparameters import (
@@ -130,7 +130,7 @@ def settings_section(
     """A section with fields of a dataclass: its types, docs, defaults and range checks.
 
     The fields are those in `names`, or all but the seed. If they are `optional`, null is the
-    default and keeps the value of the model's preset.
+    default and keeps the value that is overridden.
     """
     kinds, docs = get_type_hints(type(default), include_extras=True), _docs(type(default))
     definitions: dict[str, Any] = {}
@@ -451,13 +451,15 @@ class Parameters(Section):
             return None
         return settings_note(model, shape, self.hyperparameters(model, shape))
 
-    def mend_settings(self, model: str) -> MendSettings:
-        """The preset of a model, with the overrides of `mend`."""
-        return with_overrides(mend_preset(model), self.mend)
+    @property
+    def mend_settings(self) -> MendSettings:
+        """The defaults, with the overrides of `mend`."""
+        return with_overrides(MendSettings(), self.mend)
 
-    def serac_settings(self, model: str) -> SeracSettings:
-        """The preset of a model, with the overrides of `serac`."""
-        return with_overrides(serac_preset(model), self.serac)
+    @property
+    def serac_settings(self) -> SeracSettings:
+        """The defaults, with the overrides of `serac`."""
+        return with_overrides(SeracSettings(), self.serac)
 
     @model_validator(mode="after")
     def _check_conflicts(self) -> Parameters:

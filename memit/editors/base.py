@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from memit.errors import InputError
 from memit.language_model import LanguageModel
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from memit.targets import Targets
 
 
-@runtime_checkable
 class Edit(Protocol):
     """The result of an editor: put it on a model, take it off, keep it."""
 

@@ -1,7 +1,7 @@
 """Fine-tuning on the requests: all parameters of one block, or its down-projection alone.
 
-The paper's FT-W is `fine_tuning_with_decay`; without decay, and with a bound on how far each weight
-may move, the same editor is the unconstrained and the constrained baseline.
+With weight decay it is the paper's FT-W; without, and with a bound on how far each weight may move,
+the same editor is the unconstrained and the constrained baseline.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from torch import Tensor
 from memit.batches import split_into_batches
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError, NumericsError
-from memit.forward.passes import Padded, block_output, logits_at, pad
+from memit.forward.passes import Padded, block_output, logits_at, pad, target_positions
 from memit.forward.probes import can_resume
+from memit.hyperparameters import published_layer
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow
 from memit.ranges import Range, check_settings
@@ -43,7 +44,7 @@ class FineTuning(Editor):
     parameters: Literal["block", "down_projection"] = "block"
     """Everything in the block, or W_out alone."""
     learning_rate: Annotated[float, Range(0, 1e30, exclusive=True)] = 5e-4
-    weight_decay: Annotated[float | Literal["power_law"], Range(0, 1e12)] = 0.0
+    weight_decay: Annotated[float, Range(0, 1e12)] | Literal["power_law"] = 0.0
     """Coupled L2: added to the gradient times the weight. `power_law` takes n^−0.870 · e^0.156 for
     n requests, as published."""
     bound: Annotated[float | None, Range(0, 1e12)] = None
@@ -151,20 +152,23 @@ class FineTuning(Editor):
         return means
 
 
-def fine_tuning_with_decay(layer: int, weight_decay: float = 5e-4) -> FineTuning:
-    """FT-W, the paper's baseline: one block, learning rate and weight decay 5e-4."""
-    return FineTuning(layer, weight_decay=weight_decay)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ft": {},
+    # FT-W, the paper's baseline: weight decay 5e-4
+    "ft_w": {"weight_decay": 5e-4},
+    # LocFT-BF (arXiv 2509.22072): the down-projection of one late block, in small batches that go
+    # through all requests before any comes again
+    "ft_bf": {"parameters": "down_projection", "batch_size": 8},
+    # FT+L: the down-projection of block 0, each weight within a bound of its base value
+    "ft_l": {"layer": 0, "parameters": "down_projection", "bound": 5e-5},
+}
+"""What the variants differ in from `FineTuning` on the published block, by their names."""
 
 
-def breadth_first_fine_tuning(layer: int) -> FineTuning:
-    """LocFT-BF (arXiv 2509.22072): the down-projection of one late block, in small batches that go
-    through all requests before any comes again."""
-    return FineTuning(layer, parameters="down_projection", batch_size=8)
-
-
-def constrained_fine_tuning(bound: float = 5e-5) -> FineTuning:
-    """FT+L: the down-projection of block 0, each weight within `bound` of its base value."""
-    return FineTuning(0, parameters="down_projection", bound=bound)
+def fine_tuning_preset(variant: str, model_name: str, depth: int) -> FineTuning:
+    """Settings of a variant for a model of `depth` blocks; see `published_layer`."""
+    layer = published_layer(PUBLISHED_LAYERS, model_name, depth)
+    return FineTuning(**{"layer": layer, **VARIANTS[variant]})
 
 
 # --- what is scored -----------------------------------------------------------------------------
@@ -189,20 +193,15 @@ class _Chunk:
 
 @torch.no_grad()
 def _chunk(lm: LanguageModel, rows: Sequence[TokenRow], layer: int, loss: Loss) -> _Chunk:
-    # A token is predicted at the position before it; the published loss asks for all tokens of the
-    # object at the prompt's last position.
-    scored = [
-        (index, (row.target[0] if loss == "published" else position) - 1, row.ids[position])
-        for index, row in enumerate(rows)
-        for position in row.target
-    ]
-    row, column, wanted = torch.tensor(scored, device=lm.device).T
-    weight = torch.tensor([1 / len(rows[index].target) for index, _, _ in scored])
+    row, column, wanted = target_positions(rows, lm.device)
+    if loss == "published":  # all tokens of the object are asked for at the prompt's last position
+        column = torch.tensor([r.target[0] - 1 for r in rows], device=lm.device)[row]
+    weight = torch.tensor([1 / len(r.target) for r in rows], device=lm.device)[row]
     # Blocks below the tuned one do not change: run them once and keep what enters it.
     padded = pad([r.ids[:-1] for r in rows], lm.device)
     held = layer > 0 and can_resume(lm)
     hidden = block_output(lm, padded, layer - 1).cpu() if held else None
-    return _Chunk(padded, hidden, row, column, wanted, weight.to(lm.device))
+    return _Chunk(padded, hidden, row, column, wanted, weight)
 
 
 def _backward(lm: LanguageModel, batch: Sequence[_Chunk], size: int, layer: int) -> float:

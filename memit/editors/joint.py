@@ -25,6 +25,7 @@ from memit.targets import Targets
 class Joint(Memit):
     """Values of all edited layers at once; the closed form of a layer is MEMIT's."""
 
+    site: ClassVar[str] = "down_projections"
     margin: ClassVar[float] = 0.5
     """Optimised together, the changes reach further than they must."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from memit.covariance_weight import MARGIN, Choice, choose_covariance_weight, drift
+from memit.covariance_weight import MARGIN, Choice, choose_covariance_weight
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.errors import InputError
 from memit.hyperparameters import AUTO, Hyperparameters
@@ -25,6 +25,8 @@ class Memit(Editor):
 
     hyperparameters: Hyperparameters
     """Layers, λ and the settings of the optimisation."""
+    site: ClassVar[str] = "block"
+    """`Hyperparameters.site` of its targets."""
     margin: ClassVar[float] = MARGIN
     """See `choose_covariance_weight`."""
 
@@ -39,12 +41,21 @@ class Memit(Editor):
         return self.hyperparameters
 
     def check(self, lm: LanguageModel) -> None:
-        """Raise `InputError` for a model that does not add its MLPs' outputs as they are."""
+        """Raise `InputError` for a model that does not add its MLPs' outputs as they are, and for
+        targets that are not at a block's output."""
         if lm.has_output_norm:
             raise InputError(
                 f"{lm.name} passes its MLPs' outputs through a norm, behind which {self.name} "
                 "cannot write: use joint, that is targets.site: down_projections, and in "
                 "compare.methods joint in place of it."
+            )
+        self._check_site()
+
+    def _check_site(self) -> None:
+        if self.target_hyperparameters.site != self.site:
+            raise InputError(
+                f"{self.name} has no targets at {self.target_hyperparameters.site} (targets.site): "
+                "use joint, in compare.methods in place of it, or set targets.site to block."
             )
 
     def quadratic(self, layer: int, resources: Resources) -> Quadratic:
@@ -66,8 +77,10 @@ class Memit(Editor):
 
         Raises:
             EditError: some edits cannot be written.
+            InputError: the settings have targets elsewhere than this method.
             NumericsError: none can.
         """
+        self._check_site()
         hyperparameters, budget = self.target_hyperparameters, resources.token_budget
         targets, progress = resources.targets, resources.progress
         if targets is None:
@@ -84,6 +97,7 @@ class Memit(Editor):
         sizes: dict[str, Any] = {
             "residuals": {str(layer): round(norm, 6) for layer, norm in result.residuals.items()},
             "residual_left": round(result.residual_left, 6),
+            "share_left": round(result.share_left, 6),
             "update_ratio": {str(layer): round(r, 6) for layer, r in result.update_ratios.items()},
         }
         if result.ranks:
@@ -108,7 +122,6 @@ class Memit(Editor):
         found = choose_covariance_weight(
             lm.inner_width,
             lambda weight: self._weighing(weight)._spread(lm, requests, silent),
-            lambda made: drift(lm, made, resources.moments),
             self.margin,
         )
         if progress is not None:

@@ -19,11 +19,11 @@ from memit.batches import run_in_batches
 from memit.editors.base import Editor, Resources, provenance, register
 from memit.editors.mend_network import Factors, Matrix, MendNetwork
 from memit.editors.settings import MendSettings
-from memit.editors.teacher_forcing import Pair, mean_nll, row_means, target_positions
+from memit.editors.teacher_forcing import Pair, mean_nll, row_means
 from memit.editors.training_set import check_unseen, fact_key
 from memit.errors import InputError
 from memit.files.digests import content_digest, file_sha256
-from memit.forward.passes import logits_at, pad
+from memit.forward.passes import logits_at, pad, target_positions
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow, continuation_rows
 from memit.requests import EditRequest, Record
@@ -227,7 +227,7 @@ def _loss_at(
         unrelated = [random.choice(e.unrelated) for e in edits if e.unrelated]
         unrelated += [random.choice((e.edit, *e.unrelated)) for e in others]
         kept = continuation_rows(lm.tokenizer, unrelated)
-        owner, columns, _ = target_positions(kept)
+        owner, columns, _ = target_positions(kept, lm.device)
         padded = pad([row.ids[:-1] for row in kept], lm.device)
         with torch.no_grad():
             before = logits_at(lm, padded, owner, columns).log_softmax(-1)
@@ -290,16 +290,15 @@ def mend_changes(
     modules = _modules_of(lm, network)
     edits = [(request.text, request.ending()) for request in requests]
     rows = continuation_rows(lm.tokenizer, edits)
-    sums = {name: _Sum(matrix) for name, matrix in network.matrices.items()}
+    changes: dict[str, LowRank | Dense] = {}
     gradients = partial(gradient_factors, lm, modules)
     for batch, factors in run_in_batches(
         rows, lambda row: (1, len(row.ids)), token_budget, gradients
     ):
         for name, found in factors.items():
-            sums[name].add(network.update(name, found))
+            changes[name] = _added(changes.get(name), network.update(name, found))
         if progress is not None:
             progress(len(batch))
-    changes = {name: total.change() for name, total in sums.items()}
     return {
         name: change if isinstance(modules[name], nn.Linear) else change.transposed()
         for name, change in changes.items()
@@ -317,22 +316,12 @@ def _modules_of(lm: LanguageModel, network: MendNetwork) -> dict[str, nn.Module]
     return {name: everywhere[name] for name in network.matrices}
 
 
-class _Sum:
-    """Updates of one matrix: factors while these are smaller than the matrix, then their sum."""
-
-    def __init__(self, matrix: Matrix):
-        self.largest_rank = matrix.inputs * matrix.outputs // (matrix.inputs + matrix.outputs)
-        self.parts: list[LowRank] = []
-        self.total: Tensor | None = None
-
-    def add(self, update: LowRank) -> None:
-        self.parts.append(update)
-        rank = sum(part.left.shape[1] for part in self.parts)
-        if self.total is not None or rank > self.largest_rank:
-            for part in self.parts:
-                added = part.left @ part.right.T
-                self.total = added if self.total is None else self.total + added
-            self.parts = []
-
-    def change(self) -> LowRank | Dense:
-        return LowRank.concatenated(self.parts) if self.total is None else Dense(self.total)
+def _added(total: LowRank | Dense | None, update: LowRank) -> LowRank | Dense:
+    """The sum of updates of one matrix: factors while these are smaller than the matrix."""
+    if isinstance(total, Dense):
+        return Dense(total.delta + update.left @ update.right.T)
+    found = update if total is None else LowRank.concatenated([total, update])
+    (rows, rank), columns = found.left.shape, len(found.right)
+    if rank * (rows + columns) <= rows * columns:
+        return found
+    return Dense(found.left @ found.right.T)

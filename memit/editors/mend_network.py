@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memit.errors import IntegrityError
+from memit.files.reading import holding
 from memit.files.tensors import load_tensors, save_tensors
 from memit.weight_delta import LowRank
 
@@ -112,7 +112,7 @@ class MendNetwork(nn.Module):
     @staticmethod
     def load(path: Path) -> MendNetwork:
         """Read what `save` wrote; raises `IntegrityError` for anything else."""
-        try:
+        with holding(path, "a network of MEND", "train or fetch it again"):
             tensors, metadata = load_tensors(path)
             described = json.loads(metadata["mend"])
             network = MendNetwork(
@@ -122,11 +122,7 @@ class MendNetwork(nn.Module):
                 origin=described["origin"],
             )
             network.load_state_dict(tensors)
-        except Exception as error:
-            raise IntegrityError(
-                f"{path} does not hold a network of MEND ({error}); train or fetch it again."
-            ) from error
-        return network
+            return network
 
 
 class _SharedNetwork(nn.Module):

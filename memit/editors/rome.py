@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memit.editors.base import Editor, Resources, provenance, register
-from memit.errors import InputError, IntegrityError, NumericsError
+from memit.errors import IntegrityError, NumericsError
 from memit.files.digests import content_digest
 from memit.files.tensors import tensor_digest
 from memit.generation import default_generation
@@ -26,6 +26,7 @@ from memit.placement import solving_device
 from memit.prefixes import bounded
 from memit.ranges import Range, check_settings
 from memit.requests import EditRequest
+from memit.sampled_corpus import start_token
 from memit.second_moment import cholesky, keys_at_subjects
 from memit.targets import Site, compute_targets, edit_rows
 from memit.weight_delta import LowRank, WeightDelta, base_digests
@@ -150,7 +151,9 @@ class Rome(Editor):
         # v* − (W k + b): what the output at the key still lacks (d).
         with torch.no_grad():
             output = lm.down_projection(self.layer)(reached.to(lm.dtype)[None])[0].float()
-        residual = found.z[0].to(reached.device) - output
+        # A search that met a loss that is not finite has found no value.
+        value = found.z[0].where(found.finite, torch.nan)
+        residual = value.to(reached.device) - output
         average, reached, residual = (
             part.to(factor.device).double() for part in (average, reached, residual)
         )
@@ -227,15 +230,9 @@ def sample_rome_prefixes(lm: LanguageModel, seed: int) -> tuple[str, ...]:
     """Ten texts of five tokens and ten of ten, sampled from the model, each made to end in ". ".
 
     Raises:
-        InputError: the tokenizer has no start token.
+        InputError: see `start_token`.
     """
-    tokenizer = lm.tokenizer
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
-        raise InputError(
-            f"the tokenizer of {lm.name} has no start or end token, so that ROME cannot sample its "
-            "prefixes: set bos_token in the tokenizer."
-        )
+    tokenizer, start = lm.tokenizer, start_token(lm)
     prompt = torch.tensor([[start]] * PREFIXES_OF_EACH_LENGTH, device=lm.device)
     texts: list[str] = []
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):

@@ -19,6 +19,7 @@ from transformers import (
 
 from memit.batches import run_in_batches
 from memit.errors import UnreachableError
+from memit.forward.passes import pad
 
 
 class ScopeClassifier(nn.Module):
@@ -39,11 +40,10 @@ class ScopeClassifier(nn.Module):
         (texts × hidden size)."""
         longest = int(getattr(self.encoder.config, "max_position_embeddings", None) or 512)
         rows = [ids[:longest] for ids in self.tokenizer(list(texts))["input_ids"]]
-        width, device = max(map(len, rows)), self.bias.device
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
-        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        summed = (hidden * mask[:, :, None]).sum(1)
+        padded = pad(rows, self.bias.device)
+        encoded = self.encoder(input_ids=padded.ids, attention_mask=padded.mask)
+        hidden = encoded.last_hidden_state
+        summed = (hidden * padded.mask[:, :, None]).sum(1)
         return nn.functional.normalize(summed, dim=1) * hidden.shape[-1] ** 0.5
 
     def logits(self, prompts: Tensor, edits: Tensor) -> Tensor:

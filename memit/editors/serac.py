@@ -25,8 +25,9 @@ from memit.editors.scope_classifier import ScopeClassifier, load_encoder, new_en
 from memit.editors.settings import SeracSettings
 from memit.editors.teacher_forcing import mean_nll
 from memit.editors.training_set import check_unseen, fact_key
-from memit.errors import InputError, IntegrityError
+from memit.errors import InputError
 from memit.files.digests import content_digest, file_sha256
+from memit.files.reading import holding
 from memit.files.tensors import load_tensors, save_tensors
 from memit.language_model import LanguageModel, load_model
 from memit.positions import continuation_rows
@@ -75,7 +76,7 @@ class SeracModels:
 def _unpacked(path: Path) -> tuple[SeracModels, dict[str, Tensor], dict[str, str]]:
     """The models in a file, and all of its tensors and metadata."""
     tensors, metadata = load_tensors(path)
-    try:
+    with holding(path, "the models of SERAC", "train or fetch them again"):
         classifier = ScopeClassifier(*unpack("encoder", AutoModel, tensors, metadata))
         with torch.no_grad():
             classifier.log_scale.copy_(tensors["log_scale"])
@@ -83,11 +84,7 @@ def _unpacked(path: Path) -> tuple[SeracModels, dict[str, Tensor], dict[str, str
         model, tokenizer = unpack("counterfactual", AutoModelForCausalLM, tensors, metadata)
         lm = LanguageModel(model, tokenizer, name="counterfactual model")
         models = SeracModels(classifier.requires_grad_(False), lm, json.loads(metadata["origin"]))
-    except (KeyError, ValueError, RuntimeError, OSError) as error:
-        raise IntegrityError(
-            f"{path} does not hold the models of SERAC ({error!r}); train or fetch them again."
-        ) from error
-    return models, tensors, metadata
+        return models, tensors, metadata
 
 
 def statement(request: EditRequest) -> str:
@@ -166,9 +163,12 @@ def _new_classifier(lm: LanguageModel, settings: SeracSettings) -> ScopeClassifi
 
 def _new_counterfactual(lm: LanguageModel, settings: SeracSettings) -> LanguageModel:
     if settings.counterfactual is not None:
+        # Loading sets TF32 for the whole process: it stays as it is.
+        tf32 = torch.backends.cuda.matmul.allow_tf32
         return load_model(
             settings.counterfactual,
             revision=settings.counterfactual_revision,
+            dtype="tf32" if tf32 else "float32",
             device=str(lm.device),
         )
     config = GPT2Config(
@@ -329,14 +329,10 @@ class SeracEdit:
     def load(path: Path) -> SeracEdit:
         """Read what `save` wrote; raises `IntegrityError` for anything else."""
         models, tensors, metadata = _unpacked(path)
-        try:
+        with holding(path, "a memory of SERAC", "make or fetch it again"):
             requests = tuple(EditRequest(**row) for row in json.loads(metadata["requests"]))
             origin = json.loads(metadata["provenance"])
             return SeracEdit(models, requests, tensors["memory"], origin)
-        except (KeyError, TypeError, ValueError) as error:
-            raise IntegrityError(
-                f"{path} does not hold a memory of SERAC ({error!r}); make or fetch it again."
-            ) from error
 
 
 @register("serac")

@@ -36,21 +36,6 @@ class MendSettings:
         check_settings(self)
 
 
-def mend_preset(model_name: str) -> MendSettings:
-    """Settings for a model: those of `params/world.yaml` for the synthetic one, whose network is a
-    thousandth of the size and learns faster; else the published ones."""
-    if model_name != "synthetic":
-        return MendSettings()
-    return MendSettings(
-        rank=64,
-        edits_at_once=16,
-        steps=500,
-        learning_rate=1e-3,
-        rate_learning_rate=1e-2,
-        edit_learning_rate=0.2,
-    )
-
-
 @dataclass(frozen=True)
 class SeracSettings:
     """The two small models and their training; the defaults are for models of the hub."""
@@ -77,19 +62,3 @@ class SeracSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-
-
-def serac_preset(model_name: str) -> SeracSettings:
-    """Settings for a model: small models made here for the synthetic one, the hub's for others, a
-    counterfactual model with the edited model's own tokenizer where one is known."""
-    if model_name == "synthetic":
-        return SeracSettings(
-            encoder=None,
-            counterfactual=None,
-            classifier_steps=300,
-            counterfactual_steps=300,
-            learning_rate=1e-3,
-        )
-    if "neox" in model_name.lower() or "pythia" in model_name.lower():
-        return SeracSettings(counterfactual="EleutherAI/pythia-160m")
-    return SeracSettings()

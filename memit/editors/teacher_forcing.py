@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from memit.forward.passes import logits_at, pad
+from memit.forward.passes import logits_at, pad, target_positions
 from memit.language_model import LanguageModel
 from memit.positions import TokenRow
 
@@ -15,18 +14,10 @@ Pair = tuple[str, str]
 
 def mean_nll(lm: LanguageModel, rows: Sequence[TokenRow]) -> Tensor:
     """Mean nll of each row's target tokens (rows)."""
-    owner, columns, wanted = target_positions(rows)
+    owner, columns, wanted = target_positions(rows, lm.device)
     logits = logits_at(lm, pad([row.ids[:-1] for row in rows], lm.device), owner, columns)
     log_p = logits.log_softmax(-1).gather(1, wanted.to(logits.device)[:, None])[:, 0]
     return row_means(-log_p, owner, len(rows))
-
-
-def target_positions(rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and next token of every position that predicts a target's token."""
-    # The logits at a position predict the token after it; a row's first token has none before it.
-    found = [(i, at - 1, row.ids[at]) for i, row in enumerate(rows) for at in row.target if at]
-    owner, columns, wanted = torch.tensor(found).T
-    return owner, columns, wanted
 
 
 def row_means(values: Tensor, owner: Tensor, rows: int) -> Tensor:

@@ -12,10 +12,11 @@ from math import ceil
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from memit.batches import run_in_batches
 from memit.errors import InputError
-from memit.forward.key_values import KeyValues, Recorder
+from memit.forward.key_values import KeyValues, recorded
 from memit.forward.passes import logits_at, pad
 from memit.forward.probes import can_resume
 from memit.language_model import LanguageModel
@@ -166,10 +167,10 @@ def _measure(lm: LanguageModel, prompts: Sequence[_Prompt]) -> list[Score]:
     """Scores of all answers of some prompts, prompt by prompt."""
     answers = [(row, answer) for row, prompt in enumerate(prompts) for answer in prompt.answers]
     later = [(i, step) for i, (_, answer) in enumerate(answers) for step in range(1, len(answer))]
-    recorder = Recorder(lm, 0) if later and can_resume(lm) else None
+    cache = DynamicCache() if later and can_resume(lm) else None
     lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
     padded = pad([prompt.ids for prompt in prompts], lm.device)
-    logits = logits_at(lm, padded, torch.arange(len(prompts)), lengths - 1, recorder=recorder)
+    logits = logits_at(lm, padded, torch.arange(len(prompts)), lengths - 1, record=cache)
     # −log p and hits (2 × answers × tokens), summed over tokens at the end: not by index_add, whose
     # order of additions changes from run to run on a GPU.
     table = logits.new_zeros(2, len(answers), max(len(answer) for _, answer in answers))
@@ -178,7 +179,7 @@ def _measure(lm: LanguageModel, prompts: Sequence[_Prompt]) -> list[Score]:
     table[:, :, 0] = _token_scores(logits, torch.tensor(rows), torch.tensor(first))
     if later:
         which, steps = torch.tensor(later).unbind(1)
-        before = None if recorder is None else recorder.before(lengths.to(lm.device))
+        before = None if cache is None else recorded(cache, 0, lengths.to(lm.device))
         table[:, which, steps] = _later_scores(lm, prompts, answers, which, steps, before)
     sums = zip(answers, *table.sum(2).tolist(), strict=True)
     return [Score(nll / len(a), int(right), len(a)) for (_, a), nll, right in sums]

@@ -1,12 +1,14 @@
-"""Reading user-supplied files: regular, size-limited, UTF-8."""
+"""Reading user-supplied files: regular, size-limited, UTF-8; and errors that name a file."""
 
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from memit.errors import InputError
+from memit.errors import InputError, IntegrityError
 
 SIZE_LIMIT = 1 << 30
 """Bytes of the largest file that is read as a whole."""
@@ -57,3 +59,13 @@ def parse_json(text: str, where: str | Path) -> Any:
         raise InputError(
             f"{where} is not whole JSON ({error}): correct it, or fetch or write it again."
         ) from None
+
+
+@contextmanager
+def holding(path: Path, what: str, way_out: str) -> Iterator[None]:
+    """Turn any error of reading `what` from a file of ours into an `IntegrityError` that names the
+    file and a way out."""
+    try:
+        yield
+    except Exception as error:
+        raise IntegrityError(f"{path} does not hold {what} ({error}); {way_out}.") from error

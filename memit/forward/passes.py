@@ -15,9 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from transformers.cache_utils import Cache
 
-from memit.forward.key_values import KeyValues, Recorder
+from memit.forward.key_values import KeyValues
 from memit.language_model import LanguageModel
+from memit.positions import TokenRow
 
 WORTH_PACKING = 0.9
 """Above this share of real positions, leaving out the others costs as much as it saves."""
@@ -43,6 +45,16 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
     lengths = torch.tensor([len(row) for row in rows], device=device)
     columns = torch.arange(width, device=device)
     return Padded(ids, (columns[None] < lengths[:, None]).long())
+
+
+def target_positions(
+    rows: Sequence[TokenRow], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and next token of every position that predicts a target's token (k each)."""
+    # The logits at a position predict the token after it; a row's first token has none before it.
+    found = [(i, at - 1, row.ids[at]) for i, row in enumerate(rows) for at in row.target if at]
+    owner, columns, wanted = torch.tensor(found, device=device).T
+    return owner, columns, wanted
 
 
 # --- hooks -----------------------------------------------------------------------------------
@@ -239,7 +251,7 @@ def _inputs(
     padded: Padded,
     hidden: Tensor | None,
     before: KeyValues | None,
-    recorder: Recorder | None,
+    record: Cache | None,
 ) -> dict[str, Any]:
     """Arguments of the model's forward method."""
     inputs: dict[str, Any] = {"attention_mask": padded.mask, "use_cache": False}
@@ -259,8 +271,8 @@ def _inputs(
         inputs["position_ids"] = positions.clamp(max=lm.context_length - 1)
         inputs["attention_mask"] = torch.cat([before.mask().to(columns.device), padded.mask], 1)
         inputs |= {"past_key_values": before.cache(), "use_cache": True}
-    if recorder is not None:
-        inputs |= {"past_key_values": recorder.cache(), "use_cache": True}
+    if record is not None:
+        inputs |= {"past_key_values": record, "use_cache": True}
     return inputs
 
 
@@ -272,7 +284,7 @@ def block_output(
     start: int = 0,
     hidden: Tensor | None = None,
     before: KeyValues | None = None,
-    recorder: Recorder | None = None,
+    record: Cache | None = None,
 ) -> Tensor:
     """Hidden states that leave block `stop` (rows × tokens × d); no block above it runs.
 
@@ -284,7 +296,7 @@ def block_output(
         result = stack.enter_context(reading_module(lm.blocks[stop]))
         stack.enter_context(lm.blocks[stop].register_forward_hook(_stop))
         stack.enter_context(suppress(_Stopped))
-        lm.model.base_model(**_inputs(lm, padded, hidden, before, recorder))
+        lm.model.base_model(**_inputs(lm, padded, hidden, before, record))
     return result[0]
 
 
@@ -308,12 +320,12 @@ def logits_at(
     start: int = 0,
     hidden: Tensor | None = None,
     before: KeyValues | None = None,
-    recorder: Recorder | None = None,
+    record: Cache | None = None,
 ) -> Tensor:
     """Float32 logits at chosen positions (k × vocabulary), given by row and column (k each).
 
     `hidden`, if given, enters block `start`; the rows continue the positions of `before`;
-    `recorder` keeps the keys and values of this pass.
+    `record`, an empty cache, gets the keys and values of this pass.
     """
 
     def choose(_module: nn.Module, args: tuple) -> tuple:
@@ -326,7 +338,7 @@ def logits_at(
         stack.enter_context(lm.head.register_forward_pre_hook(choose))
         stack.enter_context(_without_padding(lm, padded, range(start, lm.depth - 1)))
         stack.enter_context(mlp_at(lm, lm.depth - 1, rows, columns))
-        output = lm.model(**_inputs(lm, padded, hidden, before, recorder))
+        output = lm.model(**_inputs(lm, padded, hidden, before, record))
     return output.logits[0].float()
 
 

@@ -4,8 +4,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
-from memit.forward.key_values import Recorder
+from memit.forward.key_values import recorded
 from memit.forward.passes import (
     Padded,
     block_output,
@@ -69,9 +70,9 @@ def _resumes(lm: LanguageModel, start: int) -> bool:
     which, columns = torch.tensor([0, 1]), torch.tensor([4, 6])
     whole = lm.model(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False)
     expected = whole.logits[which, columns].float()
-    recorder = Recorder(lm, start)
+    cache = DynamicCache()
     with reading_module(lm.blocks[max(0, start - 1)]) as entering:
-        logits_at(lm, padded, which, columns, recorder=recorder)
+        logits_at(lm, padded, which, columns, record=cache)
     positions = first[:, None] + torch.arange(3, device=lm.device)[None]
     hidden = entering[0][torch.tensor([[0], [1]]), positions.to(entering[0].device)]
     resumed = logits_at(
@@ -81,7 +82,7 @@ def _resumes(lm: LanguageModel, start: int) -> bool:
         columns - first.cpu(),
         start=start,
         hidden=hidden if start > 0 else None,
-        before=recorder.before(first),
+        before=recorded(cache, start, first),
     )
     tolerance = 1e-4 if lm.dtype == torch.float32 else 0.05
     return bool((resumed - expected).norm() <= tolerance * expected.norm())

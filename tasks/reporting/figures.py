@@ -54,7 +54,7 @@ def margins(prompts: pyarrow.Table, state: str) -> np.ndarray:
 
 @matplotlib.rc_context(STYLE)
 def draw_updates(edit: Mapping[str, Any]) -> str:
-    """An SVG with the relative size of each layer's update, and the residual before it."""
+    """An SVG with the relative size of each layer's update, and what it was to make up for."""
     layers = [str(layer) for layer in edit["layers"]]
     figure, axes = _single()
     ratios = [100 * edit["update_ratio"][layer] for layer in layers]
@@ -64,7 +64,8 @@ def draw_updates(edit: Mapping[str, Any]) -> str:
     axes.margins(y=0.15)
     right = axes.twinx()
     right.plot(layers, [edit["residuals"][layer] for layer in layers], "o-", color=ACCENT)
-    right.set_ylabel("mean ‖z − h‖ before the update", color=ACCENT)
+    lacking = "‖D‖" if edit["hyperparameters"]["site"] == "down_projections" else "‖z − h‖"
+    right.set_ylabel(f"mean {lacking} before the update", color=ACCENT)
     right.set_ylim(bottom=0)
     right.spines["top"].set_visible(False)
     return _svg(figure)

@@ -37,7 +37,7 @@ def verdict(facts: pyarrow.Table, edit: Mapping[str, Any], metrics: Mapping[str,
 def _way_out(edit: Mapping[str, Any]) -> str:
     """What to change so that more facts are said: the residuals show what held them back."""
     settings = edit["hyperparameters"]
-    share = edit["residual_left"] / edit["residuals"][str(edit["layers"][0])]
+    share = edit["share_left"]
     if share > FAR:
         weight = settings["covariance_weight"]
         return (

@@ -22,11 +22,12 @@ from torch import Tensor
 from memit.evaluation.counterfact import prompts_of, score_prompts, summarise
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel, load_model
+from memit.layer_walk import layer_keys
 from memit.quadratic import Quadratic
 from memit.requests import Record, read_counterfact
 from memit.second_moment import SecondMoment, collect_second_moments
 from memit.spread import spread
-from memit.targets import compute_targets
+from memit.targets import compute_targets, edit_rows
 from tests.reference import relative
 
 TENSOR_TOLERANCE = 1e-4
@@ -109,7 +110,6 @@ def _edit_errors(golden: Golden, lm: LanguageModel) -> dict[str, float]:
     hp = golden.hyperparameters
     requests = [record.request for record in golden.records]
     targets = compute_targets(lm, requests, golden.prefixes, hp, token_budget=TOKEN_BUDGET)
-    keys: dict[int, Tensor] = {}
     result = spread(
         lm,
         requests,
@@ -118,9 +118,11 @@ def _edit_errors(golden: Golden, lm: LanguageModel) -> dict[str, float]:
         lambda la: Quadratic(SecondMoment(golden.covariance[la], 1), float(hp.covariance_weight)),
         hp,
         token_budget=TOKEN_BUDGET,
-        observe=lambda layer, K, R: keys.update({layer: K.T}),
     )
     result.delta.apply(lm)
+    edits = edit_rows(lm, requests, golden.prefixes)
+    found = layer_keys(lm, edits, hp.layers, hp.key_average, token_budget=TOKEN_BUDGET)
+    keys = {layer: K.T for layer, K in found.items()}
     deltas = {la: result.delta.changes[lm.weight_name(la)].dense() for la in hp.layers}
     recorded = golden.tensors
     return {

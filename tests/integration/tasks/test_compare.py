@@ -72,6 +72,8 @@ def test_settings_override_published_ones():
     assert alphaedit.editor == AlphaEdit(HYPERPARAMETERS, energy=0.1)
     (rome,) = _methods(["rome"], {"rome": {"update": "consistent", "layer": 3}})
     assert rome.editor == replace(Rome(3), update="consistent")
+    (ft_w,) = _methods(["ft_w"], {"ft_w": {"weight_decay": "power_law"}})
+    assert ft_w.editor == FineTuning(21, weight_decay="power_law")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,7 @@ def test_settings_override_published_ones():
         (["encore"], {"encore": {"layers": 1}}, "compare.settings.encore .*ridge, argmax_stop"),
         (["mend"], {"mend": {"steps": 1}}, "compare.settings.mend .*mend"),
         (["unedited"], {"unedited": {"layer": 1}}, "unedited"),
+        (["ft_w"], {"ft_w": {"weight_decay": "power"}}, "compare.settings.ft_w.weight_decay is"),
     ],
 )
 def test_unknown_methods_and_settings_are_refused_by_name(names, settings, key):

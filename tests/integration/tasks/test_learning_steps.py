@@ -5,27 +5,22 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet as parquet
 
-from flows.command.parameters import Parameters, check_parameters
-from memit.editors.settings import MendSettings, mend_preset, serac_preset
+from flows.command.parameters import check_parameters
+from memit.editors.settings import MendSettings, SeracSettings
 from tasks.engine.artifacts import describe
 from tasks.mend import Continuations, _examples, beginnings_of
 from tests.reference import build
 
 
-def test_sections_override_presets() -> None:
-    assert Parameters().mend_settings("synthetic") == mend_preset("synthetic")
-    changed = check_parameters({"mend": {"steps": 7, "seed": 3}}).mend_settings("gpt-j-6b")
+def test_sections_override_defaults() -> None:
+    changed = check_parameters({"mend": {"steps": 7, "seed": 3}}).mend_settings
     assert changed == MendSettings(steps=7, seed=3)
     assert changed.rank == 1_920
 
 
 def test_scratch_means_a_model_that_is_made_here() -> None:
-    preset = serac_preset("EleutherAI/gpt-neox-20b")
-    assert preset.counterfactual == "EleutherAI/pythia-160m"
-    parameters = check_parameters({"serac": {"counterfactual": "scratch"}})
-    changed = parameters.serac_settings("EleutherAI/gpt-neox-20b")
-    assert changed.counterfactual is None
-    assert changed.encoder == preset.encoder
+    changed = check_parameters({"serac": {"counterfactual": "scratch"}}).serac_settings
+    assert changed == SeracSettings(counterfactual=None)
 
 
 def test_texts_go_on_as_the_model_samples(tmp_path: Path) -> None:

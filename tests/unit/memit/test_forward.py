@@ -5,9 +5,10 @@ from typing import cast
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from memit import reference as oracle
-from memit.forward.key_values import Recorder
+from memit.forward.key_values import recorded
 from memit.forward.passes import (
     Padded,
     block_output,
@@ -156,12 +157,12 @@ def test_resumed_rows_give_the_logits_of_whole_ones(family, start):
     rows = _rows(lm)
     padded = pad(rows, lm.device)
     expected = _whole(lm, rows)
-    recorder = Recorder(lm, start)
+    cache = DynamicCache()
     with reading_module(lm.blocks[start - 1]) as outputs:
-        block_output(lm, padded, lm.depth - 1, recorder=recorder)
+        block_output(lm, padded, lm.depth - 1, record=cache)
     first = torch.tensor([len(ids) * part // 5 for part, ids in enumerate(rows[:5])] + [1, 0])
     taken = torch.tensor([3, 1, 6, 0, 1, 4])
-    before = recorder.before(first).select(taken)
+    before = recorded(cache, start, first).select(taken)
     tails = [rows[r][int(first[r]) :] for r in taken.tolist()]
     tail = pad(tails, lm.device)
     hidden = torch.zeros(*tail.ids.shape, lm.width)

@@ -126,17 +126,10 @@ def test_settings_of_the_checkpoint_do_not_leak():
         lm.model.generation_config = theirs
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        ({"new_tokens": 5, "total_tokens": 5}, "one of them"),
-        ({}, "one of them"),
-        ({"new_tokens": 500}, "takes"),
-    ],
-)
-def test_impossible_lengths_are_refused(arguments: dict, complaint: str):
-    with pytest.raises(InputError, match=complaint):
-        generate_texts(shared("gpt2"), PROMPTS, top_k=5, seed=0, token_budget=100, **arguments)
+def test_impossible_lengths_are_refused():
+    lm = shared("gpt2")
+    with pytest.raises(InputError, match="takes"):
+        generate_texts(lm, PROMPTS, new_tokens=500, top_k=5, seed=0, token_budget=100)
 
 
 def test_what_the_model_says_stands_for_a_missing_true_object():

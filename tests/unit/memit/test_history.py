@@ -46,6 +46,15 @@ def test_a_batch_finds_what_the_one_before_it_has_left(tmp_path: Path) -> None:
     assert len(list(directory.iterdir())) == 2
 
 
+def test_states_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    directory = tmp_path / "history"
+    keep(directory, "a")
+    (directory / "0001").rename(directory / "9999")
+    keep(directory, "b")
+    keep(directory, "c")
+    assert sorted(path.name for path in directory.iterdir()) == ["10000", "10001"]
+
+
 def test_the_last_batch_can_be_run_again_and_be_replaced(tmp_path: Path) -> None:
     directory = tmp_path / "history"
     keep(directory, "a")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memit.hyperparameters import find_preset, preset, presets, settings_note
+from memit.hyperparameters import find_preset, preset, presets, published_layer, settings_note
 from memit.model_shape import ModelShape
 
 LLAMA_3_8B = ModelShape(32, 4_096, 14_336, 8_030_261_248, "LlamaForCausalLM")
@@ -54,6 +54,11 @@ def test_a_name_counts_before_the_size_and_layers_must_exist() -> None:
 )
 def test_other_models_are_edited_in_consecutive_layers(depth, layers) -> None:
     assert preset("nobodys", ModelShape(depth, 640, 2_048, 0)).layers == layers
+
+
+def test_a_published_layer_is_one_that_the_model_has() -> None:
+    found = [published_layer({"gpt-j-6b": 21}, "nobodys", depth) for depth in (1, 2, 6, 28)]
+    assert found == [0, 1, 4, 21]
 
 
 def test_what_nobody_has_checked_is_said() -> None:

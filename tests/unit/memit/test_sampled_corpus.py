@@ -104,6 +104,10 @@ def test_an_edit_without_a_corpus_keeps_what_it_sampled(tmp_path: Path, monkeypa
     assert kept["text"].to_pylist() == texts
     monkeypatch.setattr("memit.editing.sample_texts", None)
     assert all(map(torch.equal, first, edited()))
+    retrained = build("gpt2")
+    retrained.set_weight(3, 2 * retrained.weight(3))
+    with pytest.raises(InputError, match="present weights"):
+        memit.edit(retrained, records, hyperparameters=HYPERPARAMETERS, sampled=path)
     for spoil in (lambda: None, lambda: path.write_bytes(path.read_bytes()[:-9])):
         spoil()
         with pytest.raises(InputError, match=r"texts\.parquet"):

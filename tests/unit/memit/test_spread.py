@@ -1,7 +1,6 @@
 """The walk and its three solves against full forward passes and one LU solve a layer."""
 
 import logging
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from memit import layer_walk as walk
 from memit import reference as oracle
 from memit.errors import NumericsError, ResourceError
+from memit.quadratic import solve, solve_in_parts
 from memit.second_moment import SecondMoment
 from memit.spread import Spread, spread
 from tests.families import LAYERS, PREFIXES
@@ -50,14 +50,14 @@ def _agrees(lm, result: Spread, updates: dict[int, oracle.LayerUpdate]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keys_residuals_and_deltas_are_those_of_the_oracle(family):
+def test_keys_residuals_and_deltas_are_those_of_the_oracle(family, monkeypatch):
     lm, expected = build(family), reference(family)
     before = {name: value.clone() for name, value in lm.model.state_dict().items()}
-    seen = {}
-    result = _spread(lm, family, observe=lambda layer, K, R: seen.update({layer: (K, R)}))
+    seen = []
+    monkeypatch.setattr("memit.spread.solve", lambda *given: seen.append(given) or solve(*given))
+    result = _spread(lm, family)
     _agrees(lm, result, expected.updates)
-    for layer, update in expected.updates.items():
-        K, R = seen[layer]
+    for (layer, update), (K, R, *_) in zip(expected.updates.items(), seen, strict=True):
         assert relative(K, update.K) < TOLERANCE
         assert relative(R, update.R) < TOLERANCE
         left = len(LAYERS) - LAYERS.index(layer)
@@ -96,14 +96,20 @@ def test_budgets_do_not_matter(family, token_budget):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral"])
-def test_products_alone_give_the_same_where_memory_does_not_hold_all_keys(family):
-    lm, batches = build(family), Counter()
-    result = _spread(
-        lm, family, token_budget=1, column_bytes=0, observe=lambda n, K, R: batches.update([n])
-    )
-    assert batches == dict.fromkeys(LAYERS, len(REQUESTS))
-    _agrees(lm, result, reference(family).updates)
+def test_products_alone_give_the_same_where_memory_does_not_hold_all_keys(family, monkeypatch):
+    lm, batches = build(family), []
+
+    def counted(parts, *given):
+        parts = list(parts)
+        batches.append(len(parts))
+        return solve_in_parts(parts, *given)
+
     whole = _spread(lm, family)
+    monkeypatch.setattr("memit.spread.COLUMNS_IN_MEMORY", 0)
+    monkeypatch.setattr("memit.spread.solve_in_parts", counted)
+    result = _spread(lm, family, token_budget=1)
+    assert batches == [len(REQUESTS)] * len(LAYERS)
+    _agrees(lm, result, reference(family).updates)
     assert result.residuals == pytest.approx(whole.residuals, rel=1e-5)
     assert result.residual_left == pytest.approx(whole.residual_left, rel=1e-4)
 
@@ -114,6 +120,11 @@ def test_states_that_wait_on_disk_give_the_same():
     for result in results[1:]:
         for layer in LAYERS:
             assert torch.equal(_delta(lm, result, layer), _delta(lm, results[0], layer))
+
+
+def test_a_disk_that_cannot_hold_them_is_named(tmp_path):
+    with pytest.raises(ResourceError, match="TMPDIR"):
+        walk.HeldStates(0, tmp_path / "gone").put(0, torch.zeros(1))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "opt_projected", "bloom"])
@@ -186,15 +197,16 @@ def test_averages_differ():
 
 def test_model_is_given_back_after_an_error():
     lm = build("phi")
-    before = lm.weight(1).clone(), lm.weight(2).clone()
+    before, expected = (lm.weight(1).clone(), lm.weight(2).clone()), reference("phi")
 
-    def interrupt(layer, K, R):
+    def interrupt(layer):
         if layer == 2:
             assert not torch.equal(lm.weight(1), before[0])
             raise KeyboardInterrupt
+        return memit_form(expected.moments)(layer)
 
     with pytest.raises(KeyboardInterrupt):
-        _spread(lm, "phi", observe=interrupt)
+        spread(lm, REQUESTS, PREFIXES, expected.z, interrupt, HYPERPARAMETERS, token_budget=LARGE)
     assert torch.equal(lm.weight(1), before[0])
     assert torch.equal(lm.weight(2), before[1])
 

@@ -171,3 +171,5 @@ def test_critical_layers_are_around_the_largest_gap():
     assert critical_layers([0.4, 0.2, 0.32, 0.5, 0.31, 0.1], severed) == range(2, 5)
     assert critical_layers([0.5, 0.4, 0.1, 0.4, 0.1, 0.1], severed) == range(2)
     assert critical_layers([0.1, 0.1, 0.1, 0.1, 0.1, 0.5], severed) == range(5, 6)
+    for nothing in (0.1, 0.05):
+        assert not critical_layers([nothing] * 6, severed)

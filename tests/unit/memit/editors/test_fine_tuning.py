@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memit.editors.base import Resources
-from memit.editors.fine_tuning import FineTuning, constrained_fine_tuning, fine_tuning_with_decay
+from memit.editors.fine_tuning import VARIANTS, FineTuning
 from memit.editors.unedited import Unedited
 from memit.errors import InputError, NumericsError
 from memit.language_model import LanguageModel
@@ -86,13 +86,15 @@ def test_the_power_law_is_the_published_one():
     editor = replace(EDITOR, weight_decay="power_law")
     assert editor.decay_for(10_000) == pytest.approx(3.9e-4, rel=0.02)
     assert editor.decay_for(1) == pytest.approx(math.exp(0.156))
-    assert fine_tuning_with_decay(21).decay_for(10_000) == 5e-4
+    assert replace(EDITOR, weight_decay=5e-4).decay_for(10_000) == 5e-4
+    with pytest.raises(InputError, match="weight_decay is 'power'"):
+        replace(EDITOR, weight_decay="power")
 
 
 @pytest.mark.parametrize("bound", [5e-5, 1e-3])
 def test_no_weight_moves_further_than_the_bound(bound):
     lm = build("llama")
-    editor = replace(constrained_fine_tuning(bound), epochs=5)
+    editor = FineTuning(**VARIANTS["ft_l"] | {"bound": bound, "epochs": 5})
     changes = editor.edit(lm, REQUESTS, RESOURCES).changes
     assert list(changes) == [lm.weight_name(0)]
     change = changes[lm.weight_name(0)].dense()

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import memit
 from memit import reference as oracle
 from memit.editors.base import Resources
 from memit.editors.joint import Joint
+from memit.editors.memit import Memit
 from memit.errors import InputError
 from memit.second_moment import SecondMoment
 from memit.targets import compute_targets
@@ -80,9 +82,17 @@ def test_a_model_with_a_norm_behind_its_mlps_is_edited_so_and_by_no_spreading(mo
     with pytest.raises(InputError, match="use joint"):
         memit.edit(lm, records, DOCUMENTS, hyperparameters=HYPERPARAMETERS)
     monkeypatch.undo()
+    at_mlps = replace(HYPERPARAMETERS, layers=(1,), site="down_projections")
+    with pytest.raises(InputError, match=r"targets\.site.*use joint"):
+        Memit(at_mlps).edit(build("llama"), REQUESTS, Resources(LARGE))
     before = [score.nll for score in oracle.scores(lm.model, lm.tokenizer, PAIRS)]
     delta = memit.edit(lm, records, DOCUMENTS * 8)
     assert delta.provenance["method"] == "joint"
-    assert delta.provenance["residual_left"] < max(delta.provenance["residuals"].values())
+    told = delta.provenance
+    assert told["residual_left"] < max(told["residuals"].values())
+    share = told["residual_left"] / fmean(
+        told["residuals"].values()
+    )  # of all layers, not the first
+    assert told["share_left"] == pytest.approx(share, abs=1e-5)
     after = [score.nll for score in oracle.scores(lm.model, lm.tokenizer, PAIRS)]
     assert sum(after) < sum(before)

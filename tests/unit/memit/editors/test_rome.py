@@ -231,6 +231,16 @@ def test_edits_without_a_finite_update_are_left_out(monkeypatch):
         EDITOR.edit(lm, REQUESTS[1:2], _resources(lm))
 
 
+def test_an_edit_whose_search_met_a_loss_that_is_not_finite_is_left_out(monkeypatch):
+    def broken(*given, **named):
+        return replace(compute_targets(*given, **named), finite=torch.tensor([False]))
+
+    monkeypatch.setattr(rome, "compute_targets", broken)
+    lm = build("gpt2")
+    with pytest.raises(NumericsError, match="no edit of 1 has a finite update"):
+        EDITOR.edit(lm, REQUESTS[:1], _resources(lm))
+
+
 @pytest.mark.parametrize(
     ("name", "depth", "layer"),
     [("EleutherAI/gpt-j-6b", 28, 5), ("openai-community/gpt2-xl", 48, 17), ("other", 56, 10)],

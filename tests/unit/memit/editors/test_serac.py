@@ -14,18 +14,19 @@ from memit.editors.serac import (
     SeracEdit,
     SeracModels,
     SeracSettings,
+    _new_counterfactual,
     scope_loss,
     statement,
     train_serac,
 )
 from memit.errors import InputError, IntegrityError, UnreachableError
 from memit.evaluation.continuations import Question, score_continuations
-from memit.files.tensors import tensor_digest
+from memit.files.tensors import save_tensors, tensor_digest
 from memit.generation import generate_texts
 from memit.language_model import LanguageModel
 from memit.requests import EditRequest, Record
 from memit.weight_delta import WeightDelta
-from tests import Stopped, stop_after
+from tests import GOLDEN, Stopped, stop_after
 from tests.reference import build
 
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hanna", "Ivan", "Julia")
@@ -207,6 +208,15 @@ def test_requests_that_were_trained_on_are_refused(lm: LanguageModel, models_fil
         editor.edit(lm, [*REQUESTS, LEARNED[0].request], Resources(token_budget=256))
 
 
+def test_a_counterfactual_model_that_is_loaded_leaves_tf32_as_it_is(lm: LanguageModel) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        _new_counterfactual(lm, replace(SETTINGS, counterfactual=str(GOLDEN / "model")))
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def test_damaged_models_and_unknown_encoders_are_named(
     lm: LanguageModel, models_file, tmp_path
 ) -> None:
@@ -214,9 +224,10 @@ def test_damaged_models_and_unknown_encoders_are_named(
     path.write_bytes(models_file.read_bytes()[:-10])
     with pytest.raises(IntegrityError, match=r"models\.safetensors"):
         SeracModels.load(path)
-    WeightDelta({}, {}).save(path)
-    with pytest.raises(IntegrityError, match="models of SERAC"):
-        SeracModels.load(path)
+    for save in (WeightDelta({}, {}).save, lambda path: save_tensors({}, path, {"encoder": "[]"})):
+        save(path)
+        with pytest.raises(IntegrityError, match="models of SERAC"):
+            SeracModels.load(path)
     with pytest.raises(UnreachableError, match="no-such-encoder"):
         train_serac(
             lm, LEARNED, replace(SETTINGS, encoder="nobody/no-such-encoder"), directory=None

@@ -11,7 +11,7 @@ GOOD = {"score": 90.0, "neighborhood_accuracy": 60.0, "perplexity": 20.0}
 
 def told(
     answered: list[bool],
-    left: float = 1.0,
+    left: float = 0.1,
     after: dict[str, Any] | None = None,
     ratio: float = 0.1,
     stop: int = 0,
@@ -23,7 +23,7 @@ def told(
     ]
     settings = {"covariance_weight": 15000.0, "evaluations": 20, "clamp_factor": 0.75}
     settings["argmax_stop"] = stop
-    edit = {"layers": [3, 4], "residuals": {"3": 10.0, "4": 8.0}, "residual_left": left}
+    edit = {"layers": [3, 4], "share_left": left}
     described = {"update_ratio": {"3": ratio}, "count": 3, "dropped": dropped}
     metrics = {"before": GOOD, "after": after or GOOD, "edit": described}
     return verdict(pyarrow.Table.from_pylist(facts), edit | {"hyperparameters": settings}, metrics)
@@ -34,14 +34,14 @@ def test_what_worked_is_one_sentence() -> None:
 
 
 def test_facts_that_are_not_said_are_named_with_what_to_change() -> None:
-    first, second = told([True, False, False], left=7.0)
+    first, second = told([True, False, False], left=0.7)
     assert first.startswith("1 of 3 facts are said. Not said: Person 1 lives in → Rome; Person 2")
     assert "70% of the way" in second
     assert "1500 for example" in second
-    near = told([False] * 12, left=1.0)
+    near = told([False] * 12, left=0.1)
     assert "and 4 more" in near[0]
     assert "targets.evaluations (now 20)" in near[1]
-    assert "targets.argmax_stop (now 2" in told([False], left=1.0, stop=2)[1]
+    assert "targets.argmax_stop (now 2" in told([False], left=0.1, stop=2)[1]
 
 
 def test_damage_is_called_damage() -> None:
