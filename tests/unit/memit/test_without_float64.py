@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from memit import covariance_weight
 from memit import layer_walk as walk
 from memit.editors import rome
 from memit.editors.alphaedit import AlphaEdit
@@ -64,7 +63,7 @@ def is_moved(tensor: Tensor) -> bool:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> WithoutFloat64:
-    for module in (walk, perplexity, rome, covariance_weight):
+    for module in (walk, perplexity, rome):
         monkeypatch.setattr(module, "solving_device", lambda _: ELSEWHERE)
     return WithoutFloat64()
 
@@ -109,7 +108,7 @@ def test_an_edit(device: WithoutFloat64) -> None:
     ids=lambda editor: editor.name,
 )
 def test_an_editor(device: WithoutFloat64, editor: Memit) -> None:
-    """Also one that tries several λ, and measures how far each moves the outputs of the corpus."""
+    """One of them chooses λ among several."""
     lm, resources = build("gpt2"), Resources(2000, prefixes=PREFIXES, moments=moments())
     expected = editor.edit(lm, REQUESTS, resources)
     with device:
