@@ -145,16 +145,15 @@ def trace(
     deviation: float,
     kinds: Sequence[Kind] = KINDS,
     *,
-    window: int = WINDOW,
     token_budget: int,
     progress: Callable[[int], None] | None = None,
 ) -> Trace:
     """Trace the model's own next token after each prompt, restoring around every layer.
 
     `deviation` is that of the embeddings (`embedding_deviation`). A window holds the layers from
-    l − window/2 to l + window/2 − 1 that exist. `token_budget` bounds the padded tokens of noised
-    runs at a time, of which all layers' states are kept; `progress` is called with the number of
-    newly traced prompts.
+    l − `WINDOW`/2 to l + `WINDOW`/2 − 1 that exist. `token_budget` bounds the padded tokens of
+    noised runs at a time, of which all layers' states are kept; `progress` is called with the
+    number of newly traced prompts.
 
     Raises:
         ModelStructureError: a block has no single down-projection.
@@ -172,7 +171,7 @@ def trace(
         clean[where], noised[where] = runs.clean.cpu(), runs.noised.cpu()
         for kind, table in restored.items():
             for layer in range(lm.depth):
-                table[where, layer] = runs.restored(kind, layer, window).cpu()
+                table[where, layer] = runs.restored(kind, layer).cpu()
         if progress is not None:
             progress(len(indices))
     return Trace(clean, noised, restored)
@@ -212,9 +211,9 @@ class _NoisedRuns:
         columns = columns.clamp(max=padded.ids.shape[1] - 1)  # of padding, which is masked
         self.entering = [_at(hidden, every[:, None], columns) for hidden in found.entering]
 
-    def restored(self, kind: Kind, layer: int, window: int) -> Tensor:
+    def restored(self, kind: Kind, layer: int) -> Tensor:
         """Probability of each prompt's answer with states restored around a layer (prompts)."""
-        start, changes = self._changes(kind, layer, window)
+        start, changes = self._changes(kind, layer)
         with ExitStack() as stack:
             stack.enter_context(self._noise())
             for module, value in changes.items():
@@ -226,12 +225,12 @@ class _NoisedRuns:
             rows = torch.arange(len(self.ends))
             return self._probability(logits_at(self.lm, self.rest, rows, self.ends, **resumed))
 
-    def _changes(self, kind: Kind, layer: int, window: int) -> tuple[int, dict[nn.Module, Tensor]]:
+    def _changes(self, kind: Kind, layer: int) -> tuple[int, dict[nn.Module, Tensor]]:
         """The first layer that differs from the noised run, and the new outputs of modules at the
         restored tokens (rows × d)."""
         down, depth = self.lm.down_projection, self.lm.depth
         if kind == "mlp":
-            near = range(max(0, layer - window // 2), min(depth, layer + window // 2))
+            near = range(max(0, layer - WINDOW // 2), min(depth, layer + WINDOW // 2))
             return near.start, {down(each): self.clean_mlps[each] for each in near}
         changes = {cast(nn.Module, self.lm.blocks[layer]): self.clean_blocks[layer]}
         if kind == "severed":  # at the token, earlier MLPs have their noised outputs anyway

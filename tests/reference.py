@@ -1,8 +1,8 @@
 """Results of `memit.reference` for each family, computed once for all tests that need them."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from memit.language_model import LanguageModel
 from memit.positions import TokenRow, locate, mark
 from memit.quadratic import Quadratic
 from memit.requests import EditRequest
-from memit.second_moment import SecondMoment
+from memit.second_moment import SecondMoment, collect_second_moments
 from tests.families import DOCUMENTS, LAYERS, PREFIXES, families
 
 FAMILIES = tuple(families())
@@ -95,6 +95,85 @@ def memit_form(
     return lambda layer: Quadratic(moments[layer], weight)
 
 
+def ridged_moments(
+    lm: LanguageModel, layers: Sequence[int], token_budget: int = 1 << 20
+) -> dict[int, SecondMoment]:
+    """Second moments of `DOCUMENTS` with a ridge: so few leave directions without a key, which
+    real corpora do not."""
+    found = collect_second_moments(lm, DOCUMENTS, layers, token_budget=token_budget)
+    return {
+        layer: SecondMoment(
+            moment.sum.double() + 0.1 * moment.count * torch.eye(len(moment.sum)), moment.count
+        )
+        for layer, moment in found.items()
+    }
+
+
+def literal_changes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    fact: EditRequest,
+    prefixes: Sequence[str],
+    settings: Hyperparameters,
+    decay: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """What is added at a fact's subject to the outputs of the layers' down-projections, and these
+    outputs without it (both layers × d): whole rows, one group of Adam for each layer.
+
+    `decay` is a function of the two, whose value counts `settings.weight_decay` times in the loss.
+    """
+    rows = [
+        oracle.row(tokenizer, x, fact.prompt, fact.subject, fact.target_new)
+        for x in ("", *prefixes)
+    ]
+    rows.append(oracle.row(tokenizer, "", "{} is a", fact.subject))
+    inputs = oracle.padded(model, rows)
+    every, last = torch.arange(len(rows)), torch.tensor([r.subject_last for r in rows])
+    changes: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def hook(index: int):
+        def add(module, args, output):
+            states = output.reshape(*inputs["input_ids"].shape, -1)
+            if len(outputs) <= index:  # the first evaluation: nothing is changed yet
+                outputs.append(states[0, last[0]].detach())
+                changes.append(torch.zeros_like(outputs[index], requires_grad=True))
+            place = torch.zeros_like(states)
+            place[every, last] = 1.0
+            return (states + place * changes[index]).reshape(output.shape)
+
+        return add
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(settings.layers):
+            module = oracle.down_projection(model, layer)
+            stack.callback(module.register_forward_hook(hook(index)).remove)
+        for evaluation in range(settings.evaluations):
+            logits = model(**inputs, use_cache=False).logits
+            current = logits[-1, last[-1]].log_softmax(-1)
+            if evaluation == 0:
+                initial = current.detach()
+                is_relative = settings.rate_unit == "relative"
+                units = [oracle.rms(output) if is_relative else 1.0 for output in outputs]
+                optimizer = torch.optim.Adam(
+                    {"params": [change], "lr": settings.learning_rate * unit}
+                    for change, unit in zip(changes, units, strict=True)
+                )
+            loss = torch.stack([oracle.nll(logits[i], r) for i, r in enumerate(rows[:-1])]).mean()
+            loss = loss + settings.kl_factor * (current.exp() * (current - initial)).sum()
+            loss = loss + settings.weight_decay * decay(torch.stack(changes), torch.stack(outputs))
+            if loss < settings.loss_threshold or evaluation == settings.evaluations - 1:
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for change, output in zip(changes, outputs, strict=True):
+                    limit = settings.clamp_factor * output.norm()
+                    change.mul_((limit / change.norm()).clamp(max=1))
+    return torch.stack(changes).detach(), torch.stack(outputs)
+
+
 def prompt_row(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
@@ -112,6 +191,10 @@ def build(family: str) -> LanguageModel:
     """A fresh model of a family, wrapped; the same weights every time."""
     model, tokenizer = families()[family]()
     return LanguageModel(model, tokenizer, name=family)
+
+
+shared = functools.cache(build)
+"""A model of a family for all tests that leave it as it was."""
 
 
 @contextmanager

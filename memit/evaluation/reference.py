@@ -13,6 +13,8 @@ from memit.requests import Record
 
 References = Mapping[tuple[str, str], Sequence[str]]
 """Texts about things of which a fact is true, by its relation and object (identifier or name)."""
+MOST = 25
+"""Texts of a relation and object that are taken from a corpus."""
 
 
 def read_snippets(path: str | Path) -> dict[tuple[str, str], list[str]]:
@@ -32,9 +34,9 @@ def read_snippets(path: str | Path) -> dict[tuple[str, str], list[str]]:
 
 
 def references_from_corpus(
-    records: Iterable[Record], documents: Iterable[str], *, most: int = 25
+    records: Iterable[Record], documents: Iterable[str]
 ) -> dict[tuple[str, str], list[str]]:
-    """Reference texts out of a corpus, at most `most` for each relation and object.
+    """Reference texts out of a corpus, at most `MOST` for each relation and object.
 
     A document is about an object if it names it and a subject whose true object it is, according
     to the records (give all of the data set, not only those that are edited).
@@ -56,7 +58,7 @@ def references_from_corpus(
         )
         for key in keys:
             found = texts.setdefault(key, [])
-            if len(found) < most:
+            if len(found) < MOST:
                 found.append(document)
     return texts
 

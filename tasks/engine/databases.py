@@ -8,6 +8,11 @@ from memit.errors import ResourceError
 
 LOCK_SECONDS = 10.0
 """How long another process may hold one."""
+HELD = {
+    "Prefect": "away: it holds no results",
+    "MLflow": "away and keep it: it holds the record of earlier runs",
+}
+"""Where a database that cannot be used may be moved, and what goes with it, by its owner."""
 
 
 def check_database(path: Path, owner: str, migrations: Path) -> None:
@@ -27,7 +32,7 @@ def check_database(path: Path, owner: str, migrations: Path) -> None:
             found = base.execute(schema).fetchall() if "alembic_version" in tables else []
             base.rollback()
     except sqlite3.Error as error:
-        cure = "make it readable and writable, or move it away: it holds no results"
+        cure = f"make it readable and writable, or move it {HELD[owner]}"
         if "locked" in str(error):
             cure = "end the program that holds it"
         raise ResourceError(f"{path} cannot be used ({error}): {cure}.") from error
@@ -35,5 +40,5 @@ def check_database(path: Path, owner: str, migrations: Path) -> None:
     if any(str(version) not in known for (version,) in found):
         raise ResourceError(
             f"{path} was written by a newer {owner} than the one here: install that, or move the "
-            "file away: it holds no results."
+            f"file {HELD[owner]}."
         )

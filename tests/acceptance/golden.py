@@ -28,6 +28,7 @@ from memit.requests import Record, read_counterfact
 from memit.second_moment import SecondMoment, collect_second_moments
 from memit.spread import spread
 from memit.targets import compute_targets, edit_rows
+from tests.reference import relative
 
 TENSOR_TOLERANCE = 1e-4
 """‖a − b‖_F / ‖b‖_F of any target, key, delta or covariance tensor."""
@@ -80,12 +81,6 @@ def read_golden(directory: Path) -> Golden:
     )
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """‖a − b‖_F / ‖b‖_F."""
-    theirs = theirs.double()
-    return float((ours.double() - theirs).norm() / theirs.norm())
-
-
 def compare(directory: Path) -> dict[str, float | bool]:
     """The largest errors of our functions against the recorded run."""
     golden = read_golden(directory)
@@ -107,7 +102,7 @@ def _covariance_error(golden: Golden, lm: LanguageModel) -> float:
     documents = [line for line in text.split("\n") if line]
     layers = sorted(golden.covariance)
     moments = collect_second_moments(lm, documents, layers, token_budget=TOKEN_BUDGET)
-    return max(relative_error(moments[la].mean, golden.covariance[la]) for la in layers)
+    return max(relative(moments[la].mean, golden.covariance[la]) for la in layers)
 
 
 def _edit_errors(golden: Golden, lm: LanguageModel) -> dict[str, float]:
@@ -131,9 +126,9 @@ def _edit_errors(golden: Golden, lm: LanguageModel) -> dict[str, float]:
     deltas = {la: result.delta.changes[lm.weight_name(la)].dense() for la in hp.layers}
     recorded = golden.tensors
     return {
-        "targets": relative_error(targets.z, recorded["targets"]),
-        "keys": max(relative_error(keys[la], recorded[f"keys.{la}"]) for la in hp.layers),
-        "deltas": max(relative_error(deltas[la], recorded[f"delta.{la}"]) for la in hp.layers),
+        "targets": relative(targets.z, recorded["targets"]),
+        "keys": max(relative(keys[la], recorded[f"keys.{la}"]) for la in hp.layers),
+        "deltas": max(relative(deltas[la], recorded[f"delta.{la}"]) for la in hp.layers),
     }
 
 

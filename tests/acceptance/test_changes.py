@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from flows.command.parameters import NO_FILE, USERS_FILES, read_parameters
 from tasks.engine.results import STORED_TARGETS_FILE
 from tests.acceptance.chaos import records
-from tests.acceptance.project import ROOT, WORLD, Project, empty_store
+from tests.acceptance.project import Project, empty_store
 from tests.families import DOCUMENTS, save_model
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -148,13 +147,3 @@ def test_dvc_sees_what_each_stage_depends_on(
         assert project.outdated() - {"report"} == stages
     finally:
         path.write_bytes(content)
-
-
-@pytest.mark.parametrize("path", [ROOT / "params.yaml", WORLD], ids=lambda path: path.name)
-def test_parameter_files_lead_dvc_to_a_file_everywhere(path: Path) -> None:
-    assert (ROOT / NO_FILE).is_file()
-    assert path.read_text().count(f": {NO_FILE}") == len(USERS_FILES)
-    dump = read_parameters(path).model_dump(mode="json")
-    for key in USERS_FILES:
-        section, _, name = key.partition(".")
-        assert dump[section][name] == NO_FILE

@@ -15,6 +15,7 @@ from flows.compare import Setup, try_method
 from flows.experiment import comparison, scaling_run
 from memit.evaluation.counterfact import harmonic_mean
 from tasks.edit import Method
+from tests import contents
 from tests.acceptance.chaos import records
 from tests.acceptance.project import Project
 
@@ -86,13 +87,10 @@ def test_it_is_one_run_with_a_nested_one_for_each_method(project: Project, compa
 
 
 def test_a_repetition_has_nothing_to_do(project: Project, compared: Path) -> None:
-    def files() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in compared.iterdir() if path.is_file()}
-
-    before = files()
+    before = contents(compared)
     output = project.do("dvc", "repro", "methods/dvc.yaml:compare")
     assert "Running stage" not in output
-    assert files() == before
+    assert contents(compared) == before
 
 
 def test_deployments_give_the_same_and_scaling_goes_on_where_it_was_stopped(

@@ -19,8 +19,8 @@ from tests.acceptance.golden import (
     TENSOR_TOLERANCE,
     Golden,
     read_golden,
-    relative_error,
 )
+from tests.reference import relative
 
 pytestmark = pytest.mark.slow
 
@@ -54,22 +54,22 @@ def test_covariance(golden, model, tokenizer):
     documents = (GOLDEN / "corpus.txt").read_text().splitlines()
     for layer, expected in golden.covariance.items():
         measured = oracle.covariance(model, tokenizer, documents, layer, batch=32)
-        assert relative_error(measured, expected) < TENSOR_TOLERANCE
+        assert relative(measured, expected) < TENSOR_TOLERANCE
 
 
 @pytest.mark.parametrize("number", [0, 7, 15, 23])
 def test_targets(golden, model, tokenizer, number):
     request, settings = golden.records[number].request, golden.hyperparameters
     z = oracle.target(model, tokenizer, request, golden.prefixes, settings).z
-    assert relative_error(z, golden.tensors["targets"][number]) < TENSOR_TOLERANCE
+    assert relative(z, golden.tensors["targets"][number]) < TENSOR_TOLERANCE
 
 
 def test_keys_and_deltas(golden, model, updates):
     for layer in golden.hyperparameters.layers:
         keys, stored = golden.tensors[f"keys.{layer}"], golden.tensors[f"delta.{layer}"]
         stored = stored if len(stored) == model.config.hidden_size else stored.T
-        assert relative_error(updates[layer].K.T, keys) < TENSOR_TOLERANCE
-        assert relative_error(updates[layer].delta, stored) < TENSOR_TOLERANCE
+        assert relative(updates[layer].K.T, keys) < TENSOR_TOLERANCE
+        assert relative(updates[layer].delta, stored) < TENSOR_TOLERANCE
 
 
 @pytest.mark.parametrize("when", ["pre", "post"])

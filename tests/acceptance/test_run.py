@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from tasks.engine.results import STEPS
+from tests.acceptance.chaos import records
 from tests.acceptance.forked import Forked
 from tests.acceptance.project import Project
 
@@ -67,16 +68,17 @@ def test_dvc_and_git_have_nothing_to_do_after_it(finished: Project) -> None:
 
 
 def test_a_repetition_comes_from_caches_and_changes_no_byte(project: Project) -> None:
-    before, pieces = project.results(), {step: project.pieces(step) for step in STEPS}
+    before, kept = project.results(), records(project)
     page = (project.path / "report" / "index.html").read_bytes()
     timings = json.loads((project.path / "timings.json").read_text())
     project.run(Forked)
     assert project.results() == before
     assert (project.path / "report" / "index.html").read_bytes() == page
-    assert {step: project.pieces(step) for step in STEPS} == pieces
+    assert records(project) == kept
     again = json.loads((project.path / "timings.json").read_text())
-    for step, cost in timings.items():  # those of the pieces, not of looking them up
-        assert again[step]["seconds"] == pytest.approx(cost["seconds"], rel=0.1, abs=0.1)
+    longest = max(timings, key=lambda step: timings[step]["seconds"])
+    # Those of the pieces: looking them up takes much less.
+    assert again[longest]["seconds"] > timings[longest]["seconds"] / 2
     assert project.mlflow_runs() == [("FINISHED", "active")]
     assert project.registered() == [("synthetic-edited", 1)]
     assert "up to date" in project.do("dvc", "status")

@@ -54,7 +54,7 @@ QUESTION = {
 MOMENTS = [f"transformer.h.{layer}.mlp.c_proj_float32_mom2_9.npz" for layer in range(3)]
 """Names of published second moments."""
 GOOD: dict[str, dict[str, Any]] = {
-    "model": {"source": "local", "path": "model"},
+    "model": {"source": "local", "path": "my-net"},
     "requests": {"source": "facts", "path": "facts.jsonl", "count": None},
     "statistics": {"source": "file", "path": "corpus.txt"},
     "edit": {"layers": [1, 2]},
@@ -191,7 +191,7 @@ def configuration(**changes: Any) -> Spoil:
     """Other values in the model's config.json."""
 
     def spoil() -> None:
-        path = Path("model/config.json")
+        path = Path("my-net/config.json")
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     return spoil
@@ -199,7 +199,7 @@ def configuration(**changes: Any) -> Spoil:
 
 def weights(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Spoil:
     """Other tensors in the model's weights."""
-    path = "model/model.safetensors"
+    path = "my-net/model.safetensors"
     return lambda: save_file(change(load_file(path)), path, {"format": "pt"})
 
 
@@ -241,9 +241,9 @@ def instead(name: str, make: Callable[[str], object]) -> Spoil:
 
 def absent_shards() -> None:
     """A model directory whose index names a file that is not there."""
-    Path("model/model.safetensors").unlink()
+    Path("my-net/model.safetensors").unlink()
     index = '{"weight_map": {"a": "part-2.safetensors"}}'
-    Path("model/model.safetensors.index.json").write_text(index)
+    Path("my-net/model.safetensors.index.json").write_text(index)
 
 
 class Malicious:
@@ -256,50 +256,45 @@ class Malicious:
 
 def only_a_pickle() -> None:
     """A model directory whose weights are a pickle that would run something."""
-    Path("model/model.safetensors").unlink()
-    torch.save({"weight": Malicious()}, "model/pytorch_model.bin")
+    Path("my-net/model.safetensors").unlink()
+    torch.save({"weight": Malicious()}, "my-net/pytorch_model.bin")
 
 
 def no_tokenizer() -> None:
     """A model directory without its tokenizer."""
-    Path("model/tokenizer.json").unlink()
-    Path("model/tokenizer_config.json").unlink()
+    Path("my-net/tokenizer.json").unlink()
+    Path("my-net/tokenizer_config.json").unlink()
 
 
 def only_an_adapter() -> None:
     """An adapter without the model that it is for."""
-    shutil.rmtree("model")
-    Path("model").mkdir()
-    Path("model/adapter_config.json").write_text("{}")
-    save_file({"lora_A.weight": torch.ones(1)}, "model/adapter_model.safetensors")
+    shutil.rmtree("my-net")
+    Path("my-net").mkdir()
+    Path("my-net/adapter_config.json").write_text("{}")
+    save_file({"lora_A.weight": torch.ones(1)}, "my-net/adapter_model.safetensors")
 
 
 def a_floor_too_high() -> None:
     """A folder of the hub's cache in place of the snapshot in it."""
-    shutil.move("model", "abc")
-    Path("model/snapshots").mkdir(parents=True)
-    shutil.move("abc", "model/snapshots")
+    shutil.move("my-net", "abc")
+    Path("my-net/snapshots").mkdir(parents=True)
+    shutil.move("abc", "my-net/snapshots")
 
 
-def experts(model_type: str, **settings: Any) -> Spoil:
-    """A model whose blocks choose among experts."""
-
-    def spoil() -> None:
-        config = AutoConfig.for_model(
-            model_type,
-            vocab_size=512,
-            hidden_size=32,
-            intermediate_size=56,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=24,
-            **settings,
-        )
-        config.save_pretrained("model")
-
-    return spoil
+def experts() -> None:
+    """A model whose blocks choose among experts, beside one for all."""
+    config = AutoConfig.for_model(
+        "qwen2_moe",
+        vocab_size=512,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=4,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+    )
+    config.save_pretrained("my-net")
 
 
 def code_of_its_own() -> None:
@@ -307,7 +302,7 @@ def code_of_its_own() -> None:
     configuration(
         model_type="mine", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
     )()
-    Path("model/code.py").write_text("import os\nos.mkdir('pwned')\n")
+    Path("my-net/code.py").write_text("import os\nos.mkdir('pwned')\n")
 
 
 LINE = json.dumps(FACT)
@@ -376,7 +371,7 @@ RECORDS = kinds(
 PARAMETERS = [
     Kind("a device", setting(requests={"path": "/dev/zero"}), "/dev/zero"),
     Kind("a name too long", setting(requests={"path": "x" * 999}), "xxx"),
-    Kind("too many records", setting(requests={"count": 2}), "2"),
+    Kind("too many records", setting(requests={"count": 2}), "the count is 2"),
     Kind("another checksum", setting(requests={"sha256": "0" * 64}), "facts.jsonl", IntegrityError),
     Kind(
         "an address with half a bracket",
@@ -487,18 +482,18 @@ PUBLISHED = [
 
 MODELS = (
     kinds(
-        "model",
+        "my-net",
         {
-            "no model": lambda: shutil.rmtree("model"),
-            "no configuration": lambda: Path("model/config.json").unlink(),
-            "a torn configuration": cut("model/config.json"),
-            "a configuration of numbers": file("model/config.json", "[1]"),
+            "no model": lambda: shutil.rmtree("my-net"),
+            "no configuration": lambda: Path("my-net/config.json").unlink(),
+            "a torn configuration": cut("my-net/config.json"),
+            "a configuration of numbers": file("my-net/config.json", "[1]"),
             "a model of no kind": configuration(model_type="abacus"),
             "an encoder": configuration(model_type="vit"),
             "layers in words": configuration(n_layer="six"),
             "a negative width": configuration(n_embd=-8),
             "code of its own": code_of_its_own,
-            "a torn tokenizer": cut("model/tokenizer.json"),
+            "a torn tokenizer": cut("my-net/tokenizer.json"),
             "no tokenizer": no_tokenizer,
             "an adapter": only_an_adapter,
             "a directory too high": a_floor_too_high,
@@ -517,34 +512,25 @@ MODELS = (
         },
     )
     + kinds(
-        "layer",
+        "my-net",
         {
-            "experts and one for all": experts(
-                "qwen2_moe", num_experts=4, shared_expert_intermediate_size=40
-            ),
-            "experts from the second block on": experts(
-                "glm4_moe", n_routed_experts=4, first_k_dense_replace=1, head_dim=8
-            ),
-            "experts in every other block": experts(
-                "qwen3_moe", num_experts=4, decoder_sparse_step=2
-            ),
-        },
-        ModelStructureError,
-    )
-    + kinds(
-        "model",
-        {
-            "weights cut off": cut("model/model.safetensors"),
-            "weights of 7 bytes": cut("model/model.safetensors", 1e-5),
-            "weights of text": file("model/model.safetensors", "x" * 99),
+            "weights cut off": cut("my-net/model.safetensors"),
+            "weights of 7 bytes": cut("my-net/model.safetensors", 1e-5),
+            "weights of text": file("my-net/model.safetensors", "x" * 99),
             "an index of absent shards": absent_shards,
         },
         IntegrityError,
     )
     + [
-        Kind("an encoder-decoder", configuration(model_type="t5"), "model", ModelStructureError),
+        Kind("an encoder-decoder", configuration(model_type="t5"), "my-net", ModelStructureError),
+        Kind("experts", experts, "mixtures of experts", ModelStructureError),
         Kind("a file as model", setting(model={"path": "facts.jsonl"}), "facts.jsonl"),
-        Kind("a model for no disk", configuration(n_embd=1 << 20, n_head=1), "GB", ResourceError),
+        Kind(
+            "a model for no disk",
+            configuration(n_embd=1 << 20, n_head=1),
+            "statistics.documents_per_shard",
+            ResourceError,
+        ),
     ]
 )
 
@@ -583,6 +569,7 @@ MOMENT_FILES = kinds(
         "moments: no file": lambda: None,
         "moments: many counts": npz(mom2_mom2=EYE, mom2_count=[1, 2]),
         "moments: texts": npz(mom2_mom2=EYE.astype(str), mom2_count=9),
+        "moments: other arrays": npz(a=EYE),
         "moments: a pickle": npz(mom2_mom2=np.array([[Malicious()]], dtype=object), mom2_count=9),
     },
     IntegrityError,
@@ -594,7 +581,7 @@ EDITS = kinds(
     {
         "an edit: no file": lambda: None,
         "an edit: text": file("delta.safetensors", "x" * 99),
-        "an edit: weights": lambda: shutil.copy("model/model.safetensors", "delta.safetensors"),
+        "an edit: weights": lambda: shutil.copy("my-net/model.safetensors", "delta.safetensors"),
     },
     IntegrityError,
     delta,

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import yaml
 
 from flows.command.checks import check_comparison
 from flows.command.parameters import read_parameters
-from tests import ROOT
+from tests import python
 from tests.families import save_model
 from tests.integration.bad_input import FACT, GOOD, KINDS, Kind, check, digests, only_a_pickle
 
@@ -22,7 +20,7 @@ from tests.integration.bad_input import FACT, GOOD, KINDS, Kind, check, digests,
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a good experiment in it."""
     place = tmp_path_factory.mktemp("good")
-    save_model("gpt2", place / "model")
+    save_model("gpt2", place / "my-net")
     (place / "empty").mkdir()
     (place / "corpus.txt").write_text("Some text.\n" * 9)
     (place / "facts.jsonl").write_text(json.dumps(FACT) + "\n")
@@ -96,16 +94,10 @@ def test_unusual_input_that_is_right_passes(place: Path, name: str, content: byt
 def test_as_a_process(place: Path) -> None:
     only_a_pickle()
     before = digests(place)
-    result = subprocess.run(
-        [sys.executable, "-c", "from flows.command.cli import main; main()", "run"],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    program = "from flows.command.cli import main; main()"
+    result = python("-c", program, "run", cwd=place, env={**os.environ, "COLUMNS": "80"})
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: model")
+    assert result.stderr.startswith("error: my-net")
     assert len(result.stderr.strip().splitlines()) == 1
     assert result.stdout == ""
     assert digests(place) == before

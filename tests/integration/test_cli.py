@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -41,9 +38,10 @@ from tasks.engine.results import (
     finish_step,
     remember_run,
 )
-from tests import ROOT
+from tests import contents, imported, python
 from tests.families import save_model
-from tests.integration.test_model_directory import content, make_delta
+from tests.integration.command import memit, said
+from tests.integration.small_model import make_delta
 
 
 @pytest.fixture
@@ -54,18 +52,6 @@ def place(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_model("gpt2", "model")
     make_delta(load_model("model", device="cpu"), project / "delta.safetensors")
     return project
-
-
-def memit(*words: str) -> int:
-    """Run a command; gives its exit status."""
-    with pytest.raises(SystemExit) as exit_:
-        command.reporting(lambda: cli.app(list(words)))
-    return int(exit_.value.code or 0)
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    return " ".join((captured.out + captured.err).split())
 
 
 @pytest.mark.parametrize(
@@ -169,26 +155,18 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 def test_what_needs_no_model_imports_none(place: Path, words: tuple[str, ...]) -> None:
     """A mistake in a file of facts, and an edit to undo, are found without the slow libraries."""
     (place / "f.jsonl").write_text("{}")
-    run = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "flows.command.cli", *words],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 2
-    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
-    assert not imported & {"prefect", "mlflow", "transformers", "sklearn"}
+    ended = python("-X", "importtime", "-m", "flows.command.cli", *words, cwd=place)
+    assert ended.returncode == 2
+    assert not imported(ended) & {"prefect", "mlflow", "transformers", "sklearn"}
 
 
 def test_apply_and_revert(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = content(place / "model")
+    before = contents(place / "model")
     assert memit("apply", "model", "--delta", "delta.safetensors") == 0
     assert "memit-edits/0001" in said(capsys)
-    assert content(place / "model") != before
+    assert contents(place / "model") != before
     assert memit("revert", "model") == 0
-    assert content(place / "model") == before
+    assert contents(place / "model") == before
     assert memit("revert", "model") == 2
     assert memit("revert", "nowhere") != 0
     assert memit("apply", "model") == 2
@@ -293,12 +271,12 @@ def test_export_writes_a_model_that_anything_loads(
     assert edited.keys() == exported.keys()
     for name, tensor in exported.items():
         assert torch.equal(tensor, edited[name].to(torch.bfloat16))
-    before = content(place / "out" / "here")
+    before = contents(place / "out" / "here")
     assert {path.stat().st_mode & 0o044 for path in (place / "out" / "here").iterdir()} == {0o044}
     capsys.readouterr()
     assert memit("export", "out/here", *words) == 2
     assert "out/here" in said(capsys)
-    assert content(place / "out" / "here") == before
+    assert contents(place / "out" / "here") == before
     assert [path.name for path in (place / "out").iterdir()] == ["here"]
 
 

@@ -26,8 +26,8 @@ from tasks.engine.loaded_model import load_reference
 from tasks.model import describe_model
 from tests.families import DOCUMENTS, tokenizers
 from tests.integration.bad_input import FACT, GOOD
-from tests.integration.test_cli import memit, said
-from tests.integration.test_model_directory import make_delta
+from tests.integration.command import memit, said
+from tests.integration.small_model import make_delta
 
 TOKENIZER: Any = tokenizers()["byte_level"]
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "eos_token_id": 0}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from memit import model_directory
 from memit.errors import InputError, IntegrityError
-from memit.language_model import LanguageModel, load_model
+from memit.language_model import load_model
 from memit.model_directory import applied_edits, apply_edit, edit_status, revert_edit
 from memit.model_files import directory_digests, weight_files
-from memit.weight_delta import LowRank, WeightDelta, base_digests
+from memit.weight_delta import WeightDelta
 from tasks.model import check_weights
 from tests.families import families
+from tests.integration.small_model import make_delta
 
 FAMILIES = ("gpt2", "llama", "gptj", "gpt_neox")
 
@@ -30,21 +31,6 @@ def build(place: Path, family: str = "gpt2", dtype: torch.dtype = torch.float32)
     model.to(dtype).save_pretrained(place, max_shard_size="60KB")  # pyright: ignore[reportArgumentType]
     tokenizer.save_pretrained(place)
     return place
-
-
-def make_delta(
-    lm: LanguageModel, path: Path, seed: int = 0, layers: Sequence[int] = (1, 2)
-) -> Path:
-    """A random change of some layers, made for the weights that stand in ``lm``."""
-    generator = torch.Generator().manual_seed(seed)
-    names = [lm.weight_name(layer) for layer in layers]
-    changes = {}
-    for name in names:
-        rows, columns = lm.parameter(name).shape
-        left = torch.randn(rows, 3, generator=generator) * 0.1
-        changes[name] = LowRank(left, torch.randn(columns, 3, generator=generator) * 0.1)
-    WeightDelta(changes, {"base": base_digests(lm, names), "model": lm.name}).save(path)
-    return path
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.integration.bad_input import FACT, GOOD
 @pytest.fixture
 def place(project: Path) -> Path:
     """A directory with a model, a corpus and facts."""
-    save_model("gpt2", "model")
+    save_model("gpt2", "my-net")
     Path("corpus.txt").write_text("Some text.\n" * 9)
     Path("facts.jsonl").write_text(json.dumps(FACT))
     return project
@@ -90,9 +90,9 @@ def test_texts_that_the_model_cannot_write(place: Path) -> None:
     Path("no.txt").write_text("\n\n")
     with pytest.raises(InputError, match="no text"):
         check_inputs(parameters(statistics=sampled | {"held_out": "no.txt"}))
-    settings = json.loads(Path("model/tokenizer_config.json").read_text())
+    settings = json.loads(Path("my-net/tokenizer_config.json").read_text())
     special = {"bos_token": None, "eos_token": None}
-    Path("model/tokenizer_config.json").write_text(json.dumps(settings | special))
-    Path("model/special_tokens_map.json").unlink(missing_ok=True)
+    Path("my-net/tokenizer_config.json").write_text(json.dumps(settings | special))
+    Path("my-net/special_tokens_map.json").unlink(missing_ok=True)
     with pytest.raises(InputError, match="begins or ends"):
         check_inputs(parameters(statistics=sampled))

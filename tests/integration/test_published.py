@@ -8,18 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows.command.parameters import Parameters, check_parameters
 from flows.evaluation import references_of
-from flows.service.step import Run
 from flows.statistics import collect_layers
-from memit.errors import InputError, IntegrityError
 from memit.second_moment import read_moment
 from tasks.engine.cache import CachedTask
 from tasks.engine.loaded_model import ModelReference
 from tasks.statistics import read_texts
-from tests.integration.small_model import small_model
+from tests.integration.small_model import parameters, small_model, statistics_run
 
 FAMILIES = {"gpt2": "transformer.h.{}.mlp.c_proj", "gptj": "transformer.h.{}.mlp.fc_out"}
+PUBLISHED = {"source": "published", "path": "moments"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -47,26 +45,10 @@ def publish(family: str, layer: int, width: int, **changes: np.ndarray) -> np.nd
     return content["mom2.mom2"]
 
 
-def parameters(held_out: str | None = None, **evaluation: str) -> Parameters:
-    return check_parameters(
-        {
-            "model": {"source": "local", "path": "model"},
-            "requests": {"source": "facts", "path": "facts.jsonl"},
-            "statistics": {"source": "published", "path": "moments", "held_out": held_out},
-            "evaluation": evaluation,
-        }
-    )
-
-
-def run_of(model: ModelReference, held_out: str | None = None) -> Run:
-    run = Run("statistics", parameters(held_out), ExitStack())
-    run.model = model
-    return run
-
-
 def test_they_are_imported_with_their_origin(family: str, model: ModelReference) -> None:
     sums = {layer: publish(family, layer, model.model.inner_width) for layer in (0, 1, 11)}
-    found = collect_layers(run_of(model), (0, 1))
+    run = statistics_run(model, ExitStack(), PUBLISHED)
+    found = collect_layers(run, (0, 1))
     paths, tokens = found.write(Path("artifacts"))
     assert tokens == 2 * model.model.inner_width
     assert found.held_out is None
@@ -79,29 +61,22 @@ def test_they_are_imported_with_their_origin(family: str, model: ModelReference)
         assert said["corpus"] == found.described["published"][said["published"]]
     before = found.described["corpus"]
     publish(family, 1, model.model.inner_width, **{"mom2.count": np.array(7)})
-    assert collect_layers(run_of(model), (0, 1)).described["corpus"] != before
+    assert collect_layers(run, (0, 1)).described["corpus"] != before
 
 
 def test_a_text_for_the_perplexity_may_be_named(family: str, model: ModelReference) -> None:
     publish(family, 1, model.model.inner_width)
     Path("held_out.txt").write_text("one\ntwo\n")
-    found = collect_layers(run_of(model, "held_out.txt"), (1,))
+    run = statistics_run(model, ExitStack(), {**PUBLISHED, "held_out": "held_out.txt"})
+    found = collect_layers(run, (1,))
     assert found.held_out is not None
     assert read_texts(found.held_out.checked()) == ["one", "two"]
     assert found.described["held_out_documents"] == 2
 
 
 def test_references_come_from_snippets_only(model: ModelReference) -> None:
-    assert references_of(parameters()) == {}
+    assert references_of(parameters(statistics=PUBLISHED)) == {}
     snippet = {"relation_id": "P1", "target_id": "Q1", "samples": [{"text": "Some text."}]}
     Path("snippets.json").write_text(json.dumps([snippet]))
-    assert references_of(parameters(snippets="snippets.json"))
-
-
-@pytest.mark.parametrize("family", ["gpt2"], indirect=True)
-def test_a_file_that_is_wrong_is_named(family: str, model: ModelReference) -> None:
-    publish(family, 1, model.model.inner_width, **{"mom2.mom2": np.eye(3, dtype=np.float32)})
-    with pytest.raises(IntegrityError, match=r"c_proj_float32_mom2"):
-        collect_layers(run_of(model), (1,))
-    with pytest.raises(InputError, match="layer 2"):
-        collect_layers(run_of(model), (2,))
+    evaluation = {"snippets": "snippets.json"}
+    assert references_of(parameters(statistics=PUBLISHED, evaluation=evaluation))

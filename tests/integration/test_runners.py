@@ -187,11 +187,11 @@ class killing_a_worker:
 
     def _watch(self) -> None:
         deadline = time.monotonic() + 120
-        while self.project.pieces("targets") < 2 and time.monotonic() < deadline:
+        while (finished := self.project.pieces("targets")) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-        victim = max(workers(), key=lambda process: sum(process.cpu_times()[:2]))
-        victim.kill()
-        self.killed.append(self.project.pieces("targets"))
+        if running := workers():
+            max(running, key=lambda process: sum(process.cpu_times()[:2])).kill()
+            self.killed.append(finished)
 
     def __enter__(self) -> list[int]:
         self.thread.start()
@@ -199,6 +199,7 @@ class killing_a_worker:
 
     def __exit__(self, *_: object) -> None:
         self.thread.join()
+        assert self.killed, "there was no worker to kill"
 
 
 def workers() -> list[psutil.Process]:

@@ -9,18 +9,19 @@ import pytest
 from prefect import flow
 
 import tasks.statistics
-from flows.command.parameters import Parameters, check_parameters
 from flows.evaluation import references_of
-from flows.service.step import Run
 from flows.statistics import Collected, collect_layers
 from memit import sampled_corpus
 from memit.second_moment import collect_second_moments, read_moment
 from tasks.engine.loaded_model import ModelReference, loaded
 from tasks.engine.workers import thread_runner
 from tasks.statistics import held_out_file, read_texts
-from tests.integration.small_model import small_model
+from tests.integration.small_model import parameters, small_model, statistics_run
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.usefixtures("api")]
+
+SAMPLED: dict[str, Any] = {"source": "sampled", "held_out": "held_out.txt", "held_out_documents": 2}
+SAMPLED |= {"documents_per_shard": 5}
 
 
 @pytest.fixture
@@ -31,23 +32,10 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelReference:
     return small_model(tmp_path / "model")
 
 
-def parameters(**statistics: Any) -> Parameters:
-    given = {"source": "sampled", "held_out": "held_out.txt", "held_out_documents": 2}
-    return check_parameters(
-        {
-            "model": {"source": "local", "path": "model"},
-            "requests": {"source": "facts", "path": "facts.jsonl"},
-            "statistics": given | {"documents_per_shard": 5} | statistics,
-        }
-    )
-
-
 @flow(task_runner=thread_runner())
 def collect(model: ModelReference, **changes: Any) -> Collected:
     with ExitStack() as resources:
-        run = Run("statistics", parameters(**changes), resources)
-        run.model = model
-        return collect_layers(run, (1, 2))
+        return collect_layers(statistics_run(model, resources, SAMPLED | changes), (1, 2))
 
 
 def test_a_killed_run_goes_on_after_its_last_batch(
@@ -87,4 +75,4 @@ def test_a_killed_run_goes_on_after_its_last_batch(
     assert found.held_out is not None
     assert read_texts(found.held_out.checked()) == ["one", "two"]
     assert held_out_file(None).read_text().count("\n") >= 3
-    assert references_of(parameters()) == {}
+    assert references_of(parameters(statistics=SAMPLED)) == {}

@@ -7,18 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.command.parameters import Parameters, Section, check_parameters
+from flows.command.parameters import check_parameters
 from flows.command.script import fail
 from flows.service.server import server_options
 from memit.errors import InputError, MemitError
 from memit.redaction import LONGEST, holds_secret, one_line, redacted
-from memit.requests import EditRequest, Record, read_counterfact, read_facts, write_records
+from memit.requests import read_facts
 from tasks.report import markdown
 from tasks.reporting import tracking
 from tasks.reporting.card import make_card
 from tasks.reporting.formats import escaped
 from tests import ROOT
-from tests.integration.bad_input import digests
 
 OURS = [path for floor in ("memit", "tasks", "flows", "benchmarks") for path in
         sorted((ROOT / floor).rglob("*.py"))]  # fmt: skip
@@ -38,42 +37,9 @@ def test_every_load_of_a_pretrained_thing_refuses_code_and_pickles() -> None:
     assert calls >= 8
 
 
-def test_no_parameter_can_switch_on_code_of_a_model() -> None:
-    def names(section: type[Section]) -> list[str]:
-        found = list(section.model_fields)
-        for field in section.model_fields.values():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                found += names(field.annotation)
-        return found
-
-    assert not {name for name in names(Parameters) if re.search("trust|remote|pickle|unsafe", name)}
-
-
 def test_servers_stay_on_loopback() -> None:
     assert server_options(1)[2:4] == ["--host", "127.0.0.1"]
     assert "--host 127.0.0.1" in (ROOT / "flows/service/pages.py").read_text()
-
-
-NAMES = [
-    *("../../x", "/etc/passwd", "..\\..\\x", "CON", "nul.txt", "~root", "-rf", ". .", "x" * 5000),
-    *("a/b/../../../c", "%2e%2e%2f", "\u202egpj.exe", "$(touch pwned)", "`touch pwned`", "file:x"),
-]
-
-
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:20])
-def test_names_of_a_data_set_never_become_paths(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Wherever a name stands, the only file that comes into being is the one that was named."""
-    inside = tmp_path / "a" / "b" / "c"
-    inside.mkdir(parents=True)
-    monkeypatch.chdir(inside)
-    monkeypatch.setenv("DVC_ROOT", str(inside))
-    request = EditRequest(name, "{} is in", name, "Rome", relation_id=name)
-    record = Record(0, request, (name,), (name,), (name,), (name,), target_new_id=name)
-    write_records([record], "requests.json")
-    assert read_counterfact("requests.json") == [record]
-    assert list(digests(tmp_path)) == ["a", "a/b", "a/b/c", "a/b/c/requests.json"]
 
 
 def test_a_name_with_nul_is_refused(tmp_path: Path) -> None:
@@ -81,30 +47,6 @@ def test_a_name_with_nul_is_refused(tmp_path: Path) -> None:
     path.write_text('{"subject": "a\\u0000b", "prompt": "{} is", "target": "x"}')
     with pytest.raises(InputError, match="control character"):
         read_facts(path)
-
-
-def test_an_experiment_named_like_a_path_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    asked: dict[str, str] = {}
-
-    class Client:
-        tracking_uri = "sqlite:///mlflow.db"
-
-        def get_experiment_by_name(self, name: str) -> None:
-            return None
-
-        def create_experiment(self, name: str, artifact_location: str, tags: object) -> str:
-            asked.update(name=name, place=artifact_location)
-            return "1"
-
-        def set_experiment_tag(self, number: str, key: str, value: str) -> None:
-            pass
-
-    tracking._experiment_id(Client(), "../../x")  # pyright: ignore[reportArgumentType]
-    assert asked["name"] == "../../x"
-    assert re.fullmatch(
-        r"[0-9a-f]{12}", asked["place"].removeprefix(f"{tmp_path.as_uri()}/mlartifacts/")
-    )
 
 
 # --- what is told -------------------------------------------------------------------------------

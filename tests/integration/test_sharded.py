@@ -1,6 +1,5 @@
 """A model larger than its device: what has no room waits on disk, and gives the same edits."""
 
-import subprocess
 import sys
 import weakref
 from itertools import count
@@ -23,10 +22,10 @@ from memit.generation import generate_texts
 from memit.hyperparameters import Hyperparameters
 from memit.language_model import LanguageModel, load_model
 from memit.requests import Record
-from memit.second_moment import SecondMoment, collect_second_moments
 from memit.weight_delta import WeightDelta
-from tests.families import DOCUMENTS, PREFIXES, save_model, tokenizers
-from tests.reference import REQUESTS
+from tests import python
+from tests.families import PREFIXES, save_model, tokenizers
+from tests.reference import REQUESTS, ridged_moments
 
 HYPERPARAMETERS = Hyperparameters(layers=(0, 1, 2), covariance_weight=5.0, evaluations=5)
 BUDGET = 512
@@ -50,13 +49,8 @@ def loaded_in_part(family: str, place: Path, share: float) -> LanguageModel:
 
 
 def resources(lm: LanguageModel) -> Resources:
-    moments = collect_second_moments(lm, DOCUMENTS, [0, 1, 2], token_budget=BUDGET)
-    # Few documents leave directions without a key; real corpora do not.
-    ridged = {
-        layer: SecondMoment(m.sum.double() + 0.1 * m.count * torch.eye(len(m.sum)), m.count)
-        for layer, m in moments.items()
-    }
-    return Resources(token_budget=BUDGET, prefixes=PREFIXES[:2], moments=ridged, seed=3)
+    moments = ridged_moments(lm, [0, 1, 2], BUDGET)
+    return Resources(token_budget=BUDGET, prefixes=PREFIXES[:2], moments=moments, seed=3)
 
 
 def edited(lm: LanguageModel, editor: Any) -> dict[str, Tensor]:
@@ -150,34 +144,24 @@ def test_what_cannot_train_there_says_so(pair: tuple[LanguageModel, LanguageMode
 
 
 PEAK = """
-import os, sys, threading, time
+import os, resource, sys
 import torch
 from memit.language_model import load_model
 from transformers import GPT2LMHeadModel
 
-def kept():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmRSS" in line)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-def print_peak(device, room):
-    before, peak, working = kept(), [0], True
-
-    def watch():
-        while working:
-            peak[0] = max(peak[0], kept())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+def print_more(device, room):
+    before = peak()  # a fork's own begins with what it has
     lm = load_model(sys.argv[1], device=device, dtype="float32", room=room)
     with torch.no_grad():
         lm.model(torch.ones(1, 2, dtype=torch.long))
-    working = False
-    watcher.join()
-    print((peak[0] - before) * 1024, flush=True)
+    print(peak() - before, flush=True)
 
 for device, room in (("cpu", None), ("sharded", {"cpu": int(sys.argv[2])})):
     if os.fork() == 0:  # each on its own, after imports that both share
-        print_peak(device, room)
+        print_more(device, room)
         os._exit(0)
     os.wait()
 """
@@ -195,11 +179,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     return place, sum(parameter.nbytes for parameter in model.parameters())
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's accounts")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count otherwise")
 def test_weights_are_in_memory_once_at_most(large: tuple[Path, int]) -> None:
     place, size = large
-    words = [sys.executable, "-c", PEAK, str(place), str(size // 3)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    done = python("-c", PEAK, str(place), str(size // 3), check=True)
     whole, sharded = map(int, done.stdout.split())
     assert 0.9 * size < whole < 1.3 * size
     assert sharded < 0.7 * size

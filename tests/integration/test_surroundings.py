@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from flows.command.checks import check_inputs
 from flows.command.parameters import Parameters
 from flows.service.dvc_lock import commit_stages
 from memit.errors import InputError
-from tests import ROOT
+from tests import ROOT, python
 
 PROXY = "http://127.0.0.1:9"
 ASK = """
@@ -30,13 +29,7 @@ for host in ("127.0.0.1:8000", "localhost:5000", "example.com", "example.org"):
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**kept, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-c", code, env={**kept, **environment})
 
 
 @pytest.mark.parametrize(

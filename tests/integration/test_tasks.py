@@ -54,6 +54,7 @@ from tasks.statistics import (
 )
 from tasks.targets import StoredTargets, optimise_targets, plan_pieces, target_settings
 from tasks.tracing import choose_traced, trace_piece
+from tests import contents
 from tests.integration.small_model import small_model
 
 HYPERPARAMETERS = Hyperparameters(layers=(1, 2), covariance_weight=5.0, evaluations=4)
@@ -318,8 +319,10 @@ def test_an_edit_is_signed_and_leaves_the_model_alone(
     reference: ModelReference, inputs: Inputs, edit: Artifact
 ) -> None:
     delta = WeightDelta.load(edit.checked())
-    assert delta.provenance["model"] == "small"
-    assert delta.provenance["count"] == len(RECORDS)
+    told = delta.provenance
+    assert (told["method"], told["model"], told["count"]) == ("memit", "small", len(RECORDS))
+    assert tuple(told["settings"]["hyperparameters"]["layers"]) == HYPERPARAMETERS.layers
+    assert set(told["base"]["sha256"]) == set(delta.changes)
     original = load_file(Path(reference.directory, "model.safetensors"))
     with loaded(reference) as lm:
         for name in delta.changes:
@@ -360,6 +363,8 @@ def test_scores_are_equal_across_pieces_and_the_edit_comes_off(
         return read_tables(scores(piece, reference, edit) for piece in pieces)
 
     before, after, back = scored(99, None), scored(99, edit), scored(99, None)
+    assert before["case_id"].to_pylist()[:5] == [0] * 4 + [1]
+    assert before["kind"].to_pylist()[:4] == ["rewrite", "paraphrase", *["neighborhood"] * 2]
     assert before.equals(back)
     assert before["hit_new"].equals(scored(4, None)["hit_new"])
     for whole, parts in ((before, scored(4, None)), (after, scored(4, edit))):
@@ -396,10 +401,10 @@ def test_an_edit_that_cannot_be_written_stops_the_run_or_is_dropped(
     targets.finite[1] = False
     targets.z[4, 0] = float("nan")
     spoilt = replace(inputs, targets=write_file(project / "spoilt.safetensors", targets.save))
-    stored = content(project)
+    stored = contents(project)
     with pytest.raises(EditError, match=RECORDS[1].request.text):
         spoilt.edited()
-    assert content(project) == stored
+    assert contents(project) == stored
     made = spoilt.edited(on_failure="drop")
     summary = describe_edit(made, project / "spoilt.safetensors", project / "requests.json")
     assert summary["count"] == 5
@@ -416,11 +421,10 @@ def test_an_edit_that_cannot_be_written_stops_the_run_or_is_dropped(
     rest = write_file(project / "kept.safetensors", targets.chosen([0, 2, 3, 5, 6]).save)
     alone = replace(inputs, records=file, targets=rest).edited()
     assert alone.edit.sha256 == made.edit.sha256
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    """All files below a directory."""
-    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    targets.finite[:] = False
+    none = replace(inputs, targets=write_file(project / "none.safetensors", targets.save))
+    with pytest.raises(EditError):
+        none.edited(on_failure="drop")
 
 
 def test_perplexity_and_prefixes_are_the_models_own(
@@ -463,12 +467,6 @@ def test_requests_are_sampled_checked_and_completed(
     facts.write_text('{"subject": "Ada", "prompt": "lives in", "target": "Rome"}\n')
     with pytest.raises(InputError, match="line 1"):
         choose_requests.uncached("facts", describe(facts), None, 0, reference)
-
-
-def test_pieces_are_parquet_that_anything_reads(reference: ModelReference) -> None:
-    table = parquet.read_table(scores(prompts_of(RECORDS[:1]), reference, None).checked())
-    assert table["case_id"].to_pylist() == [0] * 4
-    assert table["kind"].to_pylist() == ["rewrite", "paraphrase", *["neighborhood"] * 2]
 
 
 def test_facts_that_the_model_answers_are_traced_in_pieces(

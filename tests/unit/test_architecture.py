@@ -2,15 +2,13 @@
 
 import ast
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, python
 
 ABOVE = {
     "memit": {"tasks", "flows", "benchmarks", "prefect", "dvc", "mlflow", "pydantic", "cyclopts"},
@@ -109,9 +107,7 @@ def test_the_method_and_the_benchmark_run_on_a_plain_image() -> None:
         "import memit.evaluation.counterfact\n"
         "print('imported')"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    ran = python("-c", program, cwd=ROOT)
     assert ran.stdout.strip() == "imported", ran.stderr
 
 
@@ -122,7 +118,5 @@ def test_the_reference_stands_alone() -> None:
 def test_importing_the_package_imports_no_torch() -> None:
     modules = "memit, memit.errors, memit.hyperparameters"
     program = f"import sys, {modules}; print('torch' in sys.modules)"
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert ran.stdout.strip() == "False"
+    ran = python("-c", program, cwd=ROOT)
+    assert ran.stdout.strip() == "False", ran.stderr

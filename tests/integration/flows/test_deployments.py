@@ -1,7 +1,6 @@
 """Parameters of deployments, laid over params.yaml and checked; DVC as a flow; the GPU's slots."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import yaml
 
 from flows.command.parameters import Parameters, complete_parameters
+from flows.service import step
 from flows.service.dvc_lock import matches_params_file
 from flows.service.gpu_slot import is_gpu
 from flows.service.reproduce import dvc_arguments, failure
@@ -105,27 +105,11 @@ def test_which_devices_need_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
         assert is_gpu("auto") is is_gpu("sharded") is there_is_one
 
 
-def test_every_step_that_computes_holds_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All flows of the steps but the report, and the comparisons; none of those that chain them."""
-    from flows import compare, edit, experiment, prefixes, scaling, statistics
-    from flows.service import step as frame
-
-    asked: list[str] = []
-
-    @contextmanager
-    def no_slot(device: str) -> Iterator[None]:
-        asked.append(device)
-        raise InputError("not now")
-        yield
-
-    monkeypatch.setattr(frame, "gpu_slot", no_slot)
-    monkeypatch.setattr(frame, "upstream", lambda *_: {})
-    parameters = complete_parameters({"model": {"device": "cuda"}})
-    for module in (edit, prefixes, statistics, compare, scaling):
-        with pytest.raises(InputError, match="not now"):
-            getattr(module, module.__name__.rpartition(".")[2]).fn(parameters)
-    assert asked == ["cuda"] * 5
-    for chain in (experiment.experiment, experiment.comparison, experiment.scaling_run):
-        with pytest.raises(InputError, match="parameters"):
-            chain.fn([1])  # pyright: ignore[reportArgumentType]
-    assert asked == ["cuda"] * 5
+def test_a_step_waits_for_a_slot_before_it_opens_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(step, "gpu_slot", lambda device: nullcontext(done.append(device)))
+    monkeypatch.setattr(step, "open_model", lambda **_: done.append("model"))
+    with ExitStack() as resources:
+        run = step.Run("edit", complete_parameters({"model": {"device": "cuda"}}), resources)
+        assert run.model is run.model
+    assert done == ["cuda", "model"]

@@ -34,6 +34,7 @@ from tasks.engine.results import (
     WEIGHTS,
 )
 from tasks.reporting.formats import read_json
+from tests import contents
 from tests.reference import relative
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -62,10 +63,6 @@ def run(steps: Sequence[Callable[[Parameters], None]], **changes: Mapping[str, A
     parameters = check_parameters(tree)
     for step in steps:
         step(parameters)
-
-
-def content() -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in Path("history").rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,9 +117,9 @@ def test_batches_are_those_of_the_library(batches: list[tuple[list[EditRequest],
 def test_the_last_batch_can_be_run_again_also_with_targets_of_the_edited_model(
     batches: list[tuple[list[EditRequest], Targets]],
 ) -> None:
-    made, states = DELTA_FILE.read_bytes(), content()
+    made, states = DELTA_FILE.read_bytes(), contents(Path("history"))
     run(BATCH, requests={"seed": 1})
-    assert (DELTA_FILE.read_bytes(), content()) == (made, states)
+    assert (DELTA_FILE.read_bytes(), contents(Path("history"))) == (made, states)
     run(BATCH, requests={"seed": 1}, targets={"upon": "edited"})
     assert (Targets.load(TARGETS_FILE).hidden - batches[1][1].hidden).abs().max() > 1e-3
     assert len(WeightDelta.load(DELTA_FILE).provenance["facts"]) == 2 * COUNT
@@ -130,10 +127,10 @@ def test_the_last_batch_can_be_run_again_also_with_targets_of_the_edited_model(
 
 @pytest.mark.usefixtures("batches")
 def test_a_batch_beyond_the_limits_is_not_handed_on() -> None:
-    states = content()
+    states = contents(Path("history"))
     with pytest.raises(LimitError, match="not measured"):
         run([history], requests={"seed": 1}, limits={"update_ratio": 5})
-    assert content() == states
+    assert contents(Path("history")) == states
 
 
 @pytest.mark.usefixtures("batches")
@@ -147,7 +144,7 @@ def test_an_edit_upon_a_state_that_is_gone_is_not_handed_on() -> None:
 
 @pytest.mark.usefixtures("batches")
 def test_a_history_of_other_layers_is_refused_before_anything_long() -> None:
-    states = content()
+    states = contents(Path("history"))
     with pytest.raises(InputError, match="other layers"):
         run([requests], edit={"layers": [1]})
-    assert content() == states
+    assert contents(Path("history")) == states

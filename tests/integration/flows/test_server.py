@@ -13,6 +13,7 @@ import pytest
 
 from flows.service.server import prefect_server
 from memit.errors import ResourceError
+from tests import python
 
 CHILD = """
 import subprocess, sys, time
@@ -48,8 +49,7 @@ def test_a_subprocess_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
 
 
 def process_with_server(address: str, seconds: float) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", CLIENT, address, str(seconds)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    return python("-c", CLIENT, address, str(seconds), timeout=60)
 
 
 def test_a_process_ends_when_its_server_is_lost() -> None:

@@ -7,10 +7,9 @@ import pyarrow.parquet as parquet
 
 from flows.command.parameters import check_parameters
 from memit.editors.settings import MendSettings, SeracSettings
-from memit.language_model import LanguageModel
 from tasks.engine.artifacts import describe
 from tasks.mend import Continuations, _examples, beginnings_of
-from tests.families import families
+from tests.reference import build
 
 
 def test_sections_override_defaults() -> None:
@@ -25,7 +24,7 @@ def test_scratch_means_a_model_that_is_made_here() -> None:
 
 
 def test_texts_go_on_as_the_model_samples(tmp_path: Path) -> None:
-    lm = LanguageModel(*families()["gpt2"](), name="gpt2")
+    lm = build("gpt2")
     texts = ["Paul Smith was born in the city of Rome.", "word", "Anna lives in São Paulo now."] * 3
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "texts.parquet")
     source = Continuations(describe(tmp_path / "texts.parquet"), count=6, tokens=4, seed=1)

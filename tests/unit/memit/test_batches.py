@@ -1,6 +1,5 @@
 """Batches keep to the budget, leave nothing out, and shrink when memory runs out."""
 
-import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -14,6 +13,7 @@ from memit import batches
 from memit.batches import auto_token_budget, run_in_batches, split_into_batches
 from memit.errors import ResourceError
 from memit.model_shape import ModelShape
+from tests import python
 from tests.reference import build
 
 Shape = tuple[int, int]
@@ -160,6 +160,4 @@ print(before - resident())
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_released_memory_goes_back_to_the_system_from_between_blocks_in_use():
     """In a process of its own, whose heap has no other holes."""
-    words = [sys.executable, "-c", HOLES]
-    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    assert int(said) > 100e6
+    assert int(python("-c", HOLES, check=True).stdout) > 100e6

@@ -15,16 +15,11 @@ from memit.language_model import LanguageModel
 from memit.prefixes import sample_prefixes
 from memit.requests import EditRequest, Record
 from memit.true_objects import with_true_objects
-from tests.families import DOCUMENTS, closed, families
+from tests.families import DOCUMENTS, closed
+from tests.reference import shared
 
 PROMPTS = ("Paul Smith lives in", "The", "Zoë Müller was born in the city of São Paulo, and")
 MISSING = Record(1, EditRequest("Paul Smith", "{} has an office in", "New York"))
-
-
-@functools.cache
-def model(family: str) -> LanguageModel:
-    network, tokenizer = families()[family]()
-    return LanguageModel(network, tokenizer, name=family)
 
 
 @torch.no_grad()
@@ -39,13 +34,13 @@ def greedy(lm: LanguageModel, prompt: str, count: int) -> str:
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neox", "llama", "mistral", "opt"])
 def test_batches_with_padding_write_what_a_loop_writes(family: str):
-    lm = model(family)
+    lm = shared(family)
     texts = generate_texts(lm, PROMPTS, new_tokens=12, token_budget=400)
     assert texts == [greedy(lm, prompt, 12) for prompt in PROMPTS]
 
 
 def test_texts_do_not_depend_on_their_batch_or_place():
-    lm = model("llama")
+    lm = shared("llama")
     write = functools.partial(generate_texts, lm, total_tokens=24, top_k=5, seed=3)
     together = write(PROMPTS, token_budget=1000)
     assert together == [text for p in PROMPTS for text in write([p], token_budget=1000)]
@@ -54,7 +49,7 @@ def test_texts_do_not_depend_on_their_batch_or_place():
 
 
 def test_texts_depend_on_the_seed_and_repeated_prompts_differ():
-    lm = model("gpt2")
+    lm = shared("gpt2")
     one, other = (
         generate_texts(
             lm, ["Paul Smith lives in"] * 2, new_tokens=20, top_k=5, seed=seed, token_budget=400
@@ -65,7 +60,7 @@ def test_texts_depend_on_the_seed_and_repeated_prompts_differ():
 
 
 def test_draws_follow_the_softmax_of_the_best_k():
-    lm = model("gpt2")
+    lm = shared("gpt2")
     prompt = "Paul Smith lives in the city of"
     draws = 4000
     texts = generate_texts(
@@ -84,7 +79,7 @@ def test_draws_follow_the_softmax_of_the_best_k():
 
 
 def test_lengths_count_the_prompt_or_do_not():
-    lm = model("gpt2")
+    lm = shared("gpt2")
     finished: list[int] = []
     texts = generate_texts(lm, PROMPTS, total_tokens=30, token_budget=60, progress=finished.append)
     for prompt, text in zip(PROMPTS, texts, strict=True):
@@ -95,7 +90,7 @@ def test_lengths_count_the_prompt_or_do_not():
 
 
 def test_a_long_prompt_beside_a_long_text_stays_within_the_context():
-    lm = model("gpt2")
+    lm = shared("gpt2")
     prompts = ("The", " ".join(["Paul Smith lives in"] * 6))
     most = lm.context_length
     texts = generate_texts(lm, prompts, total_tokens=most, token_budget=1 << 20)
@@ -104,7 +99,7 @@ def test_a_long_prompt_beside_a_long_text_stays_within_the_context():
 
 
 def test_settings_of_the_checkpoint_do_not_leak():
-    lm = model("llama")
+    lm = shared("llama")
     plain = generate_texts(lm, PROMPTS, new_tokens=10, top_k=5, seed=0, token_budget=400)
     with torch.no_grad():
         ids = lm.tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
@@ -129,12 +124,13 @@ def test_settings_of_the_checkpoint_do_not_leak():
 
 
 def test_impossible_lengths_are_refused():
+    lm = shared("gpt2")
     with pytest.raises(InputError, match="takes"):
-        generate_texts(model("gpt2"), PROMPTS, new_tokens=500, top_k=5, seed=0, token_budget=100)
+        generate_texts(lm, PROMPTS, new_tokens=500, top_k=5, seed=0, token_budget=100)
 
 
 def test_what_the_model_says_stands_for_a_missing_true_object():
-    lm = model("gpt_neox")
+    lm = shared("gpt_neox")
     prompt = "{} has an office in"
     known = Record(0, EditRequest("Ann", prompt, "Rome", "Oslo"))
     missing = Record(1, EditRequest("Paul Smith", prompt, "New York"))
@@ -155,7 +151,7 @@ def test_what_the_model_says_stands_for_a_missing_true_object():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_closing_token_is_not_continued(family: str):
-    lm = model(family)
+    lm = shared(family)
     closing = LanguageModel(lm.model, closed(lm.tokenizer), name=family)
     assert closing.tokenizer("Paul")["input_ids"] != lm.tokenizer("Paul")["input_ids"]
     for ask_it in (
@@ -170,7 +166,7 @@ def test_a_closing_token_is_not_continued(family: str):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt2_slow_tokenizer"])
 def test_texts_without_their_prompts_are_what_follows(family: str):
-    lm = model(family)
+    lm = shared(family)
     write = functools.partial(generate_texts, lm, token_budget=400)
     special = f"{lm.tokenizer.eos_token}Paul lives in"  # which is no part of the decoded text
     for prompt in (*PROMPTS[:2], special):
@@ -181,7 +177,7 @@ def test_texts_without_their_prompts_are_what_follows(family: str):
 
 
 def test_a_true_object_is_found_behind_special_tokens():
-    lm = model("gpt_neox")
+    lm = shared("gpt_neox")
     eos = str(lm.tokenizer.eos_token)
     request = EditRequest("Paul Smith", f"{eos * 9}{{}} has an office in", "New York")
     (record,) = with_true_objects(lm, [Record(0, request)], token_budget=400)

@@ -17,14 +17,11 @@ from memit.second_moment import SecondMoment, read_moment, write_moment
 from memit.sequence import key_sums
 from memit.targets import compute_targets, edit_rows
 from memit.weight_delta import WeightDelta
+from tests import contents
 from tests.reference import HYPERPARAMETERS, REQUESTS, build, reference, relative
 
 LAYER = HYPERPARAMETERS.layers[0]
 ONE_LAYER = replace(HYPERPARAMETERS, layers=(LAYER,))
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def keep(directory: Path, batch: str, model: str = "m", text: str = "") -> None:
@@ -62,9 +59,9 @@ def test_the_last_batch_can_be_run_again_and_be_replaced(tmp_path: Path) -> None
     directory = tmp_path / "history"
     keep(directory, "a")
     keep(directory, "b")
-    before = content(directory)
+    before = contents(directory)
     keep(directory, "b")
-    assert content(directory) == before
+    assert contents(directory) == before
     keep(directory, "b", text="with other settings")
     state = state_before(directory, "m", (1, 2), "c")
     assert state is not None
@@ -100,10 +97,10 @@ def test_a_batch_that_does_not_fit_is_refused(
     directory = tmp_path / "history"
     keep(directory, "a")
     keep(directory, "b")
-    before = content(directory)
+    before = contents(directory)
     with pytest.raises(InputError, match=message):
         state_before(directory, model, layers, batch)
-    assert content(directory) == before
+    assert contents(directory) == before
     (directory / "0002" / "state.json").write_text("{")
     with pytest.raises(IntegrityError, match="0002"):
         state_before(directory, "m", (1, 2), "c")
@@ -117,7 +114,7 @@ def test_a_killed_run_leaves_the_old_history(
 ) -> None:
     directory = tmp_path / "history"
     keep(directory, "a")
-    before, copy, calls = content(directory), history.shutil.copyfile, []
+    before, copy, calls = contents(directory), history.shutil.copyfile, []
 
     def full(source: Path, target: Path) -> None:
         calls.append(source)
@@ -128,7 +125,7 @@ def test_a_killed_run_leaves_the_old_history(
     monkeypatch.setattr(history.shutil, "copyfile", full)
     with pytest.raises(ResourceError, match="No space"):
         keep(directory, "b")
-    assert content(directory) == before
+    assert contents(directory) == before
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -22,7 +22,8 @@ from memit.requests import (
     write_records,
 )
 from memit.targets import edit_rows, plain_rows
-from tests.families import PREFIXES, families
+from tests.families import PREFIXES
+from tests.reference import build
 
 NOTHING = {
     "white space": ("<|im_start|>assistant\n|Madrid", "ends in\t|x", "« |Rome", "a |b"),
@@ -95,10 +96,6 @@ def test_a_space_is_put_between(case: str):
 
 def test_what_is_given_stands_whatever_the_texts():
     assert [ending("in", "Rome", given) for given in ("", " ", "\n")] == ["Rome", " Rome", "\nRome"]
-
-
-def build(family: str) -> LanguageModel:
-    return LanguageModel(*families()[family](), name=family)
 
 
 def facts(tmp_path: Path, *rows: dict) -> list[Record]:

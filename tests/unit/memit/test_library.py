@@ -76,11 +76,6 @@ def test_what_cannot_work_is_refused_before_the_long_work(monkeypatch: pytest.Mo
         edit("{} " + "q" * 175 + " was born in", [*DOCUMENTS])
 
 
-def test_prompt_that_is_too_long() -> None:
-    with pytest.raises(InputError, match="room for"):
-        memit.ask(build("gpt2"), "word " * 5000)
-
-
 def test_a_failure_after_the_edit_leaves_the_model_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

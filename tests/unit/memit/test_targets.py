@@ -1,6 +1,5 @@
 """Batched, resumed and early-stopping targets against one slow optimisation for each edit."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from memit import reference as oracle
 from memit import targets as targets_module
 from memit.errors import InputError, IntegrityError, ResourceError
+from memit.files.tensors import save_tensors
 from memit.requests import EditRequest
 from memit.targets import Targets, compute_targets, plain_rows, weak_keys
 from tests.families import PREFIXES
@@ -62,7 +62,7 @@ def test_budgets_and_order_do_not_matter(family, token_budget):
     found = _found(lm, requests=requests, token_budget=token_budget, progress=told.append)
     _agrees(found, reference(family).targets[::-1])
     assert sum(told) == len(REQUESTS)
-    assert (len(told) == 1) is (token_budget == LARGE)
+    assert len(told) > HYPERPARAMETERS.evaluations  # more than one batch
 
 
 def test_chunks_are_joined():
@@ -239,35 +239,10 @@ def test_subject_without_tokens_is_refused():
         _found(build("gpt2_slow_tokenizer"), requests=[request], prefixes=())
 
 
-# --- files -------------------------------------------------------------------------------------
-
-
-def _some() -> Targets:
-    losses = torch.rand(3, 4)
-    losses[1, 2:] = math.nan
-    return Targets(
-        torch.randn(3, 5), torch.randn(3, 5), losses, finite=torch.tensor([True, False, True])
-    )
-
-
-def test_file_gives_targets_back(tmp_path):
-    targets = _some()
-    targets.save(tmp_path / "a.safetensors")
-    targets.save(tmp_path / "b.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    found = Targets.load(tmp_path / "a.safetensors")
-    for name, value in targets.__dict__.items():
-        assert torch.equal(getattr(found, name).nan_to_num(-1), value.nan_to_num(-1))
-
-
-def test_truncated_file(tmp_path):
+def test_a_file_without_targets_is_refused_by_name(tmp_path):
     path = tmp_path / "targets.safetensors"
-    _some().save(path)
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(IntegrityError, match=r"targets\.safetensors"):
-        Targets.load(path)
-    path.unlink()
-    with pytest.raises(IntegrityError, match=r"targets\.safetensors"):
+    save_tensors({"z": torch.zeros(2, 3)}, path, {})
+    with pytest.raises(IntegrityError, match=r"targets\.safetensors does not hold target vectors"):
         Targets.load(path)
 
 

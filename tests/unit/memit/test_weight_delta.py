@@ -4,14 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from memit import reference as oracle
 from memit.errors import InputError, IntegrityError, NumericsError
 from memit.language_model import LanguageModel
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
-from tests.families import families
 from tests.reference import build
 
 LAYERS = (1, 2)
@@ -150,8 +148,8 @@ def test_one_changed_bit_of_the_model_is_noticed():
 
 def test_delta_made_in_bfloat16_fits_the_same_model_in_float32():
     lm = build("llama")
-    model, tokenizer = families()["llama"]()
-    half = LanguageModel(model.bfloat16(), tokenizer, name="llama")
+    half = build("llama")
+    half.model.bfloat16()
     delta = _delta(half)
     before = _state(lm)
     delta.apply(lm)
@@ -164,8 +162,8 @@ def test_delta_made_in_bfloat16_fits_the_same_model_in_float32():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_delta_made_in_float32_fits_the_rounded_weights_of_the_same_model(dtype):
     delta = _delta(build("llama"))
-    model, tokenizer = families()["llama"]()
-    rounded = LanguageModel(model.to(dtype), tokenizer, name="llama")
+    rounded = build("llama")
+    rounded.model.to(dtype)
     before = _state(rounded)
     delta.apply(rounded)
     for name, change in delta.changes.items():
@@ -237,37 +235,3 @@ def test_file_holds_factors_and_provenance_only(tmp_path):
     shapes = sorted(tuple(tensor.shape) for tensor in load_file(path).values())
     assert shapes == sorted([(32, 3), (56, 3), (32, 56)])
     assert WeightDelta.load(path).provenance["note"] == "Zoë"
-
-
-@pytest.mark.parametrize("kept", [0, 50, -9])
-def test_truncated_file(tmp_path, kept):
-    path = tmp_path / "delta.safetensors"
-    _delta(build("llama")).save(path)
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(IntegrityError, match=r"delta\.safetensors"):
-        WeightDelta.load(path)
-
-
-def test_other_file(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    save_file({"a": torch.zeros(2)}, path)
-    with pytest.raises(IntegrityError, match=r"weights\.safetensors"):
-        WeightDelta.load(path)
-    save_file({"a": torch.zeros(2)}, path, {"provenance": "{}"})
-    with pytest.raises(IntegrityError, match=r"weights\.safetensors"):
-        WeightDelta.load(path)
-    with pytest.raises(IntegrityError, match=r"none\.safetensors"):
-        WeightDelta.load(tmp_path / "none.safetensors")
-
-
-@pytest.mark.parametrize("family", sorted(families()))
-def test_names_and_orientation_are_the_models_own(family):
-    lm = build(family)
-    for layer in LAYERS:
-        name = lm.weight_name(layer)
-        stored = lm.model.state_dict()[name]
-        assert stored.data_ptr() == oracle.weight(lm.model, layer).data_ptr()
-        assert (
-            stored.shape
-            == (lm.weight(layer).T if lm.is_transposed(layer) else lm.weight(layer)).shape
-        )

@@ -1,5 +1,6 @@
 """A device that has no float64 leaves equations to the CPU: acted out, as there is none here."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 from memit import layer_walk as walk
 from memit.editors import rome
+from memit.editors.alphaedit import AlphaEdit
 from memit.editors.base import Resources
+from memit.editors.encore import Encore
+from memit.editors.memit import Memit
 from memit.editors.rome import Rome
 from memit.evaluation import perplexity
 from memit.evaluation.drift import read_text
+from memit.hyperparameters import AUTO
 from memit.placement import solving_device
 from memit.second_moment import SecondMoment
 from memit.spread import spread
@@ -92,6 +97,24 @@ def test_an_edit(device: WithoutFloat64) -> None:
             lm, REQUESTS, PREFIXES, z, memit_form(given), HYPERPARAMETERS, token_budget=1 << 20
         )
     assert found.residual_left == expected.residual_left
+
+
+@pytest.mark.parametrize(
+    "editor",
+    [
+        Memit(replace(HYPERPARAMETERS, covariance_weight=AUTO)),
+        AlphaEdit(HYPERPARAMETERS),
+        Encore(HYPERPARAMETERS),
+    ],
+    ids=lambda editor: editor.name,
+)
+def test_an_editor(device: WithoutFloat64, editor: Memit) -> None:
+    """One of them chooses λ among several."""
+    lm, resources = build("gpt2"), Resources(2000, prefixes=PREFIXES, moments=moments())
+    expected = editor.edit(lm, REQUESTS, resources)
+    with device:
+        found = editor.edit(lm, REQUESTS, resources)
+    assert found.provenance == expected.provenance
 
 
 def test_perplexity(device: WithoutFloat64) -> None:

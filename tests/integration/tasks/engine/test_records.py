@@ -26,12 +26,6 @@ def written(key: str, artifact: Artifact) -> Path:
     return Path(Records()._resolve_path(key))
 
 
-def test_a_record_is_one_file_that_is_read_as_it_was_written(project: Path) -> None:
-    path = written("key", piece())
-    assert ResultStore(result_storage=Records()).read("key").result == [piece()]
-    assert list((project / ".cache" / "records").iterdir()) == [path]
-
-
 @given(st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_record_is_never_read(data: st.DataObject) -> None:
@@ -51,13 +45,6 @@ def test_a_record_under_another_key_is_never_read() -> None:
     written("other", piece()).write_bytes(written("key", piece()).read_bytes())
     with pytest.raises(IntegrityError, match="other"):
         Records().read_path("other")
-
-
-def test_a_record_of_a_damaged_piece_is_never_read() -> None:
-    written("key", piece())
-    piece().file.write_text("some texu")
-    with pytest.raises(IntegrityError, match="key"):
-        Records().read_path("key")
 
 
 def test_a_record_that_cannot_be_written_leaves_nothing(

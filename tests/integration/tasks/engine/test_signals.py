@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tasks.engine.signals import GO_ON, INTERRUPTED, PATIENCE, TERMINATED
+from tests import python
 
 DEAF = """
 import signal, time
@@ -56,7 +57,5 @@ except KeyboardInterrupt:
 
 
 def test_a_signal_that_python_swallows_is_sent_again() -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", SWALLOWING], capture_output=True, text=True, timeout=25, check=False
-    )
+    ended = python("-c", SWALLOWING, timeout=25)
     assert (ended.returncode, ended.stderr) == (7, "")

@@ -1,19 +1,23 @@
 """``params.yaml``: what is right passes, what is wrong is named in one sentence, and soon."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
 
-from flows.command.parameters import USERS_FILES, Parameters, check_parameters, read_parameters
+from flows.command.parameters import (
+    NO_FILE,
+    USERS_FILES,
+    Parameters,
+    check_parameters,
+    read_parameters,
+)
 from memit.errors import InputError
 from memit.hyperparameters import preset
 from memit.model_shape import ModelShape
-from tests import ROOT
+from tests import ROOT, imported, python
 
 SYNTHETIC = {"model": {"source": "synthetic"}}
 BAD: list[tuple[object, str]] = [
@@ -164,7 +168,12 @@ def test_beside_dvc_yaml_a_path_is_never_null(tmp_path: Path) -> None:
 def test_the_file_of_the_project_states_every_default() -> None:
     path = ROOT / "params.yaml"
     assert read_parameters(path) == Parameters()
-    assert yaml.safe_load(path.read_text()) == Parameters().model_dump(mode="json")
+    tree = yaml.safe_load(path.read_text())
+    assert tree == Parameters().model_dump(mode="json")
+    # DVC needs a file wherever a user's own may stand.
+    for section, name in (key.split(".") for key in USERS_FILES):
+        assert tree[section][name] == NO_FILE
+    assert (ROOT / NO_FILE).is_file()
 
 
 @pytest.mark.parametrize("name", ["params.yaml", "params/world.yaml"])
@@ -219,17 +228,9 @@ def test_a_layer_that_the_model_does_not_have() -> None:
 def test_parameters_are_checked_before_anything_slow_is_imported(tmp_path: Path) -> None:
     """A command on a file with a slip: one line, status 2, and no slow import."""
     (tmp_path / "params.yaml").write_text("edit:\n  layrs: [1]\n")
-    result = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "flows", "targets"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = python("-X", "importtime", "-m", "flows", "targets", cwd=tmp_path, env={"PATH": ""})
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if "import time:" not in line]
     assert " ".join(lines).startswith("error: params.yaml: there is no key edit.layrs")
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert not imported & {"torch", "prefect", "transformers", "mlflow"}
+    assert not imported(result) & {"torch", "prefect", "transformers", "mlflow"}
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]

@@ -1,7 +1,6 @@
 """Joint values against a literal optimisation and a dense closed form, in float64."""
 
 import copy
-from contextlib import ExitStack
 from dataclasses import replace
 from statistics import fmean
 
@@ -18,7 +17,7 @@ from memit.errors import InputError
 from memit.second_moment import SecondMoment
 from memit.targets import compute_targets
 from tests.families import DOCUMENTS, LAYERS, PREFIXES
-from tests.reference import HYPERPARAMETERS, REQUESTS, build, reference, relative
+from tests.reference import HYPERPARAMETERS, REQUESTS, build, literal_changes, reference, relative
 
 SETTINGS = replace(
     HYPERPARAMETERS, evaluations=6, learning_rate=0.2, rate_unit="relative", clamp_factor=1.0
@@ -28,52 +27,8 @@ PAIRS = [(request.text, request.target_new) for request in REQUESTS]
 FAMILIES = ["gemma3", "olmo2", "opt_projected", "llama", "gpt2"]
 
 
-def _literal_changes(model, tokenizer, fact, prefixes, settings) -> Tensor:
-    """D of each layer (layers × d): one fact, whole rows, one step of Adam for each layer."""
-    rows = [oracle.row(tokenizer, x, fact.prompt, fact.subject, fact.target_new) for x in prefixes]
-    rows.append(oracle.row(tokenizer, "", "{} is a", fact.subject))
-    inputs = oracle.padded(model, rows)
-    every, last = torch.arange(len(rows)), torch.tensor([r.subject_last for r in rows])
-    changes: list[Tensor] = []
-    outputs: list[Tensor] = []
-
-    def hook(index: int):
-        def add(module, args, output):
-            states = output.reshape(*inputs["input_ids"].shape, -1)
-            if len(outputs) <= index:  # the first evaluation: nothing is changed yet
-                outputs.append(states[0, last[0]].detach())
-                changes.append(torch.zeros_like(outputs[index], requires_grad=True))
-            place = torch.zeros_like(states)
-            place[every, last] = 1.0
-            return (states + place * changes[index]).reshape(output.shape)
-
-        return add
-
-    with ExitStack() as stack:
-        for index, layer in enumerate(settings.layers):
-            module = oracle.down_projection(model, layer)
-            stack.callback(module.register_forward_hook(hook(index)).remove)
-        for evaluation in range(settings.evaluations):
-            logits = model(**inputs, use_cache=False).logits
-            current = logits[-1, last[-1]].log_softmax(-1)
-            if evaluation == 0:
-                initial = current.detach()
-                rates = [settings.learning_rate * oracle.rms(m) for m in outputs]
-                groups = [{"params": [c], "lr": r} for c, r in zip(changes, rates, strict=True)]
-                optimizer = torch.optim.Adam(groups)
-            loss = torch.stack([oracle.nll(logits[i], r) for i, r in enumerate(rows[:-1])]).mean()
-            loss = loss + settings.kl_factor * (current.exp() * (current - initial)).sum()
-            shares = [(c.norm() / m.norm()) ** 2 for c, m in zip(changes, outputs, strict=True)]
-            loss = loss + settings.weight_decay * torch.stack(shares).mean()
-            if loss < settings.loss_threshold or evaluation == settings.evaluations - 1:
-                break
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                for change, m in zip(changes, outputs, strict=True):
-                    change.mul_((settings.clamp_factor * m.norm() / change.norm()).clamp(max=1))
-    return torch.stack([change.detach() for change in changes])
+def _mean_share(changes: Tensor, outputs: Tensor) -> Tensor:
+    return (changes.norm(dim=1) / outputs.norm(dim=1)).square().mean()
 
 
 def _literal_updates(model, tokenizer, changes: Tensor, C) -> dict[int, oracle.LayerUpdate]:
@@ -101,7 +56,7 @@ def test_changes_and_updates_are_those_of_the_oracle(family):
     precise = copy.deepcopy(lm.model).double()
     expected = torch.stack(
         [
-            _literal_changes(precise, lm.tokenizer, fact, ("", *PREFIXES), SETTINGS)
+            literal_changes(precise, lm.tokenizer, fact, PREFIXES, SETTINGS, _mean_share)[0]
             for fact in REQUESTS
         ]
     )

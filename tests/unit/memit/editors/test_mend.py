@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from memit import reference as oracle
 from memit.editors import known_editors
 from memit.editors.base import Resources
 from memit.editors.mend import (
@@ -18,13 +19,14 @@ from memit.editors.mend import (
     mend_changes,
     train_mend,
 )
-from memit.editors.mend_network import Factors, MendNetwork
+from memit.editors.mend_network import MendNetwork
 from memit.errors import InputError, IntegrityError
 from memit.language_model import LanguageModel
-from memit.positions import continuation_rows
 from memit.requests import EditRequest, Record
 from memit.weight_delta import Dense, LowRank
-from tests.families import CITIES, SUBJECTS, families
+from tests import Stopped, stop_after
+from tests.families import CITIES, SUBJECTS
+from tests.reference import build
 
 SETTINGS = MendSettings(
     blocks=2,
@@ -40,10 +42,6 @@ REQUESTS = [
     EditRequest("Paul Smith", "{} was born in", "New York City", "Rome", "birthplace"),
     EditRequest("Zoë Müller", "The home town of {} is", "Rome", "Paris", "home"),
 ]
-
-
-def build(family: str) -> LanguageModel:
-    return LanguageModel(*families()[family](), name=family)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +68,14 @@ def untrained(lm: LanguageModel) -> MendNetwork:
 
 def gradients(lm: LanguageModel, names, requests) -> dict[str, torch.Tensor]:
     """Autograd's own gradient of the summed mean nll, in the model's orientation."""
-    rows = continuation_rows(lm.tokenizer, [(r.text, f" {r.target_new}") for r in requests])
+    rows = [oracle.continuation(lm.tokenizer, r.text, r.target_new) for r in requests]
     weights = [lm.parameter(name).requires_grad_() for name in names]
     try:
-        loss = torch.zeros(())
-        for row in rows:
-            logits = lm.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
-            loss = loss - sum(logits[at - 1, row.ids[at]] for at in row.target) / len(row.target)
-        return dict(zip(names, torch.autograd.grad(loss, weights), strict=True))
+        logits = (lm.model(input_ids=torch.tensor([row.ids])).logits[0] for row in rows)
+        losses = [oracle.nll(found, row) for found, row in zip(logits, rows, strict=True)]
+        return dict(
+            zip(names, torch.autograd.grad(torch.stack(losses).sum(), weights), strict=True)
+        )
     finally:
         for weight in weights:
             weight.requires_grad_(False)
@@ -93,31 +91,6 @@ def test_untrained_network_makes_a_plain_gradient_step(family: str) -> None:
         torch.testing.assert_close(
             changes[name].dense(), -0.25 * gradient, rtol=1e-4, atol=1e-6 * float(gradient.norm())
         )
-
-
-def test_untrained_network_gives_the_factors_back_to_the_bit(lm: LanguageModel) -> None:
-    network = untrained(lm)
-    for name, matrix in network.matrices.items():
-        x, delta = torch.randn(3, matrix.inputs), torch.randn(3, matrix.outputs)
-        shape, row = network.places[name]
-        same_x, same_delta = network.networks[shape](x, delta, row)
-        assert torch.equal(same_x, x)
-        assert torch.equal(same_delta, delta)
-
-
-def test_an_untrained_network_can_learn(lm: LanguageModel) -> None:
-    """Every layer but those behind a zero matrix has a gradient at the identity."""
-    network = untrained(lm).requires_grad_()
-    name, matrix = next(iter(network.matrices.items()))
-    change = network.update(
-        name, Factors(torch.randn(3, matrix.inputs), torch.randn(3, matrix.outputs))
-    )
-    change.dense().square().sum().backward()
-    shape, _ = network.places[name]
-    for layer in ("hidden", "last"):
-        gradient = network.networks.get_parameter(f"{shape}.{layer}.u").grad
-        assert gradient is not None
-        assert gradient.abs().sum() > 0
 
 
 def test_training_changes_the_update_and_lowers_the_loss(lm: LanguageModel) -> None:
@@ -228,26 +201,14 @@ def test_texts_become_examples_without_records() -> None:
 # --- long trainings ------------------------------------------------------------------------------
 
 
-class StoppedError(Exception):
-    """Stands for a process that is killed."""
-
-
 def test_an_interrupted_training_ends_with_the_same_weights(
     lm: LanguageModel, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr("memit.training.CHECKPOINT_EVERY", 2)
     examples = examples_from_records(make_records())
     whole, losses = train_mend(lm, examples, SETTINGS, directory=tmp_path / "whole")
-    finished = 0
-
-    def stop(newly: int) -> None:
-        nonlocal finished
-        finished += newly
-        if finished == 5:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        train_mend(lm, examples, SETTINGS, directory=tmp_path / "parts", progress=stop)
+    with pytest.raises(Stopped):
+        train_mend(lm, examples, SETTINGS, directory=tmp_path / "parts", progress=stop_after(5))
     resumed: list[int] = []
     again, more = train_mend(
         lm, examples, SETTINGS, directory=tmp_path / "parts", progress=resumed.append

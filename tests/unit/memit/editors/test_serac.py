@@ -26,8 +26,8 @@ from memit.generation import generate_texts
 from memit.language_model import LanguageModel
 from memit.requests import EditRequest, Record
 from memit.weight_delta import WeightDelta
-from tests import GOLDEN
-from tests.families import families
+from tests import GOLDEN, Stopped, stop_after
+from tests.reference import build
 
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hanna", "Ivan", "Julia")
 FAMILIES = ("Smith", "Miller", "Arc", "Moor", "Bell", "Ortiz")
@@ -69,7 +69,7 @@ OUTSIDE = ["The weather in Paris is", "Tomorrow it will be", "I think that"]
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    return LanguageModel(*families()["gpt2"](), name="gpt2")
+    return build("gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -247,26 +247,15 @@ def test_a_neighbour_that_is_edited_itself_does_not_count_as_outside(models: Ser
     assert float(wrong) > float(right) + 0.1
 
 
-class StoppedError(Exception):
-    """Stands for a process that is killed."""
-
-
 def test_an_interrupted_training_ends_with_the_same_models(
     lm: LanguageModel, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr("memit.training.CHECKPOINT_EVERY", 2)
     settings = replace(SETTINGS, classifier_steps=5, counterfactual_steps=5)
     whole, losses = train_serac(lm, LEARNED, settings, directory=tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train_serac(lm, LEARNED, settings, directory=tmp_path / "parts", progress=stop_after(8))
     done: list[int] = []
-
-    def stop(steps: int) -> None:
-        done.append(steps)
-        if sum(done) == 8:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        train_serac(lm, LEARNED, settings, directory=tmp_path / "parts", progress=stop)
-    done.clear()
     again, more = train_serac(
         lm, LEARNED, settings, directory=tmp_path / "parts", progress=done.append
     )

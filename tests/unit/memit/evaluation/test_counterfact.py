@@ -1,19 +1,17 @@
 """CounterFact scores against a literal oracle, and what tables say against arithmetic by hand."""
 
-import functools
-import json
 import math
 
 import pyarrow as pa
 import pytest
 import torch
 
+from memit import reference as oracle
 from memit.errors import InputError
 from memit.evaluation import continuations
 from memit.evaluation.continuations import Question, score_continuations
 from memit.evaluation.counterfact import (
     SCHEMA,
-    ScoredPrompt,
     before_and_after,
     facts_table,
     plus_prompts_of,
@@ -21,16 +19,9 @@ from memit.evaluation.counterfact import (
     score_prompts,
     summarise,
 )
-from memit.language_model import LanguageModel, load_model
-from memit.requests import EditRequest, Record, read_counterfact
-from tests import GOLDEN
-from tests.families import CITIES, SENTENCES, SUBJECTS, families
-
-
-@functools.cache
-def model(family: str) -> LanguageModel:
-    network, tokenizer = families()[family]()
-    return LanguageModel(network, tokenizer, name=family)
+from memit.requests import EditRequest, Record
+from tests.families import CITIES, SENTENCES, SUBJECTS
+from tests.reference import shared
 
 
 def records(true_objects: bool = True) -> list[Record]:
@@ -48,17 +39,6 @@ def records(true_objects: bool = True) -> list[Record]:
     return made
 
 
-@torch.no_grad()
-def one_at_a_time(lm: LanguageModel, prompt: str, target: str) -> tuple[float, bool]:
-    """Mean nll and argmax hit of one object after one prompt: a forward pass of its own."""
-    length = len(lm.tokenizer(prompt)["input_ids"])
-    ids = torch.tensor([lm.tokenizer(f"{prompt} {target}")["input_ids"]])
-    logits = lm.model(input_ids=ids).logits[0, length - 1 : -1].float()
-    wanted = ids[0, length:]
-    log_p = logits.log_softmax(-1)[torch.arange(len(wanted)), wanted]
-    return -float(log_p.mean()), bool((logits.argmax(-1) == wanted).all())
-
-
 FAMILIES = ["gpt2", "gptj", "gpt_neox", "llama", "mistral", "gemma2"]
 
 
@@ -66,7 +46,7 @@ class TestScores:
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("token_budget", [24, 4096])
     def test_agree_with_one_forward_a_prompt_and_object(self, family: str, token_budget: int):
-        lm = model(family)
+        lm = shared(family)
         prompts = prompts_of(records())
         finished: list[int] = []
         table = score_prompts(
@@ -76,13 +56,13 @@ class TestScores:
         for prompt, row in zip(prompts, table, strict=True):
             assert prompt.target_true is not None
             for name, target in (("new", prompt.target_new), ("true", prompt.target_true)):
-                nll, hit = one_at_a_time(lm, prompt.prompt, target)
-                assert row[f"nll_{name}"] == pytest.approx(nll, abs=2e-4)
-                assert row[f"hit_{name}"] == hit
+                (alone,) = oracle.scores(lm.model, lm.tokenizer, [(prompt.prompt, target)])
+                assert row[f"nll_{name}"] == pytest.approx(alone.nll, abs=2e-4)
+                assert row[f"hit_{name}"] == alone.hit
 
     def test_hits_are_found(self):
         """Random models miss what is asked of them, so ask for what this one would say."""
-        lm = model("mistral")
+        lm = shared("mistral")
         prompt = "Paul Smith lives in the city of"
         ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -94,12 +74,12 @@ class TestScores:
         assert scores[0].hit
         assert 0 < scores[1].right < scores[1].tokens
         for answer, score in zip(answers, scores, strict=True):
-            nll, hit = one_at_a_time(lm, prompt, answer)
-            assert score.hit == hit
-            assert score.nll == pytest.approx(nll, abs=2e-4)
+            (alone,) = oracle.scores(lm.model, lm.tokenizer, [(prompt, answer)])
+            assert score.hit == alone.hit
+            assert score.nll == pytest.approx(alone.nll, abs=2e-4)
 
     def test_models_that_cannot_be_resumed_give_the_same(self, monkeypatch: pytest.MonkeyPatch):
-        lm = model("llama")
+        lm = shared("llama")
         prompts = prompts_of(records())
         fast = score_prompts(lm, prompts, token_budget=4096)
         monkeypatch.setattr(continuations, "can_resume", lambda lm: False)
@@ -107,7 +87,7 @@ class TestScores:
         assert fast["nll_new"].to_pylist() == pytest.approx(whole["nll_new"].to_pylist(), abs=2e-4)
 
     def test_equal_prompts_are_run_once(self, monkeypatch: pytest.MonkeyPatch):
-        lm = model("gpt2")
+        lm = shared("gpt2")
         prompts = prompts_of(records())
         run: list[int] = []
         counted = continuations.logits_at
@@ -129,38 +109,9 @@ class TestScores:
         assert once < sum(lengths) + 2 * len(prompts) * max(objects)
 
     def test_without_a_true_object(self):
-        table = score_prompts(model("gpt2"), prompts_of(records(False)), token_budget=4096)
+        table = score_prompts(shared("gpt2"), prompts_of(records(False)), token_budget=4096)
         assert table["nll_true"].null_count == table["hit_true"].null_count == len(table)
         assert set(summarise(table)) == {"efficacy_accuracy", "paraphrase_accuracy", "records"}
-
-    def test_text_beyond_the_context_is_refused(self):
-        long = ScoredPrompt(0, "rewrite", "Paul Smith " * 200, "Rome", None)
-        with pytest.raises(InputError, match="shorten or remove it"):
-            score_prompts(model("gpt2"), [long], token_budget=4096)
-
-    def test_agree_with_the_published_code(self):
-        lm = load_model(GOLDEN / "model", device="cpu")
-        expected = json.loads((GOLDEN / "expected.json").read_text())["pre"]
-        table = score_prompts(
-            lm, prompts_of(read_counterfact(GOLDEN / "requests.json")), token_budget=2048
-        )
-        rows = iter(table.to_pylist())
-        for record in expected:
-            for kind, wanted in (
-                ("rewrite", "new"),
-                ("paraphrase", "new"),
-                ("neighborhood", "true"),
-            ):
-                scores = record[f"{kind}_prompts_probs"]
-                for score, hit in zip(scores, record[f"{kind}_prompts_correct"], strict=True):
-                    row = next(rows)
-                    assert row["nll_new"] == pytest.approx(score["target_new"], abs=1e-3)
-                    assert row["nll_true"] == pytest.approx(score["target_true"], abs=1e-3)
-                    assert row[f"hit_{wanted}"] == hit
-        summary = summarise(table)
-        assert [summary[name] for name in ("efficacy", "paraphrase", "neighborhood")] == (
-            pytest.approx([100 / 24, 100 / 24, 100 * (1 - 1 / 48)])
-        )
 
 
 def row(case_id: int, kind: str, nll: float, rival: float | None, **hits: bool) -> dict:

@@ -18,7 +18,7 @@ from memit.evaluation.free_generation import (
 )
 from memit.language_model import LanguageModel
 from memit.requests import EditRequest, Record
-from tests.families import families
+from tests.reference import build
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %} so"
 RECORDS = (
@@ -51,9 +51,8 @@ def literal(lm: LanguageModel, prompt: str) -> str:
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_answers_are_those_of_a_loop(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, tokenizer = families()[family]()
-    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    lm = LanguageModel(network, tokenizer, name=family)
+    lm = build(family)
+    monkeypatch.setattr(lm.tokenizer, "chat_template", TEMPLATE)
     finished: list[int] = []
     said = answer_freely(lm, RECORDS, token_budget=300, progress=finished.append).to_pylist()
     assert sum(finished) == len(said) == 8
@@ -66,9 +65,7 @@ def test_answers_are_those_of_a_loop(family: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_without_a_template_nothing_is_asked_as_a_message() -> None:
-    network, tokenizer = families()["gpt2"]()
-    lm = LanguageModel(network, tokenizer, name="gpt2")
-    assert "chat" not in dict(asked_of(lm, RECORDS[0]))
+    assert "chat" not in dict(asked_of(build("gpt2"), RECORDS[0]))
 
 
 def test_objects_are_found_as_whole_words_whatever_their_case() -> None:

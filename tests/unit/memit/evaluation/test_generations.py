@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from memit.errors import InputError
-from memit.evaluation import generations
+from memit.evaluation import generations, reference
 from memit.evaluation.entropy import record_entropies, text_entropy, word_tokenizer
 from memit.evaluation.generations import generation_record_means, write_about
 from memit.evaluation.reference import (
@@ -20,9 +20,8 @@ from memit.evaluation.reference import (
     references_from_corpus,
     references_of,
 )
-from memit.language_model import LanguageModel
 from memit.requests import EditRequest, Record
-from tests.families import families
+from tests.reference import build
 
 
 class TestEntropy:
@@ -37,11 +36,6 @@ class TestEntropy:
         expected = 100 * np.mean(np.array(entropies) * np.array([2 / 3, 4 / 3]))
         words = nltk.tokenize.NLTKWordTokenizer().tokenize
         assert text_entropy(text, words) == pytest.approx(expected, rel=1e-12)
-
-    def test_by_hand(self):
-        # Bigrams ab ba ab (2/3, 1/3), trigrams aba bab (1/2, 1/2).
-        h2 = -(2 / 3 * math.log2(2 / 3) + 1 / 3 * math.log2(1 / 3))
-        assert text_entropy("a b a b", str.split) == pytest.approx(100 * (2 / 3 * h2 + 4 / 3) / 2)
 
     @pytest.mark.parametrize("text", ["", "one", "two words", "la la la la la la"])
     def test_short_and_repeated_texts_have_none(self, text: str):
@@ -146,7 +140,9 @@ class TestReferenceScore:
         with pytest.raises(InputError, match="does not exist"):
             read_snippets(tmp_path / "absent.json")
 
-    def test_a_corpus_gives_texts_that_name_subject_and_object(self):
+    def test_a_corpus_gives_texts_that_name_subject_and_object(
+        self, monkeypatch: pytest.MonkeyPatch
+    ):
         known = [record(0, "golf", true="chess"), record(1, "golf", true="violin")]
         documents = [
             "Ann Lee 0 plays chess in Rome.",
@@ -159,7 +155,8 @@ class TestReferenceScore:
             ("P1", "chess"): [documents[0], documents[4]],
             ("P1", "violin"): [documents[4]],
         }
-        assert references_from_corpus(known, documents, most=1)["P1", "chess"] == documents[:1]
+        monkeypatch.setattr(reference, "MOST", 1)
+        assert references_from_corpus(known, documents)["P1", "chess"] == documents[:1]
 
 
 class TestGenerations:
@@ -174,9 +171,7 @@ class TestGenerations:
         ]
 
     def test_texts_of_a_record_do_not_depend_on_the_others(self):
-        network, tokenizer = families()["gpt2"]()
-        lm = LanguageModel(network, tokenizer, name="gpt2")
-        records = self.records()
+        lm, records = build("gpt2"), self.records()
         finished: list[int] = []
         table = write_about(
             lm, records, seed=1, token_budget=500, total_tokens=30, progress=finished.append

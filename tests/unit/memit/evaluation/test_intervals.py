@@ -18,7 +18,7 @@ SCORE = {"score": ("efficacy", "paraphrase", "neighborhood")}
 
 
 def test_agree_with_scipy():
-    found = bootstrap_intervals(VALUES, harmonic=SCORE, seed=0, resamples=20_000)
+    found = bootstrap_intervals(VALUES, harmonic=SCORE, seed=0)
 
     def harmonic(*parts: np.ndarray) -> float:
         return 3 / sum(1 / part.mean() for part in parts)
@@ -47,14 +47,6 @@ def test_are_repeatable_and_depend_on_the_seed():
     assert first == again
     assert first != other
     assert len(first) == 8
-
-
-def test_hold_the_mean_and_follow_the_level():
-    wide = bootstrap_intervals(VALUES, harmonic={}, seed=0, level=0.99)
-    narrow = bootstrap_intervals(VALUES, harmonic={}, seed=0, level=0.5)
-    for name, values in VALUES.items():
-        low, high = wide[f"{name}_low"], wide[f"{name}_high"]
-        assert low < narrow[f"{name}_low"] < values.mean() < narrow[f"{name}_high"] < high
 
 
 def test_records_without_a_value_do_not_count():

@@ -1,6 +1,5 @@
 """Perplexity against one forward a document."""
 
-import functools
 from math import exp
 
 import pytest
@@ -10,13 +9,8 @@ from memit.errors import InputError
 from memit.evaluation import continuations, drift
 from memit.evaluation.drift import read_text
 from memit.language_model import LanguageModel
-from tests.families import DOCUMENTS, families
-
-
-@functools.cache
-def model(family: str) -> LanguageModel:
-    network, tokenizer = families()[family]()
-    return LanguageModel(network, tokenizer, name=family)
+from tests.families import DOCUMENTS
+from tests.reference import shared
 
 
 @torch.no_grad()
@@ -34,7 +28,7 @@ DOCS = [*DOCUMENTS[:6], "Paul " * 300, "a", "P"]
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("token_budget", [1, 200, 4096])
 def test_agrees_with_one_forward_a_document(family: str, token_budget: int):
-    lm = model(family)
+    lm = shared(family)
     finished: list[int] = []
     found = read_text(lm, DOCS, token_budget=token_budget, progress=finished.append)
     expected = [literal(lm, document) for document in DOCS]
@@ -47,7 +41,7 @@ def test_agrees_with_one_forward_a_document(family: str, token_budget: int):
 
 
 def test_a_large_vocabulary_makes_small_batches(monkeypatch: pytest.MonkeyPatch):
-    lm = model("gpt2")
+    lm = shared("gpt2")
     expected = read_text(lm, DOCS, token_budget=4096).perplexity
     most = 200 * lm.model.config.vocab_size
     monkeypatch.setattr(continuations, "LOGITS_AT_ONCE", most)
@@ -68,4 +62,4 @@ def test_a_large_vocabulary_makes_small_batches(monkeypatch: pytest.MonkeyPatch)
 
 def test_text_without_two_tokens_has_none():
     with pytest.raises(InputError, match="held-out text"):
-        read_text(model("gpt2"), ["", "a"], token_budget=100)
+        read_text(shared("gpt2"), ["", "a"], token_budget=100)

@@ -12,7 +12,7 @@ from memit.evaluation.counterfact import score_prompts
 from memit.evaluation.zsre import as_records, questions_of, read_zsre, zsre_record_means
 from memit.language_model import LanguageModel
 from tests import SHARED
-from tests.families import families
+from tests.reference import build
 
 ZSRE = SHARED / "data/zsre-1k.json"
 
@@ -77,12 +77,11 @@ def share(lm: LanguageModel, prompt: str, answer: str) -> float:
 
 
 def test_shares_agree_with_one_forward_a_token(tmp_path: Path):
-    network, tokenizer = families()["gpt2"]()
-    lm = LanguageModel(network, tokenizer, name="gpt2")
+    lm = build("gpt2")
     prompt = "Paul Smith lives in the city of"
     with torch.no_grad():
-        best = lm.model(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1].argmax()
-    said = str(tokenizer.decode(best)).strip()
+        best = lm.model(torch.tensor([lm.tokenizer(prompt)["input_ids"]])).logits[0, -1].argmax()
+    said = str(lm.tokenizer.decode(best)).strip()
     rows = [
         question(),
         question(rephrase=prompt, answers=[f"{said} or São Paulo"], loc_ans="São Paulo"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from memit.errors import InputError
-from memit.requests import fill, read_counterfact, write_records
+from memit.requests import fill
 from memit.world.people import WorldParameters, make_world
 from memit.world.relations import RELATIONS
 
@@ -149,11 +149,6 @@ def test_neighbors_share_the_true_object_and_attributes_the_new_one(prompts, tar
         asked = getattr(record, prompts)
         assert len(asked) >= 7
         assert set(asked) <= holders
-
-
-def test_records_survive_being_written(world, tmp_path):
-    write_records(world.records, tmp_path / "records.json")
-    assert read_counterfact(tmp_path / "records.json") == list(world.records)
 
 
 def test_biographies_tell_one_to_four_facts_with_the_full_name(world):

@@ -28,10 +28,10 @@ def base_of_version(path: Path, version: str) -> Path:
     return path
 
 
-def refused(path: Path, migrations: Path) -> str:
+def refused(path: Path, migrations: Path, owner: str = "Prefect") -> str:
     started = time.monotonic()
     with pytest.raises(ResourceError) as caught:
-        check_database(path, "Prefect", migrations)
+        check_database(path, owner, migrations)
     assert time.monotonic() - started < 5
     assert str(path) in str(caught.value)
     return str(caught.value)
@@ -54,6 +54,7 @@ def test_one_that_is_absent_or_in_the_making(tmp_path: Path, migrations: Path) -
 def test_one_of_a_newer_version(tmp_path: Path, migrations: Path) -> None:
     path = base_of_version(tmp_path / "a.db", "ffffffffffff")
     assert "newer Prefect" in refused(path, migrations)
+    assert "keep it: it holds the record of earlier runs" in refused(path, migrations, "MLflow")
 
 
 def test_one_that_is_damaged_or_none(tmp_path: Path, migrations: Path) -> None:
