@@ -20,6 +20,8 @@ from tasks.targets import target_settings
 
 PROMPTS, TEXTS = 24, 10
 """Prompts of a record that are scored, and texts that are written about it, as in CounterFact."""
+STEP_ROWS = 32
+"""Texts whose next tokens take as long as reading all weights, which each step of writing does."""
 DOCUMENT = 100
 """Tokens of a held-out document."""
 ROME_ROWS = 21
@@ -44,7 +46,9 @@ def comparison_time(
     for size in (size for sizes in edits for size in sizes):
         written = size if texts is None else min(size, texts)
         measuring += token * size * PROMPTS * (LENGTHS.before + LENGTHS.after)
-        measuring += token * written * TEXTS * TOTAL_TOKENS + 3 * token * documents * DOCUMENT
+        measuring += 3 * token * documents * DOCUMENT
+        if written:
+            measuring += token * (written * TEXTS + STEP_ROWS) * TOTAL_TOKENS
     parts = {"statistics": statistics_seconds(parameters, model)}
     parts |= {"editing": editing, "measuring": measuring}
     words = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -26,7 +27,8 @@ PANELS = (
     ("neighborhood_accuracy", "Neighborhood, strict"),
 )
 """Metrics of the table and panels of the figure."""
-MARKERS = "osD^vPX*<>"
+MARKERS = "osD^vPX*<"
+COLORS = [colormaps["tab20"](shade) for shade in (*range(0, 20, 2), *range(1, 20, 2))]
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _draw_panel(axes: Axes, points: Sequence[Point], metric: str) -> None:
             [mean.value for mean in means],
             yerr=[mean.deviation for mean in means],
             label=label(method),
-            color=f"C{index}",
+            color=COLORS[index % len(COLORS)],
             marker=MARKERS[index % len(MARKERS)],
             linestyle="--" if method == "unedited" else "-",
             linewidth=2.2 if method == "memit" else 1.4,
