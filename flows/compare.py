@@ -118,10 +118,14 @@ class SharedTargets:
     """The targets of each part of the plan."""
     seconds: float
 
+    @cached_property
+    def stored(self) -> StoredTargets:
+        """All of them."""
+        return StoredTargets("", {}, None).with_pieces(self.plan, self.pieces)
+
     def of(self, sample: Sample) -> tuple[Artifact, float]:
         """The targets of a sample, and its share of the seconds."""
-        stored = StoredTargets("", {}, None).with_pieces(self.plan, self.pieces)
-        chosen = stored.of([record.request for record in sample.records])
+        chosen = self.stored.of([record.request for record in sample.records])
         share = len(sample.records) / sum(map(len, self.plan))
         return store_piece("targets", ".safetensors", chosen.save), self.seconds * share
 

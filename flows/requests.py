@@ -36,8 +36,8 @@ def requests(run: Run) -> None:
         console.print(_sample_note(section, chosen), soft_wrap=True)
     if chosen.dropped:
         console.print(
-            f"[yellow]warning:[/] {chosen.dropped:,} records contradict an earlier one and are "
-            "left out (`memit check` names the first)."
+            f"[yellow]warning:[/] left out: {chosen.dropped:,} of the records, which contradict "
+            "an earlier one (`memit check` names the first)."
         )
     if chosen.weak:
         console.print("[yellow]warning:[/]", Text(chosen.weak), soft_wrap=True)

@@ -4,6 +4,7 @@ Results: `scaling/` with the table (Markdown and CSV), the figure, and `metrics.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from math import nan
 from pathlib import Path
 
@@ -43,13 +44,25 @@ def scaling(run: Run) -> None:
     console.print(f"\n  [bold]{SCALING}/table.md[/], scaling.png and table.csv beside it")
 
 
+def _available(setup: Setup) -> int:
+    """How many records a size may have. Those that the model knows are only counted, which asks it
+    for all, if they may be too few."""
+    parameters = setup.run.parameters
+    section = parameters.scaling
+    if parameters.requests.only_known and None not in section.counts:
+        with suppress(InputError):
+            setup.draw(max(filter(None, section.counts)), section.seed)
+            return setup.split.count
+    return setup.available
+
+
 def _draw(setup: Setup) -> list[tuple[int, Sample]]:
     """Each sample with its seed, as far as the records go.
 
     Raises:
         InputError: they are too few for any size.
     """
-    section, available = setup.run.parameters.scaling, setup.available
+    section, available = setup.run.parameters.scaling, _available(setup)
     for count in section.counts:
         if count is not None and count > available:
             console.print(

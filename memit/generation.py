@@ -63,15 +63,18 @@ def generate_texts(
 
     Texts have no special tokens; an end-of-text token does not end one. With `stops`, single
     characters, what follows a prompt begins with a visible character, ends before the first of them
-    or before a special token, and has no space around it. The checkpoint's own
-    generation settings are ignored. `repetitions` numbers the texts of one prompt; by default they
-    are counted in the order of the call. `token_budget` bounds texts × tokens at a time; `first`
-    is called with the indices of some prompts and the float32 logits of the tokens behind them
-    (k × vocabulary), `progress` with the number of newly written texts.
+    or before a special token, and has no space around it. The checkpoint's own generation settings
+    are ignored. `repetitions` numbers the texts of one prompt; by default they are counted in the
+    order of the call. `token_budget` bounds texts × tokens at a time; `first` is called with the
+    indices of some prompts and the float32 logits of the tokens behind them (k × vocabulary),
+    `progress` with the number of newly written texts.
 
     Raises:
-        InputError: a length exceeds the model's context, or a prompt has no tokens.
+        InputError: not exactly one of the lengths is given, one exceeds the model's context, or a
+            prompt has no tokens.
     """
+    if (new_tokens is None) == (total_tokens is None):
+        raise InputError("give either new_tokens or total_tokens: one of them sets the length.")
     texts = []
     numbers = repetitions if repetitions is not None else count_repetitions(prompts)
     rows = open_ids(lm.tokenizer, prompts)

@@ -22,7 +22,7 @@ from flows.command.script import (
     slow_imports,
 )
 from memit.errors import InputError
-from memit.files.reading import read_text
+from memit.files.reading import check_file, read_text
 from tasks.engine.results import DELTA_FILE, MODEL_FILE, REQUESTS_FILE, upstream
 
 Delta = Annotated[ExistingFile | None, Parameter(help=f"The edit; by default {DELTA_FILE}.")]
@@ -160,7 +160,9 @@ def tune() -> None:
     Tries layers, λ and the effort for targets, for as long as `tune.minutes` says, and leaves a
     preset and the trials in tuning/. A search that was stopped goes on.
     """
-    ready_parameters()
+    parameters = ready_parameters()
+    if parameters.tune.facts is not None:
+        check_file(parameters.tune.facts, "tune.facts")
     from flows.experiment import tuning
 
     run_flow(tuning)

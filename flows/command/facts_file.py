@@ -48,7 +48,8 @@ def _contradictions(records: Sequence[Record]) -> str:
     if not dropped:
         return "none"
     request = dropped[0].request
+    left_out = "1 record contradicts" if len(dropped) == 1 else f"{len(dropped)} records contradict"
     return (
-        f"{len(dropped)} records contradict an earlier one and would be left out, the first is "
+        f"{left_out} an earlier one and would be left out, the first is "
         f"{request.text + request.ending()!r}"
     )

@@ -565,7 +565,7 @@ def _parse_yaml(text: str, path: Path) -> object:
 def check_files(parameters: Parameters, name: str = "params.yaml") -> None:
     """Raise `InputError` if a file that is used is not there, and name the file of parameters that
     does: known before slow imports."""
-    for key in (*USERS_FILES, "tune.facts"):
+    for key in USERS_FILES:
         section, setting = key.split(".")
         values = getattr(parameters, section)
         is_used = setting != "path" or values.source in FILE_SOURCES[section]

@@ -37,6 +37,7 @@ def cached_task(name: str) -> Callable[[Callable[..., Any]], CachedTask]:
     def decorate(function: Callable[..., Any]) -> CachedTask:
         @wraps(function)
         def metered(*arguments: Any, **named: Any) -> list[Any]:
+            code_of(function)  # Prefect only logs what a key function raises
             with Meter() as meter, piece_progress(name):
                 result = function(*arguments, **named)
             return [result, meter.cost]

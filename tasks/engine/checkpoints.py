@@ -15,8 +15,7 @@ def unfinished_work(key: str) -> Path:
 
 def work_directory() -> Path | None:
     """The directory for the checkpoints of the cached task that runs, under the key of its record,
-    with which they are deleted. None where there is no key: outside of Prefect, and where Prefect
-    has logged why none was found."""
+    with which they are deleted. None outside of Prefect."""
     key = getattr(get_transaction(), "key", None)
     return key and unfinished_work(key)
 

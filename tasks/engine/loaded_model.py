@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import ConfigDict
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -34,6 +35,8 @@ INT8 = "int8"
 
 class ModelFiles(Value):
     """Contents of `model.json`: which model it is, to the last bit."""
+
+    model_config = ConfigDict(extra="ignore")  # earlier versions wrote more
 
     source: str
     id: str

@@ -95,7 +95,7 @@ def test_records_that_contradict_others_are_said_to_be_left_out(
     source = {"source": "counterfact", "path": str(tmp_path / "records.json"), "count": None}
     run([requests], requests=source, edit={"history": None})
     assert len(read_counterfact(REQUESTS_FILE)) == 1
-    assert "1 records contradict an earlier one" in capsys.readouterr().err
+    assert "left out: 1 of the records, which contradict" in capsys.readouterr().err
 
 
 def test_batches_are_those_of_the_library(batches: list[tuple[list[EditRequest], Targets]]) -> None:

@@ -133,7 +133,13 @@ def _setup(count, counts=(1,), known=None):
     run: Any = SimpleNamespace(parameters=parameters)
     split: Any = SimpleNamespace(count=40)
     setup, drawn = Setup(run, (), split, {}, {}, None), SimpleNamespace(records=RECORDS[:known])
-    object.__setattr__(setup, "draw", lambda count, seed: count if count else drawn)
+
+    def draw(count, seed):
+        if count and known and count > known:
+            raise InputError("fewer are known")
+        return count or drawn
+
+    object.__setattr__(setup, "draw", draw)
     return setup
 
 

@@ -123,10 +123,17 @@ def test_settings_of_the_checkpoint_do_not_leak():
         lm.model.generation_config = theirs
 
 
-def test_impossible_lengths_are_refused():
-    lm = shared("gpt2")
-    with pytest.raises(InputError, match="takes"):
-        generate_texts(lm, PROMPTS, new_tokens=500, top_k=5, seed=0, token_budget=100)
+@pytest.mark.parametrize(
+    ("lengths", "complaint"),
+    [
+        ({"new_tokens": 5, "total_tokens": 5}, "one of them"),
+        ({}, "one of them"),
+        ({"new_tokens": 500}, "takes"),
+    ],
+)
+def test_impossible_lengths_are_refused(lengths: dict[str, int], complaint: str):
+    with pytest.raises(InputError, match=complaint):
+        generate_texts(shared("gpt2"), PROMPTS, token_budget=100, **lengths)
 
 
 def test_what_the_model_says_stands_for_a_missing_true_object():

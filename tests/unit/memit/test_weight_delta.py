@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from memit.errors import InputError, IntegrityError, NumericsError
+from memit.files.tensors import save_tensors
 from memit.language_model import LanguageModel
 from memit.weight_delta import Dense, LowRank, WeightDelta, base_digests
 from tests.reference import build
@@ -207,6 +208,13 @@ def test_delta_that_names_no_base_is_refused():
 
 
 # --- files -------------------------------------------------------------------------------------
+
+
+def test_a_file_without_a_delta_is_refused_by_name(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_tensors({"a": torch.zeros(2)}, path, {"provenance": "{}"})
+    with pytest.raises(IntegrityError, match=r"weights\.safetensors does not hold"):
+        WeightDelta.load(path)
 
 
 def test_file_gives_the_delta_back(tmp_path):
