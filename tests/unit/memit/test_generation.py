@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_settings_of_the_checkpoint_do_not_leak():
         ({"new_tokens": 500}, "takes"),
     ],
 )
-def test_impossible_lengths_are_refused(lengths: dict[str, int], complaint: str):
+def test_impossible_lengths_are_refused(lengths: dict[str, Any], complaint: str):
     with pytest.raises(InputError, match=complaint):
         generate_texts(shared("gpt2"), PROMPTS, token_budget=100, **lengths)
 
