@@ -7,6 +7,8 @@ import pytest
 from prefect import flow, unmapped
 
 import tasks.statistics
+from memit.errors import IntegrityError
+from tasks.engine import code
 from tasks.engine.artifacts import write_text
 from tasks.engine.cache import cached_task
 from tasks.engine.checkpoints import work_directory
@@ -94,3 +96,13 @@ def test_a_piece_is_computed_once_for_as_long_as_it_is_whole(
     assert len(calls) == 2
     assert again.ranges == first.ranges
     assert again.held_out.texts.intact()
+
+
+def test_code_that_has_changed_meanwhile_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setitem(code._AT_START, code.source_file("tasks.statistics"), "as it was")
+    source = CorpusSource(file=write_text(tmp_path / "corpus.txt", "one\ntwo\nthree\nfour\n"))
+    with pytest.raises(IntegrityError, match=r"statistics\.py was changed"):
+        collect_twice(source)
