@@ -5,7 +5,14 @@ from dataclasses import replace
 from datetime import timedelta
 
 from flows.command import costs
-from flows.command.estimate import LENGTHS, estimate_edit, reference, speed, statistics_seconds
+from flows.command.estimate import (
+    LENGTHS,
+    STEP_ROWS,
+    estimate_edit,
+    reference,
+    speed,
+    statistics_seconds,
+)
 from flows.command.parameters import Parameters
 from memit.editors.fine_tuning import FineTuning
 from memit.editors.memit import Memit
@@ -20,8 +27,6 @@ from tasks.targets import target_settings
 
 PROMPTS, TEXTS = 24, 10
 """Prompts of a record that are scored, and texts that are written about it, as in CounterFact."""
-STEP_ROWS = 32
-"""Texts whose next tokens take as long as reading all weights, which each step of writing does."""
 DOCUMENT = 100
 """Tokens of a held-out document."""
 ROME_ROWS = 21

@@ -22,7 +22,7 @@ from memit.language_model import DTYPES
 from memit.layer_walk import COLUMNS_IN_MEMORY, HELD_IN_MEMORY
 from memit.positions import TokenRow
 from memit.requests import Record
-from memit.sampled_corpus import wanted_tokens
+from memit.sampled_corpus import EXPECTED_SHARE, TEXTS_AT_ONCE, wanted_tokens
 from memit.targets import plain_rows, weak_keys
 from tasks.engine.artifacts import project_root
 from tasks.engine.hub import open_model
@@ -32,6 +32,8 @@ from tasks.model import find_model, model_without_weights
 
 LENGTHS = Lengths(8, 3)
 """Tokens of a prompt and of an object, where the facts are not known yet."""
+STEP_ROWS = 32
+"""Texts whose next tokens take as long as reading all weights, which each step of writing does."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ def statistics_seconds(parameters: Parameters, model: ModelReference) -> float:
         return 0.0
     layers = parameters.hyperparameters(files.id, files.shape).layers
     tokens = wanted_tokens(section.tokens, files.inner_width)
-    return costs.sampling_operations(files.shape, layers, tokens) / speed(model)
+    steps = tokens / (EXPECTED_SHARE * TEXTS_AT_ONCE)
+    reading = 2 * files.shape.parameters * steps * STEP_ROWS
+    return (costs.sampling_operations(files.shape, layers, tokens) + reading) / speed(model)
 
 
 def reference(section: ModelSection) -> ModelReference:
