@@ -89,7 +89,7 @@ def _with_settings(name: str, editor: Editor, settings: Mapping[str, Mapping[str
         return editor
     assert is_dataclass(editor)
     known = [field.name for field in fields(editor) if field.name not in OTHERWISE_GIVEN]
-    kinds = _kinds(name, editor)
+    kinds = get_type_hints(type(editor))
     for key in chosen:
         if key not in known or name in SECTIONS:
             available = f"it has {', '.join(known)}" if known else "it has none of its own"
@@ -107,14 +107,3 @@ def _with_settings(name: str, editor: Editor, settings: Mapping[str, Mapping[str
         return replace(editor, **chosen)  # pyright: ignore[reportArgumentType]
     except InputError as error:  # a number out of its range
         raise InputError(f"compare.settings.{name}: {error}") from None
-
-
-def _kinds(name: str, editor: Editor) -> dict[str, Any]:
-    """The types of an editor's fields."""
-    try:
-        return get_type_hints(type(editor))
-    except NameError as error:
-        raise InputError(
-            f"compare.settings.{name} cannot be checked ({error}): import the types of its fields "
-            "at run time, too."
-        ) from None
